@@ -1,0 +1,254 @@
+"""The decoder: Mistral, Mixtral and the Llama architecture, in one file.
+
+Axes: B rows, T tokens, D model, N key/value heads, G queries a key/value head, K head size, F MLP width, E experts,
+V vocabulary, L layers. Blocks are stacked along L and scanned, so that depth costs no compile time. Inside a
+`shard_map`, sizes are those of one device's shard.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from xlam_jax.models.attention import attend, rope_frequencies, rotate
+from xlam_jax.models.config import ModelConfig
+from xlam_jax.models.linear import dot, project
+from xlam_jax.models.moe import experts_mlp, route
+from xlam_jax.parallel import mesh
+
+REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.save_only_these_names("qkv", "attention", "hidden", "output"),
+    "minimal": jax.checkpoint_policies.save_only_these_names("attention"),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+"""What a block keeps for its backward pass: everything, the results of its matrix products, the attention's result,
+or only its input."""
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens so far, for generation; a slot whose segment is 0 is empty."""
+
+    k_LBSNK: jax.Array
+    v_LBSNK: jax.Array
+    positions_BS: jax.Array
+    segments_BS: jax.Array
+    length: jax.Array
+    """Slots in use; the same for each row, rows are padded on the left."""
+
+    @classmethod
+    def empty(cls, config: ModelConfig, rows: int, slots: int, dtype: Any) -> "Cache":
+        """A cache of `slots` tokens a row."""
+        shape = (config.layers, rows, slots, config.kv_heads, config.head_dim)
+        return cls(
+            jnp.zeros(shape, dtype),
+            jnp.zeros(shape, dtype),
+            jnp.zeros((rows, slots), jnp.int32),
+            jnp.zeros((rows, slots), jnp.int32),
+            jnp.zeros((), jnp.int32),
+        )
+
+
+class RouterSums(NamedTuple):
+    """Sums over this shard's tokens from which the load-balancing loss is made."""
+
+    assigned_E: jax.Array
+    """Assignments to each expert."""
+    probability_E: jax.Array
+    """Router probability of each expert."""
+
+
+class _Parameters:
+    """Draws the stacked parameters; each carries its logical axes, from which its sharding follows."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config, self.rngs = config, rngs
+
+    def normal(self, *logical_and_sizes: tuple[str, int]) -> nnx.Param:
+        logical, shape = zip(*logical_and_sizes, strict=True)
+        value = self.config.initializer_range * jax.random.normal(self.rngs.params(), shape, jnp.float32)
+        return nnx.Param(value, logical=logical)
+
+    def ones(self, *logical_and_sizes: tuple[str, int]) -> nnx.Param:
+        logical, shape = zip(*logical_and_sizes, strict=True)
+        return nnx.Param(jnp.ones(shape, jnp.float32), logical=logical)
+
+
+class Block(nnx.Module):
+    """One transformer block, or a stack of them: the parameters carry a leading layer axis until the scan takes it."""
+
+    def __init__(self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs):
+        new = _Parameters(config, rngs)
+        self.config, self.dtype = config, dtype
+        layers, embed = ("layers", config.layers), ("embed", config.hidden_size)
+        kv_heads, head_dim = ("kv_heads", config.kv_heads), ("head_dim", config.head_dim)
+        q_group, mlp = ("q_group", config.heads // config.kv_heads), ("mlp", config.mlp_size)
+        norm, experts = ("norm", config.hidden_size), ("experts", config.experts)
+        self.attention_norm = new.ones(layers, norm)
+        self.q = new.normal(layers, embed, kv_heads, q_group, head_dim)
+        self.k = new.normal(layers, embed, kv_heads, head_dim)
+        self.v = new.normal(layers, embed, kv_heads, head_dim)
+        self.o = new.normal(layers, kv_heads, q_group, head_dim, embed)
+        self.mlp_norm = new.ones(layers, norm)
+        if config.experts:
+            self.router = new.normal(layers, embed, experts)
+            self.w1 = new.normal(layers, experts, embed, mlp)
+            self.w3 = new.normal(layers, experts, embed, mlp)
+            self.w2 = new.normal(layers, experts, mlp, embed)
+        else:
+            self.w1 = new.normal(layers, embed, mlp)
+            self.w3 = new.normal(layers, embed, mlp)
+            self.w2 = new.normal(layers, mlp, embed)
+
+    def _weight(self, name: str) -> jax.Array:
+        param = getattr(self, name)
+        return mesh.gather(param[...], param.logical[1:], self.dtype)
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        segments_BT: jax.Array,
+        cache: Cache | None = None,
+    ) -> tuple[jax.Array, tuple[RouterSums | None, tuple[jax.Array, jax.Array] | None]]:
+        """The block's output, its router sums (experts only), and with a cache its new keys and values."""
+        attention, kv = self._attention(self._norm("attention_norm", x_BTD), positions_BT, segments_BT, cache)
+        x_BTD = x_BTD + attention
+        y_BTD = self._norm("mlp_norm", x_BTD)
+        if self.config.experts:
+            y_BTD, sums = self._experts(y_BTD, segments_BT)
+        else:
+            y_BTD, sums = self._mlp(y_BTD), None
+        return x_BTD + checkpoint_name(y_BTD, "output"), (sums, kv)
+
+    def _norm(self, name: str, x_BTD: jax.Array) -> jax.Array:
+        return rms_norm(x_BTD, getattr(self, name)[...], self.config.norm_eps)
+
+    def _attention(self, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array, cache: Cache | None):
+        q_BTNGK = project("BTD,DNGK->BTNGK", x_BTD, self._weight("q"), self.dtype)
+        k_BTNK = project("BTD,DNK->BTNK", x_BTD, self._weight("k"), self.dtype)
+        v_BTNK = project("BTD,DNK->BTNK", x_BTD, self._weight("v"), self.dtype)
+        frequency = rope_frequencies(self.config)
+        q_BTNGK = checkpoint_name(rotate(q_BTNGK, positions_BT, frequency), "qkv")
+        k_BTNK = checkpoint_name(rotate(k_BTNK[:, :, :, None], positions_BT, frequency)[:, :, :, 0], "qkv")
+        v_BTNK = checkpoint_name(v_BTNK, "qkv")
+        k_BSNK, v_BSNK, positions_BS, segments_BS = k_BTNK, v_BTNK, positions_BT, segments_BT
+        if cache is not None:
+            at = (0, cache.length, 0, 0)
+            k_BSNK = jax.lax.dynamic_update_slice(cache.k_LBSNK, k_BTNK.astype(cache.k_LBSNK.dtype), at)
+            v_BSNK = jax.lax.dynamic_update_slice(cache.v_LBSNK, v_BTNK.astype(cache.v_LBSNK.dtype), at)
+            positions_BS, segments_BS = cache.positions_BS, cache.segments_BS
+        out_BTNGK = attend(
+            q_BTNGK,
+            k_BSNK,
+            v_BSNK,
+            q_positions_BT=positions_BT,
+            k_positions_BS=positions_BS,
+            q_segments_BT=segments_BT,
+            k_segments_BS=segments_BS,
+            window=self.config.sliding_window,
+        )
+        out_BTNGK = checkpoint_name(out_BTNGK, "attention")
+        y_BTD = mesh.psum(project("BTNGK,NGKD->BTD", out_BTNGK, self._weight("o"), self.dtype), "tensor")
+        return y_BTD, None if cache is None else (k_BSNK, v_BSNK)
+
+    def _mlp(self, x_BTD: jax.Array) -> jax.Array:
+        gate_BTF = checkpoint_name(project("BTD,DF->BTF", x_BTD, self._weight("w1"), self.dtype), "hidden")
+        up_BTF = checkpoint_name(project("BTD,DF->BTF", x_BTD, self._weight("w3"), self.dtype), "hidden")
+        hidden_BTF = (jax.nn.silu(gate_BTF.astype(jnp.float32)) * up_BTF.astype(jnp.float32)).astype(self.dtype)
+        return mesh.psum(project("BTF,FD->BTD", hidden_BTF, self._weight("w2"), self.dtype), "tensor")
+
+    def _experts(self, x_BTD: jax.Array, segments_BT: jax.Array) -> tuple[jax.Array, RouterSums]:
+        experts = self.config.experts
+        x_SD, real_S = x_BTD.reshape(-1, x_BTD.shape[-1]), segments_BT.reshape(-1) > 0
+        # The router decides in f32: a rounded tie would send a token elsewhere.
+        router_DE = mesh.gather(self.router[...], self.router.logical[1:], jnp.float32)
+        logits_SE = project("SD,DE->SE", x_SD.astype(jnp.float32), router_DE, jnp.float32)
+        probability_SE = jax.nn.softmax(logits_SE, axis=-1)
+        gate_SK, expert_SK = jax.lax.top_k(probability_SE, self.config.experts_per_token)
+        gate_SK /= jnp.sum(gate_SK, axis=-1, keepdims=True)
+        expert_SK = jnp.where(real_S[:, None], expert_SK, experts)  # padding goes to no expert
+        y_SKD = experts_mlp(
+            x_SD,
+            self._weight("w1"),
+            self._weight("w3"),
+            self._weight("w2"),
+            route(expert_SK, experts),
+            self.dtype,
+        )
+        y_SD = mesh.psum(jnp.einsum("SKD,SK->SD", y_SKD.astype(jnp.float32), gate_SK), "tensor")
+        sums = RouterSums(
+            jnp.sum(expert_SK.reshape(-1)[:, None] == jnp.arange(experts), axis=0).astype(jnp.float32),
+            jnp.sum(jnp.where(real_S[:, None], probability_SE, 0.0), axis=0),
+        )
+        return y_SD.astype(self.dtype).reshape(x_BTD.shape), sums
+
+
+class Decoder(nnx.Module):
+    """Token ids in, final hidden states out; `logits` and the losses apply the head."""
+
+    def __init__(self, config: ModelConfig, *, dtype: Any = jnp.float32, remat: str = "none", rngs: nnx.Rngs):
+        new = _Parameters(config, rngs)
+        self.config, self.dtype, self.remat = config, dtype, remat
+        vocab, embed = ("vocab", config.vocab_size), ("embed", config.hidden_size)
+        self.embedding = new.normal(vocab, embed)
+        self.blocks = Block(config, dtype, rngs)
+        self.final_norm = new.ones(("norm", config.hidden_size))
+        if not config.tie_embeddings:
+            self.head = new.normal(vocab, embed)
+
+    def head_VD(self) -> jax.Array:
+        """The output embedding of this device's share of the vocabulary."""
+        head = self.embedding if self.config.tie_embeddings else self.head
+        return mesh.gather(head[...], head.logical, self.dtype)
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        segments_BT: jax.Array,
+        cache: Cache | None = None,
+    ) -> tuple[jax.Array, RouterSums | None, Cache | None]:
+        """Hidden states after the final norm [B, T, D], router sums over all layers, and the cache grown by T."""
+        x_BTD = self._embed(tokens_BT)
+        graphdef, stacked = nnx.split(self.blocks)
+        if cache is not None:
+            at = (0, cache.length)
+            cache = cache._replace(
+                positions_BS=jax.lax.dynamic_update_slice(cache.positions_BS, positions_BT, at),
+                segments_BS=jax.lax.dynamic_update_slice(cache.segments_BS, segments_BT, at),
+            )
+
+        def block(x_BTD, layer):
+            state, kv = layer
+            of_layer = None if cache is None else cache._replace(k_LBSNK=kv[0], v_LBSNK=kv[1])
+            return nnx.merge(graphdef, state)(x_BTD, positions_BT, segments_BT, of_layer)
+
+        if self.remat != "none":
+            block = jax.checkpoint(block, policy=REMAT[self.remat], prevent_cse=False)
+        kv = None if cache is None else (cache.k_LBSNK, cache.v_LBSNK)
+        x_BTD, (sums, kv) = jax.lax.scan(block, x_BTD, (stacked, kv))
+        if cache is not None:
+            cache = cache._replace(k_LBSNK=kv[0], v_LBSNK=kv[1], length=cache.length + tokens_BT.shape[1])
+        sums = None if sums is None else jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), sums)
+        return rms_norm(x_BTD, self.final_norm[...], self.config.norm_eps), sums, cache
+
+    def _embed(self, tokens_BT: jax.Array) -> jax.Array:
+        table_VD = mesh.gather(self.embedding[...], self.embedding.logical, self.dtype).astype(self.dtype)
+        local_BT = tokens_BT - mesh.index("tensor") * table_VD.shape[0]
+        # Each device looks up the tokens of its share of the vocabulary; the others are filled with zero.
+        x_BTD = table_VD.at[local_BT].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+        return mesh.psum(x_BTD, "tensor")
+
+    def logits(self, hidden_BTD: jax.Array) -> jax.Array:
+        """Logits in f32, [B, T, V]; for generation and tests: the losses never hold them for a whole batch."""
+        return dot("BTD,VD->BTV", hidden_BTD, self.head_VD().astype(self.dtype))
+
+
+def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square norm in f32 (Zhang & Sennrich, 1910.07467)."""
+    x32 = x_BTD.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return (scale_D * normed).astype(x_BTD.dtype)
