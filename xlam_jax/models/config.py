@@ -13,6 +13,26 @@ FAMILIES = {
     "LlamaForCausalLM": "llama",
 }
 
+# What a config.json that leaves a key out means by it: the defaults of transformers.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "mistral": {
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131_072,
+        "rms_norm_eps": 1e-6,
+        "sliding_window": 4096,
+        "rope_theta": 10_000.0,
+    },
+    "mixtral": {
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131_072,
+        "rms_norm_eps": 1e-5,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "rope_theta": 1_000_000.0,
+    },
+    "llama": {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10_000.0},
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
@@ -59,6 +79,7 @@ class ModelConfig:
                 f"{origin}: architectures is {architectures!r}; this project trains {', '.join(FAMILIES)}"
                 + (nearest(str(architectures[0]), FAMILIES) if architectures else "")
             )
+        hf = DEFAULTS[family] | hf
         for key, only in {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}.items():
             if hf.get(key, only) != only:
                 raise UserError(f"{origin}: {key} is {hf[key]!r}, and only {only!r} is implemented")
@@ -101,8 +122,8 @@ class ModelConfig:
             rope_theta=theta,
             rope_scaling=scaling,
             sliding_window=None if family == "llama" else hf.get("sliding_window"),
-            max_positions=size("max_position_embeddings", 4096),
-            norm_eps=float(hf.get("rms_norm_eps", 1e-5)),
+            max_positions=size("max_position_embeddings"),
+            norm_eps=float(hf["rms_norm_eps"]),
             tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
             initializer_range=float(hf.get("initializer_range", 0.02)),
         )
@@ -120,20 +141,23 @@ class ModelConfig:
 def _rope(hf: dict[str, Any], origin: str) -> tuple[float, RopeScaling | None]:
     # transformers 5 writes rope_parameters; older files hold rope_theta beside rope_scaling.
     rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-    theta = float(rope.get("rope_theta", hf.get("rope_theta", 10_000.0)))
+    theta = float(rope.get("rope_theta", hf["rope_theta"]))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None
-    if kind == "linear":
-        return theta, RopeScaling(kind=kind, factor=float(rope["factor"]))
-    if kind == "llama3":
-        return theta, RopeScaling(
-            kind=kind,
-            factor=float(rope["factor"]),
-            low_freq_factor=float(rope["low_freq_factor"]),
-            high_freq_factor=float(rope["high_freq_factor"]),
-            original_max_positions=int(rope["original_max_position_embeddings"]),
-        )
+    try:
+        if kind == "linear":
+            return theta, RopeScaling(kind=kind, factor=float(rope["factor"]))
+        if kind == "llama3":
+            return theta, RopeScaling(
+                kind=kind,
+                factor=float(rope["factor"]),
+                low_freq_factor=float(rope["low_freq_factor"]),
+                high_freq_factor=float(rope["high_freq_factor"]),
+                original_max_positions=int(rope["original_max_position_embeddings"]),
+            )
+    except KeyError as error:
+        raise UserError(f"{origin}: rope type {kind!r} needs {error}, and only {', '.join(rope)} are given") from None
     raise UserError(f"{origin}: rope type {kind!r} is not implemented; known are 'default', 'linear' and 'llama3'")
 
 

@@ -5,6 +5,7 @@ fast path of the hardware; the weight's gradient leaves in f32, never rounded on
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,11 @@ import jax.numpy as jnp
 from xlam_jax.parallel import mesh
 
 
-def project(equation: str, x: jax.Array, weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """`einsum(equation, x, weight)` with both cast to `dtype`; the result is in `dtype`, its sums were in f32."""
-    return _project(equation, dtype, *mesh.alike(x, weight))
+def project(
+    equation: str, x: jax.Array, weight: jax.Array, dtype: Any, out: Any = None
+) -> jax.Array:
+    """`einsum(equation, x, weight)` with both cast to `dtype`, summed in f32, returned as `out` (default `dtype`)."""
+    return _project(equation, dtype, out or dtype, *mesh.alike(x, weight))
 
 
 def dot(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -22,22 +25,22 @@ def dot(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _project(equation: str, dtype: jnp.dtype, x: jax.Array, weight: jax.Array) -> jax.Array:
-    return dot(equation, x.astype(dtype), weight.astype(dtype)).astype(dtype)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _project(equation: str, dtype: Any, out: Any, x: jax.Array, weight: jax.Array) -> jax.Array:
+    return dot(equation, x.astype(dtype), weight.astype(dtype)).astype(out)
 
 
-def _forward(equation: str, dtype: jnp.dtype, x: jax.Array, weight: jax.Array):
-    return _project(equation, dtype, x, weight), (x, weight)
+def _forward(equation: str, dtype: Any, out: Any, x: jax.Array, weight: jax.Array):
+    return _project(equation, dtype, out, x, weight), (x, weight)
 
 
-def _backward(equation: str, dtype: jnp.dtype, saved: tuple[jax.Array, jax.Array], dy: jax.Array):
+def _backward(equation: str, dtype: Any, _: Any, saved: tuple[jax.Array, jax.Array], dy: jax.Array):
     x, weight = saved
-    operands, out = equation.split("->")
+    operands, result = equation.split("->")
     of_x, of_weight = operands.split(",")
     dy = dy.astype(dtype)
-    dx = dot(f"{out},{of_weight}->{of_x}", dy, weight.astype(dtype)).astype(x.dtype)
-    dw = dot(f"{of_x},{out}->{of_weight}", x.astype(dtype), dy).astype(weight.dtype)
+    dx = dot(f"{result},{of_weight}->{of_x}", dy, weight.astype(dtype)).astype(x.dtype)
+    dw = dot(f"{of_x},{result}->{of_weight}", x.astype(dtype), dy).astype(weight.dtype)
     return dx, dw
 
 
