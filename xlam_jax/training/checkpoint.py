@@ -140,7 +140,7 @@ def load_params(step_dir: Path, target: Any = None) -> Params:
             # Arrays that take no memory: for Orbax an abstract numpy array is a numpy array.
             target = jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), stored)
         else:
-            _same_shapes(step_dir, stored, target)
+            same_shapes(step_dir, stored, target)
         return ocp.load_checkpointables(path, {"params": target})["params"]
     except (ValueError, OSError, KeyError) as error:
         raise UserError(
@@ -149,7 +149,8 @@ def load_params(step_dir: Path, target: Any = None) -> Params:
         ) from error
 
 
-def _same_shapes(step_dir: Path, stored: Any, wanted: Any) -> None:
+def same_shapes(step_dir: Path, stored: Any, wanted: Any) -> None:
+    """Raises `UserError` naming the parameters whose shapes differ from those wanted."""
     def by_name(tree: Any) -> dict[str, tuple[int, ...]]:
         leaves = jax.tree_util.tree_leaves_with_path(tree)
         return {jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape) for path, leaf in leaves}

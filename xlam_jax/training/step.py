@@ -2,7 +2,8 @@
 
 The loss and its gradient are computed inside one `shard_map` over the mesh; the optimizer works on the sharded whole.
 Every quantity is a sum with its denominator, over microbatches and devices alike, so that neither the number of
-microbatches nor of devices changes the result.
+microbatches nor of devices changes the result. The one exception is the load-balancing loss: it is not a sum over
+tokens, and is that of each microbatch (over all devices), weighted by its tokens.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from xlam_jax.models.config import ModelConfig
 from xlam_jax.models.decoder import Decoder
-from xlam_jax.models.params import Params, binder, initialize, logical_axes
+from xlam_jax.models.params import Params, binder, logical_axes, shapes
 from xlam_jax.parallel import mesh as meshes
 from xlam_jax.training.objectives import load_balancing, token_log_probabilities
 from xlam_jax.training.optimizer import global_norm
@@ -55,24 +56,35 @@ class Sums(NamedTuple):
 BATCH_SPEC = PartitionSpec(meshes.BATCH_AXES)
 
 
-def init_state(model: ModelConfig, seed: int, tx: optax.GradientTransformation, mesh: Mesh) -> State:
-    """Random parameters and fresh optimizer state, born sharded."""
-    make = jax.jit(lambda: initialize(model, seed), out_shardings=param_shardings(model, mesh))
-    return with_optimizer(make(), tx)
-
-
-def with_optimizer(params: Params, tx: optax.GradientTransformation) -> State:
-    """Fresh optimizer state beside sharded parameters: moments lie as their parameters do, counters on all devices."""
-    mesh = jax.tree.leaves(params)[0].sharding.mesh
-    shapes = jax.eval_shape(tx.init, params)
-    like = optax.tree_utils.tree_map_params(
+def abstract_state(model: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh) -> State:
+    """Shapes, dtypes and shardings of the state: moments lie as their parameters do, counters on every device."""
+    placed = jax.tree.map(_placed, shapes(model), param_shardings(model, mesh))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    opt = optax.tree_utils.tree_map_params(
         tx,
-        lambda _, param: param.sharding,
-        shapes,
-        params,
-        transform_non_params=lambda _: NamedSharding(mesh, PartitionSpec()),
+        lambda leaf, param: _placed(leaf, param.sharding),
+        jax.eval_shape(tx.init, placed),
+        placed,
+        transform_non_params=lambda leaf: _placed(leaf, everywhere),
     )
-    return State(params, jax.jit(tx.init, out_shardings=like)(params))
+    return State(placed, opt)
+
+
+def _placed(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def init_state(abstract: State, tx: optax.GradientTransformation, params: Callable[[], Params] | Params) -> State:
+    """Fresh optimizer state beside `params`: arrays, which are placed in f32, or a function that draws them, which is
+    compiled so that each is born where it lies."""
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    if callable(params):
+        placed = jax.jit(params, out_shardings=places.params)()
+    else:
+        placed = jax.tree.map(
+            lambda array, like: jax.device_put(array.astype(like.dtype), like.sharding), params, abstract.params
+        )
+    return State(placed, jax.jit(tx.init, out_shardings=places.opt)(placed))
 
 
 def param_specs(model: ModelConfig) -> Any:

@@ -1,0 +1,46 @@
+# Two commands do all the set-up: `make quickstart` and `make test`. Each makes .venv and installs what it needs.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+RUN := runs/quickstart
+QUICKSTART := examples/quickstart
+PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: quickstart test test-slow lint bench clean
+
+quickstart: $(VENV)/.core
+	$(PY) -m xlam_jax.train --config configs/quickstart.yaml
+	@test -d $(RUN)/hf || $(PY) -m converters.orbax_to_hf --checkpoint $(RUN) --out $(RUN)/hf
+	$(PY) -m examples.quickstart.show --model $(RUN)/hf --config configs/quickstart.yaml
+
+test: $(VENV)/.test
+	$(PY) -m pytest -m "not slow"
+
+test-slow: $(VENV)/.test
+	$(PY) -m pytest -m slow
+
+lint: $(VENV)/.dev
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m pyright
+
+bench: $(VENV)/.test
+	$(PY) benchmarks/train_step.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.core: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP_INSTALL) -e .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.core
+	$(PIP_INSTALL) -e ".[test]"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.test
+	$(PIP_INSTALL) -e ".[test,dev]"
+	@touch $@

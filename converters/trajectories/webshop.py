@@ -1,0 +1,71 @@
+"""WebShop: logs of ReAct agents, one episode a row.
+
+Raw: {"idx", "instruction", "score", "steps": [{"action", "observation"}, …]}; actions read "reset", "search[…]",
+"click[…]" or "think[…]".
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from converters.trajectories.common import Dropped, StepDropped, call, convert_rows, field, tool
+from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory
+
+INSTRUCTION = "Buy the product that fits the request. Search the shop, open a product, choose its options, then buy it."
+TEXT = {"type": "string"}
+TOOLS = [
+    tool("search", "Search the shop for products.", {"query": TEXT}, ["query"]),
+    tool(
+        "click", "Click a button, product or option of the page, named in [brackets].", {"element": TEXT}, ["element"]
+    ),
+]
+PARAMETER = {"search": "query", "click": "element"}
+
+
+def convert(paths: list[Path]) -> Iterator[Trajectory | Dropped]:
+    """Thoughts go beside the call they precede; steps the shop answered with "Invalid" are dropped with their thoughts.
+
+    The last observation (the score) and thoughts without an action after them are left out.
+    """
+    return convert_rows(paths, _convert_row)
+
+
+def _convert_row(row: dict[str, Any], name: str) -> Iterator[dict[str, Any] | StepDropped]:
+    turns: list[dict[str, Any]] = [{"role": "user", "content": field(row, "instruction", str)}]
+    thoughts: list[str] = []
+    number = 0
+    for i, step in enumerate(field(row, "steps", list)):
+        action, observation = field(step, "action", str), field(step, "observation", str)
+        # the log cut long thoughts short, closing bracket included
+        match = re.fullmatch(r"(\w+)\[(.*?)\]?", action.strip(), re.DOTALL)
+        if action == "reset":
+            continue
+        if match and match[1] == "think":
+            thoughts.append(match[2].strip())
+            continue
+        thought = "\n".join(thoughts)
+        thoughts = []
+        if "Invalid" in observation:
+            yield StepDropped("invalid-action", f"step {i}: {action}")
+        elif not match or match[1] not in PARAMETER:
+            yield StepDropped("unknown-action", f"step {i}: {action}")
+        else:
+            number += 1
+            calls = [call(number, match[1], {PARAMETER[match[1]]: match[2]})]
+            turns.append({"role": "assistant", "content": thought, "tool_calls": calls})
+            turns.append(
+                {"role": "tool", "tool_call_id": f"call_{number}", "name": match[1], "content": observation.rstrip()}
+            )
+    if thoughts:
+        yield StepDropped("thought-without-action", thoughts[0])
+    if number == 0:
+        raise InvalidTrajectory("no-assistant-turn", "no step holds a valid search or click")
+    yield {
+        "unique_trajectory_id": f"webshop_{row.get('idx', name)}",
+        "source": "webshop",
+        "score": row.get("score"),
+        "task_instruction": INSTRUCTION,
+        "tools": TOOLS,
+        "conversation": turns[:-1],
+    }

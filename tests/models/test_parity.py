@@ -1,0 +1,220 @@
+"""The model equals transformers': logits and every parameter's gradient, for each family, in f32."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_models
+import torch
+
+from converters.hf_map import tensors
+from xlam_jax.models.attention import QUERY_CHUNK
+from xlam_jax.models.config import ModelConfig
+from xlam_jax.models.params import Params, binder
+
+TOLERANCE = 1e-4
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mistral-v0.1-window": ("mistral", {"sliding_window": 7, "head_dim": 8}),
+    "mistral-head-dim": ("mistral", {"head_dim": 24}),
+    "mistral-theta": ("mistral", {"rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0}}),
+    "mistral-tied": ("mistral", {"tie_word_embeddings": True}),
+    "mistral-group-1": ("mistral", {"num_key_value_heads": 4}),
+    "mistral-group-4": ("mistral", {"num_key_value_heads": 1}),
+    "mixtral-8-top-2": ("mixtral", {"num_local_experts": 8, "num_experts_per_tok": 2}),
+    "mixtral-skewed": ("mixtral", {"num_local_experts": 8, "num_experts_per_tok": 2}),
+    "mixtral-4-top-1": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 1, "tie_word_embeddings": True}),
+    "llama-linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 100_000.0, "factor": 4.0}}),
+    "llama3": ("llama", {"rope_parameters": LLAMA3, "head_dim": 16}),
+}
+
+
+def positions(mask: np.ndarray) -> np.ndarray:
+    return np.maximum(np.cumsum(mask, axis=1) - 1, 0).astype(np.int32)
+
+
+def hf_side(model: Any, tokens: np.ndarray, mask: np.ndarray, weight: np.ndarray):
+    """Logits, and by file key the gradients of sum(weight × logits)."""
+    inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions(mask)}
+    logits = model(**{name: torch.from_numpy(value).long() for name, value in inputs.items()}, use_cache=False).logits
+    model.zero_grad()
+    (logits * torch.from_numpy(weight)).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return logits.detach().numpy(), tiny_models.file_tensors(gradients)
+
+
+def our_side(config: ModelConfig, params: Params, tokens, mask, weight, remat: str = "none"):
+    bind = binder(config, dtype=jnp.float32, remat=remat)
+
+    def loss(params):
+        model = bind(params)
+        hidden, sums, _ = model(jnp.asarray(tokens), jnp.asarray(positions(mask)), jnp.asarray(mask))
+        logits = model.logits(hidden)
+        return jnp.sum(logits * weight), (logits, sums)
+
+    (_, (logits, sums)), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    return np.asarray(logits), jax.device_get(gradients), sums
+
+
+def by_key(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:
+    out = {}
+    for tensor in tensors(config):
+        leaf = params
+        for name in tensor.path:
+            leaf = leaf[name]
+        out[tensor.key] = tensor.to_hf(leaf)
+    return out
+
+
+def assert_close(ours: np.ndarray, theirs: np.ndarray, what: str, floor: float = 0.0) -> None:
+    """Their difference is within the tolerance relative to the scale of theirs (or to `floor`, when that is larger)."""
+    scale = max(float(np.abs(theirs).max()), floor)
+    error = float(np.abs(ours - theirs).max())
+    assert error <= TOLERANCE * scale, f"{what}: off by {error:.3g} at a scale of {scale:.3g}"
+
+
+def assert_parity(model: Any, tokens: np.ndarray, mask: np.ndarray) -> Any:
+    """Logits of the real tokens and all gradients agree. Returns the router sums."""
+    config = tiny_models.model_config(model)
+    weight = np.random.default_rng(1).normal(size=(*tokens.shape, config.vocab_size)).astype(np.float32)
+    weight *= mask[:, :, None]
+    theirs, their_gradients = hf_side(model, tokens, mask, weight)
+    ours, our_gradients, sums = our_side(config, tiny_models.params_of(model), tokens, mask, weight)
+    real = mask > 0
+    assert_close(ours[real], theirs[real], "logits")
+    our_gradients = by_key(config, our_gradients)
+    assert our_gradients.keys() == their_gradients.keys()
+    largest = max(float(np.abs(value).max()) for value in their_gradients.values())
+    for key, value in their_gradients.items():
+        # With one expert a token the gate is p/p: the router's gradient is zero, and rounding on both sides.
+        constant = key.endswith("block_sparse_moe.gate.weight") and config.experts_per_token == 1
+        assert_close(our_gradients[key], value, f"gradient of {key}", floor=1e-2 * largest if constant else 0.0)
+    return sums
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_gradients(case: str):
+    family, overrides = CASES[case]
+    model = tiny_models.hf_model(family, **overrides)
+    if case == "mixtral-skewed":
+        tiny_models.skew_routing(model)
+    tokens = tiny_models.tokens(2, 40)
+    sums = assert_parity(model, tokens, np.ones_like(tokens))
+    if case == "mixtral-skewed":
+        config = tiny_models.model_config(model)
+        balanced = config.layers * tokens.size * config.experts_per_token / config.experts
+        assert float(sums.assigned_E.max()) > 3 * balanced, "the overflow loop has work to do"
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", ["mistral", "mixtral"])
+def test_padding(family: str, side: str):
+    model = tiny_models.hf_model(family, sliding_window=7)
+    tokens = tiny_models.tokens(3, 24)
+    lengths = np.array([24, 13, 5])[:, None]
+    place = np.arange(24)[None, :]
+    mask = (place >= 24 - lengths if side == "left" else place < lengths).astype(np.int32)
+    assert_parity(model, tokens, mask)
+
+
+@pytest.mark.parametrize("window", [None, 37])
+def test_longer_than_a_query_chunk(window: int | None):
+    length = QUERY_CHUNK + 61
+    tokens = tiny_models.tokens(2, length)
+    mask = np.ones_like(tokens)
+    mask[1, :50] = 0
+    assert_parity(tiny_models.hf_model("mistral", sliding_window=window), tokens, mask)
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [
+        ("mistral", {"sliding_window": 7}),
+        ("mixtral", {}),
+        ("llama", CASES["llama-linear"][1]),
+    ],
+)
+def test_packed_segments_equal_sequences_alone(family: str, overrides: dict[str, Any]):
+    model = tiny_models.hf_model(family, **overrides)
+    bind = binder(tiny_models.model_config(model), dtype=jnp.float32)
+
+    @jax.jit
+    def logits_of(params, tokens, positions, segments):
+        decoder = bind(params)
+        return decoder.logits(decoder(tokens, positions, segments)[0])
+
+    params = tiny_models.params_of(model)
+    lengths, total = [11, 23, 1, 9], 48
+    rows = [tiny_models.tokens(1, length, seed=length) for length in lengths]
+    pad = np.zeros((1, total - sum(lengths)), np.int32)
+    packed = np.concatenate([*rows, pad], axis=1)
+    place = np.concatenate([*(np.arange(length)[None] for length in lengths), pad], axis=1, dtype=np.int32)
+    segment = np.concatenate([*(np.full((1, n), i, np.int32) for i, n in enumerate(lengths, 1)), pad], axis=1)
+    together = np.asarray(logits_of(params, packed, place, segment))
+
+    start = 0
+    for row in rows:
+        alone = np.zeros_like(packed)
+        alone[:, : row.shape[1]] = row
+        real = (np.arange(total)[None] < row.shape[1]).astype(np.int32)
+        ours = np.asarray(logits_of(params, alone, positions(real), real))[:, : row.shape[1]]
+        with torch.no_grad():
+            theirs = model(torch.from_numpy(row).long()).logits.numpy()
+        segment_of_row = together[:, start : start + row.shape[1]]
+        assert_close(segment_of_row, ours, "packed against alone")
+        assert_close(segment_of_row, theirs, "packed against transformers")
+        start += row.shape[1]
+
+
+def test_load_balancing_loss():
+    model = tiny_models.hf_model("mixtral", num_local_experts=8, num_experts_per_tok=2)
+    config = tiny_models.model_config(model)
+    tokens = tiny_models.tokens(3, 20)
+    mask = np.ones_like(tokens)
+    mask[1, 12:] = 0
+    mask[2, :7] = 0
+    with torch.no_grad():
+        theirs = model(
+            torch.from_numpy(tokens).long(),
+            attention_mask=torch.from_numpy(mask),
+            position_ids=torch.from_numpy(positions(mask)).long(),
+            output_router_logits=True,
+        ).aux_loss.item()
+    weight = np.zeros((*tokens.shape, config.vocab_size), np.float32)
+    _, _, sums = our_side(config, tiny_models.params_of(model), tokens, mask, weight)
+    rows = config.layers * mask.sum()
+    assert float(sums.assigned_E.sum()) == rows * config.experts_per_token
+    ours = config.experts * float(jnp.sum(sums.assigned_E / rows * sums.probability_E / rows))
+    assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["mistral", "mixtral"])
+def test_remat_changes_no_gradient(family: str):
+    model = tiny_models.hf_model(family)
+    config, params = tiny_models.model_config(model), tiny_models.params_of(model)
+    tokens = tiny_models.tokens(2, 24)
+    weight = np.random.default_rng(1).normal(size=(*tokens.shape, config.vocab_size)).astype(np.float32)
+    _, kept, _ = our_side(config, params, tokens, np.ones_like(tokens), weight)
+    for remat in ("dots", "minimal", "full"):
+        _, again, _ = our_side(config, params, tokens, np.ones_like(tokens), weight, remat)
+        for key, value in by_key(config, kept).items():
+            assert_close(by_key(config, again)[key], value, f"{remat}: gradient of {key}")
+
+
+def test_a_key_left_out_means_the_default_of_transformers():
+    for family, make in tiny_models.CONFIGS.items():
+        whole = make().to_dict() | {"architectures": [f"{family.capitalize()}ForCausalLM"]}
+        needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        bare = {key: whole[key] for key in (*needed, "architectures")}
+        assert ModelConfig.from_hf(bare) == ModelConfig.from_hf(whole)

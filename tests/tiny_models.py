@@ -1,0 +1,92 @@
+"""Random tiny models of each family on both sides: transformers (PyTorch, eager attention) and ours."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+import transformers
+
+from converters.hf_map import tensors
+from xlam_jax.models.config import ModelConfig
+from xlam_jax.models.params import Params, shapes
+
+VOCAB = 97
+CONFIGS = {
+    "mistral": transformers.MistralConfig,
+    "mixtral": transformers.MixtralConfig,
+    "llama": transformers.LlamaConfig,
+}
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    # Large enough that attention is peaked and the experts disagree: an error then shows.
+    "initializer_range": 0.2,
+}
+
+
+def hf_model(family: str, *, seed: int = 0, **overrides: Any) -> Any:
+    """A transformers model with random weights; its norm scales are random too, so that they matter."""
+    own = {"sliding_window": None} if family == "mistral" else {}
+    torch.manual_seed(seed)
+    config = CONFIGS[family](architectures=[f"{family.capitalize()}ForCausalLM"], **(SIZES | own | overrides))
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.uniform_(0.5, 1.5)
+    return model
+
+
+def skew_routing(model: Any) -> None:
+    """Makes every layer of a Mixtral send nearly all tokens to experts 0 and 1."""
+    with torch.no_grad():
+        model.model.embed_tokens.weight += 1.0
+        for layer in model.model.layers:
+            layer.mlp.gate.weight[0] += 0.5
+            layer.mlp.gate.weight[1] += 0.3
+
+
+def model_config(model: Any) -> ModelConfig:
+    """Our config, as it is read from what the model would save."""
+    return ModelConfig.from_hf(model.config.to_dict())
+
+
+def file_tensors(named: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """Parameters (or gradients) of a transformers model under the names and in the shapes of its files."""
+    out = {}
+    for name, value in named.items():
+        array = value.detach().numpy()
+        name = name.replace(".mlp.gate.", ".block_sparse_moe.gate.")
+        experts = name.partition("mlp.experts")[0] + "block_sparse_moe.experts"
+        if name.endswith("gate_up_proj"):
+            for e, both in enumerate(array):
+                out[f"{experts}.{e}.w1.weight"], out[f"{experts}.{e}.w3.weight"] = np.split(both, 2)
+        elif name.endswith("mlp.experts.down_proj"):
+            out |= {f"{experts}.{e}.w2.weight": one for e, one in enumerate(array)}
+        else:
+            out[name] = array
+    return out
+
+
+def params_of(model: Any) -> Params:
+    """The model's weights in our layout."""
+    config = model_config(model)
+    named = file_tensors(dict(model.named_parameters()))
+    params = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes(config))
+    for tensor in tensors(config):
+        leaf = params
+        for name in tensor.path:
+            leaf = leaf[name]
+        leaf[tensor.at] = tensor.from_hf(named[tensor.key])
+    return params
+
+
+def tokens(rows: int, length: int, seed: int = 0) -> np.ndarray:
+    """Random token ids that avoid the special ones (0 to 2)."""
+    return np.random.default_rng(seed).integers(3, VOCAB, (rows, length), dtype=np.int32)

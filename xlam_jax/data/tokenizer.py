@@ -1,0 +1,121 @@
+"""Tokenizers: Mistral's own, built from the models inside mistral-common, and any fast tokenizer of a HF folder."""
+
+import importlib.util
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from xlam_jax.data.render import chat_template
+from xlam_jax.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+# files of mistral-common: Mistral 7B v0.1, v0.2 and Mixtral use v1, Mistral 7B v0.3 uses v3
+MISTRAL = {
+    "mistral:v1": "tokenizer.model.v1",
+    "mistral:v3": "mistral_instruct_tokenizer_240323.model.v3",
+}
+
+
+def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
+    """Returns a fast tokenizer: "mistral:v1", "mistral:v3", a local Hugging Face folder, or a name on its hub.
+
+    The Mistral ones give mistral-common's ids. Raises `UserError` when there is no such tokenizer.
+    """
+    if name in MISTRAL:
+        return _mistral(MISTRAL[name])
+    if name.startswith("mistral:"):
+        raise UserError(f"tokenizer '{name}': known are {', '.join(MISTRAL)}{nearest(name, MISTRAL)}")
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    known = f"give a folder with tokenizer.json, a name on the Hugging Face hub, or one of {', '.join(MISTRAL)}"
+    if (Path(name).exists() or name.startswith((".", "/", "~"))) and not (
+        Path(name) / "tokenizer_config.json"
+    ).is_file():
+        raise UserError(f"tokenizer '{name}': no tokenizer_config.json there; {known}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"tokenizer '{name}' cannot be loaded ({reason}); {known}") from None
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(f"tokenizer '{name}' is a {type(tokenizer).__name__} without tokenizer.json; {known}")
+    return tokenizer
+
+
+def attach_template(tokenizer: "PreTrainedTokenizerFast") -> "PreTrainedTokenizerFast":
+    """Sets the `xlam` chat template that fits the tokenizer's control tokens; returns the tokenizer."""
+    tokenizer.chat_template = chat_template(tokenizer)
+    return tokenizer
+
+
+def save(tokenizer: "PreTrainedTokenizerFast", folder: str | Path) -> None:
+    """Writes the tokenizer's files with the `xlam` chat template, so that servers render what was trained."""
+    for key in ("is_local", "local_files_only"):  # how it was loaded is no property of the tokenizer
+        tokenizer.init_kwargs.pop(key, None)
+    attach_template(tokenizer).save_pretrained(str(folder))
+
+
+def byte_fallback_bpe(pieces: Sequence[str], scores: Sequence[float], first_byte: int) -> "Tokenizer":
+    """Returns SentencePiece's BPE as a fast tokenizer that gives the same ids.
+
+    `pieces` and their `scores` are in id order, the 256 byte pieces start at id `first_byte`; before them are the
+    unknown, control and user-defined pieces, which never come out of a merge.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+    from tokenizers.models import BPE
+
+    ids = {piece: i for i, piece in enumerate(pieces)}
+    first_merged = first_byte + 256
+    merges: list[tuple[str, str]] = []
+    for merged in sorted(range(first_merged, len(pieces)), key=lambda i: -scores[i]):
+        splits = ((pieces[merged][:cut], pieces[merged][cut:]) for cut in range(1, len(pieces[merged])))
+        pairs = [pair for pair in splits if min(ids.get(part, 0) for part in pair) >= first_merged]
+        merges += sorted(pairs, key=lambda pair: (ids[pair[0]], ids[pair[1]]))
+    tokenizer = Tokenizer(BPE(ids, merges, unk_token=pieces[0], byte_fallback=True, fuse_unk=True, ignore_merges=True))
+    # SentencePiece starts each run of text with a space, and writes a space as "▁"
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    user_defined = [piece for piece in pieces[:first_byte] if re.fullmatch(r"\[REFERENCE_DOC_\d+\]", piece)]
+    if user_defined:  # matched in any text, before merges
+        pattern = "|".join(re.escape(piece) for piece in user_defined)
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return tokenizer
+
+
+def _mistral(file: str) -> "PreTrainedTokenizerFast":
+    from sentencepiece import SentencePieceProcessor
+    from tokenizers import AddedToken
+    from transformers import PreTrainedTokenizerFast
+
+    spec = importlib.util.find_spec("mistral_common")
+    path = Path(spec.origin or "").parent / "data" / file if spec else Path(file)
+    if not path.is_file():
+        raise UserError(f"mistral-common has no file '{file}'; install mistral-common>=1.13")
+    model = SentencePieceProcessor(model_file=str(path))
+    pieces = [model.id_to_piece(i) for i in range(model.vocab_size())]
+    first_byte = pieces.index("<0x00>")
+    backend = byte_fallback_bpe(pieces, [model.get_score(i) for i in range(len(pieces))], first_byte)
+    control = [pieces[i] for i in range(first_byte) if model.is_control(i) or model.is_unknown(i)]
+    backend.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in control])
+    unused = [piece for piece in control if piece.startswith("[control_")]
+    bos, eos, unk = pieces[model.bos_id()], pieces[model.eos_id()], pieces[model.unk_id()]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=bos,
+        eos_token=eos,
+        unk_token=unk,
+        pad_token=unused[-1] if unused else unk,  # byte fallback leaves <unk> without a use
+        extra_special_tokens=[piece for piece in control if piece not in (bos, eos, unk)],
+        clean_up_tokenization_spaces=False,
+    )

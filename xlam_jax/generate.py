@@ -1,0 +1,173 @@
+"""Asks a model from the command line: `python -m xlam_jax.generate --model DIR --messages FILE.json`.
+
+Prints one JSON object a conversation: `{"content", "tool_calls", "finish_reason"}`. The prompt is rendered, and the
+completion parsed, by the same code that renders the training data.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xlam_jax.errors import UserError, run
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from xlam_jax.models.decoder import Decoder
+
+
+def load_model(folder: Path) -> "tuple[Decoder, PreTrainedTokenizerFast]":
+    """Loads a Hugging Face folder, a run folder (its newest step) or a step folder, with its tokenizer.
+
+    Matrices are held, and products computed, in the dtype that the model's config names; norms and routers keep theirs.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from converters.hf_to_orbax import load_hf
+    from xlam_jax.data.tokenizer import load_tokenizer
+    from xlam_jax.models.config import ModelConfig
+    from xlam_jax.models.params import binder
+    from xlam_jax.training import checkpoint
+
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give a Hugging Face folder, a run folder or one of its steps")
+    if checkpoint.is_checkpoint(folder):
+        step = checkpoint.resolve(folder)
+        hf_config, tokenizer = checkpoint.load_hf_config(step), checkpoint.tokenizer_dir(step)
+        params: Any = checkpoint.load_params(step)
+    elif (folder / "config.json").is_file():
+        (hf_config, params), tokenizer = load_hf(folder), folder
+    else:
+        raise UserError(
+            f"{folder}: neither a Hugging Face folder (config.json is missing) nor a checkpoint (checkpoints/STEP is "
+            "missing); give one of the two"
+        )
+    if tokenizer is None:
+        raise UserError(f"{folder}: the checkpoint has no tokenizer; put its files into {folder / 'tokenizer'}")
+    named = str(hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32")
+    dtype = {"bfloat16": jnp.bfloat16, "float16": jnp.float16}.get(named, jnp.float32)
+
+    def cast(path: Any, leaf: Any) -> Any:
+        name = path[-1].key
+        return jnp.asarray(leaf, leaf.dtype if name == "router" or name.endswith("norm") else dtype)
+
+    params = jax.tree_util.tree_map_with_path(cast, params)
+    return binder(ModelConfig.from_hf(hf_config), dtype=dtype)(params), load_tokenizer(str(tokenizer))
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file. Raises `UserError` with the line where it is malformed."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: can't be read ({error.strerror}); a JSON file is expected here") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
+
+
+def conversations(path: Path) -> list[list[dict[str, Any]]]:
+    """Reads a messages file: a list of messages, a list of such lists, or a request object with `messages`."""
+    value = read_json(path)
+    if isinstance(value, dict) and "messages" in value:
+        value = value["messages"]
+    if not isinstance(value, list) or not value:
+        raise UserError(
+            f"{path}: holds {'an empty list' if value == [] else 'a ' + type(value).__name__}; a list of messages like "
+            '[{"role": "user", "content": "…"}], or a list of such lists, is expected'
+        )
+    return value if isinstance(value[0], list) else [value]
+
+
+def complete(
+    model: "Decoder",
+    tokenizer: "PreTrainedTokenizerFast",
+    prompts: list[list[int]],
+    **sampling: Any,
+) -> list[dict[str, Any]]:
+    """Continues rendered prompts; returns content, tool calls and why each ended, in the shape that is printed."""
+    from xlam_jax.data.render import parse_completion
+    from xlam_jax.models.generation import generate
+
+    eos = tokenizer.eos_token_id
+    answers = []
+    for new in generate(model, prompts, eos_id=eos, **sampling):
+        ended = bool(new) and new[-1] == eos
+        text = str(tokenizer.decode(new[:-1] if ended else new, skip_special_tokens=False))
+        content, calls = parse_completion(text)
+        answers.append(
+            {
+                "content": content.strip(),
+                "tool_calls": [{"name": call.name, "arguments": call.arguments} for call in calls or ()],
+                "finish_reason": ("tool_calls" if calls else "stop") if ended else "length",
+            }
+        )
+    return answers
+
+
+def _within(low: float, high: float, kind: type = float) -> Any:
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it when the text is no number
+    return parse
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m xlam_jax.generate", description="Completes conversations with a model."
+    )
+    parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder, run folder or step folder")
+    parser.add_argument("--messages", type=Path, required=True, help="JSON: a list of messages, or a list of lists")
+    parser.add_argument("--tools", type=Path, help="JSON: a list of tool schemas in OpenAI form")
+    parser.add_argument("--max-new-tokens", type=_within(1, 1_000_000, int), default=256, metavar="N")
+    parser.add_argument("--temperature", type=_within(0, 100), default=0.0, help="0 (default): the likeliest token")
+    parser.add_argument("--top-p", type=_within(0, 1), default=1.0, help="draw among this much probability")
+    parser.add_argument("--seed", type=_within(0, 2**31 - 1, int), default=0)
+    args = parser.parse_args()
+    requests = conversations(args.messages)
+    tools = None if args.tools is None else read_json(args.tools)
+    model, tokenizer = load_model(args.model)
+
+    from xlam_jax.data.render import render_prompt
+
+    prompts = []
+    for index, messages in enumerate(requests):
+        where = str(args.messages) if len(requests) == 1 else f"{args.messages}, conversation {index}"
+        try:
+            prompts.append(render_prompt(messages, tools, tokenizer))
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        limit = model.config.max_positions
+        if len(prompts[-1]) >= limit:
+            raise UserError(
+                f"{where}: the prompt has {len(prompts[-1])} tokens, and the model {limit} positions (its "
+                "max_position_embeddings), with none left to answer; shorten the conversation or the tools"
+            )
+        if max(prompts[-1]) >= model.config.vocab_size:
+            raise UserError(
+                f"{args.model}: the tokenizer makes token {max(prompts[-1])}, and the model has "
+                f"{model.config.vocab_size}; they don't belong together"
+            )
+    answers = complete(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+    )
+    for answer in answers:
+        print(json.dumps(answer, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    run(main)
