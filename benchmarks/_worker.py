@@ -1,6 +1,6 @@
 """What both sides of the training-step benchmark share, and the process one side runs in.
 
-`python _worker.py MODULE:CLASS PRECISION` builds `CLASS(PRECISION)`, which compiles and warms up, answers one JSON line,
+`python _worker.py MODULE:CLASS PRECISION` builds `CLASS(PRECISION)`, which compiles and warms up, answers a JSON line,
 and then times steps on request: a line holding a number of steps on stdin, a line `{"seconds": […], "loss": …}` on
 stdout. Between requests it is blocked on a read, so it leaves the cores to the side whose turn it is.
 """

@@ -4,7 +4,8 @@ Our parameters stack the layers (and experts) along leading axes; Hugging Face h
 flattened into one axis, query head h = n × G + g. Each row of the table names the axes on both sides, so that reading
 and writing are the same permutation, and nothing is ever scaled.
 
-Axes: L layers, E experts, D model, N key/value heads, G queries a key/value head, K head size, F MLP width, V vocabulary.
+Axes: L layers, E experts, D model, N key/value heads, G queries a key/value head, K head size, F MLP width,
+V vocabulary.
 """
 
 from collections.abc import Iterator

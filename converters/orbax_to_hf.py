@@ -12,7 +12,7 @@ import numpy as np
 from converters.folders import new_folder, refuse_existing
 from converters.hf_map import Tensor, tensors
 from converters.hf_to_orbax import INDEX, SINGLE
-from xlam_jax.errors import UserError, run
+from xlam_jax.errors import run
 from xlam_jax.models.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -32,15 +32,18 @@ def write_hf(
     config = ModelConfig.from_hf(hf_config)
     shards = _shards(list(tensors(config)), params, dtype, max_shard_bytes)
     folder.mkdir(parents=True)
-    written = [_write_shard(folder / name, shard, params, dtype) for name, shard in shards.items()]
+    kept = {key: value for key, value in hf_config.items() if key not in ("dtype", "torch_dtype")}
+    _write_json(folder / "config.json", kept | {"dtype": str(np.dtype(dtype or params["embedding"].dtype))})
+    written = []
+    for name, shard in shards.items():
+        written.append(_write_shard(folder / name, shard, params, dtype))
+        shutil.copymode(folder / "config.json", folder / name)  # safetensors makes files that only their owner reads
     if len(shards) > 1:
         index = {
             "metadata": {"total_parameters": config.parameters(), "total_size": sum(written)},
             "weight_map": {tensor.key: name for name, shard in shards.items() for tensor in shard},
         }
         _write_json(folder / INDEX, index)
-    kept = {key: value for key, value in hf_config.items() if key not in ("dtype", "torch_dtype")}
-    _write_json(folder / "config.json", kept | {"dtype": str(np.dtype(dtype or params["embedding"].dtype))})
     tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
     generation = {key: hf_config[key] for key in tokens if hf_config.get(key) is not None}
     _write_json(folder / "generation_config.json", {"_from_model_config": True} | generation)

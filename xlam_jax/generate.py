@@ -6,29 +6,37 @@ completion parsed, by the same code that renders the training data.
 
 import argparse
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xlam_jax.errors import UserError, run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from xlam_jax.models.config import ModelConfig
     from xlam_jax.models.decoder import Decoder
+    from xlam_jax.models.params import Params
 
 
-def load_model(folder: Path) -> "tuple[Decoder, PreTrainedTokenizerFast]":
-    """Loads a Hugging Face folder, a run folder (its newest step) or a step folder, with its tokenizer.
+class Found(NamedTuple):
+    """What a model folder holds; its weights are read last, so that a mistake in the request is told at once."""
+
+    config: "ModelConfig"
+    tokenizer: "PreTrainedTokenizerFast"
+    load: "Callable[[], Decoder]"
+
+
+def find_model(folder: Path) -> Found:
+    """Opens a Hugging Face folder, a run folder (its newest step) or a step folder.
 
     Matrices are held, and products computed, in the dtype that the model's config names; norms and routers keep theirs.
     """
-    import jax
-    import jax.numpy as jnp
-
     from converters.hf_to_orbax import load_hf
     from xlam_jax.data.tokenizer import load_tokenizer
-    from xlam_jax.models.config import ModelConfig
-    from xlam_jax.models.params import binder
+    from xlam_jax.models.config import ModelConfig, read_hf_config
     from xlam_jax.training import checkpoint
 
     if not folder.is_dir():
@@ -36,25 +44,40 @@ def load_model(folder: Path) -> "tuple[Decoder, PreTrainedTokenizerFast]":
     if checkpoint.is_checkpoint(folder):
         step = checkpoint.resolve(folder)
         hf_config, tokenizer = checkpoint.load_hf_config(step), checkpoint.tokenizer_dir(step)
-        params: Any = checkpoint.load_params(step)
+        if tokenizer is None:
+            raise UserError(
+                f"{folder}: the checkpoint has no tokenizer beside it; put one into {checkpoint.TOKENIZER}/"
+            )
+        read = partial(checkpoint.load_params, step)
     elif (folder / "config.json").is_file():
-        (hf_config, params), tokenizer = load_hf(folder), folder
+        hf_config, tokenizer = read_hf_config(folder / "config.json"), folder
+
+        def read() -> "Params":
+            return load_hf(folder)[1]
+
     else:
         raise UserError(
             f"{folder}: neither a Hugging Face folder (config.json is missing) nor a checkpoint (checkpoints/STEP is "
             "missing); give one of the two"
         )
-    if tokenizer is None:
-        raise UserError(f"{folder}: the checkpoint has no tokenizer; put its files into {folder / 'tokenizer'}")
+    config = ModelConfig.from_hf(hf_config, str(folder))
     named = str(hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32")
+    return Found(config, load_tokenizer(str(tokenizer)), partial(_load, config, named, read))
+
+
+def _load(config: "ModelConfig", named: str, read: "Callable[[], Params]") -> "Decoder":
+    import jax
+    import jax.numpy as jnp
+
+    from xlam_jax.models.params import binder
+
     dtype = {"bfloat16": jnp.bfloat16, "float16": jnp.float16}.get(named, jnp.float32)
 
     def cast(path: Any, leaf: Any) -> Any:
         name = path[-1].key
         return jnp.asarray(leaf, leaf.dtype if name == "router" or name.endswith("norm") else dtype)
 
-    params = jax.tree_util.tree_map_with_path(cast, params)
-    return binder(ModelConfig.from_hf(hf_config), dtype=dtype)(params), load_tokenizer(str(tokenizer))
+    return binder(config, dtype=dtype)(jax.tree_util.tree_map_with_path(cast, read()))
 
 
 def read_json(path: Path) -> Any:
@@ -92,7 +115,7 @@ def complete(
     from xlam_jax.data.render import parse_completion
     from xlam_jax.models.generation import generate
 
-    eos = tokenizer.eos_token_id
+    eos: Any = tokenizer.eos_token_id
     answers = []
     for new in generate(model, prompts, eos_id=eos, **sampling):
         ended = bool(new) and new[-1] == eos
@@ -134,7 +157,7 @@ def main() -> None:
     args = parser.parse_args()
     requests = conversations(args.messages)
     tools = None if args.tools is None else read_json(args.tools)
-    model, tokenizer = load_model(args.model)
+    found = find_model(args.model)
 
     from xlam_jax.data.render import render_prompt
 
@@ -142,23 +165,23 @@ def main() -> None:
     for index, messages in enumerate(requests):
         where = str(args.messages) if len(requests) == 1 else f"{args.messages}, conversation {index}"
         try:
-            prompts.append(render_prompt(messages, tools, tokenizer))
+            prompts.append(render_prompt(messages, tools, found.tokenizer))
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-        limit = model.config.max_positions
+        limit = found.config.max_positions
         if len(prompts[-1]) >= limit:
             raise UserError(
                 f"{where}: the prompt has {len(prompts[-1])} tokens, and the model {limit} positions (its "
                 "max_position_embeddings), with none left to answer; shorten the conversation or the tools"
             )
-        if max(prompts[-1]) >= model.config.vocab_size:
+        if max(prompts[-1]) >= found.config.vocab_size:
             raise UserError(
                 f"{args.model}: the tokenizer makes token {max(prompts[-1])}, and the model has "
-                f"{model.config.vocab_size}; they don't belong together"
+                f"{found.config.vocab_size}; they don't belong together"
             )
     answers = complete(
-        model,
-        tokenizer,
+        found.load(),
+        found.tokenizer,
         prompts,
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,

@@ -1,5 +1,6 @@
 """The model equals transformers': logits and every parameter's gradient, for each family, in f32."""
 
+from functools import cache
 from typing import Any
 
 import jax
@@ -16,6 +17,8 @@ from xlam_jax.models.params import Params, binder
 
 TOLERANCE = 1e-4
 
+THETA = {"rope_type": "default", "rope_theta": 1_000_000.0}
+LINEAR = {"rope_type": "linear", "rope_theta": 100_000.0, "factor": 4.0}  # deepseek-coder
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500_000.0,
@@ -26,16 +29,19 @@ LLAMA3 = {
 }
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "mistral-v0.1-window": ("mistral", {"sliding_window": 7, "head_dim": 8}),
-    "mistral-head-dim": ("mistral", {"head_dim": 24}),
-    "mistral-theta": ("mistral", {"rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0}}),
-    "mistral-tied": ("mistral", {"tie_word_embeddings": True}),
-    "mistral-group-1": ("mistral", {"num_key_value_heads": 4}),
-    "mistral-group-4": ("mistral", {"num_key_value_heads": 1}),
-    "mixtral-8-top-2": ("mixtral", {"num_local_experts": 8, "num_experts_per_tok": 2}),
-    "mixtral-skewed": ("mixtral", {"num_local_experts": 8, "num_experts_per_tok": 2}),
-    "mixtral-4-top-1": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 1, "tie_word_embeddings": True}),
-    "llama-linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 100_000.0, "factor": 4.0}}),
+    "mistral-v0.1-window-group-4": ("mistral", {"sliding_window": 7, "num_key_value_heads": 1}),
+    "mistral-head-dim-theta": (
+        "mistral",
+        {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 24, "rope_parameters": THETA},
+    ),
+    "mistral-tied-group-1": ("mistral", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
+    "mixtral-8-top-2": ("mixtral", {}),
+    "mixtral-skewed": ("mixtral", {}),
+    "mixtral-4-top-1-window": (
+        "mixtral",
+        {"num_local_experts": 4, "num_experts_per_tok": 1, "tie_word_embeddings": True, "sliding_window": 7},
+    ),
+    "llama-linear": ("llama", {"rope_parameters": LINEAR}),
     "llama3": ("llama", {"rope_parameters": LLAMA3, "head_dim": 16}),
 }
 
@@ -54,17 +60,33 @@ def hf_side(model: Any, tokens: np.ndarray, mask: np.ndarray, weight: np.ndarray
     return logits.detach().numpy(), tiny_models.file_tensors(gradients)
 
 
-def our_side(config: ModelConfig, params: Params, tokens, mask, weight, remat: str = "none"):
+@cache
+def compiled(config: ModelConfig, remat: str, gradients: bool):
+    """A function of parameters, tokens, positions, segments and weight; cases of one shape share its compilation."""
     bind = binder(config, dtype=jnp.float32, remat=remat)
 
-    def loss(params):
+    def loss(params, tokens, positions, segments, weight):
         model = bind(params)
-        hidden, sums, _ = model(jnp.asarray(tokens), jnp.asarray(positions(mask)), jnp.asarray(mask))
+        hidden, sums, _ = model(tokens, positions, segments)
         logits = model.logits(hidden)
         return jnp.sum(logits * weight), (logits, sums)
 
-    (_, (logits, sums)), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-    return np.asarray(logits), jax.device_get(gradients), sums
+    return jax.jit(jax.value_and_grad(loss, has_aux=True) if gradients else loss)
+
+
+def our_logits(model: Any, tokens: np.ndarray, place: np.ndarray, segments: np.ndarray):
+    """Logits and router sums."""
+    run = compiled(tiny_models.model_config(model), "none", False)
+    _, (logits, sums) = run(tiny_models.params_of(model), tokens, place, segments, 0.0)
+    return np.asarray(logits), sums
+
+
+def our_side(model: Any, tokens: np.ndarray, mask: np.ndarray, weight: np.ndarray, remat: str = "none"):
+    """Logits, by file key the gradients of sum(weight × logits), and the router sums."""
+    config = tiny_models.model_config(model)
+    run = compiled(config, remat, True)
+    (_, (logits, sums)), gradients = run(tiny_models.params_of(model), tokens, positions(mask), mask, weight)
+    return np.asarray(logits), by_key(config, jax.device_get(gradients)), sums
 
 
 def by_key(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:
@@ -90,10 +112,9 @@ def assert_parity(model: Any, tokens: np.ndarray, mask: np.ndarray) -> Any:
     weight = np.random.default_rng(1).normal(size=(*tokens.shape, config.vocab_size)).astype(np.float32)
     weight *= mask[:, :, None]
     theirs, their_gradients = hf_side(model, tokens, mask, weight)
-    ours, our_gradients, sums = our_side(config, tiny_models.params_of(model), tokens, mask, weight)
+    ours, our_gradients, sums = our_side(model, tokens, mask, weight)
     real = mask > 0
     assert_close(ours[real], theirs[real], "logits")
-    our_gradients = by_key(config, our_gradients)
     assert our_gradients.keys() == their_gradients.keys()
     largest = max(float(np.abs(value).max()) for value in their_gradients.values())
     for key, value in their_gradients.items():
@@ -118,14 +139,13 @@ def test_logits_and_gradients(case: str):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("family", ["mistral", "mixtral"])
-def test_padding(family: str, side: str):
-    model = tiny_models.hf_model(family, sliding_window=7)
-    tokens = tiny_models.tokens(3, 24)
-    lengths = np.array([24, 13, 5])[:, None]
-    place = np.arange(24)[None, :]
-    mask = (place >= 24 - lengths if side == "left" else place < lengths).astype(np.int32)
-    assert_parity(model, tokens, mask)
+@pytest.mark.parametrize("case", ["mistral-v0.1-window-group-4", "mixtral-8-top-2"])
+def test_padding(case: str, side: str):
+    family, overrides = CASES[case]
+    tokens = tiny_models.tokens(2, 40)
+    lengths, place = np.array([27, 5])[:, None], np.arange(40)[None, :]
+    mask = (place >= 40 - lengths if side == "left" else place < lengths).astype(np.int32)
+    assert_parity(tiny_models.hf_model(family, **overrides), tokens, mask)
 
 
 @pytest.mark.parametrize("window", [None, 37])
@@ -142,37 +162,29 @@ def test_longer_than_a_query_chunk(window: int | None):
     [
         ("mistral", {"sliding_window": 7}),
         ("mixtral", {}),
-        ("llama", CASES["llama-linear"][1]),
+        ("llama", {"rope_parameters": LINEAR}),
     ],
 )
 def test_packed_segments_equal_sequences_alone(family: str, overrides: dict[str, Any]):
     model = tiny_models.hf_model(family, **overrides)
-    bind = binder(tiny_models.model_config(model), dtype=jnp.float32)
-
-    @jax.jit
-    def logits_of(params, tokens, positions, segments):
-        decoder = bind(params)
-        return decoder.logits(decoder(tokens, positions, segments)[0])
-
-    params = tiny_models.params_of(model)
     lengths, total = [11, 23, 1, 9], 48
     rows = [tiny_models.tokens(1, length, seed=length) for length in lengths]
     pad = np.zeros((1, total - sum(lengths)), np.int32)
     packed = np.concatenate([*rows, pad], axis=1)
     place = np.concatenate([*(np.arange(length)[None] for length in lengths), pad], axis=1, dtype=np.int32)
     segment = np.concatenate([*(np.full((1, n), i, np.int32) for i, n in enumerate(lengths, 1)), pad], axis=1)
-    together = np.asarray(logits_of(params, packed, place, segment))
+    together, _ = our_logits(model, packed, place, segment)
 
     start = 0
     for row in rows:
         alone = np.zeros_like(packed)
         alone[:, : row.shape[1]] = row
         real = (np.arange(total)[None] < row.shape[1]).astype(np.int32)
-        ours = np.asarray(logits_of(params, alone, positions(real), real))[:, : row.shape[1]]
+        ours, _ = our_logits(model, alone, positions(real), real)
         with torch.no_grad():
             theirs = model(torch.from_numpy(row).long()).logits.numpy()
         segment_of_row = together[:, start : start + row.shape[1]]
-        assert_close(segment_of_row, ours, "packed against alone")
+        assert_close(segment_of_row, ours[:, : row.shape[1]], "packed against alone")
         assert_close(segment_of_row, theirs, "packed against transformers")
         start += row.shape[1]
 
@@ -191,25 +203,30 @@ def test_load_balancing_loss():
             position_ids=torch.from_numpy(positions(mask)).long(),
             output_router_logits=True,
         ).aux_loss.item()
-    weight = np.zeros((*tokens.shape, config.vocab_size), np.float32)
-    _, _, sums = our_side(config, tiny_models.params_of(model), tokens, mask, weight)
+    _, sums = our_logits(model, tokens, positions(mask), mask)
     rows = config.layers * mask.sum()
     assert float(sums.assigned_E.sum()) == rows * config.experts_per_token
     ours = config.experts * float(jnp.sum(sums.assigned_E / rows * sums.probability_E / rows))
     assert ours == pytest.approx(theirs, rel=1e-5)
 
 
-@pytest.mark.parametrize("family", ["mistral", "mixtral"])
-def test_remat_changes_no_gradient(family: str):
-    model = tiny_models.hf_model(family)
-    config, params = tiny_models.model_config(model), tiny_models.params_of(model)
-    tokens = tiny_models.tokens(2, 24)
-    weight = np.random.default_rng(1).normal(size=(*tokens.shape, config.vocab_size)).astype(np.float32)
-    _, kept, _ = our_side(config, params, tokens, np.ones_like(tokens), weight)
-    for remat in ("dots", "minimal", "full"):
-        _, again, _ = our_side(config, params, tokens, np.ones_like(tokens), weight, remat)
-        for key, value in by_key(config, kept).items():
-            assert_close(by_key(config, again)[key], value, f"{remat}: gradient of {key}")
+@pytest.mark.parametrize(
+    ("case", "remat"),
+    [
+        ("mistral-v0.1-window-group-4", "dots"),
+        ("mistral-v0.1-window-group-4", "minimal"),
+        ("mistral-v0.1-window-group-4", "full"),
+        ("mixtral-8-top-2", "full"),
+    ],
+)
+def test_remat_changes_no_gradient(case: str, remat: str):
+    family, overrides = CASES[case]
+    model, tokens = tiny_models.hf_model(family, **overrides), tiny_models.tokens(2, 40)
+    weight = np.random.default_rng(1).normal(size=(*tokens.shape, tiny_models.VOCAB)).astype(np.float32)
+    _, kept, _ = our_side(model, tokens, np.ones_like(tokens), weight)
+    _, again, _ = our_side(model, tokens, np.ones_like(tokens), weight, remat)
+    for key, value in kept.items():
+        assert_close(again[key], value, f"gradient of {key}")
 
 
 def test_a_key_left_out_means_the_default_of_transformers():

@@ -3,12 +3,16 @@
 Axes: B rows, T queries, S keys, N key/value heads, G queries a key/value head, K head size.
 """
 
+from functools import partial
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from xlam_jax.models.config import ModelConfig
 from xlam_jax.models.linear import dot
+from xlam_jax.parallel import mesh
 
 QUERY_CHUNK = 256
 """Queries that are scored at a time: keys after a chunk, and before its window, are never computed."""
@@ -40,43 +44,93 @@ def rotate(x_BTNGK: jax.Array, positions_BT: jax.Array, frequency: np.ndarray) -
     return rotated.astype(x_BTNGK.dtype)
 
 
+class Places(NamedTuple):
+    """Where queries and keys stand: position in their segment, and segment; segment 0 is padding."""
+
+    q_positions_BT: jax.Array
+    q_segments_BT: jax.Array
+    k_positions_BS: jax.Array
+    k_segments_BS: jax.Array
+
+
 def attend(
-    q_BTNGK: jax.Array,
-    k_BSNK: jax.Array,
-    v_BSNK: jax.Array,
-    *,
-    q_positions_BT: jax.Array,
-    k_positions_BS: jax.Array,
-    q_segments_BT: jax.Array,
-    k_segments_BS: jax.Array,
-    window: int | None,
+    q_BTNGK: jax.Array, k_BSNK: jax.Array, v_BSNK: jax.Array, places: Places, *, window: int | None
 ) -> jax.Array:
     """Softmax attention: a query sees keys of its own segment, at or before its position, within `window`.
 
-    Segment 0 is padding. When T equals S, queries and keys are the same row, in order, and keys that no query of a
-    chunk can see are skipped: positions grow by one within a segment, so a distance in the row is one in positions.
+    Weights are not kept for the backward pass but made again from each row's log-sum, so that memory grows with T and
+    not with T × S (Dao et al., 2205.14135). When T equals S, queries and keys are the same row, in order, and keys
+    that no query of a chunk can see are skipped: a distance in a row is one in positions within a segment.
     """
-    tokens, keys = q_BTNGK.shape[1], k_BSNK.shape[1]
+    q_BNGTK = q_BTNGK.transpose(0, 2, 3, 1, 4)
+    k_BNSK, v_BNSK = k_BSNK.transpose(0, 2, 1, 3), v_BSNK.transpose(0, 2, 1, 3)
+    q_BNGTK, k_BNSK, v_BNSK = mesh.alike(q_BNGTK, k_BNSK, v_BNSK)
+    return _attend(window, q_BNGTK, k_BNSK, v_BNSK, places).transpose(0, 3, 1, 2, 4)
+
+
+def _chunks(tokens: int, keys: int, window: int | None) -> list[tuple[slice, slice]]:
     if tokens != keys:
-        chunks = [(0, tokens, 0, keys)]
-    else:
-        starts = range(0, tokens, QUERY_CHUNK)
-        chunks = [
-            (at, min(at + QUERY_CHUNK, tokens), max(0, at - window + 1) if window else 0, min(at + QUERY_CHUNK, tokens))
-            for at in starts
-        ]
-    outs = []
-    for q0, q1, k0, k1 in chunks:
-        distance_BTS = q_positions_BT[:, q0:q1, None] - k_positions_BS[:, None, k0:k1]
-        seen_BTS = (q_segments_BT[:, q0:q1, None] == k_segments_BS[:, None, k0:k1]) & (distance_BTS >= 0)
-        if window:
-            seen_BTS &= distance_BTS < window
-        bias_BTS = jnp.where(seen_BTS, 0.0, -1e30)
-        outs.append(_softmax_attention(q_BTNGK[:, q0:q1], k_BSNK[:, k0:k1], v_BSNK[:, k0:k1], bias_BTS))
-    return outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=1)
+        return [(slice(0, tokens), slice(0, keys))]
+    ends = [min(start + QUERY_CHUNK, tokens) for start in range(0, tokens, QUERY_CHUNK)]
+    starts = range(0, tokens, QUERY_CHUNK)
+    return [
+        (slice(start, end), slice(max(0, start - window + 1) if window else 0, end))
+        for start, end in zip(starts, ends, strict=True)
+    ]
 
 
-def _softmax_attention(q_BTNGK: jax.Array, k_BSNK: jax.Array, v_BSNK: jax.Array, bias_BTS: jax.Array) -> jax.Array:
-    scores = dot("BTNGK,BSNK->BNGTS", q_BTNGK, k_BSNK) * q_BTNGK.shape[-1] ** -0.5
-    weights_BNGTS = jax.nn.softmax(scores + bias_BTS[:, None, None], axis=-1).astype(q_BTNGK.dtype)
-    return dot("BNGTS,BSNK->BTNGK", weights_BNGTS, v_BSNK).astype(q_BTNGK.dtype)
+def _scores(
+    q_BNGTK: jax.Array, k_BNSK: jax.Array, places: Places, queries: slice, keys: slice, window: int | None
+) -> jax.Array:
+    distance_BTS = places.q_positions_BT[:, queries, None] - places.k_positions_BS[:, None, keys]
+    same_BTS = places.q_segments_BT[:, queries, None] == places.k_segments_BS[:, None, keys]
+    seen_BTS = same_BTS & (distance_BTS >= 0)
+    if window:
+        seen_BTS &= distance_BTS < window
+    scores_BNGTS = dot("BNGTK,BNSK->BNGTS", q_BNGTK[:, :, :, queries], k_BNSK[:, :, keys])
+    scale = q_BNGTK.shape[-1] ** -0.5
+    return scores_BNGTS * scale + jnp.where(seen_BTS, 0.0, -1e30)[:, None, None]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(window, q_BNGTK, k_BNSK, v_BNSK, places: Places) -> jax.Array:
+    return _attend_forward(window, q_BNGTK, k_BNSK, v_BNSK, places)[0]
+
+
+def _attend_forward(window, q_BNGTK, k_BNSK, v_BNSK, places: Places):
+    outs, logs = [], []
+    for queries, keys in _chunks(q_BNGTK.shape[3], k_BNSK.shape[2], window):
+        scores_BNGTS = _scores(q_BNGTK, k_BNSK, places, queries, keys, window)
+        peak_BNGT1 = jnp.max(scores_BNGTS, axis=-1, keepdims=True)
+        weights_BNGTS = jnp.exp(scores_BNGTS - peak_BNGT1)
+        total_BNGT1 = jnp.sum(weights_BNGTS, axis=-1, keepdims=True)
+        out_BNGTK = dot("BNGTS,BNSK->BNGTK", weights_BNGTS.astype(v_BNSK.dtype), v_BNSK[:, :, keys])
+        outs.append((out_BNGTK / total_BNGT1).astype(q_BNGTK.dtype))
+        logs.append(peak_BNGT1 + jnp.log(total_BNGT1))
+    out_BNGTK, log_BNGT1 = jnp.concatenate(outs, axis=3), jnp.concatenate(logs, axis=3)
+    return out_BNGTK, (q_BNGTK, k_BNSK, v_BNSK, places, out_BNGTK, log_BNGT1)
+
+
+def _attend_backward(window, saved, dout_BNGTK: jax.Array):
+    q_BNGTK, k_BNSK, v_BNSK, places, out_BNGTK, log_BNGT1 = saved
+    dtype, scale = q_BNGTK.dtype, q_BNGTK.shape[-1] ** -0.5
+    shift_BNGT1 = jnp.sum(dout_BNGTK.astype(jnp.float32) * out_BNGTK.astype(jnp.float32), axis=-1, keepdims=True)
+    dqs = []
+    dk_BNSK = jnp.zeros(k_BNSK.shape, jnp.float32)
+    dv_BNSK = jnp.zeros(v_BNSK.shape, jnp.float32)
+    for queries, keys in _chunks(q_BNGTK.shape[3], k_BNSK.shape[2], window):
+        dout, q = dout_BNGTK[:, :, :, queries], q_BNGTK[:, :, :, queries]
+        scores_BNGTS = _scores(q_BNGTK, k_BNSK, places, queries, keys, window)
+        weights_BNGTS = jnp.exp(scores_BNGTS - log_BNGT1[:, :, :, queries])
+        dweights_BNGTS = dot("BNGTK,BNSK->BNGTS", dout, v_BNSK[:, :, keys])
+        dscores_BNGTS = (weights_BNGTS * (dweights_BNGTS - shift_BNGT1[:, :, :, queries]) * scale).astype(dtype)
+        dqs.append(dot("BNGTS,BNSK->BNGTK", dscores_BNGTS, k_BNSK[:, :, keys]).astype(dtype))
+        # The narrow operand goes first: it is the one that a CPU transposes.
+        dk = dot("BNGTK,BNGTS->BNKS", q, dscores_BNGTS).transpose(0, 1, 3, 2)
+        dv = dot("BNGTK,BNGTS->BNKS", dout, weights_BNGTS.astype(dtype)).transpose(0, 1, 3, 2)
+        dk_BNSK = dk_BNSK.at[:, :, keys].add(dk)
+        dv_BNSK = dv_BNSK.at[:, :, keys].add(dv)
+    return jnp.concatenate(dqs, axis=3), dk_BNSK.astype(k_BNSK.dtype), dv_BNSK.astype(v_BNSK.dtype), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)

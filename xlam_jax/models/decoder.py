@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from xlam_jax.models.attention import attend, rope_frequencies, rotate
+from xlam_jax.models.attention import Places, attend, rope_frequencies, rotate
 from xlam_jax.models.config import ModelConfig
 from xlam_jax.models.linear import dot, project
 from xlam_jax.models.moe import experts_mlp, route
@@ -140,16 +140,8 @@ class Block(nnx.Module):
             k_BSNK = jax.lax.dynamic_update_slice(cache.k_LBSNK, k_BTNK.astype(cache.k_LBSNK.dtype), at)
             v_BSNK = jax.lax.dynamic_update_slice(cache.v_LBSNK, v_BTNK.astype(cache.v_LBSNK.dtype), at)
             positions_BS, segments_BS = cache.positions_BS, cache.segments_BS
-        out_BTNGK = attend(
-            q_BTNGK,
-            k_BSNK,
-            v_BSNK,
-            q_positions_BT=positions_BT,
-            k_positions_BS=positions_BS,
-            q_segments_BT=segments_BT,
-            k_segments_BS=segments_BS,
-            window=self.config.sliding_window,
-        )
+        places = Places(positions_BT, segments_BT, positions_BS, segments_BS)
+        out_BTNGK = attend(q_BTNGK, k_BSNK, v_BSNK, places, window=self.config.sliding_window)
         out_BTNGK = checkpoint_name(out_BTNGK, "attention")
         y_BTD = mesh.psum(project("BTNGK,NGKD->BTD", out_BTNGK, self._weight("o"), self.dtype), "tensor")
         return y_BTD, None if cache is None else (k_BSNK, v_BSNK)
@@ -230,7 +222,7 @@ class Decoder(nnx.Module):
             block = jax.checkpoint(block, policy=REMAT[self.remat], prevent_cse=False)
         kv = None if cache is None else (cache.k_LBSNK, cache.v_LBSNK)
         x_BTD, (sums, kv) = jax.lax.scan(block, x_BTD, (stacked, kv))
-        if cache is not None:
+        if cache is not None and kv is not None:
             cache = cache._replace(k_LBSNK=kv[0], v_LBSNK=kv[1], length=cache.length + tokens_BT.shape[1])
         sums = None if sums is None else jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), sums)
         return rms_norm(x_BTD, self.final_norm[...], self.config.norm_eps), sums, cache

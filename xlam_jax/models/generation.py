@@ -17,7 +17,7 @@ from xlam_jax.models.decoder import Cache, Decoder
 CHUNK = 256
 """Prompt tokens that are read at a time: bounds the memory of their attention scores."""
 
-SHORTEST = 32
+SHORTEST = 64
 """Prompts, and room for new tokens, are rounded up to a power of two from here on, so that few shapes compile."""
 
 
@@ -138,6 +138,6 @@ def _draw(key: jax.Array, logits_V: jax.Array, top_p: jax.Array) -> jax.Array:
     order_V = jnp.argsort(-logits_V)
     sorted_V = logits_V[order_V]
     probability_V = jax.nn.softmax(sorted_V)
-    before_V = jnp.cumsum(probability_V) - probability_V  # the likeliest has 0 before it: it always stays
-    kept_V = jnp.where(before_V < top_p, sorted_V, -jnp.inf)
+    before_V = jnp.cumsum(probability_V) - probability_V
+    kept_V = jnp.where(before_V < top_p, sorted_V, -jnp.inf).at[0].set(sorted_V[0])  # the likeliest always stays
     return order_V[jax.random.categorical(key, kept_V)].astype(jnp.int32)

@@ -38,8 +38,8 @@ def logical_axes(config: ModelConfig) -> Params:
     for path, logical in leaves.items():
         node = tree
         for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = logical
+            node = node.setdefault(str(key), {})
+        node[str(path[-1])] = logical
     return tree
 
 

@@ -1,0 +1,244 @@
+"""Weights go from Hugging Face to Orbax and back bit for bit; whatever does not fit is told in one message."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from converters import hf_to_orbax, orbax_to_hf
+from converters.hf_map import tensors
+from converters.hf_to_orbax import load_hf
+from xlam_jax.errors import UserError
+from xlam_jax.models.params import shapes
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mistral": ("mistral", {"head_dim": 24}),
+    "mistral-tied": ("mistral", {"tie_word_embeddings": True}),
+    "mixtral": ("mixtral", {"num_local_experts": 4}),
+    "llama": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 100_000.0, "factor": 4.0}}),
+}
+Command = Callable[..., None]
+
+
+@pytest.fixture
+def convert(monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Runs a converter as its command line would."""
+
+    def convert(module: Any, *arguments: object) -> None:
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+        module.main()
+
+    return convert
+
+
+def stored(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    """Dtype, shape and bytes of every tensor of a folder's safetensors."""
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="np") as opened:
+            assert opened.metadata() == {"format": "pt"}
+            for key in opened.keys():  # noqa: SIM118 (safe_open has no iterator)
+                assert key not in found
+                value = opened.get_tensor(key)
+                found[key] = (str(value.dtype), value.shape, value.tobytes())
+    return found
+
+
+def saved(path: Path, name: str, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
+    family, overrides = FAMILIES[name]
+    tiny_models.hf_model(family, **overrides).to(dtype).save_pretrained(path, **options)
+    return path
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_round_trip(name: str, dtype: torch.dtype, tmp_path: Path, convert: Command):
+    original = saved(tmp_path / "hf", name, dtype, max_shard_size="20KB")
+    (original / "tokenizer.json").write_text("{}")
+    (original / "chat_template.jinja").write_text("{{ messages }}")
+    convert(hf_to_orbax, "--hf", original, "--out", tmp_path / "orbax")
+    convert(orbax_to_hf, "--checkpoint", tmp_path / "orbax", "--out", tmp_path / "back", "--max-shard-size", "30KB")
+    back = tmp_path / "back"
+
+    assert stored(back) == stored(original)
+    index = json.loads((back / "model.safetensors.index.json").read_text())
+    assert {key: (back / file).is_file() for key, file in index["weight_map"].items()} == dict.fromkeys(
+        stored(original), True
+    )
+    assert index["metadata"] == json.loads((original / "model.safetensors.index.json").read_text())["metadata"]
+    assert json.loads((back / "config.json").read_text()) == json.loads((original / "config.json").read_text())
+    for file in ("tokenizer.json", "chat_template.jinja"):
+        assert (back / file).read_bytes() == (original / file).read_bytes()
+    assert not list(tmp_path.glob(".*")), "no temporary folder stays"
+
+    theirs, ours = (AutoModelForCausalLM.from_pretrained(folder) for folder in (original, back))
+    tokens = torch.from_numpy(tiny_models.tokens(2, 9)).long()
+    with torch.no_grad():
+        assert ours.dtype == dtype
+        assert torch.equal(ours(tokens).logits, theirs(tokens).logits)
+
+
+def test_one_file_when_it_fits(tmp_path: Path, convert: Command):
+    original = saved(tmp_path / "hf", "mistral")
+    convert(hf_to_orbax, "--hf", original, "--out", tmp_path / "orbax")
+    convert(orbax_to_hf, "--checkpoint", tmp_path / "orbax" / "checkpoints" / "0", "--out", tmp_path / "back")
+    assert stored(tmp_path / "back") == stored(original)
+    assert {file.name for file in (tmp_path / "back").iterdir()} == {
+        "model.safetensors",
+        "config.json",
+        "generation_config.json",
+    }
+    modes = {file.stat().st_mode for file in (tmp_path / "back").iterdir()}
+    assert len(modes) == 1, "a server of another user can read the weights where it can read the config"
+
+
+def test_export_in_another_dtype(tmp_path: Path, convert: Command):
+    convert(hf_to_orbax, "--hf", saved(tmp_path / "hf", "mixtral"), "--out", tmp_path / "orbax")
+    convert(orbax_to_hf, "--checkpoint", tmp_path / "orbax", "--out", tmp_path / "back", "--dtype", "bfloat16")
+    expected = saved(tmp_path / "expected", "mixtral", torch.bfloat16)
+    assert stored(tmp_path / "back") == stored(expected), "rounded as PyTorch rounds"
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_table_covers_the_model(name: str):
+    family, overrides = FAMILIES[name]
+    config = tiny_models.model_config(tiny_models.hf_model(family, **overrides))
+    expected = {
+        tuple(key.key for key in path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(shapes(config))
+    }
+    assert {tensor.path: tensor.stacked_shape for tensor in tensors(config)} == expected
+    assert sum(int(np.prod(tensor.shape)) for tensor in tensors(config)) == config.parameters()
+
+
+def test_buffers_of_old_checkpoints_are_ignored(tmp_path: Path):
+    folder = saved(tmp_path / "hf", "llama")
+    file = folder / "model.safetensors"
+    buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
+    save_file(load_file(file) | buffer, file)
+    load_hf(folder)
+
+
+def test_weights_in_another_dtype_on_request(tmp_path: Path):
+    _, params = load_hf(saved(tmp_path / "hf", "mistral", torch.bfloat16), dtype=np.float32)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(np.float32)}
+
+
+def truncate(folder: Path) -> None:
+    file = folder / "model-00002-of-00008.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def remove_shard(folder: Path) -> None:
+    (folder / "model-00002-of-00008.safetensors").unlink()
+
+
+def edit(folder: Path, change: Callable[[dict[str, np.ndarray]], object]) -> None:
+    file = folder / "model-00007-of-00008.safetensors"
+    values = load_file(file)
+    change(values)
+    save_file(values, file)
+
+
+def break_all(folder: Path) -> None:
+    """A key missing, one extra, one of another shape, and one twice."""
+
+    def change(values: dict[str, np.ndarray]) -> None:
+        values["model.layers.9.mlp.gate_proj.weight"] = values.pop("model.layers.1.mlp.gate_proj.weight")
+        values["model.norm.weight"] = np.ones(31, np.float32)
+        values["model.embed_tokens.weight"] = np.ones((97, 32), np.float32)
+
+    edit(folder, change)
+
+
+def set_config(folder: Path, **values: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = saved(tmp_path_factory.mktemp("weights") / "hf", "mistral", max_shard_size="24KB")
+    assert (folder / "model-00007-of-00008.safetensors").is_file()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (truncate, ["model-00002-of-00008.safetensors: truncated", "bytes", "download this file again"]),
+        (remove_shard, ["model.safetensors.index.json: names 8 shards, of which 1", "model-00002-of-00008"]),
+        (
+            break_all,
+            [
+                "4 tensor(s) differ",
+                "model.layers.1.mlp.gate_proj.weight is missing",
+                "model.layers.9.mlp.gate_proj.weight in model-00007-of-00008.safetensors is not part of this model",
+                "model.norm.weight has shape (31,), config.json means (32,)",
+                "model.embed_tokens.weight is in model-00001-of-00008.safetensors and in model-00007",
+            ],
+        ),
+        (
+            lambda folder: set_config(folder, num_key_value_heads=4),
+            ["self_attn.k_proj.weight has shape (48, 32), config.json means (96, 32)"],
+        ),
+        (
+            lambda folder: set_config(folder, architectures=["Qwen2ForCausalLM"]),
+            ["config.json: architectures is ['Qwen2ForCausalLM']; this project trains MistralForCausalLM"],
+        ),
+        (lambda folder: (folder / "config.json").unlink(), ["config.json: no such file"]),
+        (
+            lambda folder: (folder / "model.safetensors.index.json").unlink(),
+            ["neither model.safetensors nor model.safetensors.index.json", "it holds model-00001"],
+        ),
+        (lambda folder: (folder / "model.safetensors.index.json").write_text("[]"), ["no weight_map"]),
+        (
+            lambda folder: edit(folder, lambda values: values.update({"model.norm.weight": np.ones(32, np.int8)})),
+            ["model.norm.weight is I8; quantized"],
+        ),
+    ],
+    ids=["truncated", "no-shard", "all", "shape", "foreign", "no-config", "no-index", "bad-index", "quantized"],
+)
+def test_what_does_not_fit(
+    sharded: Path, tmp_path: Path, convert: Command, damage: Callable[[Path], object], expected: list[str]
+):
+    folder = tmp_path / "hf"
+    shutil.copytree(sharded, folder)
+    damage(folder)
+    with pytest.raises(UserError) as error:
+        convert(hf_to_orbax, "--hf", folder, "--out", tmp_path / "orbax")
+    for part in expected:
+        assert part in str(error.value)
+    assert not (tmp_path / "orbax").exists()
+
+
+def test_an_existing_output_is_refused(sharded: Path, tmp_path: Path, convert: Command):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "precious").write_text("kept")
+    for module, source in [(hf_to_orbax, "--hf"), (orbax_to_hf, "--checkpoint")]:
+        with pytest.raises(UserError, match="there: exists already"):
+            convert(module, source, sharded, "--out", tmp_path / "there")
+    assert (tmp_path / "there" / "precious").read_text() == "kept"
+
+
+def test_export_of_what_is_no_checkpoint(tmp_path: Path, convert: Command):
+    with pytest.raises(UserError, match="checkpoints"):
+        convert(orbax_to_hf, "--checkpoint", tmp_path, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_shard_size_without_a_unit_is_refused(tmp_path: Path, convert: Command, capsys: Any):
+    with pytest.raises(SystemExit, match="2"):
+        convert(orbax_to_hf, "--checkpoint", tmp_path, "--out", tmp_path / "out", "--max-shard-size", "many")
+    assert "'many' is not a size; write it like 5GB" in capsys.readouterr().err

@@ -1,0 +1,243 @@
+"""The training command as a user meets it: start, kill, resume, other meshes, wrong input."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import ROOT, Commands, same_arrays, train_losses
+
+from xlam_jax.training import checkpoint
+
+TRAIN = "xlam_jax.train"
+
+
+def final_state(run: Path) -> object:
+    """Parameters of the last checkpoint."""
+    return checkpoint.load_params(checkpoint.resolve(run))
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+    """Returns once metrics.jsonl tells of `step`."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        assert process.poll() is None, f"ended before step {step}: {process.stderr.read() if process.stderr else ''}"
+        path = run / "metrics.jsonl"
+        if path.exists() and any(f'"step": {step},' in line for line in path.read_text().splitlines()):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} not reached")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_killed_runs_end_with_the_same_bits(commands: Commands, tiny_config: Path, tmp_path: Path, dtype: str):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    common = ("--config", tiny_config, f"model.compute_dtype={dtype}")
+    commands.run(TRAIN, *common, f"output_dir={whole}")
+    for step in (2, 4, 8):  # before the first checkpoint (3), just after it, and in the middle of a later interval
+        process = commands.start(TRAIN, *common, f"output_dir={killed}")
+        wait_for_step(killed, step, process)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    result = commands.run(TRAIN, *common, f"output_dir={killed}")
+    assert "continuing" in result.stderr
+    assert train_losses(whole) == train_losses(killed)
+    assert list(train_losses(whole)) == list(range(1, 11))
+    assert same_arrays(final_state(whole), final_state(killed))
+
+
+def test_sigterm_saves_and_the_run_goes_on(commands: Commands, tiny_config: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    common = ("--config", tiny_config, f"output_dir={run}", "train.steps=2000", "checkpoint.every=1000")
+    stopped = 0
+    for _ in range(2):
+        process = commands.start(TRAIN, *common)
+        wait_for_step(run, stopped + 3, process)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        assert not stopped or f"continuing {run} after step {stopped}" in err
+        stopped = int(re.findall(r"stopped by SIGTERM after step (\d+), saved", err)[0])
+        assert checkpoint.resolve(run).name == str(stopped)
+    assert list(train_losses(run)) == list(range(1, stopped + 1))
+
+
+def test_meshes_agree(commands: Commands, tiny_config: Path, tmp_path: Path):
+    meshes = {
+        "one": {},
+        "fsdp8": {"fsdp": 8},
+        "fsdp4_tensor2": {"fsdp": 4, "tensor": 2},
+        "data2_fsdp4": {"data": 2, "fsdp": 4},
+    }
+    losses = {}
+    for name, axes in meshes.items():
+        overrides = [f"mesh.{axis}={size}" for axis, size in axes.items()]
+        devices = int(np.prod(list(axes.values()))) if axes else 1
+        run = tmp_path / name
+        commands.run(
+            TRAIN, "--config", tiny_config, f"output_dir={run}", f"mesh.cpu_devices={devices}", *overrides,
+            "checkpoint.every=100", "eval.every=100",
+        )  # fmt: skip
+        losses[name] = train_losses(run)
+    assert len(losses["one"]) == 10
+    for name in meshes:
+        np.testing.assert_allclose(list(losses[name].values()), list(losses["one"].values()), rtol=1e-5, err_msg=name)
+
+
+def test_one_compilation_of_the_step(commands: Commands, tiny_config: Path, tmp_path: Path):
+    result = commands.run(TRAIN, "--config", tiny_config, f"output_dir={tmp_path / 'run'}", JAX_LOG_COMPILES="1")
+    assert len(re.findall(r"Compiling jit\(step\)", result.stderr)) == 1
+
+
+def test_a_run_is_told_and_recorded(commands: Commands, tiny_config: Path, tmp_path: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = tmp_path / "run"
+    result = commands.run(TRAIN, "--config", tiny_config, f"output_dir={run}")
+    assert re.search(
+        r"step 7/10  loss [\d.]+  [\d,]+ tok/s  trained \d+%  lr [\d.e-]+  grad norm [\d.]+  left \d+:\d\d", result.stderr
+    )
+    assert "\x1b" not in result.stderr  # plain lines where there is no terminal
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    assert [point.step for point in events.Scalars("train/loss")] == list(range(1, 11))
+    assert [point.step for point in events.Scalars("heldout/loss")] == [0, 5, 10]
+    kept = sorted(int(step.name) for step in (run / "checkpoints").iterdir())
+    assert kept == [9, 10]
+    again = commands.run(TRAIN, "--config", tiny_config, f"output_dir={run}")
+    assert "is finished: 10 of 10 steps" in again.stderr
+
+
+def test_another_config_in_the_folder_is_refused(commands: Commands, tiny_config: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    common = ("--config", tiny_config, f"output_dir={run}")
+    commands.run(TRAIN, *common, "train.steps=3")
+    message = commands.fails(TRAIN, *common, "train.steps=3", "train.learning_rate=1e-4", "eval.every=7")
+    assert "train.learning_rate: 0.005 in the run, 0.0001 now" in message
+    assert "eval.every" not in message
+    message = commands.fails(TRAIN, *common, "train.steps=3", "model.overrides.num_hidden_layers=1")
+    assert "num_hidden_layers" in message
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").touch()
+    assert "not a run" in commands.fails(TRAIN, "--config", tiny_config, f"output_dir={tmp_path / 'other'}")
+
+
+def test_microbatches_give_the_gradient_of_the_whole(commands: Commands, tiny_config: Path, tmp_path: Path):
+    losses = {}
+    for parts in (1, 2, 8):
+        run = tmp_path / str(parts)
+        commands.run(
+            TRAIN, "--config", tiny_config, f"output_dir={run}", f"train.microbatches={parts}",
+            "train.router_aux_weight=0", "checkpoint.every=100", "eval.every=100",
+        )  # fmt: skip
+        losses[parts] = list(train_losses(run).values())
+    np.testing.assert_allclose(losses[2], losses[1], rtol=1e-5)
+    np.testing.assert_allclose(losses[8], losses[1], rtol=1e-5)
+
+
+GOOD = json.loads((ROOT / "examples/quickstart/hammer.jsonl").read_text(encoding="utf-8").splitlines()[0])
+NO_ANSWER = {**GOOD, "conversation": [{"role": "user", "content": "Hello?"}]}
+UNDECLARED = json.loads(json.dumps(GOOD))
+for turn in UNDECLARED["conversation"]:
+    for call in turn.get("tool_calls", []):
+        call["function"]["name"] += "s"
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{broken", "malformed-json"),
+        (json.dumps(NO_ANSWER), "no-assistant-turn"),
+        (json.dumps(UNDECLARED), "undeclared-tool"),
+    ],
+)
+def test_bad_rows(commands: Commands, tiny_config: Path, tmp_path: Path, line: str, reason: str):
+    rows = [json.dumps({**GOOD, "unique_trajectory_id": str(at)}) for at in range(30)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join([*rows[:2], line, *rows[2:]]) + "\n", encoding="utf-8")
+    arguments = ("--config", tiny_config, f"output_dir={tmp_path / 'run'}", "train.steps=2", "train.warmup_steps=0",
+                 f"data.sources=[{{name: mine, files: [{file}]}}]")  # fmt: skip
+    message = commands.fails(TRAIN, *arguments)
+    assert f"{file}:3: {reason}: " in message
+    dropped = commands.run(TRAIN, *arguments, "data.on_invalid=drop")
+    assert f"dropped: 1 {reason}" in dropped.stderr
+
+
+def test_wrong_input(commands: Commands, tiny_config: Path, tmp_path: Path):
+    common = ("--config", tiny_config, f"output_dir={tmp_path / 'run'}")
+    assert "no such file" in commands.fails(TRAIN, "--config", "configs/quickstrat.yaml")
+    missing = commands.fails(TRAIN, *common, "data.sources=[{name: a, files: [nowhere.jsonl]}]")
+    assert "nowhere.jsonl" in missing
+    assert "no such folder" in commands.fails(TRAIN, *common, "model.init_from=nowhere")
+    mesh = commands.fails(TRAIN, *common, "mesh.fsdp=2", "mesh.data=2")
+    assert "data 2 × fsdp 2 × tensor 1 does not fit the 1 cpu device(s)" in mesh
+    tokens = commands.fails(TRAIN, *common, "model.overrides.vocab_size=100")
+    assert "2048 tokens, more than the model's vocab_size, 100" in tokens
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_of_another_model_are_refused(commands: Commands, tiny_config: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    commands.run(TRAIN, "--config", tiny_config, f"output_dir={run}", "train.steps=2")
+    message = commands.fails(
+        TRAIN, "--config", tiny_config, f"output_dir={tmp_path / 'other'}", f"model.init_from={run}",
+        "model.overrides.intermediate_size=32",
+    )  # fmt: skip
+    assert "checkpoint of another model" in message
+    assert "blocks.w1 is (2, 4, 64, 64) in the checkpoint and (2, 4, 64, 32) in the model" in message
+
+
+def test_init_from_starts_with_those_weights(commands: Commands, tiny_config: Path, tmp_path: Path):
+    run, hf = tmp_path / "run", tmp_path / "hf"
+    commands.run(TRAIN, "--config", tiny_config, f"output_dir={run}")
+    commands.run("converters.orbax_to_hf", "--checkpoint", run, "--out", hf)
+    last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
+    for name, source in (("orbax", run), ("hf", hf)):
+        again = tmp_path / name
+        commands.run(TRAIN, "--config", tiny_config, f"output_dir={again}", f"model.init_from={source}")
+        first = json.loads((again / "metrics.jsonl").read_text().splitlines()[0])
+        assert (first["step"], first["kind"]) == (0, "heldout")
+        assert first["loss"] == pytest.approx(last["loss"], rel=1e-6)
+
+
+def test_full_disk_keeps_the_previous_checkpoint(commands: Commands, tiny_config: Path, tmp_path: Path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    # The whole story happens in a mount namespace of its own, with a small disk that ends with it.
+    script = f"""
+        mount -t tmpfs -o size=4m tmpfs {disk} || exit 90
+        {sys.executable} -m {TRAIN} --config {tiny_config} output_dir={disk}/run checkpoint.every=2 checkpoint.keep=9
+        echo "train ended with $?"
+        {sys.executable} -c "
+from pathlib import Path
+from xlam_jax.training import checkpoint
+step = checkpoint.resolve(Path('{disk}/run'))
+checkpoint.load_params(step)
+print('loadable step', step.name)"
+    """
+    result = subprocess.run(
+        ["unshare", "--mount", "--map-root-user", "sh", "-c", script],
+        cwd=ROOT, env=commands.environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert "train ended with 2" in result.stdout, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    assert re.search(r"error: .*the disk is full .* step (\d+) is whole and stays", result.stderr)
+    assert re.search(r"loadable step \d+", result.stdout)
+
+
+def test_config_errors_and_help_answer_at_once(commands: Commands, tiny_config: Path):
+    for arguments in (("--help",), ("--config", tiny_config, "train.stepz=3"), ("--config", tiny_config, "--print-config")):
+        times = []
+        for _ in range(3):  # the best of three: the machine may be busy, the command is not
+            began = time.monotonic()
+            subprocess.run([sys.executable, "-m", TRAIN, *map(str, arguments)], cwd=ROOT, capture_output=True, check=False)
+            times.append(time.monotonic() - began)
+        assert min(times) < 2, (arguments, times)
+
+
