@@ -116,7 +116,7 @@ def train(resolved: Resolved, run: Path) -> int:
         jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
 
     from xlam_jax.models.params import initialize
-    from xlam_jax.parallel.mesh import make_mesh
+    from xlam_jax.parallel.mesh import batch_spec, make_mesh
     from xlam_jax.training import checkpoint
     from xlam_jax.training import step as steps
     from xlam_jax.training.optimizer import optimizer, schedule
@@ -162,7 +162,7 @@ def train(resolved: Resolved, run: Path) -> int:
 
     # ---- compile: once --------------------------------------------------------------------------------------------
     dtype = jnp.dtype(config.model.compute_dtype)
-    placed = jax.sharding.NamedSharding(mesh, steps.BATCH_SPEC)
+    placed = jax.sharding.NamedSharding(mesh, batch_spec(mesh))
 
     def place(rows: pipeline.Row) -> steps.Batch:
         return steps.Batch(*(jax.make_array_from_process_local_data(placed, column) for column in rows))

@@ -22,8 +22,8 @@ FILES = {
     "seal_tools": ["dev.jsonl", "tool.jsonl"],
     "hammer": ["apibank_l1.json", "toolalpaca.json"],
 }
-COUNTS = {"webshop": 95, "hotpotqa": 180, "seal_tools": 130, "hammer": 180}
-PARALLEL = 40  # Seal-Tools rows with several calls, on top of those with one
+COUNTS = {"webshop": 30, "hotpotqa": 180, "seal_tools": 120, "hammer": 180}
+PARALLEL = 10  # Seal-Tools rows with several calls, on top of those with one
 LONGEST = 3400  # characters; about 1000 tokens of the quickstart's tokenizer
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from xlam_jax.models.config import ModelConfig
 from xlam_jax.models.linear import dot
@@ -107,7 +108,9 @@ def _attend_forward(window, q_BNGTK, k_BNSK, v_BNSK, places: Places):
         out_BNGTK = dot("BNGTS,BNSK->BNGTK", weights_BNGTS.astype(v_BNSK.dtype), v_BNSK[:, :, keys])
         outs.append((out_BNGTK / total_BNGT1).astype(q_BNGTK.dtype))
         logs.append(peak_BNGT1 + jnp.log(total_BNGT1))
-    out_BNGTK, log_BNGT1 = jnp.concatenate(outs, axis=3), jnp.concatenate(logs, axis=3)
+    # Named, so that a remat policy can keep both and spare the backward pass a second forward.
+    out_BNGTK = checkpoint_name(jnp.concatenate(outs, axis=3), "attention")
+    log_BNGT1 = checkpoint_name(jnp.concatenate(logs, axis=3), "attention")
     return out_BNGTK, (q_BNGTK, k_BNSK, v_BNSK, places, out_BNGTK, log_BNGT1)
 
 
@@ -116,8 +119,8 @@ def _attend_backward(window, saved, dout_BNGTK: jax.Array):
     dtype, scale = q_BNGTK.dtype, q_BNGTK.shape[-1] ** -0.5
     shift_BNGT1 = jnp.sum(dout_BNGTK.astype(jnp.float32) * out_BNGTK.astype(jnp.float32), axis=-1, keepdims=True)
     dqs = []
-    dk_BNSK = jnp.zeros(k_BNSK.shape, jnp.float32)
-    dv_BNSK = jnp.zeros(v_BNSK.shape, jnp.float32)
+    dk_BNKS = jnp.zeros((*k_BNSK.shape[:2], k_BNSK.shape[3], k_BNSK.shape[2]), jnp.float32)
+    dv_BNKS = jnp.zeros_like(dk_BNKS)
     for queries, keys in _chunks(q_BNGTK.shape[3], k_BNSK.shape[2], window):
         dout, q = dout_BNGTK[:, :, :, queries], q_BNGTK[:, :, :, queries]
         scores_BNGTS = _scores(q_BNGTK, k_BNSK, places, queries, keys, window)
@@ -125,11 +128,10 @@ def _attend_backward(window, saved, dout_BNGTK: jax.Array):
         dweights_BNGTS = dot("BNGTK,BNSK->BNGTS", dout, v_BNSK[:, :, keys])
         dscores_BNGTS = (weights_BNGTS * (dweights_BNGTS - shift_BNGT1[:, :, :, queries]) * scale).astype(dtype)
         dqs.append(dot("BNGTS,BNSK->BNGTK", dscores_BNGTS, k_BNSK[:, :, keys]).astype(dtype))
-        # The narrow operand goes first: it is the one that a CPU transposes.
-        dk = dot("BNGTK,BNGTS->BNKS", q, dscores_BNGTS).transpose(0, 1, 3, 2)
-        dv = dot("BNGTK,BNGTS->BNKS", dout, weights_BNGTS.astype(dtype)).transpose(0, 1, 3, 2)
-        dk_BNSK = dk_BNSK.at[:, :, keys].add(dk)
-        dv_BNSK = dv_BNSK.at[:, :, keys].add(dv)
+        # Keys last until the end: then a CPU has the narrow operand to transpose, not the scores.
+        dk_BNKS = dk_BNKS.at[:, :, :, keys].add(dot("BNGTK,BNGTS->BNKS", q, dscores_BNGTS))
+        dv_BNKS = dv_BNKS.at[:, :, :, keys].add(dot("BNGTK,BNGTS->BNKS", dout, weights_BNGTS.astype(dtype)))
+    dk_BNSK, dv_BNSK = dk_BNKS.swapaxes(2, 3), dv_BNKS.swapaxes(2, 3)
     return jnp.concatenate(dqs, axis=3), dk_BNSK.astype(k_BNSK.dtype), dv_BNSK.astype(v_BNSK.dtype), None
 
 

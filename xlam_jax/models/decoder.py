@@ -28,6 +28,10 @@ REMAT = {
 or only its input."""
 
 
+UNROLLED = 4
+"""Models of at most so many layers are compiled without a loop."""
+
+
 class Cache(NamedTuple):
     """Keys and values of the tokens so far, for generation; a slot whose segment is 0 is empty."""
 
@@ -142,7 +146,6 @@ class Block(nnx.Module):
             positions_BS, segments_BS = cache.positions_BS, cache.segments_BS
         places = Places(positions_BT, segments_BT, positions_BS, segments_BS)
         out_BTNGK = attend(q_BTNGK, k_BSNK, v_BSNK, places, window=self.config.sliding_window)
-        out_BTNGK = checkpoint_name(out_BTNGK, "attention")
         y_BTD = mesh.psum(project("BTNGK,NGKD->BTD", out_BTNGK, self._weight("o"), self.dtype), "tensor")
         return y_BTD, None if cache is None else (k_BSNK, v_BSNK)
 
@@ -221,7 +224,9 @@ class Decoder(nnx.Module):
         if self.remat != "none":
             block = jax.checkpoint(block, policy=REMAT[self.remat], prevent_cse=False)
         kv = None if cache is None else (cache.k_LBSNK, cache.v_LBSNK)
-        x_BTD, (sums, kv) = jax.lax.scan(block, x_BTD, (stacked, kv))
+        # A few layers are not worth a loop: it copies each layer's weights, residuals and gradients in and out.
+        unroll = self.config.layers <= UNROLLED
+        x_BTD, (sums, kv) = jax.lax.scan(block, x_BTD, (stacked, kv), unroll=unroll)
         if cache is not None and kv is not None:
             cache = cache._replace(k_LBSNK=kv[0], v_LBSNK=kv[1], length=cache.length + tokens_BT.shape[1])
         sums = None if sums is None else jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), sums)

@@ -39,8 +39,8 @@ def route(expert_SK: jax.Array, experts: int) -> Route:
     """Lays assignments out; `expert_SK` equal to `experts` means that the token goes nowhere (padding)."""
     tokens, per_token = expert_SK.shape
     assignments = tokens * per_token
-    capacity = -(-assignments // experts)
-    rows = min(TILE, -(-capacity // 8) * 8)
+    capacity = -(-assignments // experts // 8) * 8
+    rows = min(TILE, capacity)
     tile_slots = assignments // rows + experts  # the most that any imbalance can need
 
     expert_A = expert_SK.reshape(-1)

@@ -61,9 +61,15 @@ def _misfit(sizes: Mapping[str, int], devices: int) -> str:
     )
 
 
-def spec(logical: tuple[str, ...]) -> PartitionSpec:
-    """The partition of a parameter with these logical axes."""
-    return PartitionSpec(*(RULES[name] for name in logical))
+def spec(logical: tuple[str, ...], mesh: Mesh) -> PartitionSpec:
+    """The partition of a parameter with these logical axes. An axis of one device splits nothing and is left out, so
+    that no collective is ever made for it."""
+    return PartitionSpec(*(axis if (axis := RULES[name]) and mesh.shape[axis] > 1 else None for name in logical))
+
+
+def batch_spec(mesh: Mesh) -> PartitionSpec:
+    """The partition of a batch's rows."""
+    return PartitionSpec(tuple(axis for axis in BATCH_AXES if mesh.shape[axis] > 1) or None)
 
 
 def shardings(specs: Any, mesh: Mesh) -> Any:
@@ -77,7 +83,8 @@ def shardings(specs: Any, mesh: Mesh) -> Any:
 
 
 def _manual(axis: str) -> bool:
-    return axis in jax.sharding.get_abstract_mesh().manual_axes
+    mesh = jax.sharding.get_abstract_mesh()
+    return axis in mesh.manual_axes and mesh.shape[axis] > 1
 
 
 def gather(shard: jax.Array, logical: tuple[str, ...], dtype: jnp.dtype) -> jax.Array:

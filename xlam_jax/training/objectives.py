@@ -10,38 +10,59 @@ from xlam_jax.models.decoder import RouterSums
 from xlam_jax.models.linear import project
 from xlam_jax.parallel import mesh
 
-LOSS_CHUNK = 2048
+LOSS_CHUNK = 512
 """Tokens whose logits exist at one time on a device."""
 
 
-def token_log_probabilities(hidden_BTD: jax.Array, head_VD: jax.Array, labels_BT: jax.Array) -> jax.Array:
-    """log p(label) of each token in f32, [B, T].
+def token_log_probabilities(
+    hidden_BTD: jax.Array, head_VD: jax.Array, labels_BT: jax.Array, counted_BT: jax.Array
+) -> jax.Array:
+    """log p(label) of each token that counts, in f32, [B, T]; 0 where `counted_BT` is false.
 
-    Logits are made a chunk of tokens at a time and made again for the gradient, so that those of a whole batch are
-    never held. The vocabulary may be split over the tensor axis.
+    Tokens that count are brought to the front, and logits are made a chunk of them at a time, and made again for the
+    gradient: those of a whole batch are never held, and those of prompts never made. The vocabulary may be split over
+    the tensor axis.
     """
-    rows, tokens, width = hidden_BTD.shape
-    chunks = max(1, -(-rows * tokens // LOSS_CHUNK))
-    while tokens % chunks:  # whole columns of the batch: a chunk is [B, T / chunks]
-        chunks += 1
     head_VD, hidden_BTD = mesh.alike(head_VD, hidden_BTD)
+    order_S = jnp.argsort(~counted_BT.reshape(-1), stable=True)
+    inverse_S = jnp.argsort(order_S)
+    hidden_SD = _permute(hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), *mesh.alike(order_S, inverse_S))
+    labels_S, counted_S = labels_BT.reshape(-1)[order_S], counted_BT.reshape(-1)[order_S]
+
+    def score(hidden_CD: jax.Array, labels_C: jax.Array) -> jax.Array:
+        logits_CV = project("CD,VD->CV", hidden_CD, head_VD, hidden_CD.dtype, out=jnp.float32)
+        peak_C = mesh.pmax(jax.lax.stop_gradient(jnp.max(logits_CV, axis=-1)), "tensor")
+        total_C = mesh.psum(jnp.sum(jnp.exp(logits_CV - peak_C[:, None]), axis=-1), "tensor")
+        first = mesh.index("tensor") * logits_CV.shape[-1]
+        mine_CV = (labels_C - first)[:, None] == jnp.arange(logits_CV.shape[-1])
+        label_C = mesh.psum(jnp.sum(jnp.where(mine_CV, logits_CV, 0.0), axis=-1), "tensor")
+        return label_C - peak_C - jnp.log(total_C)
+
+    def skip(_: jax.Array, labels_C: jax.Array) -> jax.Array:
+        return mesh.vary(jnp.zeros(labels_C.shape), mesh.varying(labels_C))
 
     @jax.checkpoint
-    def chunk(hidden_BCD: jax.Array, labels_BC: jax.Array) -> jax.Array:
-        logits_BCV = project("BTD,VD->BTV", hidden_BCD, head_VD, hidden_BCD.dtype, out=jnp.float32)
-        peak_BC = mesh.pmax(jax.lax.stop_gradient(jnp.max(logits_BCV, axis=-1)), "tensor")
-        total_BC = mesh.psum(jnp.sum(jnp.exp(logits_BCV - peak_BC[..., None]), axis=-1), "tensor")
-        first = mesh.index("tensor") * logits_BCV.shape[-1]
-        mine_BCV = (labels_BC - first)[..., None] == jnp.arange(logits_BCV.shape[-1])
-        label_BC = mesh.psum(jnp.sum(jnp.where(mine_BCV, logits_BCV, 0.0), axis=-1), "tensor")
-        return label_BC - peak_BC - jnp.log(total_BC)
+    def chunk(hidden_CD: jax.Array, labels_C: jax.Array, counted_C: jax.Array) -> jax.Array:
+        return jax.lax.cond(jnp.any(counted_C), score, skip, hidden_CD, labels_C)
 
-    if chunks == 1:
-        return chunk(hidden_BTD, labels_BT)
-    hidden_NBCD = jnp.moveaxis(hidden_BTD.reshape(rows, chunks, tokens // chunks, width), 1, 0)
-    labels_NBC = jnp.moveaxis(labels_BT.reshape(rows, chunks, tokens // chunks), 1, 0)
-    out_NBC = jax.lax.map(lambda part: chunk(*part), (hidden_NBCD, labels_NBC))
-    return jnp.moveaxis(out_NBC, 0, 1).reshape(rows, tokens)
+    chunks = -(-labels_S.size // LOSS_CHUNK)
+    while labels_S.size % chunks:
+        chunks += 1
+    parts = jax.tree.map(lambda leaf: leaf.reshape(chunks, -1, *leaf.shape[1:]), (hidden_SD, labels_S, counted_S))
+    log_p_S = jax.lax.map(lambda part: chunk(*part), parts).reshape(-1)
+    return jnp.where(counted_BT, log_p_S[inverse_S].reshape(labels_BT.shape), 0.0)
+
+
+@jax.custom_vjp
+def _permute(x_SD: jax.Array, order_S: jax.Array, inverse_S: jax.Array) -> jax.Array:
+    """Rows in another order. Its gradient is a gather too: a scatter is slow, and on a GPU not ordered."""
+    return x_SD[order_S]
+
+
+_permute.defvjp(
+    lambda x_SD, order_S, inverse_S: (x_SD[order_S], inverse_S),
+    lambda inverse_S, dy_SD: (dy_SD[inverse_S], None, None),
+)
 
 
 def load_balancing(sums: RouterSums, layers: int, tokens: jax.Array) -> jax.Array:

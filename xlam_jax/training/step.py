@@ -53,9 +53,6 @@ class Sums(NamedTuple):
     """Load-balancing loss × real tokens."""
 
 
-BATCH_SPEC = PartitionSpec(meshes.BATCH_AXES)
-
-
 def abstract_state(model: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh) -> State:
     """Shapes, dtypes and shardings of the state: moments lie as their parameters do, counters on every device."""
     placed = jax.tree.map(_placed, shapes(model), param_shardings(model, mesh))
@@ -87,20 +84,22 @@ def init_state(abstract: State, tx: optax.GradientTransformation, params: Callab
     return State(placed, jax.jit(tx.init, out_shardings=places.opt)(placed))
 
 
-def param_specs(model: ModelConfig) -> Any:
+def param_specs(model: ModelConfig, mesh: Mesh) -> Any:
     """The partition of each parameter."""
-    return jax.tree.map(meshes.spec, logical_axes(model), is_leaf=lambda node: isinstance(node, tuple))
+    return jax.tree.map(
+        lambda logical: meshes.spec(logical, mesh), logical_axes(model), is_leaf=lambda node: isinstance(node, tuple)
+    )
 
 
 def param_shardings(model: ModelConfig, mesh: Mesh) -> Any:
     """The sharding of each parameter on `mesh`."""
-    return meshes.shardings(param_specs(model), mesh)
+    return meshes.shardings(param_specs(model, mesh), mesh)
 
 
 def _sums(model: Decoder, batch: Batch) -> Sums:
     """This device's sums for its rows; differentiable in loss and aux."""
     hidden_BTD, router, _ = model(batch.tokens_BT, batch.positions_BT, batch.segments_BT)
-    log_p_BT = token_log_probabilities(hidden_BTD, model.head_VD(), batch.labels_BT)
+    log_p_BT = token_log_probabilities(hidden_BTD, model.head_VD(), batch.labels_BT, batch.weights_BT != 0)
     tokens = meshes.psum(jnp.sum(batch.segments_BT > 0).astype(jnp.float32), *meshes.BATCH_AXES)
     aux = jnp.zeros(())
     if router is not None:
@@ -122,7 +121,7 @@ def make_train_step(
 ) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
     """Builds the step. Metrics: loss (mean over trained tokens), aux_loss, grad_norm, tokens, trained_tokens."""
     bind = binder(model, dtype=compute_dtype, remat=remat)
-    specs = param_specs(model)
+    specs = param_specs(model, mesh)
 
     def gradients(params: Params, batch: Batch) -> tuple[Params, Sums]:
         # Denominators come from the whole batch before any part of it is computed.
@@ -147,7 +146,7 @@ def make_train_step(
         return jax.lax.scan(add, zero, parts)[0]
 
     sharded = jax.shard_map(
-        gradients, mesh=mesh, in_specs=(specs, BATCH_SPEC), out_specs=(specs, Sums(*(PartitionSpec(),) * 4))
+        gradients, mesh=mesh, in_specs=(specs, meshes.batch_spec(mesh)), out_specs=(specs, Sums(*(PartitionSpec(),) * 4))
     )
 
     def step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
@@ -167,7 +166,7 @@ def make_eval_step(
     return jax.shard_map(
         lambda params, batch: _sums(bind(params), batch),
         mesh=mesh,
-        in_specs=(param_specs(model), BATCH_SPEC),
+        in_specs=(param_specs(model, mesh), meshes.batch_spec(mesh)),
         out_specs=Sums(*(PartitionSpec(),) * 4),
     )
 
