@@ -100,7 +100,8 @@ def test_a_run_is_told_and_recorded(commands: Commands, tiny_config: Path, tmp_p
     run = tmp_path / "run"
     result = commands.run(TRAIN, "--config", tiny_config, f"output_dir={run}")
     assert re.search(
-        r"step 7/10  loss [\d.]+  [\d,]+ tok/s  trained \d+%  lr [\d.e-]+  grad norm [\d.]+  left \d+:\d\d", result.stderr
+        r"step 7/10  loss [\d.]+  [\d,]+ tok/s  trained \d+%  lr [\d.e-]+  grad norm [\d.]+  left \d+:\d\d",
+        result.stderr,
     )
     assert "\x1b" not in result.stderr  # plain lines where there is no terminal
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -232,12 +233,16 @@ print('loadable step', step.name)"
 
 
 def test_config_errors_and_help_answer_at_once(commands: Commands, tiny_config: Path):
-    for arguments in (("--help",), ("--config", tiny_config, "train.stepz=3"), ("--config", tiny_config, "--print-config")):
+    for arguments in (
+        ("--help",),
+        ("--config", tiny_config, "train.stepz=3"),
+        ("--config", tiny_config, "--print-config"),
+    ):
         times = []
         for _ in range(3):  # the best of three: the machine may be busy, the command is not
             began = time.monotonic()
-            subprocess.run([sys.executable, "-m", TRAIN, *map(str, arguments)], cwd=ROOT, capture_output=True, check=False)
+            subprocess.run(
+                [sys.executable, "-m", TRAIN, *map(str, arguments)], cwd=ROOT, capture_output=True, check=False
+            )
             times.append(time.monotonic() - began)
         assert min(times) < 2, (arguments, times)
-
-

@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from xlam_jax.errors import UserError, nearest
 from xlam_jax.models.config import ModelConfig, read_hf_config
 
 Count = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
-CHANGEABLE = {"changeable": True}
+CHANGEABLE: dict[str, JsonValue] = {"changeable": True}
 """Marks a field that does not change what a run computes: a run may be continued with another value."""
 
 
@@ -414,4 +414,3 @@ def _type_name(annotation: Any) -> str:
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
         return " | ".join(_type_name(one) for one in typing.get_args(annotation))
     return "none" if annotation is type(None) else getattr(annotation, "__name__", str(annotation))
-

@@ -111,6 +111,7 @@ def train(resolved: Resolved, run: Path) -> int:
     # ---- devices --------------------------------------------------------------------------------------------------
     import jax
     import jax.numpy as jnp
+    import numpy as np
 
     if config.mesh.cpu_devices > 1:
         jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
@@ -182,9 +183,7 @@ def train(resolved: Resolved, run: Path) -> int:
     progress.line(f"compiled the step in {time.monotonic() - began:.1f} s")
     eval_step = jax.jit(steps.make_eval_step(resolved.model, mesh, compute_dtype=dtype))
     rate = schedule(config.train)
-    metrics = Metrics(
-        run, start=start, steps=config.train.steps, progress=progress, log_every=config.train.log_every
-    )
+    metrics = Metrics(run, start=start, steps=config.train.steps, progress=progress, log_every=config.train.log_every)
     places = config.train.batch_size * config.data.sequence_length
 
     def evaluate(step: int) -> None:
@@ -196,7 +195,7 @@ def train(resolved: Resolved, run: Path) -> int:
             metrics.heldout(step, {name: float(value) for name, value in total.items()})
 
     def log(step: int, values: dict[str, Any]) -> None:
-        learning_rate = float(rate(step - 1))
+        learning_rate = float(np.asarray(rate(step - 1)))
         named = {name: float(value) for name, value in values.items()} | {"learning_rate": learning_rate}
         metrics.step(step, named, places=places)
 
@@ -206,6 +205,7 @@ def train(resolved: Resolved, run: Path) -> int:
         evaluate(0)
     metrics.exclude(time.monotonic() - paused)
     last: tuple[int, dict[str, Any]] | None = None
+    step = start
     for step in range(start + 1, config.train.steps + 1):
         state, values = compiled(state, batch)
         if last:  # the step before, while this one runs
@@ -231,7 +231,9 @@ def train(resolved: Resolved, run: Path) -> int:
     if step < config.train.steps:
         progress.line(f"stopped by SIGTERM after step {step}, saved; run the same command to continue")
     else:
-        progress.line(f"finished {step} steps in {duration(time.monotonic() - began)}; checkpoint: {checkpoint.resolve(run)}")
+        progress.line(
+            f"finished {step} steps in {duration(time.monotonic() - began)}; checkpoint: {checkpoint.resolve(run)}"
+        )
     return 0
 
 

@@ -22,7 +22,7 @@ FILES = {
     "seal_tools": ["dev.jsonl", "tool.jsonl"],
     "hammer": ["apibank_l1.json", "toolalpaca.json"],
 }
-COUNTS = {"webshop": 30, "hotpotqa": 180, "seal_tools": 120, "hammer": 180}
+COUNTS = {"webshop": 30, "hotpotqa": 230, "seal_tools": 70, "hammer": 180}
 PARALLEL = 10  # Seal-Tools rows with several calls, on top of those with one
 LONGEST = 3400  # characters; about 1000 tokens of the quickstart's tokenizer
 

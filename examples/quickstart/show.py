@@ -1,6 +1,6 @@
 """Asks the trained model ten requests that it was trained on, and shows its tool call beside the recorded one.
 
-    python -m examples.quickstart.show --model runs/quickstart/hf --config configs/quickstart.yaml
+python -m examples.quickstart.show --model runs/quickstart/hf --config configs/quickstart.yaml
 """
 
 import argparse
@@ -13,7 +13,7 @@ from xlam_jax.data.pipeline import is_heldout
 from xlam_jax.data.render import render_prompt
 from xlam_jax.data.trajectory import Trajectory, read_jsonl, to_messages
 from xlam_jax.errors import run
-from xlam_jax.generate import complete, load_model
+from xlam_jax.generate import complete, find_model
 
 
 def requests(resolved: configs.Resolved, count: int) -> list[Trajectory]:
@@ -40,6 +40,12 @@ def first_answer(trajectory: Trajectory) -> int:
     return next(at for at, message in enumerate(trajectory.conversation) if message.role == "assistant")
 
 
+def question(trajectory: Trajectory) -> list[dict[str, Any]]:
+    """The messages before the first assistant turn."""
+    messages = to_messages(trajectory)  # a system message may stand in front here
+    return messages[: next(at for at, message in enumerate(messages) if message["role"] == "assistant")]
+
+
 def shown(calls: list[dict[str, Any]]) -> str:
     """Calls on one line."""
     return "; ".join(f"{call['name']}({json.dumps(call['arguments'], ensure_ascii=False)})" for call in calls) or "-"
@@ -53,29 +59,20 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=10)
     arguments = parser.parse_args()
     chosen = requests(configs.load(arguments.config), arguments.count)
-    model, tokenizer = load_model(arguments.model)
-    prompts = [
-        render_prompt(to_messages(one)[: first_answer_message(one)], one.tools, tokenizer) for one in chosen
-    ]
-    answers = complete(model, tokenizer, prompts, max_new_tokens=160)
+    found = find_model(arguments.model)
+    prompts = [render_prompt(question(one), one.tools, found.tokenizer) for one in chosen]
+    answers = complete(found.load(), found.tokenizer, prompts, max_new_tokens=160)
     equal = 0
     for one, answer in zip(chosen, answers, strict=True):
         recorded = [
-            {"name": call.name, "arguments": call.arguments}
-            for call in one.conversation[first_answer(one)].tool_calls
+            {"name": call.name, "arguments": call.arguments} for call in one.conversation[first_answer(one)].tool_calls
         ]
         same = answer["tool_calls"] == recorded
         equal += same
-        question = next(message.content for message in one.conversation if message.role == "user")
-        print(f"\n{one.source}: {' '.join(question.split())[:110]}")
+        print(f"\n{one.source}: {' '.join(question(one)[-1]['content'].split())[:110]}")
         print(f"  recorded   {shown(recorded)}")
         print(f"  generated  {shown(answer['tool_calls'])}  {'✓' if same else '✗ ' + answer['content'][:60]}")
     print(f"\n{equal} of {len(chosen)} tool calls are exactly the recorded ones.")
-
-
-def first_answer_message(trajectory: Trajectory) -> int:
-    """The same place among the messages, where the task instruction is a system message in front."""
-    return next(at for at, message in enumerate(to_messages(trajectory)) if message["role"] == "assistant")
 
 
 if __name__ == "__main__":

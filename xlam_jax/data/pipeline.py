@@ -148,10 +148,7 @@ class Loader:
     def __init__(self, loaded: list[Loaded], data: Data, *, batch_size: int, seed: int, host: int = 0, hosts: int = 1):
         self._rows = batch_size // data.streams
         mixed = grain.MapDataset.mix(
-            [
-                grain.MapDataset.source(one.train).seed(_derived(seed, one.name)).shuffle().repeat()
-                for one in loaded
-            ],
+            [grain.MapDataset.source(one.train).seed(_derived(seed, one.name)).shuffle().repeat() for one in loaded],
             weights=[one.weight for one in loaded],
         )
         share = data.streams // hosts

@@ -66,7 +66,8 @@ def attend(
     q_BNGTK = q_BTNGK.transpose(0, 2, 3, 1, 4)
     k_BNSK, v_BNSK = k_BSNK.transpose(0, 2, 1, 3), v_BSNK.transpose(0, 2, 1, 3)
     q_BNGTK, k_BNSK, v_BNSK = mesh.alike(q_BNGTK, k_BNSK, v_BNSK)
-    return _attend(window, q_BNGTK, k_BNSK, v_BNSK, places).transpose(0, 3, 1, 2, 4)
+    out_BNGTK: jax.Array = _attend(window, q_BNGTK, k_BNSK, v_BNSK, places)  # pyright: ignore[reportAssignmentType]
+    return out_BNGTK.transpose(0, 3, 1, 2, 4)
 
 
 def _chunks(tokens: int, keys: int, window: int | None) -> list[tuple[slice, slice]]:

@@ -14,9 +14,7 @@ import jax.numpy as jnp
 from xlam_jax.parallel import mesh
 
 
-def project(
-    equation: str, x: jax.Array, weight: jax.Array, dtype: Any, out: Any = None
-) -> jax.Array:
+def project(equation: str, x: jax.Array, weight: jax.Array, dtype: Any, out: Any = None) -> jax.Array:
     """`einsum(equation, x, weight)` with both cast to `dtype`, summed in f32, returned as `out` (default `dtype`)."""
     return _project(equation, dtype, out or dtype, *mesh.alike(x, weight))
 

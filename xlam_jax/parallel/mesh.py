@@ -79,7 +79,8 @@ def shardings(specs: Any, mesh: Mesh) -> Any:
     )
 
 
-# What follows is called from inside the shard_map, or with no mesh at all (one device, generation): then it is identity.
+# What follows is called inside the shard_map, or with no mesh at all (generation); then, and for an axis of one
+# device, it is the identity.
 
 
 def _manual(axis: str) -> bool:

@@ -39,8 +39,8 @@ class Checkpoints:
         self._folder = run / STEPS
         self._metadata = metadata
         self._orbax = ocp.training.Checkpointer(
-            self._folder.absolute(),
-            preservation_policy=ocp.training.preservation_policies.LatestN(n=keep),
+            str(self._folder.absolute()),
+            preservation_policy=ocp.training.preservation_policies.LatestN(n=keep),  # pyright: ignore[reportArgumentType]
             cleanup_tmp_directories=True,
         )
 
@@ -119,7 +119,9 @@ def resolve(path: Path) -> Path:
         return path
     steps = _steps(path / STEPS)
     if not steps:
-        raise UserError(f"{path}: holds no {STEPS}/STEP folder; give a run folder, a step folder of one, or train first")
+        raise UserError(
+            f"{path}: holds no {STEPS}/STEP folder; give a run folder, a step folder of one, or train first"
+        )
     return path / STEPS / str(max(steps))
 
 
@@ -133,7 +135,7 @@ def load_params(step_dir: Path, target: Any = None) -> Params:
 
     Raises `UserError` when they can't be read or are those of a model of other shapes than `target`.
     """
-    path = step_dir.absolute()
+    path = str(step_dir.absolute())
     try:
         stored = ocp.checkpointables_metadata(path).metadata["params"]
         if target is None:
@@ -151,6 +153,7 @@ def load_params(step_dir: Path, target: Any = None) -> Params:
 
 def same_shapes(step_dir: Path, stored: Any, wanted: Any) -> None:
     """Raises `UserError` naming the parameters whose shapes differ from those wanted."""
+
     def by_name(tree: Any) -> dict[str, tuple[int, ...]]:
         leaves = jax.tree_util.tree_leaves_with_path(tree)
         return {jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape) for path, leaf in leaves}
@@ -180,7 +183,7 @@ def tokenizer_dir(step_dir: Path) -> Path | None:
 
 def write_model(folder: Path, params: Params, hf_config: dict[str, Any], tokenizer: Path | None) -> None:
     """Writes a model alone, as step 0 of a folder of the same shape as a run's. `folder` must not exist yet."""
-    ocp.save_checkpointables((folder / STEPS / "0").absolute(), {"params": params})
+    ocp.save_checkpointables(str((folder / STEPS / "0").absolute()), {"params": params})
     write_hf_config(folder, hf_config)
     if tokenizer is not None:
         shutil.copytree(tokenizer, folder / TOKENIZER)

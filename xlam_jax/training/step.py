@@ -21,6 +21,9 @@ from xlam_jax.parallel import mesh as meshes
 from xlam_jax.training.objectives import load_balancing, token_log_probabilities
 from xlam_jax.training.optimizer import global_norm
 
+EVERYWHERE = PartitionSpec()
+"""Of what is the same on all devices."""
+
 
 class State(NamedTuple):
     """All that a step changes."""
@@ -56,7 +59,7 @@ class Sums(NamedTuple):
 def abstract_state(model: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh) -> State:
     """Shapes, dtypes and shardings of the state: moments lie as their parameters do, counters on every device."""
     placed = jax.tree.map(_placed, shapes(model), param_shardings(model, mesh))
-    everywhere = NamedSharding(mesh, PartitionSpec())
+    everywhere = NamedSharding(mesh, EVERYWHERE)
     opt = optax.tree_utils.tree_map_params(
         tx,
         lambda leaf, param: _placed(leaf, param.sharding),
@@ -126,9 +129,7 @@ def make_train_step(
     def gradients(params: Params, batch: Batch) -> tuple[Params, Sums]:
         # Denominators come from the whole batch before any part of it is computed.
         weight = jnp.maximum(meshes.psum(jnp.sum(batch.weights_BT), *meshes.BATCH_AXES), 1e-9)
-        tokens = jnp.maximum(
-            meshes.psum(jnp.sum(batch.segments_BT > 0).astype(jnp.float32), *meshes.BATCH_AXES), 1.0
-        )
+        tokens = jnp.maximum(meshes.psum(jnp.sum(batch.segments_BT > 0).astype(jnp.float32), *meshes.BATCH_AXES), 1.0)
 
         def objective(params: Params, part: Batch) -> tuple[jax.Array, Sums]:
             sums = _sums(bind(params), part)
@@ -146,28 +147,30 @@ def make_train_step(
         return jax.lax.scan(add, zero, parts)[0]
 
     sharded = jax.shard_map(
-        gradients, mesh=mesh, in_specs=(specs, meshes.batch_spec(mesh)), out_specs=(specs, Sums(*(PartitionSpec(),) * 4))
+        gradients,
+        mesh=mesh,
+        in_specs=(specs, meshes.batch_spec(mesh)),
+        out_specs=(specs, EVERYWHERE),
     )
 
     def step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         grads, sums = sharded(state.params, batch)
         updates, opt = tx.update(grads, state.opt, state.params)
         metrics = means(sums) | {"grad_norm": global_norm(grads)}
-        return State(optax.apply_updates(state.params, updates), opt), metrics
+        params: Any = optax.apply_updates(state.params, updates)
+        return State(params, opt), metrics
 
     return step
 
 
-def make_eval_step(
-    model: ModelConfig, mesh: Mesh, *, compute_dtype: Any
-) -> Callable[[Params, Batch], Sums]:
+def make_eval_step(model: ModelConfig, mesh: Mesh, *, compute_dtype: Any) -> Callable[[Params, Batch], Sums]:
     """Builds the evaluation of one batch: its sums."""
     bind = binder(model, dtype=compute_dtype)
     return jax.shard_map(
         lambda params, batch: _sums(bind(params), batch),
         mesh=mesh,
         in_specs=(param_specs(model, mesh), meshes.batch_spec(mesh)),
-        out_specs=Sums(*(PartitionSpec(),) * 4),
+        out_specs=EVERYWHERE,
     )
 
 
