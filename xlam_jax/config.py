@@ -264,7 +264,8 @@ def _override(values: dict[str, Any], origins: dict[str, str], text: str) -> Non
 
 def _explain(problem: Any, origins: dict[str, str], path: str) -> str:
     name = ".".join(str(part) for part in problem["loc"])
-    origin = next((origins[key] for key in (name, *_parents(name)) if key in origins), path)
+    inside = [key for key in origins if key.startswith(f"{name}.")]
+    origin = next((origins[key] for key in (name, *inside, *_parents(name)) if key in origins), path)
     if problem["type"] == "extra_forbidden":
         section = _section(problem["loc"][:-1])
         known = list(section.model_fields) if section else []
