@@ -49,3 +49,10 @@ checkpoint: {{every: 3}}
         encoding="utf-8",
     )
     return path
+
+
+@pytest.fixture(scope="session")
+def trained(commands: Commands, tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of a finished run of the tiny config, and what the command said. To read, not to write."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    return run, commands.run("xlam_jax.train", "--config", tiny_config, f"output_dir={run}").stderr

@@ -72,7 +72,7 @@ def test_origins_follow_extends_and_overrides(tmp_path: Path):
         (["mesh.data=0"], "mesh.data is 0"),
         (["mesh.fsdp=3"], "train.batch_size is"),
         (["mesh.fsdp=1", "mesh.tensor=4"], "num_key_value_heads is 2, which mesh.tensor, 4, does not divide"),
-        (["train.warmup_steps=99999"], "train.warmup_steps is 99999, more than train.steps"),
+        (["train.warmup_steps=99999"], "train.warmup_steps is 99999, not less than train.steps"),
         (["train.end_learning_rate=1"], "train.end_learning_rate is 1"),
         (["data.streams=3", "train.batch_size=4"], "train.batch_size is 4 and data.streams is 3"),
         (["data.sequence_length=1000000"], "data.sequence_length is 1000000, more than the model's"),

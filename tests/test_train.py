@@ -34,16 +34,19 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
     raise AssertionError(f"step {step} not reached")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_killed_runs_end_with_the_same_bits(commands: Commands, tiny_config: Path, tmp_path: Path, dtype: str):
+# Before the first checkpoint (3), just after it, and in the middle of a later interval.
+@pytest.mark.parametrize(("dtype", "kills"), [("float32", [2, 4, 8]), ("bfloat16", [7])])
+def test_killed_runs_end_with_the_same_bits(
+    commands: Commands, tiny_config: Path, tmp_path: Path, dtype: str, kills: list[int]
+):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     common = ("--config", tiny_config, f"model.compute_dtype={dtype}")
     commands.run(TRAIN, *common, f"output_dir={whole}")
-    for step in (2, 4, 8):  # before the first checkpoint (3), just after it, and in the middle of a later interval
+    for step in kills:
         process = commands.start(TRAIN, *common, f"output_dir={killed}")
         wait_for_step(killed, step, process)
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.communicate()
     result = commands.run(TRAIN, *common, f"output_dir={killed}")
     assert "continuing" in result.stderr
     assert train_losses(whole) == train_losses(killed)
@@ -94,16 +97,15 @@ def test_one_compilation_of_the_step(commands: Commands, tiny_config: Path, tmp_
     assert len(re.findall(r"Compiling jit\(step\)", result.stderr)) == 1
 
 
-def test_a_run_is_told_and_recorded(commands: Commands, tiny_config: Path, tmp_path: Path):
+def test_a_run_is_told_and_recorded(commands: Commands, tiny_config: Path, trained: tuple[Path, str]):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run = tmp_path / "run"
-    result = commands.run(TRAIN, "--config", tiny_config, f"output_dir={run}")
+    run, said = trained
     assert re.search(
         r"step 7/10  loss [\d.]+  [\d,]+ tok/s  trained \d+%  lr [\d.e-]+  grad norm [\d.]+  left \d+:\d\d",
-        result.stderr,
+        said,
     )
-    assert "\x1b" not in result.stderr  # plain lines where there is no terminal
+    assert "\x1b" not in said  # plain lines where there is no terminal
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
@@ -115,14 +117,14 @@ def test_a_run_is_told_and_recorded(commands: Commands, tiny_config: Path, tmp_p
     assert "is finished: 10 of 10 steps" in again.stderr
 
 
-def test_another_config_in_the_folder_is_refused(commands: Commands, tiny_config: Path, tmp_path: Path):
-    run = tmp_path / "run"
-    common = ("--config", tiny_config, f"output_dir={run}")
-    commands.run(TRAIN, *common, "train.steps=3")
-    message = commands.fails(TRAIN, *common, "train.steps=3", "train.learning_rate=1e-4", "eval.every=7")
+def test_another_config_in_the_folder_is_refused(
+    commands: Commands, tiny_config: Path, tmp_path: Path, trained: tuple[Path, str]
+):
+    common = ("--config", tiny_config, f"output_dir={trained[0]}")
+    message = commands.fails(TRAIN, *common, "train.learning_rate=1e-4", "eval.every=7")
     assert "train.learning_rate: 0.005 in the run, 0.0001 now" in message
     assert "eval.every" not in message
-    message = commands.fails(TRAIN, *common, "train.steps=3", "model.overrides.num_hidden_layers=1")
+    message = commands.fails(TRAIN, *common, "model.overrides.num_hidden_layers=1")
     assert "num_hidden_layers" in message
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").touch()
@@ -131,18 +133,17 @@ def test_another_config_in_the_folder_is_refused(commands: Commands, tiny_config
 
 def test_microbatches_give_the_gradient_of_the_whole(commands: Commands, tiny_config: Path, tmp_path: Path):
     losses = {}
-    for parts in (1, 2, 8):
+    for parts in (1, 4):
         run = tmp_path / str(parts)
         commands.run(
             TRAIN, "--config", tiny_config, f"output_dir={run}", f"train.microbatches={parts}",
             "train.router_aux_weight=0", "checkpoint.every=100", "eval.every=100",
         )  # fmt: skip
         losses[parts] = list(train_losses(run).values())
-    np.testing.assert_allclose(losses[2], losses[1], rtol=1e-5)
-    np.testing.assert_allclose(losses[8], losses[1], rtol=1e-5)
+    np.testing.assert_allclose(losses[4], losses[1], rtol=1e-5)
 
 
-GOOD = json.loads((ROOT / "examples/quickstart/hammer.jsonl").read_text(encoding="utf-8").splitlines()[0])
+GOOD = json.loads(min((ROOT / "examples/quickstart/hammer.jsonl").read_text(encoding="utf-8").splitlines(), key=len))
 NO_ANSWER = {**GOOD, "conversation": [{"role": "user", "content": "Hello?"}]}
 UNDECLARED = json.loads(json.dumps(GOOD))
 for turn in UNDECLARED["conversation"]:
@@ -162,7 +163,7 @@ def test_bad_rows(commands: Commands, tiny_config: Path, tmp_path: Path, line: s
     rows = [json.dumps({**GOOD, "unique_trajectory_id": str(at)}) for at in range(30)]
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join([*rows[:2], line, *rows[2:]]) + "\n", encoding="utf-8")
-    arguments = ("--config", tiny_config, f"output_dir={tmp_path / 'run'}", "train.steps=2", "train.warmup_steps=0",
+    arguments = ("--config", tiny_config, f"output_dir={tmp_path / 'run'}", "train.steps=1", "train.warmup_steps=0",
                  f"data.sources=[{{name: mine, files: [{file}]}}]")  # fmt: skip
     message = commands.fails(TRAIN, *arguments)
     assert f"{file}:3: {reason}: " in message
@@ -183,28 +184,56 @@ def test_wrong_input(commands: Commands, tiny_config: Path, tmp_path: Path):
     assert not (tmp_path / "run").exists()
 
 
-def test_weights_of_another_model_are_refused(commands: Commands, tiny_config: Path, tmp_path: Path):
-    run = tmp_path / "run"
-    commands.run(TRAIN, "--config", tiny_config, f"output_dir={run}", "train.steps=2")
+def test_weights_of_another_model_are_refused(
+    commands: Commands, tiny_config: Path, tmp_path: Path, trained: tuple[Path, str]
+):
     message = commands.fails(
-        TRAIN, "--config", tiny_config, f"output_dir={tmp_path / 'other'}", f"model.init_from={run}",
+        TRAIN, "--config", tiny_config, f"output_dir={tmp_path / 'other'}", f"model.init_from={trained[0]}",
         "model.overrides.intermediate_size=32",
     )  # fmt: skip
     assert "checkpoint of another model" in message
     assert "blocks.w1 is (2, 4, 64, 64) in the checkpoint and (2, 4, 64, 32) in the model" in message
 
 
-def test_init_from_starts_with_those_weights(commands: Commands, tiny_config: Path, tmp_path: Path):
-    run, hf = tmp_path / "run", tmp_path / "hf"
-    commands.run(TRAIN, "--config", tiny_config, f"output_dir={run}")
-    commands.run("converters.orbax_to_hf", "--checkpoint", run, "--out", hf)
-    last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
-    for name, source in (("orbax", run), ("hf", hf)):
-        again = tmp_path / name
-        commands.run(TRAIN, "--config", tiny_config, f"output_dir={again}", f"model.init_from={source}")
-        first = json.loads((again / "metrics.jsonl").read_text().splitlines()[0])
-        assert (first["step"], first["kind"]) == (0, "heldout")
-        assert first["loss"] == pytest.approx(last["loss"], rel=1e-6)
+@pytest.fixture(scope="session")
+def exported(commands: Commands, trained: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trained tiny run as a Hugging Face folder."""
+    hf = tmp_path_factory.mktemp("exported") / "hf"
+    commands.run("converters.orbax_to_hf", "--checkpoint", trained[0], "--out", hf)
+    return hf
+
+
+@pytest.mark.parametrize("kind", ["orbax", "hf"])
+def test_init_from_starts_with_those_weights(
+    commands: Commands, tiny_config: Path, tmp_path: Path, trained: tuple[Path, str], exported: Path, kind: str
+):
+    source, again = {"orbax": trained[0], "hf": exported}[kind], tmp_path / "again"
+    commands.run(
+        TRAIN, "--config", tiny_config, f"output_dir={again}", f"model.init_from={source}", "train.steps=3"
+    )  # fmt: skip
+    last = json.loads((trained[0] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    first = json.loads((again / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    assert (first["step"], first["kind"], last["kind"]) == (0, "heldout", "heldout")
+    assert first["loss"] == pytest.approx(last["loss"], rel=1e-6)
+
+
+def test_the_trained_export_is_the_trained_model(trained: tuple[Path, str], exported: Path):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from xlam_jax.generate import find_model
+
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    request = json.loads((ROOT / "examples/quickstart/request.json").read_text(encoding="utf-8"))
+    tools = json.loads((ROOT / "examples/quickstart/tools.json").read_text(encoding="utf-8"))
+    prompt = tokenizer.apply_chat_template(request["messages"], tools=tools, return_dict=True, return_tensors="pt")
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(exported).eval()(**prompt).logits.numpy()
+    tokens_BT = prompt["input_ids"].numpy()
+    model = find_model(trained[0]).load()
+    positions_BT = np.arange(tokens_BT.shape[1])[None]
+    ours = model.logits(model(tokens_BT, positions_BT, np.ones_like(tokens_BT))[0])
+    np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
 
 
 def test_full_disk_keeps_the_previous_checkpoint(commands: Commands, tiny_config: Path, tmp_path: Path):

@@ -300,8 +300,11 @@ def _check(config: Config, model: ModelConfig) -> None:
     if list(sizes.values()).count(-1) > 1:
         raise UserError("mesh: " + " and ".join(name for name, size in sizes.items() if size == -1) + " are both -1; "
                         "only one axis can take what the others leave")  # fmt: skip
-    if train.warmup_steps > train.steps:
-        raise UserError(f"train.warmup_steps is {train.warmup_steps}, more than train.steps, {train.steps}")
+    if train.warmup_steps >= train.steps:
+        raise UserError(
+            f"train.warmup_steps is {train.warmup_steps}, not less than train.steps, {train.steps}; "
+            "the learning rate would never reach its full value"
+        )
     if train.end_learning_rate > train.learning_rate:
         raise UserError(
             f"train.end_learning_rate is {train.end_learning_rate}, more than train.learning_rate, "

@@ -1,6 +1,7 @@
 """Mistakes a user can make, told in one message: no traceback, exit code 2."""
 
 import difflib
+import errno
 import sys
 from collections.abc import Callable, Iterable
 
@@ -25,4 +26,11 @@ def run(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:  # the reader of our output went away (`… | head`); not ours to report
         sys.stderr.close()
         sys.exit(1)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(
+            f"error: {error.filename or 'an output'}: the disk is full; free some space and run again", file=sys.stderr
+        )
+        sys.exit(2)
     sys.exit(code or 0)

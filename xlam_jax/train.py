@@ -48,12 +48,13 @@ def check_run_folder(run: Path, resolved: Resolved) -> None:
 
     saved = run / CONFIG
     if not saved.exists():
-        if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        if run.exists() and (not run.is_dir() or any(entry.suffix != ".part" for entry in run.iterdir())):
             raise UserError(f"output_dir: {run} exists and is not a run of this program; choose another folder")
         return
     old = configs.Config.model_validate(yaml.safe_load(saved.read_text(encoding="utf-8")))
     different = configs.differences(old, resolved.config)
-    old_hf, new_hf = read_hf_config(run / "config.json"), resolved.hf_config
+    new_hf = resolved.hf_config
+    old_hf = read_hf_config(run / "config.json") if (run / "config.json").exists() else new_hf  # killed before it wrote
     different += [
         f"{resolved.config.model.config}: {key} is {old_hf.get(key)!r} in the run, {new_hf.get(key)!r} now"
         for key in sorted(old_hf.keys() | new_hf.keys())
@@ -129,18 +130,23 @@ def train(resolved: Resolved, run: Path) -> int:
         + ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     )
 
+    tx = optimizer(config.train)
+    abstract = steps.abstract_state(resolved.model, tx, mesh)
+    fresh = bool(config.model.init_from) and not checkpoint.is_checkpoint(run)
+    weights = initial_params(resolved, abstract.params) if fresh else None
+
     # ---- the run folder -------------------------------------------------------------------------------------------
+    # The config first: it says whose folder this is, should the run be killed before the rest is written.
     run.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_hf_config(run, resolved.hf_config)
-    if not (run / checkpoint.TOKENIZER).exists():
-        save(tokenizer, run / checkpoint.TOKENIZER)
     (run / f"{CONFIG}.part").write_text(configs.to_yaml(config), encoding="utf-8")
     (run / f"{CONFIG}.part").replace(run / CONFIG)
+    checkpoint.write_hf_config(run, resolved.hf_config)
+    if not (run / checkpoint.TOKENIZER).exists():
+        save(tokenizer, run / f"{checkpoint.TOKENIZER}.part")
+        (run / f"{checkpoint.TOKENIZER}.part").replace(run / checkpoint.TOKENIZER)
 
     # ---- state: 1. this run's newest checkpoint; 2. model.init_from; 3. random -------------------------------------
     loader = pipeline.Loader(loaded, config.data, batch_size=config.train.batch_size, seed=config.seed)
-    tx = optimizer(config.train)
-    abstract = steps.abstract_state(resolved.model, tx, mesh)
     saves = checkpoint.Checkpoints(
         run,
         keep=config.checkpoint.keep,
@@ -152,8 +158,9 @@ def train(resolved: Resolved, run: Path) -> int:
         state = steps.State(params, opt)
         loader.restore(data_state)
         progress.line(f"continuing {run} after step {start}")
-    elif config.model.init_from:
-        state = steps.init_state(abstract, tx, initial_params(resolved, abstract.params))
+    elif weights is not None:
+        state = steps.init_state(abstract, tx, weights)
+        del weights
         progress.line(f"weights from {config.model.init_from}")
     else:
         state = steps.init_state(abstract, tx, lambda: initialize(resolved.model, config.seed))

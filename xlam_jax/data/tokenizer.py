@@ -1,6 +1,7 @@
 """Tokenizers: Mistral's own, built from the models inside mistral-common, and any fast tokenizer of a HF folder."""
 
 import importlib.util
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,13 +38,26 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
     ).is_file():
         raise UserError(f"tokenizer '{name}': no tokenizer_config.json there; {known}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = _plain(Path(name)) or AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"tokenizer '{name}' cannot be loaded ({reason}); {known}") from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"tokenizer '{name}' is a {type(tokenizer).__name__} without tokenizer.json; {known}")
     return tokenizer
+
+
+def _plain(folder: Path) -> "PreTrainedTokenizerFast | None":
+    """The tokenizer of a folder that asks for no class of its own: spares the import of every model's code."""
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        asked = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("tokenizer_class")
+    except OSError:
+        return None
+    if asked not in ("PreTrainedTokenizerFast", "TokenizersBackend"):
+        return None
+    return PreTrainedTokenizerFast.from_pretrained(str(folder))
 
 
 def attach_template(tokenizer: "PreTrainedTokenizerFast") -> "PreTrainedTokenizerFast":

@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ class Checkpoints:
     """The checkpoints of one run: saved in the background, the newest `keep` of them kept."""
 
     def __init__(self, run: Path, *, keep: int, metadata: dict[str, Any]):
+        _let_wait_tell()
         self._folder = run / STEPS
         self._metadata = metadata
         self._orbax = ocp.training.Checkpointer(
@@ -86,6 +88,17 @@ class Checkpoints:
             f"{self._folder}: the disk is full ({free / 1e6:.1f} MB free), the checkpoint could not be written; "
             f"{kept}. Free some space and run the same command again to continue from there."
         )
+
+
+def _let_wait_tell() -> None:
+    """Keeps Python from printing what ends an Orbax thread: `save` and `wait` raise the same error where it is met."""
+    usual = threading.excepthook
+
+    def hook(told: threading.ExceptHookArgs) -> None:
+        if not type(told.thread).__module__.startswith("orbax."):
+            usual(told)
+
+    threading.excepthook = hook
 
 
 def _chain(error: BaseException | None) -> str:
