@@ -22,7 +22,7 @@ test-slow: $(VENV)/.test
 lint: $(VENV)/.dev
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
-	$(PY) -m pyright
+	$(PY) -m pyright --pythonpath $(PY)
 
 bench: $(VENV)/.test
 	$(PY) benchmarks/train_step.py

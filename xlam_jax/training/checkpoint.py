@@ -26,7 +26,8 @@ from orbax.checkpoint import v1 as ocp
 from xlam_jax.errors import UserError
 from xlam_jax.models.params import Params
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every phase of every save
+# Orbax logs every phase of every save, and every error once a thread; what fails is raised by `save` and `wait`.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 STEPS = "checkpoints"
 TOKENIZER = "tokenizer"
