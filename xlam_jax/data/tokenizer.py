@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
         return _mistral(MISTRAL[name])
     if name.startswith("mistral:"):
         raise UserError(f"tokenizer '{name}': known are {', '.join(MISTRAL)}{nearest(name, MISTRAL)}")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing is no problem here
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     known = f"give a folder with tokenizer.json, a name on the Hugging Face hub, or one of {', '.join(MISTRAL)}"
