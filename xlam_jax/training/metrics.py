@@ -121,10 +121,18 @@ def plot(run: Path) -> Path:
     records = read(run)
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per trained token)", title=run.name)
-    for kind, style in (("train", {"linewidth": 1, "alpha": 0.7}), ("heldout", {"marker": "o", "linewidth": 2})):
-        points = [(record["step"], record["loss"]) for record in records if record["kind"] == kind]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=kind.replace("heldout", "held-out"), **style)
+    train, heldout = (
+        [(record["step"], record["loss"]) for record in records if record["kind"] == kind]
+        for kind in ("train", "heldout")
+    )
+    if train:
+        at, losses = zip(*train, strict=True)
+        axes.plot(at, losses, linewidth=0.7, alpha=0.3, color="C0", label="train, each step")
+        window = max(1, len(losses) // 50)
+        means = [sum(losses[max(0, end - window) : end]) / min(window, end) for end in range(1, len(losses) + 1)]
+        axes.plot(at, means, color="C0", label=f"train, mean of {window} steps")
+    if heldout:
+        axes.plot(*zip(*heldout, strict=True), marker="o", linewidth=2, color="C1", label="held-out")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()
