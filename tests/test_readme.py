@@ -14,8 +14,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def readme_commands() -> list[str]:
     """Each command line of the README's plain code blocks, continuations joined."""
-    blocks = re.findall(r"^```\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-    return [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    plain = [block.replace("\\\n", " ") for language, block in blocks if not language]
+    return [line.strip() for block in plain for line in block.splitlines() if line.strip()]
 
 
 def test_commands_run(commands: Commands, tmp_path: Path):
