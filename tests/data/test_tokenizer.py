@@ -142,10 +142,12 @@ def test_the_quickstarts_tokenizer_is_remade_byte_for_byte(quickstart, tmp_path)
 def test_the_quickstarts_trajectories_are_short(quickstart, bundled):
     tokenizer = load_tokenizer(str(quickstart / "tokenizer"))
     rendered = [render(trajectory, tokenizer) for trajectory in bundled]
-    assert len(bundled) >= 600
+    assert len(bundled) >= 500
     assert len({trajectory.id for trajectory in bundled}) == len(bundled)
     assert max(len(one.input_ids) for one in rendered) <= 1024
-    assert 200_000 < sum(len(one.input_ids) for one in rendered) < 280_000
+    total = sum(len(one.input_ids) for one in rendered)
+    assert total < 200_000  # several epochs of it must fit into minutes
+    assert f"{len(bundled)} trajectories, {total:,} tokens" in (quickstart / "README.md").read_text(encoding="utf-8")
     assert all(one.loss_mask.any() for one in rendered)
 
 
