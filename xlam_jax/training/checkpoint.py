@@ -10,10 +10,8 @@ A step folder gets its name only once it is whole (Orbax writes beside and renam
 name can be trusted.
 """
 
-import errno
 import json
 import logging
-import os
 import shutil
 import threading
 from pathlib import Path
@@ -76,12 +74,12 @@ class Checkpoints:
         """Ends the background threads."""
         self._orbax.close()
 
-    def _explain(self, error: BaseException) -> Exception:
+    def _explain(self, error: Exception) -> Exception:
         """Turns a full disk into a message; anything else stays what it is."""
         text = _chain(error)
-        full = "No space left" in text or "RESOURCE_EXHAUSTED" in text or os.strerror(errno.ENOSPC) in text
+        full = "No space left" in text or "RESOURCE_EXHAUSTED" in text
         if not full:
-            return error if isinstance(error, Exception) else RuntimeError(text)
+            return error
         whole = sorted(_steps(self._folder))
         kept = f"step {whole[-1]} is whole and stays" if whole else "no earlier checkpoint exists"
         free = shutil.disk_usage(self._folder).free

@@ -1,7 +1,6 @@
 """The optimizer, from the config: AdamW under a warmed-up cosine, with the gradient clipped by its global norm."""
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from xlam_jax.config import Train
@@ -38,8 +37,3 @@ def _decayed(params: Params) -> Params:
     return jax.tree_util.tree_map_with_path(
         lambda path, _: not jax.tree_util.keystr(path, simple=True, separator=".").endswith("norm"), params
     )
-
-
-def global_norm(tree: Params) -> jax.Array:
-    """The root of the sum of all squares, in f32."""
-    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)))

@@ -19,7 +19,6 @@ from xlam_jax.models.decoder import Decoder
 from xlam_jax.models.params import Params, binder, logical_axes, shapes
 from xlam_jax.parallel import mesh as meshes
 from xlam_jax.training.objectives import load_balancing, token_log_probabilities
-from xlam_jax.training.optimizer import global_norm
 
 EVERYWHERE = PartitionSpec()
 """Of what is the same on all devices."""
@@ -156,7 +155,7 @@ def make_train_step(
     def step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         grads, sums = sharded(state.params, batch)
         updates, opt = tx.update(grads, state.opt, state.params)
-        metrics = means(sums) | {"grad_norm": global_norm(grads)}
+        metrics = means(sums) | {"grad_norm": optax.tree.norm(grads)}
         params: Any = optax.apply_updates(state.params, updates)
         return State(params, opt), metrics
 
