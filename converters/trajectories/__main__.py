@@ -1,88 +1,281 @@
-"""`python -m converters.trajectories --format NAME --in FILE… --out FILE.jsonl`: raw files to unified trajectories."""
+"""`python -m converters.trajectories --format NAME --in FILE… --out FILE.jsonl`: between formats of trajectories."""
 
 import argparse
+import hashlib
 import json
 import os
-from collections import Counter
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Literal
 
-from converters.trajectories import CONVERTERS
-from converters.trajectories.common import Dropped
-from xlam_jax.data.trajectory import to_dict
-from xlam_jax.errors import UserError, nearest, run
+from converters.trajectories import EXPORTERS, FORMATS, converter, exporter
+from converters.trajectories.common import Converted, Dropped, ExportRow, Lost
+from xlam_jax.data.files import Meter
+from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory, to_dict
+from xlam_jax.errors import UserError, run
 
-EXAMPLES = 3  # dropped rows listed a reason
+LISTED = 10_000
+"""Rows listed in the report for each reason; the rest are counted."""
+SHOWN = 3
+"""Rows shown on the terminal for each reason."""
+REFRESH = 0.5
+"""Seconds between two states of the progress line."""
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Converts and prints what was written and what was dropped, by reason."""
+    """Converts files and tells what was written, what was dropped, mended and lost, and what is wrong still."""
     parser = argparse.ArgumentParser(prog="python -m converters.trajectories", description=main.__doc__)
-    parser.add_argument("--format", required=True, metavar="NAME", help=f"one of: {', '.join(CONVERTERS)}")
-    parser.add_argument("--in", dest="inputs", required=True, nargs="+", type=Path, metavar="FILE")
+    parser.add_argument("--format", required=True, metavar="NAME", help=f"the input's: {', '.join(FORMATS)}")
+    parser.add_argument(
+        "--in",
+        dest="inputs",
+        required=True,
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="rows a line (.jsonl) or a JSON document (.json); also packed (.gz, .zst)",
+    )
     parser.add_argument("--out", required=True, type=Path, metavar="FILE.jsonl")
-    parser.add_argument("--report", type=Path, metavar="FILE.json", help="write the counts there as well")
-    parser.add_argument("--force", action="store_true", help="overwrite the output")
+    parser.add_argument(
+        "--to", default="unified", metavar="NAME", help=f"the output's: unified (default), {', '.join(EXPORTERS)}"
+    )
+    parser.add_argument("--report", type=Path, metavar="FILE.json", help="write the counts and every row's place there")
+    parser.add_argument("--force", action="store_true", help="overwrite the output and the report")
     options = parser.parse_args(arguments)
-    report = convert(options.format, options.inputs, options.out, force=options.force)
-    if options.report:
-        options.report.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(f"{options.out}: {report['written']} trajectories")
-    for unit in ("trajectory", "step"):
-        for reason, entry in report["dropped"][unit].items():
-            print(
-                f"  dropped {entry['count']} ({unit}, {reason}), first at {entry['rows'][0]}: {entry['detail'][:120]}"
-            )
+    progress = _Progress(options.inputs) if sys.stderr.isatty() else None
+    report = convert(
+        options.format,
+        options.inputs,
+        options.out,
+        to=options.to,
+        report=options.report,
+        force=options.force,
+        progress=progress,
+    )
+    if progress:
+        print("\r\x1b[K", end="", file=sys.stderr)
+    print("\n".join(summary(report)))
 
 
-def convert(name: str, inputs: list[Path], out: Path, force: bool = False) -> dict[str, Any]:
-    """Converts `inputs` of format `name` to `out` and returns the counts.
+def convert(
+    name: str,
+    inputs: list[Path],
+    out: Path,
+    *,
+    to: str = "unified",
+    report: Path | None = None,
+    force: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Converts `inputs` of format `name` to `out` in format `to`, and returns the report, which also goes to `report`.
 
-    `out` appears only when it is whole. Raises `UserError` on an unknown format, a missing input, an output that exists
-    (unless `force`), and when not one trajectory could be converted.
+    `out` and `report` appear only when they are whole. `progress` is told the number of rows read. Raises `UserError`
+    on an unknown format, a missing input, an output that exists (unless `force`) or that can't be written, and when not
+    one trajectory could be converted.
     """
-    if name not in CONVERTERS:
-        raise UserError(f"format '{name}' is not known; known are {', '.join(CONVERTERS)}{nearest(name, CONVERTERS)}")
-    if out.exists() and not force:
-        raise UserError(f"{out}: exists already; give another --out, or --force to overwrite it")
+    items = converter(name)
+    export = _export_unified if to == "unified" else exporter(to)
     for path in inputs:
         if not path.is_file():
             raise UserError(f"{path}: no such file; check --in")
-    if not out.parent.is_dir():
-        raise UserError(f"{out}: the folder '{out.parent}' does not exist; create it first")
-    dropped: dict[str, list[Dropped]] = {"trajectory": [], "step": []}
-    written = 0
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("w", encoding="utf-8", newline="\n") as lines:
-            for item in CONVERTERS[name](inputs):
-                if isinstance(item, Dropped):
-                    dropped[item.unit].append(item)
-                else:
-                    lines.write(json.dumps(to_dict(item), ensure_ascii=False) + "\n")
-                    written += 1
-        if not written:
-            first = next(iter(dropped["trajectory"]), None)
+    outputs = [path for path in (out, report) if path is not None]
+    for path in outputs:
+        _check_output(path, inputs, force)
+    if len({path.absolute() for path in outputs}) < len(outputs):
+        raise UserError(f"{out}: given as --out and as --report; give two files")
+    tally = _Tally()
+    with _new_file(out) as lines:
+        for item in items(inputs):
+            tally.add(item)
+            if progress:
+                progress(tally.read)
+            if isinstance(item, Converted):
+                for row in _exported(item, export, tally):
+                    lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+        if not tally.written:
+            first = tally.first_drop
             why = f"; first: {first.path}:{first.row}: {first.reason}: {first.detail}" if first else ""
             raise UserError(f"not one trajectory of format '{name}' in {', '.join(map(str, inputs))}{why}")
-        partial.replace(out)
+    result = {"format": name, "to": to, "inputs": [str(path) for path in inputs], "out": str(out), **tally.report()}
+    if report is not None:
+        with _new_file(report) as file:
+            file.write(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    return result
+
+
+def summary(report: dict[str, Any]) -> Iterator[str]:
+    """The report in lines for a terminal."""
+    rows, trajectories = report["rows"], report["trajectories"]
+    yield (
+        f"{report['out']}: {trajectories['written']} trajectories written, {trajectories['dropped']} dropped; "
+        f"{rows['read']} rows read = {rows['converted']} converted + {rows['dropped']} dropped"
+        + (f"; {report['lines']} lines of format {report['to']}" if report["to"] != "unified" else "")
+    )
+    for title, reasons in (
+        ("dropped trajectories", report["dropped"]["trajectory"]),
+        ("dropped steps", report["dropped"]["step"]),
+        ("repaired", report["repaired"]),
+        ("lost", report["lost"]),
+        ("left as is", report["left"]),
+    ):
+        for reason, entry in reasons.items():
+            shown = ", ".join(entry["rows"][:SHOWN])
+            others = len(entry["rows"][SHOWN:]) + entry["more"]
+            detail = " ".join(entry["detail"][:160].split())
+            yield f"  {title}: {entry['count']} {reason}: {shown}{f' and {others} more' if others else ''} ({detail})"
+
+
+def _export_unified(trajectory: Trajectory) -> Iterator[dict[str, Any]]:
+    yield to_dict(trajectory)
+
+
+def _exported(item: Converted, export: ExportRow, tally: "_Tally") -> Iterator[dict[str, Any]]:
+    """The rows of a trajectory in the output's format; one that gives no row is dropped."""
+    lost: list[Lost] = []
+    rows: list[dict[str, Any]] = []
+    try:
+        for row in export(item.trajectory):
+            if isinstance(row, Lost):
+                lost.append(row)
+            else:
+                rows.append(row)
+        if not rows:
+            raise InvalidTrajectory(lost[0].reason, lost[0].detail) if lost else InvalidTrajectory("no-row", "")
+    except InvalidTrajectory as invalid:
+        tally.add(Dropped(item.path, item.row, invalid.reason, invalid.detail))
+        return
+    tally.add_written(item, rows, lost)
+    yield from rows
+
+
+class _Reasons:
+    """How often each reason occurred, where, and the first detail."""
+
+    def __init__(self):
+        self._entries: dict[str, dict[str, Any]] = {}
+        self._last: dict[str, tuple[Path, int]] = {}
+
+    def add(self, path: Path, row: int, reason: str, detail: str) -> None:
+        entry = self._entries.setdefault(reason, {"count": 0, "rows": [], "more": 0, "detail": detail[:1000]})
+        entry["count"] += 1
+        if self._last.get(reason) != (path, row):  # a row is listed once, however often
+            self._last[reason] = (path, row)
+            if len(entry["rows"]) < LISTED:
+                entry["rows"].append(f"{path}:{row}")
+            else:
+                entry["more"] += 1
+
+    def report(self) -> dict[str, Any]:
+        return dict(sorted(self._entries.items(), key=lambda entry: -entry[1]["count"]))
+
+
+class _Tally:
+    """Counts what happens to rows, trajectories and steps."""
+
+    def __init__(self):
+        from xlam_jax.data.validate import check_row
+
+        self._check_row = check_row
+        self.read = self.written = self.lines = 0
+        self.first_drop: Dropped | None = None
+        self._dropped: dict[Literal["trajectory", "step"], _Reasons] = {"trajectory": _Reasons(), "step": _Reasons()}
+        self._repaired, self._lost, self._left = _Reasons(), _Reasons(), _Reasons()
+        self._ids: set[bytes] = set()
+        self._trajectories_dropped = self._rows_converted = 0
+        self._row: tuple[Path, int] | None = None
+        self._row_written = False
+
+    def add(self, item: Converted | Dropped) -> None:
+        if (item.path, item.row) != self._row:
+            self._row, self._row_written = (item.path, item.row), False
+            self.read += 1
+        if isinstance(item, Dropped):
+            self._dropped[item.unit].add(item.path, item.row, item.reason, item.detail)
+            if item.unit == "trajectory":
+                self._trajectories_dropped += 1
+                self.first_drop = self.first_drop or item
+
+    def add_written(self, item: Converted, rows: list[dict[str, Any]], lost: list[Lost]) -> None:
+        self.written += 1
+        self.lines += len(rows)
+        self._rows_converted += not self._row_written
+        self._row_written = True
+        for repair in item.repairs:
+            self._repaired.add(item.path, item.row, repair.reason, repair.detail)
+        for loss in lost:
+            self._lost.add(item.path, item.row, loss.reason, loss.detail)
+        for problem in self._check_row(to_dict(item.trajectory)):
+            self._left.add(item.path, item.row, problem.reason, problem.detail)
+        digest = hashlib.blake2b(item.trajectory.id.encode(), digest_size=16).digest()
+        if digest in self._ids:
+            self._left.add(item.path, item.row, "duplicate-trajectory-id", f"'{item.trajectory.id}' came before")
+        self._ids.add(digest)
+
+    def report(self) -> dict[str, Any]:
+        return {
+            "rows": {
+                "read": self.read,
+                "converted": self._rows_converted,
+                "dropped": self.read - self._rows_converted,
+            },
+            "trajectories": {"written": self.written, "dropped": self._trajectories_dropped},
+            "lines": self.lines,
+            "dropped": {unit: reasons.report() for unit, reasons in self._dropped.items()},
+            "repaired": self._repaired.report(),
+            "lost": self._lost.report(),
+            "left": self._left.report(),
+        }
+
+
+class _Progress:
+    """One line on the terminal, rewritten in place."""
+
+    def __init__(self, inputs: list[Path]):
+        self._total = sum(path.stat().st_size for path in inputs if path.is_file())
+        self._start, self._bytes, self._next = time.monotonic(), Meter.bytes, time.monotonic() + REFRESH
+
+    def __call__(self, rows: int) -> None:
+        now = time.monotonic()
+        if now < self._next:
+            return
+        self._next = now + REFRESH
+        seconds, done = now - self._start, Meter.bytes - self._bytes
+        left = max(0, self._total - done) * seconds / max(done, 1)
+        print(
+            f"\r\x1b[K{done / 1e6:,.0f} of {self._total / 1e6:,.0f} MB  {rows:,} rows  {rows / seconds:,.0f} rows/s  "
+            f"left {left // 60:.0f}:{left % 60:02.0f}",
+            end="",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _check_output(path: Path, inputs: list[Path], force: bool) -> None:
+    if path.resolve() in {source.resolve() for source in inputs}:
+        raise UserError(f"{path}: is an input as well; give another output")
+    if path.is_dir() or (path.exists() and not force):
+        raise UserError(f"{path}: exists already; give another name, or --force to overwrite a file")
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: the folder '{path.parent}' does not exist; create it first")
+    if path.suffix in (".gz", ".zst"):
+        raise UserError(f"{path}: the output is written plain; leave {path.suffix} out of its name")
+
+
+@contextmanager
+def _new_file(path: Path) -> Iterator[IO[str]]:
+    """Opens a file beside `path` that takes its place when the block ends well, and is removed when it does not."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("w", encoding="utf-8", newline="\n") as file:
+            yield file
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: can't be written ({error.strerror or error}); nothing is left behind") from None
     finally:
         partial.unlink(missing_ok=True)
-    return {
-        "format": name,
-        "inputs": [str(path) for path in inputs],
-        "written": written,
-        "dropped": {unit: _by_reason(items) for unit, items in dropped.items()},
-    }
-
-
-def _by_reason(items: list[Dropped]) -> dict[str, Any]:
-    report: dict[str, Any] = {}
-    for reason, count in Counter(item.reason for item in items).most_common():
-        found = [item for item in items if item.reason == reason]
-        rows = [f"{item.path}:{item.row}" for item in found[:EXAMPLES]]
-        report[reason] = {"count": count, "rows": rows, "detail": found[0].detail}
-    return report
 
 
 if __name__ == "__main__":

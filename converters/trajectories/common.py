@@ -1,13 +1,22 @@
 """What the trajectory converters share: reading raw rows, counting what is dropped, JSON Schema of type spellings."""
 
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory, parse_json, parse_trajectory, read_lines
-from xlam_jax.errors import UserError
+from xlam_jax.data.files import read_items, read_lines, stem
+from xlam_jax.data.trajectory import (
+    InvalidTrajectory,
+    Message,
+    Trajectory,
+    parse_json,
+    parse_trajectory,
+    system_text,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,62 +38,169 @@ class StepDropped:
     detail: str
 
 
-Convert = Callable[[list[Path]], Iterator[Trajectory | Dropped]]
-ConvertRow = Callable[[dict[str, Any], str], Iterable[dict[str, Any] | StepDropped]]
+@dataclass(frozen=True, slots=True)
+class Repaired:
+    """What a row converter yields, before its trajectory, for each defect it mended; the reader's look the same."""
+
+    reason: str
+    detail: str
 
 
-def convert_rows(paths: Iterable[Path], convert_row: ConvertRow) -> Iterator[Trajectory | Dropped]:
-    """Streams every row of `paths` through `convert_row(row, name)`, where `name` is unique to the row.
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """A trajectory, the row that it was made from, and what was mended on the way."""
 
-    `convert_row` yields unified trajectories as objects, which are checked here, and steps it left out; it raises
-    `InvalidTrajectory` for a row that cannot be converted.
-    """
+    path: Path
+    row: int
+    trajectory: Trajectory
+    repairs: tuple[Repaired, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """What an exporter yields, beside its rows, for each thing of the trajectory that its format can't hold."""
+
+    reason: str
+    detail: str
+
+
+Convert = Callable[[list[Path]], Iterator[Converted | Dropped]]
+"""Every row gives at least one item, and its items follow each other."""
+ConvertRow = Callable[[dict[str, Any], str], Iterable[dict[str, Any] | StepDropped | Repaired | InvalidTrajectory]]
+ExportRow = Callable[[Trajectory], Iterable[dict[str, Any] | Lost]]
+
+
+def convert_rows(paths: Iterable[Path], convert_row: ConvertRow) -> Iterator[Converted | Dropped]:
+    """Streams every row of `paths` through `convert_row(row, name)`, where `name` is unique to the row."""
     for path in paths:
         for number, row in read_rows(path):
+            yield from convert_one(path, number, row, convert_row)
+
+
+def convert_one(
+    path: Path, number: int, row: dict[str, Any] | InvalidTrajectory, convert_row: ConvertRow
+) -> Iterator[Converted | Dropped]:
+    """Converts row `number` of `path`.
+
+    `convert_row(row, name)` yields unified trajectories as objects, which are checked here, and before each the steps
+    left out of it and the defects mended in it; it raises `InvalidTrajectory` for a row that can't be converted, and
+    yields it in place of one trajectory of several that can't. What was mended in or left out of a trajectory that is
+    dropped is not told.
+    """
+    steps: list[StepDropped] = []
+    repairs: list[Repaired] = []
+    silent = True
+    try:
+        if isinstance(row, InvalidTrajectory):
+            raise row
+        for item in convert_row(row, f"{stem(path)}_{number}"):
+            if isinstance(item, StepDropped):
+                steps.append(item)
+                continue
+            if isinstance(item, Repaired):
+                repairs.append(item)
+                continue
+            silent = False
             try:
-                if isinstance(row, InvalidTrajectory):
-                    raise row
-                for item in convert_row(row, f"{path.stem}_{number}"):
-                    if isinstance(item, StepDropped):
-                        yield Dropped(path, number, item.reason, item.detail, unit="step")
-                    else:
-                        yield parse_trajectory(item)
-            except InvalidTrajectory as invalid:
+                if isinstance(item, InvalidTrajectory):
+                    raise item
+                trajectory = parse_trajectory(item, repaired=partial(_note, repairs))
+            except InvalidTrajectory as invalid:  # a row may hold several: the next one may be fine
                 yield Dropped(path, number, invalid.reason, invalid.detail)
+            else:
+                yield from (Dropped(path, number, step.reason, step.detail, unit="step") for step in steps)
+                yield Converted(path, number, trajectory, tuple(repairs))
+            steps, repairs = [], []
+    except InvalidTrajectory as invalid:
+        yield Dropped(path, number, invalid.reason, invalid.detail)
+    else:
+        yield from (Dropped(path, number, step.reason, step.detail, unit="step") for step in steps)
+        if silent:
+            yield Dropped(path, number, "no-trajectory", "the row holds none")
+
+
+def _note(repairs: list[Repaired], reason: str, detail: str) -> None:
+    repairs.append(Repaired(reason, detail))
+
+
+def losses(trajectory: Trajectory, row: dict[str, Any], convert_row: ConvertRow) -> Iterator[Lost]:
+    """What of a trajectory does not come back when the `row` it was exported to is imported with `convert_row`.
+
+    What it gained on the way (ids, names) is no loss.
+    """
+    try:
+        back = next(item for item in convert_row(row, "") if isinstance(item, dict))
+        yield from _differences(trajectory, parse_trajectory(back))
+    except InvalidTrajectory as invalid:
+        yield Lost("not-read-back", str(invalid))
+
+
+def _differences(before: Trajectory, after: Trajectory) -> Iterator[Lost]:
+    for key in ("id", "source", "score"):
+        value, back = getattr(before, key), getattr(after, key)
+        if value is not None and value != back:
+            yield Lost(f"{key}-not-held", f"{key} {value!r} comes back as {back!r}")
+    if system_text(before.task_instruction, before.conversation) != system_text(
+        after.task_instruction, after.conversation
+    ):
+        yield Lost("system-text-not-held", "the task instruction and the system turns come back changed")
+    if json.dumps(before.tools) != json.dumps(after.tools):  # the order of keys counts
+        yield Lost("tools-not-held", f"{len(before.tools)} tools come back changed")
+    if any(turn.name or turn.loss is not None for turn in before.conversation if turn.role == "system"):
+        yield Lost("system-flags-not-held", "a system turn has a name or a loss flag")
+    turns, others = ([turn for turn in t.conversation if turn.role != "system"] for t in (before, after))
+    if [turn.role for turn in turns] != [turn.role for turn in others]:
+        yield Lost("turns-not-held", f"{len(turns)} turns come back as {len(others)}")
+        return
+    seen: set[str] = set()
+    for i, (turn, other) in enumerate(zip(turns, others, strict=True)):
+        for reason in _turn_losses(turn, other):
+            if reason not in seen:
+                yield Lost(reason, f"turn {i} ({turn.role}), leaving out system turns")
+            seen.add(reason)
+
+
+def _turn_losses(turn: Message, other: Message) -> Iterator[str]:
+    if turn.content != other.content:
+        yield "text-not-held"
+    if [(c.name, json.dumps(c.arguments)) for c in turn.tool_calls] != [
+        (c.name, json.dumps(c.arguments)) for c in other.tool_calls
+    ]:
+        yield "calls-not-held"
+    elif any(c.id not in (None, d.id) for c, d in zip(turn.tool_calls, other.tool_calls, strict=True)):
+        yield "call-id-not-held"
+    if turn.tool_call_id not in (None, other.tool_call_id):
+        yield "call-id-not-held"
+    if turn.name not in (None, other.name):
+        yield "name-not-held"
+    if turn.loss not in (None, other.loss):
+        yield "loss-flag-not-held"
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | InvalidTrajectory]]:
     """Streams (number from 1, row): the lines of a .jsonl file, or the items of a JSON list or JSON object of rows.
 
-    Rows that are no JSON objects come as `InvalidTrajectory`. Raises `UserError` on an unreadable file.
+    Either may be packed (.gz, .zst). Rows that are no JSON objects come as `InvalidTrajectory`. Raises `UserError` on
+    an unreadable file.
     """
-    if path.suffix == ".jsonl":
-        for number, line in read_lines(path):
-            try:
-                yield number, _object(parse_json(line))
-            except InvalidTrajectory as invalid:
-                yield number, invalid
-        return
-    try:
-        document = parse_json(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    except InvalidTrajectory as invalid:
-        raise UserError(f"{path}: {invalid.detail}; name files with one object a line .jsonl") from None
-    if not isinstance(document, list | dict):
-        raise UserError(f"{path}: a {type(document).__name__}, expected a list or an object of rows")
-    for number, row in enumerate(document.values() if isinstance(document, dict) else document, start=1):
+    lines = {".jsonl", ".ndjson"} & set(path.suffixes[-2:])
+    for number, text in read_lines(path) if lines else read_items(path):
         try:
-            yield number, _object(row)
+            row = parse_json(text)
+            if not isinstance(row, dict):
+                raise InvalidTrajectory("not-an-object", f"a row is a JSON object, got a {type(row).__name__}")
+            yield number, row
         except InvalidTrajectory as invalid:
             yield number, invalid
 
 
-def field(row: dict[str, Any], key: str, kind: type | tuple[type, ...]) -> Any:
+def field(row: object, key: str, kind: type | tuple[type, ...]) -> Any:
     """Returns `row[key]`; raises `InvalidTrajectory("missing-field", …)` when it is absent or of another type."""
+    if not isinstance(row, dict):
+        raise InvalidTrajectory("missing-field", f"`{key}` is looked for in a {type(row).__name__}, not an object")
     value = row.get(key)
     if not isinstance(value, kind):
-        raise InvalidTrajectory("missing-field", f"`{key}` is missing or a {type(value).__name__}")
+        raise InvalidTrajectory("missing-field", f"`{key}` is {'missing' if value is None else type(value).__name__}")
     return value
 
 
@@ -117,11 +233,11 @@ JSON_TYPES = {
 }
 
 
-def json_schema(spelling: str) -> tuple[dict[str, Any], bool]:
+def json_schema(spelling: str, levels: int = 8) -> tuple[dict[str, Any], bool]:
     """Returns the JSON Schema of a Python-like type spelling and whether it says "optional".
 
-    `str`, `List[int]`, `list(str)`, `Dict[str, Any]`, `Optional[str]`, `int, optional`. Spellings it does not know, and
-    unions, allow anything: {}.
+    `str`, `List[int]`, `list(str)`, `Dict[str, Any]`, `Optional[str]`, `int, optional`. Spellings it does not know,
+    unions, and what is nested below `levels` allow anything: {}.
     """
     text, comma, _ = spelling.strip().partition(", optional")
     optional = bool(comma)
@@ -134,8 +250,8 @@ def json_schema(spelling: str) -> tuple[dict[str, Any], bool]:
     if kind is None:
         return {}, optional
     schema: dict[str, Any] = {"type": kind}
-    if inner and head.lower() in ("list", "array", "set"):
-        items, _ = json_schema(inner)
+    if inner and levels and head.lower() in ("list", "array", "set"):
+        items, _ = json_schema(inner, levels - 1)
         if items:
             schema["items"] = items
     return schema, optional
@@ -155,7 +271,13 @@ def as_declared(value: object, schema: dict[str, Any]) -> object:
     return value
 
 
-def _object(value: object) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise InvalidTrajectory("not-an-object", f"a row is a JSON object, got a {type(value).__name__}")
-    return value
+def declared_arguments(
+    tool_name: str, arguments: dict[str, Any], properties: dict[str, Any]
+) -> tuple[dict[str, Any], list[Repaired]]:
+    """Returns the arguments of a call as their `properties` declare them (see `as_declared`), and what was changed."""
+    declared = {key: as_declared(value, properties.get(key, {})) for key, value in arguments.items()}
+    return declared, [
+        Repaired("text-for-declared-type", f"`{key}` of '{tool_name}' is the text {value!r}")
+        for key, value in arguments.items()
+        if declared[key] is not value
+    ]

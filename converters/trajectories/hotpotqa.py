@@ -9,8 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from converters.trajectories.common import Dropped, call, convert_rows, field, tool
-from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory
+from converters.trajectories.common import (
+    Converted,
+    Dropped,
+    call,
+    convert_rows,
+    field,
+    tool,
+)
+from xlam_jax.data.trajectory import InvalidTrajectory
 
 INSTRUCTION = "Answer the question. Search as often as needed, then finish with a short answer."
 TEXT = {"type": "string"}
@@ -19,19 +26,20 @@ TOOLS = [
     tool("finish", "Give the answer.", {"answer": TEXT}, ["answer"]),
 ]
 PARAMETER = {"search": "query", "finish": "answer"}
-STEP = re.compile(r"(?:Thought: (?P<thought>.*?)\s*)?Action: (?P<name>\w+)\[(?P<argument>.*)\]\s*", re.DOTALL)
+ACTION = re.compile(r"Action: (search|finish)\[")
 REWARD = re.compile(r"Episode finished, reward = (True|False)")
 
 
-def convert(paths: list[Path]) -> Iterator[Trajectory | Dropped]:
+def convert(paths: list[Path]) -> Iterator[Converted | Dropped]:
     """Searches and the final answer become tool calls, thoughts stand beside them.
 
     The score is the recorded F1, or else 1 or 0 for the episode's reward; the turn that tells the reward is left out.
     """
-    return convert_rows(paths, _convert_row)
+    return convert_rows(paths, convert_row)
 
 
-def _convert_row(row: dict[str, Any], name: str) -> Iterator[dict[str, Any]]:
+def convert_row(row: dict[str, Any], name: str) -> Iterator[dict[str, Any]]:
+    """Converts one episode."""
     raw = row["traj"] if "traj" in row else row.get("messages")
     messages = _split(raw) if isinstance(raw, str) else raw
     if not isinstance(messages, list) or not messages:
@@ -43,12 +51,14 @@ def _convert_row(row: dict[str, Any], name: str) -> Iterator[dict[str, Any]]:
         if i == 0:
             turns.append({"role": "user", "content": content})
         elif message.get("role") == "assistant":
-            step = STEP.fullmatch(content)
-            if step is None or step["name"] not in PARAMETER:
+            action, text = ACTION.search(content), content.rstrip()
+            thought = content[: action.start()] if action else ""
+            if not action or not text.endswith("]") or (thought and not thought.startswith("Thought: ")):
                 raise InvalidTrajectory("unknown-action", f"turn {i}: {content}")
-            number, tool_name = number + 1, step["name"]
-            calls = [call(number, tool_name, {PARAMETER[tool_name]: step["argument"]})]
-            turns.append({"role": "assistant", "content": step["thought"] or "", "tool_calls": calls})
+            number, tool_name = number + 1, action[1]
+            calls = [call(number, tool_name, {PARAMETER[tool_name]: text[action.end() : -1]})]
+            thought = thought.removeprefix("Thought: ").rstrip()
+            turns.append({"role": "assistant", "content": thought, "tool_calls": calls})
         elif reward := REWARD.search(content):
             score = float(reward[1] == "True") if score is None else score
         else:

@@ -10,14 +10,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from converters.trajectories.common import Dropped, as_declared, call, convert_rows, field, json_schema, read_rows, tool
-from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory
+from converters.trajectories.common import (
+    Converted,
+    Dropped,
+    Repaired,
+    call,
+    convert_rows,
+    declared_arguments,
+    field,
+    json_schema,
+    read_rows,
+    tool,
+)
+from xlam_jax.data.trajectory import InvalidTrajectory
 from xlam_jax.errors import UserError
 
 DISTRACTORS = 2  # tools of the same field that are declared but not called
 
 
-def convert(paths: list[Path]) -> Iterator[Trajectory | Dropped]:
+def convert(paths: list[Path]) -> Iterator[Converted | Dropped]:
     """Each row becomes a user turn and one assistant turn with all calls; two more tools of the field are declared.
 
     Rows whose arguments name the result of another call ("API_call_0") are dropped: no such result was recorded. The
@@ -28,20 +39,29 @@ def convert(paths: list[Path]) -> Iterator[Trajectory | Dropped]:
     if not pool.is_file():
         raise UserError(f"{pool}: not found; Seal-Tools keeps its tools in tool.jsonl, give it too")
     tools: dict[str, dict[str, Any]] = {}
+    field_of: dict[str, str] = {}
     fields: dict[str, list[str]] = {}
     for number, row in read_rows(pool):
         if isinstance(row, InvalidTrajectory) or not isinstance(row.get("api_name"), str):
             raise UserError(f"{pool}:{number}: no tool; every line is an object with `api_name`")
-        tools[row["api_name"]] = row
-        fields.setdefault(_field(row), []).append(row["api_name"])
-    return convert_rows(rows, lambda row, name: _convert_row(row, name, tools, fields))
+        try:
+            tools[row["api_name"]] = _schema(row)
+        except InvalidTrajectory as invalid:
+            raise UserError(f"{pool}:{number}: {invalid.reason}: {invalid.detail}; correct the tool") from None
+        field_of[row["api_name"]] = kind = str(row.get("field", "")).partition("/")[0]
+        fields.setdefault(kind, []).append(row["api_name"])
+    return convert_rows(rows, lambda row, name: _convert_row(row, name, tools, field_of, fields))
 
 
 def _convert_row(
-    row: dict[str, Any], name: str, tools: dict[str, dict[str, Any]], fields: dict[str, list[str]]
-) -> Iterator[dict[str, Any]]:
+    row: dict[str, Any],
+    name: str,
+    tools: dict[str, dict[str, Any]],
+    field_of: dict[str, str],
+    fields: dict[str, list[str]],
+) -> Iterator[dict[str, Any] | Repaired]:
     identity = row.get("id", name)
-    schemas: dict[str, dict[str, Any]] = {}
+    called: dict[str, dict[str, Any]] = {}
     calls: list[dict[str, Any]] = []
     for number, item in enumerate(field(row, "calling", list), start=1):
         api, arguments = field(item, "api", str), field(item, "parameters", dict)
@@ -49,18 +69,17 @@ def _convert_row(
             raise InvalidTrajectory("refers-to-earlier-result", f"'{api}' is called with {arguments}")
         if api not in tools:
             raise InvalidTrajectory("undeclared-tool", f"'{api}' is not in tool.jsonl")
-        schemas.setdefault(api, _schema(tools[api]))
-        properties = schemas[api]["function"]["parameters"]["properties"]
-        calls.append(
-            call(number, api, {key: as_declared(value, properties.get(key, {})) for key, value in arguments.items()})
-        )
+        called.setdefault(api, tools[api])
+        arguments, repairs = declared_arguments(api, arguments, tools[api]["function"]["parameters"]["properties"])
+        yield from repairs
+        calls.append(call(number, api, arguments))
     if not calls:
         raise InvalidTrajectory("no-assistant-turn", "the row holds no call")
     choice = random.Random(f"seal_tools {identity}")  # of the row, so that other rows do not change it
-    others = [other for other in fields[_field(tools[next(iter(schemas))])] if other not in schemas]
+    others = [other for other in fields[field_of[next(iter(called))]] if other not in called]
     declared = [
-        *schemas.values(),
-        *(_schema(tools[other]) for other in choice.sample(others, min(DISTRACTORS, len(others)))),
+        *called.values(),
+        *(tools[other] for other in choice.sample(others, min(DISTRACTORS, len(others)))),
     ]
     choice.shuffle(declared)
     yield {
@@ -74,13 +93,10 @@ def _convert_row(
     }
 
 
-def _field(row: dict[str, Any]) -> str:
-    return str(row.get("field", "")).partition("/")[0]
-
-
 def _schema(row: dict[str, Any]) -> dict[str, Any]:
-    parameters = field(row, "parameters", dict)
     properties = {
-        key: json_schema(value["type"])[0] | {"description": value["description"]} for key, value in parameters.items()
+        key: json_schema(field(value, "type", str))[0] | {"description": field(value, "description", str)}
+        for key, value in field(row, "parameters", dict).items()
     }
-    return tool(row["api_name"], row["api_description"], properties, row["required"])
+    required = field(row, "required", list)
+    return tool(row["api_name"], field(row, "api_description", str), properties, required)

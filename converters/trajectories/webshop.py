@@ -4,13 +4,21 @@ Raw: {"idx", "instruction", "score", "steps": [{"action", "observation"}, …]};
 "click[…]" or "think[…]".
 """
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from converters.trajectories.common import Dropped, StepDropped, call, convert_rows, field, tool
-from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory
+from converters.trajectories.common import (
+    Converted,
+    Dropped,
+    Repaired,
+    StepDropped,
+    call,
+    convert_rows,
+    field,
+    tool,
+)
+from xlam_jax.data.trajectory import InvalidTrajectory
 
 INSTRUCTION = "Buy the product that fits the request. Search the shop, open a product, choose its options, then buy it."
 TEXT = {"type": "string"}
@@ -23,39 +31,43 @@ TOOLS = [
 PARAMETER = {"search": "query", "click": "element"}
 
 
-def convert(paths: list[Path]) -> Iterator[Trajectory | Dropped]:
+def convert(paths: list[Path]) -> Iterator[Converted | Dropped]:
     """Thoughts go beside the call they precede; steps the shop answered with "Invalid" are dropped with their thoughts.
 
-    The last observation (the score) and thoughts without an action after them are left out.
+    The last observation (the score) and thoughts without an action after them are left out. The log cut long actions
+    short, closing bracket included: what is left of them is kept.
     """
-    return convert_rows(paths, _convert_row)
+    return convert_rows(paths, convert_row)
 
 
-def _convert_row(row: dict[str, Any], name: str) -> Iterator[dict[str, Any] | StepDropped]:
+def convert_row(row: dict[str, Any], name: str) -> Iterator[dict[str, Any] | StepDropped | Repaired]:
+    """Converts one episode."""
     turns: list[dict[str, Any]] = [{"role": "user", "content": field(row, "instruction", str)}]
     thoughts: list[str] = []
     number = 0
     for i, step in enumerate(field(row, "steps", list)):
         action, observation = field(step, "action", str), field(step, "observation", str)
-        # the log cut long thoughts short, closing bracket included
-        match = re.fullmatch(r"(\w+)\[(.*?)\]?", action.strip(), re.DOTALL)
+        kind, _, argument = action.strip().partition("[")
         if action == "reset":
             continue
-        if match and match[1] == "think":
-            thoughts.append(match[2].strip())
+        if "[" in action and kind in ("think", *PARAMETER) and not argument.endswith("]"):
+            yield Repaired("unclosed-action", f"step {i}: {action}")
+        argument = argument.removesuffix("]")
+        if "[" in action and kind == "think":
+            thoughts.append(argument.strip())
             continue
         thought = "\n".join(thoughts)
         thoughts = []
         if "Invalid" in observation:
             yield StepDropped("invalid-action", f"step {i}: {action}")
-        elif not match or match[1] not in PARAMETER:
+        elif "[" not in action or kind not in PARAMETER:
             yield StepDropped("unknown-action", f"step {i}: {action}")
         else:
             number += 1
-            calls = [call(number, match[1], {PARAMETER[match[1]]: match[2]})]
+            calls = [call(number, kind, {PARAMETER[kind]: argument})]
             turns.append({"role": "assistant", "content": thought, "tool_calls": calls})
             turns.append(
-                {"role": "tool", "tool_call_id": f"call_{number}", "name": match[1], "content": observation.rstrip()}
+                {"role": "tool", "tool_call_id": f"call_{number}", "name": kind, "content": observation.rstrip()}
             )
     if thoughts:
         yield StepDropped("thought-without-action", thoughts[0])

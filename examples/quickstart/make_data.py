@@ -12,7 +12,7 @@ from pathlib import Path
 from jsonschema import Draft202012Validator
 
 from converters.trajectories import CONVERTERS
-from converters.trajectories.common import Dropped
+from converters.trajectories.common import Converted
 from xlam_jax.data.trajectory import Trajectory, to_dict
 from xlam_jax.errors import UserError, run
 
@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
                 raise UserError(
                     f"{path}: not found; the raw folder holds {source}/ with {', '.join(names)} and a licence"
                 )
-        converted = [item for item in CONVERTERS[source](paths) if not isinstance(item, Dropped)]
+        converted = [item.trajectory for item in CONVERTERS[source](paths) if isinstance(item, Converted)]
         chosen = choose(converted, source)
         with (options.out / f"{source}.jsonl").open("w", encoding="utf-8", newline="\n") as lines:
             for trajectory in chosen:

@@ -3,11 +3,22 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import JSON, broken
 
-from converters.trajectories import CONVERTERS
-from converters.trajectories.__main__ import convert, main
-from converters.trajectories.common import Dropped, as_declared, json_schema
-from xlam_jax.data.trajectory import Trajectory, read_jsonl
+from converters.trajectories import CONVERTERS, row_converter
+from converters.trajectories.common import (
+    Converted,
+    Dropped,
+    Repaired,
+    StepDropped,
+    as_declared,
+    convert_one,
+    json_schema,
+    read_rows,
+)
+from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory
 from xlam_jax.errors import UserError
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -15,7 +26,7 @@ FIXTURES = Path(__file__).parent / "fixtures"
 
 def run(name: str, *paths: Path) -> tuple[list[Trajectory], list[Dropped]]:
     items = list(CONVERTERS[name](list(paths)))
-    kept = [item for item in items if isinstance(item, Trajectory)]
+    kept = [item.trajectory for item in items if isinstance(item, Converted)]
     return kept, [item for item in items if isinstance(item, Dropped)]
 
 
@@ -183,31 +194,130 @@ def test_text_becomes_the_declared_type_where_clear(value, kind, expected):
     assert (got, type(got)) == (expected, type(expected))
 
 
-def test_command_writes_report_and_output(tmp_path, capsys):
-    out, report = tmp_path / "out.jsonl", tmp_path / "report.json"
-    source = str(FIXTURES / "hammer.json")
-    main(["--format", "hammer", "--in", source, "--out", str(out), "--report", str(report)])
-    assert [type(item) for _, item in read_jsonl(out)] == [Trajectory] * 5
-    counts = json.loads(report.read_text())
-    assert counts["written"] == 5
-    assert counts["dropped"]["trajectory"]["undeclared-tool"]["rows"] == [f"{source}:6"]
-    assert "dropped 1 (trajectory, undeclared-tool)" in capsys.readouterr().out
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "report.json"]
+def repairs(name: str, *paths: Path) -> Counter:
+    """How often each defect was mended in each row."""
+    return Counter(
+        (item.path.name, item.row, repair.reason)
+        for item in CONVERTERS[name](list(paths))
+        if isinstance(item, Converted)
+        for repair in item.repairs
+    )
 
 
-def test_command_mistakes_are_user_errors(tmp_path, write_jsonl):
-    source, out = FIXTURES / "hammer.json", tmp_path / "out.jsonl"
-    with pytest.raises(UserError, match=r"'hamer' is not known.*did you mean 'hammer'"):
-        convert("hamer", [source], out)
-    with pytest.raises(UserError, match=r"none\.json: no such file"):
-        convert("hammer", [tmp_path / "none.json"], out)
-    with pytest.raises(UserError, match="does not exist; create it"):
-        convert("hammer", [source], tmp_path / "no" / "out.jsonl")
-    with pytest.raises(UserError, match=r"not one trajectory.*rows\.jsonl:1: missing-field"):
-        convert("hammer", [write_jsonl({"query": "q"})], out)
-    assert not out.exists()
-    out.write_text("kept")
-    with pytest.raises(UserError, match="exists already"):
-        convert("hammer", [source], out)
-    assert out.read_text() == "kept"
-    assert convert("hammer", [source], out, force=True)["written"] == 5
+def test_repairs_are_told():
+    assert repairs("webshop", FIXTURES / "webshop.jsonl") == {("webshop.jsonl", 1, "unclosed-action"): 1}
+    assert repairs("hotpotqa", FIXTURES / "hotpotqa.jsonl", FIXTURES / "hotpotqa_scored.json") == {}
+    assert repairs("seal_tools", FIXTURES / "seal_tools" / "dev.jsonl") == {
+        ("dev.jsonl", 1, "text-for-declared-type"): 1
+    }
+    found = repairs("hammer", FIXTURES / "hammer.json")
+    assert {reason for _, _, reason in found} == {"missing-call-id", "text-for-declared-type"}
+    for item in CONVERTERS["hammer"]([FIXTURES / "hammer.json"]):
+        if isinstance(item, Converted):
+            assert all(turn.tool_call_id for turn in item.trajectory.conversation if turn.role == "tool")
+
+
+def test_a_broken_tool_of_the_pool_is_a_user_error(write_jsonl):
+    rows = write_jsonl({"id": "x", "query": "q", "calling": []})
+    good = {
+        "api_name": "a",
+        "api_description": "d",
+        "parameters": {"p": {"type": "str", "description": "d"}},
+        "required": [],
+    }
+    for tool, message in (
+        ({"api_name": 1}, r"tool\.jsonl:2: no tool"),
+        ({**good, "required": None}, r"tool\.jsonl:2: missing-field: `required`"),
+        ({**good, "parameters": {"p": "str"}}, r"tool\.jsonl:2: missing-field: `type`"),
+    ):
+        pool = write_jsonl(good, tool, name="tool.jsonl")
+        with pytest.raises(UserError, match=message):
+            run("seal_tools", rows, pool)
+
+
+def test_a_row_may_hold_several_trajectories():
+    good = {
+        "unique_trajectory_id": "g",
+        "conversation": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
+    }
+
+    def convert_row(row: dict, name: str):
+        if row["ends"] == "silent":
+            return
+        yield Repaired("of-good", "1")
+        yield StepDropped("of-good", "2")
+        yield good
+        yield Repaired("of-bad", "3")
+        yield StepDropped("of-bad", "4")
+        yield {**good, "score": "high"}
+        yield InvalidTrajectory("of-itself", "5")
+        yield {**good, "score": "1"}
+        yield StepDropped("at-the-end", "6")
+        if row["ends"] == "badly":
+            raise InvalidTrajectory("at-last", "7")
+
+    def told(ends: str) -> list[tuple]:
+        return [
+            (item.reason, item.unit)
+            if isinstance(item, Dropped)
+            else (item.trajectory.id, [r.reason for r in item.repairs])
+            for item in convert_one(Path("x.jsonl"), 3, {"ends": ends}, convert_row)
+        ]
+
+    first = [
+        ("of-good", "step"),
+        ("g", ["of-good"]),
+        ("bad-score", "trajectory"),
+        ("of-itself", "trajectory"),
+        ("g", ["text-score"]),
+    ]
+    assert told("well") == [*first, ("at-the-end", "step")]
+    assert told("badly") == [*first, ("at-last", "trajectory")]
+    assert told("silent") == [("no-trajectory", "trajectory")]
+
+
+def first_row(path: Path) -> dict:
+    return next(row for _, row in read_rows(path) if isinstance(row, dict))
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("webshop", "webshop.jsonl"),
+        ("hotpotqa", "hotpotqa.jsonl"),
+        ("hotpotqa", "hotpotqa_scored.json"),
+        ("hammer", "hammer.json"),
+        ("seal_tools", "seal_tools/dev.jsonl"),
+    ],
+)
+def test_whatever_the_row_nothing_else_is_raised(name, file, tmp_path):
+    start = first_row(FIXTURES / file)
+    path = tmp_path / "rows.jsonl"
+    convert_row = row_converter(name)
+    tools = FIXTURES / "seal_tools" / "tool.jsonl"
+
+    @settings(max_examples=100, deadline=None, derandomize=True)
+    @given(broken(start) | st.dictionaries(st.sampled_from(sorted(start)), JSON))
+    def check(row):
+        if convert_row is not None:
+            assert list(convert_one(path, 1, row, convert_row))
+        else:
+            path.write_text(json.dumps(row, default=str), encoding="utf-8")  # as far as JSON can hold it
+            assert list(CONVERTERS[name]([path, tools]))
+
+    check()
+
+
+def test_long_turns_take_linear_time():
+    for name, text in (("hotpotqa", "Thought: " + " " * 3_000_000), ("hotpotqa", "Thought: Action: search[" * 200_000)):
+        row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": text}]}
+        (item,) = convert_one(Path("x.jsonl"), 1, row, row_converter(name))
+        assert isinstance(item, Dropped)
+    steps = [{"action": "search[" * 500_000, "observation": "x"}]
+    items = list(convert_one(Path("x.jsonl"), 1, {"instruction": "i", "steps": steps}, row_converter("webshop")))
+    assert isinstance(items[0], Converted)
+
+
+def test_nested_type_spellings_end():
+    schema, _ = json_schema("List[" * 10_000 + "int" + "]" * 10_000)
+    assert str(schema).count("array") == 9

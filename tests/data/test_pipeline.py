@@ -1,30 +1,37 @@
 """Batches: the same for any number of hosts, after any resume; every trajectory once an epoch; shares as configured."""
 
+import json
 from collections import Counter
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from xlam_jax.config import Data
-from xlam_jax.data import pipeline
+from xlam_jax.config import Data, Source
+from xlam_jax.data import corpus, pipeline
+from xlam_jax.data.corpus import Example, Loaded
+from xlam_jax.data.mixture import shares
 from xlam_jax.data.tokenizer import load_tokenizer
 from xlam_jax.errors import UserError
 
 QUICKSTART = Path(__file__).parents[2] / "examples/quickstart"
 
 
-def loaded(sizes: dict[str, int], weights: dict[str, float]) -> list[pipeline.Loaded]:
+def loaded(sizes: dict[str, int], weights: dict[str, float], longest: int = 20) -> list[Loaded]:
     """Sources of made-up trajectories, each a run of one token that names it."""
     rng = np.random.default_rng(0)
     sources, token = [], 1
     for name, size in sizes.items():
         examples = []
         for _ in range(size):
-            tokens = np.full(rng.integers(3, 20), token, np.int32)
-            examples.append(pipeline.Example(tokens=tokens, labels=tokens, weights=np.ones(len(tokens), np.float32)))
+            tokens = np.full(rng.integers(3, longest), token, np.int32)
+            examples.append(Example(tokens=tokens, labels=tokens, weights=np.ones(len(tokens), np.float32)))
             token += 1
-        sources.append(pipeline.Loaded(name, weights[name], examples, [], Counter()))
+        source = Source(name=name, files=["x"], weight=weights[name])
+        sources.append(Loaded(source, examples, [], None, Counter(), Counter(), Counter()))
     return sources
 
 
@@ -42,23 +49,93 @@ def same(one: pipeline.Row, other: pipeline.Row) -> bool:
     return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize("hosts", [2, 4])
-def test_any_number_of_hosts_sees_the_same_global_batches(hosts: int):
-    whole, parts = loader(), [loader(host, hosts) for host in range(hosts)]
-    for _ in range(12):
-        rows = [next(part) for part in parts]
-        assert same(next(whole), pipeline.Row(*(np.concatenate(column) for column in zip(*rows, strict=True))))
+def joined(parts: list[pipeline.Row]) -> pipeline.Row:
+    return pipeline.Row(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
-@pytest.mark.parametrize("at", [0, 1, 5, 17])
-def test_resume_at_any_step(at: int):
-    first = loader()
+def segments(batch: pipeline.Row) -> list[int]:
+    """The trajectories of a batch, by the token that names each."""
+    return [
+        int(tokens[segments == segment][0])
+        for tokens, segments in zip(batch.tokens, batch.segments, strict=True)
+        for segment in range(1, segments.max() + 1)
+    ]
+
+
+@st.composite
+def mixtures(draw: st.DrawFn) -> tuple[list[Loaded], Data, int]:
+    """Sources of drawn sizes and weights, a config with a drawn number of streams, and a batch size."""
+    count = draw(st.integers(1, 5))
+    sizes = {f"s{i}": draw(st.integers(1, 30)) for i in range(count)}
+    weights = {name: draw(st.floats(0.05, 20)) for name in sizes}
+    streams = draw(st.sampled_from([1, 2, 4, 8]))
+    bins = draw(st.integers(1, 6))
+    data = DATA.model_copy(update={"streams": streams, "packing_bins": bins})
+    return loaded(sizes, weights), data, streams * draw(st.integers(1, 2))
+
+
+SEARCH = settings(deadline=None, derandomize=True, max_examples=12)
+
+
+@SEARCH
+@given(mixtures(), st.integers(0, 6), st.data())
+def test_global_batches_are_the_same_on_any_hosts_and_after_any_resume(drawn, at: int, data: st.DataObject):
+    sources, config, batch_size = drawn
+    counts = [hosts for hosts in (1, 2, 4, 8) if config.streams % hosts == 0]
+
+    def loaders(hosts: int) -> list[pipeline.Loader]:
+        return [
+            pipeline.Loader(sources, config, batch_size=batch_size, seed=3, host=host, hosts=hosts)
+            for host in range(hosts)
+        ]
+
+    before, after = loaders(data.draw(st.sampled_from(counts))), loaders(data.draw(st.sampled_from(counts)))
+    (whole,) = loaders(1)
     for _ in range(at):
-        next(first)
-    second = loader()
-    second.restore(first.state())
-    for _ in range(10):
-        assert same(next(first), next(second))
+        assert same(next(whole), joined([next(part) for part in before]))
+    states = json.loads(json.dumps({name: place for part in before for name, place in part.state().items()}))
+    for part in after:
+        part.restore(states)
+    for _ in range(3):
+        assert same(next(whole), joined([next(part) for part in after]))
+
+
+@SEARCH
+@given(mixtures())
+def test_no_trajectory_is_seen_again_before_all_others_of_its_source(drawn):
+    """Streams draw a source's trajectories from one sequence, dealt among them. What a stream has drawn, its sequence
+    says: all places of it up to its own number of draws, none twice; the places of an epoch hold every trajectory."""
+    sources, config, _ = drawn
+    for one in sources:
+        sequence = pipeline._endless(one, config, 3, None)
+        size = len(one.train)
+        for epoch in range(3):
+            names = [int(sequence[place]["tokens"][0]) for place in range(epoch * size, (epoch + 1) * size)]
+            assert sorted(names) == [int(example["tokens"][0]) for example in one.train]
+        dealt = [sequence.slice(slice(stream, None, config.streams)) for stream in range(config.streams)]
+        for stream, own in enumerate(dealt):
+            for draw in range(5):
+                place = stream + draw * config.streams
+                assert np.array_equal(own[draw]["tokens"], sequence[place]["tokens"])
+
+
+@SEARCH
+@given(mixtures())
+def test_realised_shares_are_the_weights(drawn):
+    """Over all streams, in trajectories drawn: those seen in batches and those that wait in bins."""
+    sources, config, batch_size = drawn
+    whole = pipeline.Loader(sources, config, batch_size=batch_size, seed=0)
+    seen: Counter[str] = Counter()
+    of_token, token = {}, 1
+    for one in sources:
+        for _ in one.train:
+            of_token[token], token = one.source.name, token + 1
+    while sum(seen.values()) < 300:
+        seen.update(of_token[name] for name in segments(next(whole)))
+    total = sum(seen.values())
+    waiting = config.streams * config.packing_bins * config.sequence_length // 3
+    for one, share in zip(sources, shares(sources, config), strict=True):
+        assert abs(seen[one.source.name] - float(share) * total) <= waiting + 2 * config.streams * len(sources)
 
 
 def test_another_seed_gives_other_batches():
@@ -78,30 +155,70 @@ def test_rows_are_packed_whole_and_isolated():
                 assert np.array_equal(tokens[mine], labels[mine])
 
 
-def test_every_trajectory_is_seen_once_an_epoch_and_shares_are_exact():
-    seen: Counter[int] = Counter()
-    batches = loader()
-    while sum(seen.values()) < 4000:
-        for row in zip(*next(batches), strict=True):
-            tokens, segments = row[0], row[4]
-            seen.update(int(tokens[segments == segment][0]) for segment in range(1, segments.max() + 1))
-    total = sum(seen.values())
-    of_a = sum(count for token, count in seen.items() if token <= 40)
-    # Trajectories that wait in a bin are not seen yet: a bound on them is all that the shares may be off by.
-    waiting = 4 * DATA.packing_bins * 10
-    assert abs(of_a - 0.75 * total) <= waiting
-    for tokens in (range(1, 41), range(41, 51)):
-        counts = [seen[token] for token in tokens]
-        assert max(counts) - min(counts) <= 2 + waiting // len(counts)
+def test_weights_by_epochs_sizes_and_tokens():
+    sources = loaded({"a": 40, "b": 10}, {"a": 3, "b": 1})
+    assert shares(sources, DATA) == [Fraction(3, 4), Fraction(1, 4)]
+    passes = [
+        one._replace(source=one.source.model_copy(update={"weight": None, "epochs": epochs, "size": size}))
+        for one, epochs, size in zip(sources, (1.0, 2.0), (None, 80), strict=True)
+    ]
+    assert shares(passes, DATA) == [Fraction(1, 5), Fraction(4, 5)]
+    by_tokens = shares(sources, DATA.model_copy(update={"share": "tokens"}))
+    tokens = [
+        share * Fraction(int(corpus.trained(one.train).sum()), len(one.train))
+        for share, one in zip(by_tokens, sources, strict=True)
+    ]
+    assert tokens[0] == 3 * tokens[1]  # trained tokens of a, three times those of b
+
+
+def test_streams_must_fit_the_hosts():
+    with pytest.raises(UserError, match=r"data\.streams is 4, which the number of hosts, 3, does not divide"):
+        loader(0, 3)
+
+
+def test_packing_wastes_little_on_the_bundled_mixture():
+    sources = [
+        {"name": name, "files": [str(QUICKSTART / f"{name}.jsonl")]}
+        for name in ("webshop", "hotpotqa", "seal_tools", "hammer")
+    ]
+    data = Data.model_validate(
+        {**DATA.model_dump(), "sources": sources, "sequence_length": 4096, "streams": 8, "packing_bins": 16}
+    )
+    one = corpus.load(data, load_tokenizer("mistral:v3"))
+    batches = pipeline.Loader(one, data, batch_size=8, seed=0)
+    filled = [float((next(batches).segments > 0).mean()) for _ in range(12)]
+    assert np.mean(filled) >= 0.97
+
+
+def test_resume_takes_as_long_at_any_place():
+    """Counted, not timed: a restored stream reads what its bins hold, however far it had come."""
+    sources = loaded({"a": 1000}, {"a": 1})
+    reads = 0
+
+    class Counted(list):
+        def __getitem__(self, at):  # type: ignore[override]
+            nonlocal reads
+            reads += 1
+            return super().__getitem__(at)
+
+    sources = [sources[0]._replace(train=Counted(sources[0].train))]
+    far = pipeline.Loader(sources, DATA, batch_size=4, seed=0)
+    for _ in range(400):
+        next(far)
+    reads = 0
+    again = pipeline.Loader(sources, DATA, batch_size=4, seed=0)
+    again.restore(far.state())
+    assert same(next(again), next(far))
+    assert reads < 4 * DATA.packing_bins * DATA.sequence_length
 
 
 def test_heldout_is_a_matter_of_the_id():
     ids = [f"trajectory {number}" for number in range(4000)]
-    held = [one for one in ids if pipeline.is_heldout("a", one, 0.1)]
+    held = [one for one in ids if corpus.is_heldout("a", one, 0.1)]
     assert 0.08 < len(held) / len(ids) < 0.12
-    assert held == [one for one in ids if pipeline.is_heldout("a", one, 0.1)]
-    assert set(held) <= {one for one in ids if pipeline.is_heldout("a", one, 0.2)}
-    assert held != [one for one in ids if pipeline.is_heldout("b", one, 0.1)]
+    assert held == [one for one in ids if corpus.is_heldout("a", one, 0.1)]
+    assert set(held) <= {one for one in ids if corpus.is_heldout("a", one, 0.2)}
+    assert held != [one for one in ids if corpus.is_heldout("b", one, 0.1)]
 
 
 def quickstart(**changes: object) -> Data:
@@ -111,20 +228,20 @@ def quickstart(**changes: object) -> Data:
 
 def test_loading_counts_what_it_leaves_out():
     tokenizer = load_tokenizer(str(QUICKSTART / "tokenizer"))
-    (whole,) = pipeline.load(quickstart(heldout=0.1), tokenizer)
+    (whole,) = corpus.load(quickstart(heldout=0.1), tokenizer)
     assert len(whole.train) + len(whole.heldout) == 180
-    (short,) = pipeline.load(quickstart(heldout=0.1, sequence_length=256), tokenizer)
+    (short,) = corpus.load(quickstart(heldout=0.1, sequence_length=256), tokenizer)
     assert len(short.train) + len(short.heldout) + short.dropped["too-long"] == 180
     assert short.dropped["too-long"] > 0
-    with pytest.raises(UserError, match=r"hammer\.jsonl:\d+: too-long: \d+ tokens, data\.sequence_length is 256"):
-        pipeline.load(quickstart(sequence_length=256, on_long="error"), tokenizer)
+    with pytest.raises(UserError, match=r"hammer\.jsonl:\d+: too-long: .*; data\.sequence_length is 256"):
+        corpus.load(quickstart(sequence_length=256, on_long="error"), tokenizer)
     with pytest.raises(UserError, match="no trajectory to train on"):
-        pipeline.load(quickstart(sequence_length=4), tokenizer)
+        corpus.load(quickstart(sequence_length=4), tokenizer)
 
 
 def test_heldout_batches_hold_each_trajectory_once():
     tokenizer = load_tokenizer(str(QUICKSTART / "tokenizer"))
-    (source,) = pipeline.load(quickstart(heldout=0.2), tokenizer)
+    (source,) = corpus.load(quickstart(heldout=0.2), tokenizer)
     batches = list(pipeline.heldout_batches([source], quickstart(), rows=4, limit=None))
     assert all(batch.tokens.shape == (4, 1024) for batch in batches)
     assert sum(float(batch.weights.sum()) for batch in batches) == sum(

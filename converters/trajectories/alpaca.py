@@ -1,0 +1,40 @@
+"""Alpaca: one instruction and its answer, with the rounds before it.
+
+Raw: {"instruction", "input", "output", "system", "history": [["question", "answer"], …]}, all but `instruction` and
+`output` optional.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from converters.trajectories.common import Converted, Dropped, convert_rows, field
+from xlam_jax.data.trajectory import InvalidTrajectory
+
+KEYS = ("instruction", "input", "output", "system", "history", "id")
+
+
+def convert(paths: list[Path]) -> Iterator[Converted | Dropped]:
+    """The input stands a line below the instruction; `system` becomes the task instruction."""
+    return convert_rows(paths, convert_row)
+
+
+def convert_row(row: dict[str, Any], name: str) -> Iterator[dict[str, Any]]:
+    """Converts one row. `source` and `score`, which some files add, are kept."""
+    turns: list[dict[str, Any]] = []
+    for i, pair in enumerate(field(row, "history", list) if row.get("history") is not None else []):
+        match pair:
+            case [str(question), str(answer)]:
+                turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            case _:
+                raise InvalidTrajectory("bad-turn", f"round {i} of `history` is no pair of texts")
+    parts = [field(row, "instruction", str), field(row, "input", str) if row.get("input") is not None else ""]
+    turns.append({"role": "user", "content": "\n".join(part for part in parts if part)})
+    turns.append({"role": "assistant", "content": field(row, "output", str)})
+    identity = row.get("id")
+    yield {
+        **{key: value for key, value in row.items() if key not in KEYS},
+        "unique_trajectory_id": name if identity is None else identity,
+        "task_instruction": row.get("system") or "",
+        "conversation": turns,
+    }

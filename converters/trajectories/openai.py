@@ -1,0 +1,115 @@
+"""OpenAI chat messages, as its fine-tuning files hold them.
+
+Raw: {"messages": [{"role", "content", "tool_calls", "tool_call_id", "name", "weight"}, …], "tools": […]}; arguments
+are JSON in a string, `content` is null beside calls, `weight` 0 takes the loss of an assistant turn away. Also read:
+the role "developer" (as system), and the older "functions", "function_call" and role "function".
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from converters.trajectories.common import Converted, Dropped, Lost, Repaired, convert_rows, field, losses
+from xlam_jax.data.trajectory import (
+    InvalidTrajectory,
+    Message,
+    Trajectory,
+    answered_calls,
+    decode_arguments,
+    to_messages,
+)
+
+
+def convert(paths: list[Path]) -> Iterator[Converted | Dropped]:
+    """Each row becomes one trajectory; a system message at the front becomes the task instruction."""
+    return convert_rows(paths, convert_row)
+
+
+def convert_row(row: dict[str, Any], name: str) -> Iterator[dict[str, Any] | Repaired]:
+    """Converts one conversation. `id`, `source` and `score`, which some files add, are kept."""
+    rest = {key: value for key, value in row.items() if key not in ("messages", "functions", "id")}
+    identity = row.get("id")
+    repairs: list[Repaired] = []
+    turns = [_turn(i, message, repairs) for i, message in enumerate(field(row, "messages", list))]
+    yield from repairs
+    functions = row.get("functions")
+    if functions is not None and "tools" not in rest:
+        rest["tools"] = [{"type": "function", "function": function} for function in field(row, "functions", list)]
+    instruction, turns = split_instruction(turns)
+    yield {
+        "unique_trajectory_id": name if identity is None else identity,
+        **rest,
+        "task_instruction": instruction,
+        "conversation": turns,
+    }
+
+
+def split_instruction(turns: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
+    """Takes a system turn that is nothing but text off the front."""
+    match turns:
+        case [{"role": "system", "content": str(text), **others}, *rest] if text and not others:
+            return text, rest
+    return "", turns
+
+
+def _turn(i: int, message: Any, repairs: list[Repaired]) -> dict[str, Any]:
+    turn = dict(message) if field(message, "role", str) else {}
+    turn["role"] = {"developer": "system", "function": "tool"}.get(turn["role"], turn["role"])
+    if turn.get("function_call") is not None:
+        turn["tool_calls"] = [{"type": "function", "function": turn.pop("function_call")}]
+    if turn.get("weight") is not None:
+        weight = turn.pop("weight")
+        if weight not in (0, 1):
+            raise InvalidTrajectory("bad-loss", f"turn {i} has weight {weight!r}, not 0 or 1")
+        turn["loss"] = bool(weight)
+    calls = turn.get("tool_calls")
+    if calls and isinstance(calls, list):
+        turn["content"] = "" if turn.get("content") is None else turn["content"]
+        turn["tool_calls"] = [_call(i, call, repairs) for call in calls]
+    return turn
+
+
+def _call(i: int, call: Any, repairs: list[Repaired]) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call  # the reader tells what is wrong with it
+    where = f"turn {i} calls '{function.get('name')}' with"
+    arguments = decode_arguments(
+        function["arguments"], where, lambda reason, detail: repairs.append(Repaired(reason, detail))
+    )
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def export_row(trajectory: Trajectory) -> Iterator[dict[str, Any] | Lost]:
+    """One row. Calls without id get one, as the format demands; id, source and score have no place in it."""
+    turns = with_ids(trajectory.conversation)
+    messages = to_messages(replace(trajectory, conversation=turns))
+    for turn, message in zip(turns, messages[len(messages) - len(turns) :], strict=True):
+        if turn.role == "assistant" and turn.loss is not None:
+            message["weight"] = int(turn.loss)
+        if turn.tool_calls:
+            message["content"] = turn.content or None
+        for call in message.get("tool_calls", ()):
+            call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+    row = {"messages": messages} | ({"tools": trajectory.tools} if trajectory.tools else {})
+    yield row
+    yield from losses(trajectory, row, convert_row)
+
+
+def with_ids(conversation: Sequence[Message]) -> list[Message]:
+    """The turns with an id for every call, and in every tool result the id of its call."""
+    turns = list(conversation)
+    used = {call.id for turn in turns for call in turn.tool_calls}
+    fresh = (name for name in map("call_{}".format, count(1)) if name not in used)
+    for i, turn in enumerate(turns):
+        if not turn.tool_calls:
+            continue
+        calls = tuple(call if call.id is not None else replace(call, id=next(fresh)) for call in turn.tool_calls)
+        end = next((j for j in range(i + 1, len(turns)) if turns[j].role != "tool"), len(turns))
+        for j, k in enumerate(answered_calls(turn.tool_calls, turns[i + 1 : end]) or (), start=i + 1):
+            turns[j] = replace(turns[j], tool_call_id=calls[k].id)
+        turns[i] = replace(turn, tool_calls=calls)
+    return turns

@@ -1,0 +1,273 @@
+"""ToolBench: trees of attempts to answer a query with RapidAPI's functions (Qin et al. 2023, arXiv:2307.16789).
+
+Raw: a file an answer, answer/<group>_answer/<query id>_….json, {"win", "tree": {"tree": node}, "answer_generation":
+{"query", "function": [schema, …], "train_messages", …}}. A node is {"node_type": "Thought", "Action" or "Action
+Input", "description": its text, "observation", "finished", "children": [node, …]}; the root says nothing. A path from
+the root to a leaf is one attempt; the search goes back, and on from another child, when an attempt fails. The queries
+alone are in instruction/<group>_query.json, a JSON list.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from converters.trajectories import literals
+from converters.trajectories.common import (
+    Converted,
+    Dropped,
+    Repaired,
+    StepDropped,
+    call,
+    convert_one,
+    declared_arguments,
+    field,
+    read_rows,
+    stem,
+    tool,
+)
+from xlam_jax.data.files import LONGEST_ROW, open_bytes
+from xlam_jax.data.trajectory import InvalidTrajectory, Note, decode_arguments, parse_json
+from xlam_jax.errors import UserError
+
+FAILING = 16
+"""Failing paths that are kept of a tree."""
+INSTRUCTION = (
+    "Answer the user's request with the functions: think about what you know and what to do next, then call one of "
+    'them. Call "Finish" at the end, with an answer that tells the user everything, or to give up and restart where '
+    "the functions fail or can't handle the request."
+)
+FINISH = tool(
+    "Finish",
+    "Give the final answer, or give up and restart. Call it at the end of every attempt; only the answer is shown.",
+    {
+        "return_type": {"type": "string", "enum": ["give_answer", "give_up_and_restart"]},
+        "final_answer": {"type": "string", "description": "The answer; needed with give_answer."},
+    },
+    ["return_type"],
+)
+_STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)  # one that never ends too: each is looked at once
+_CONTROL = {code: json.dumps(chr(code))[1:-1] for code in range(32)}
+
+Node = dict[str, Any]
+Item = dict[str, Any] | StepDropped | Repaired | InvalidTrajectory
+
+
+def convert(paths: list[Path]) -> Iterator[Converted | Dropped]:
+    """A path to a leaf becomes a trajectory: score 1 when the leaf is finished, else 0.
+
+    Of the failing paths the `FAILING` that go with the winning one the longest are kept, without one the first that
+    were searched; equal ones once. A task's trajectories have its tools, instruction and user turn, so that pairs can
+    be made of them, and ids that differ in the path's number, toolbench_<group>_<query id>_<path>: leaves count from 0
+    in the order of the search. The instruction is the recorded one where there is one.
+    Thoughts stand beside the call that follows them; those after the search went back tell of attempts that are not on
+    the path. Errors of functions stay as results; the last call's result is left out. Steps that call a function which
+    is not declared, or with arguments that can't be read, are dropped, and a path that ends in one with it.
+    Mended in arguments: what `decode_arguments` mends, raw-control-character (in a string), python-literal, and
+    numbers in text. Calls that break their schema otherwise are kept: the recorded result answers them.
+    Queries without a tree are dropped.
+    """
+    for path in paths:
+        document = not ({".jsonl", ".ndjson"} & set(path.suffixes[-2:])) and _first_byte(path) != b"["
+        for number, row in _read_document(path) if document else read_rows(path):
+            name = _name(path) if document else f"{stem(path)}_{number}"
+            yield from convert_one(path, number, row, lambda row, _, name=name: convert_row(row, name))
+
+
+def convert_row(row: dict[str, Any], name: str) -> Iterator[Item]:
+    if "tree" not in row and "query" in row:
+        raise InvalidTrajectory("no-answer-tree", "a query without its answer")
+    leaves = list(_paths(field(field(row, "tree", dict), "tree", dict)))
+    answer = field(row, "answer_generation", dict)
+    tools = _tools(field(answer, "function", list))
+    task = {
+        "source": "toolbench",
+        "task_instruction": _instruction(answer),
+        "tools": list(tools.values()),
+    }
+    user = {"role": "user", "content": field(answer, "query", str).strip()}
+    seen: dict[str, int] = {}
+    kept = 0
+    for number, path in _ranked(leaves):
+        won = path[-1].get("finished") is True
+        if kept == FAILING and not won:
+            yield InvalidTrajectory("too-many-failing-paths", f"path {number}: the tree has more than {FAILING}")
+            continue
+        try:
+            turns, notes = _turns(path, tools)
+        except InvalidTrajectory as invalid:  # the tree's other paths may be fine
+            yield InvalidTrajectory(invalid.reason, f"path {number}: {invalid.detail}")
+            continue
+        first = seen.setdefault(repr(turns), number)
+        if first != number:
+            yield InvalidTrajectory("same-path", f"path {number} is path {first} again")
+            continue
+        kept += not won
+        yield from notes
+        yield {
+            "unique_trajectory_id": f"toolbench_{name}_{number}",
+            "score": 1.0 if won else 0.0,
+            **task,
+            "conversation": [user, *turns],
+        }
+
+
+def _paths(root: Node) -> Iterator[tuple[Node, ...]]:
+    """Yields the nodes from below the root to each leaf, in the order in which they were searched."""
+    stack: list[tuple[Node, ...]] = [(root,)]
+    while stack:
+        path = stack.pop()
+        children = path[-1].get("children") or []
+        if not isinstance(children, list) or not all(isinstance(child, dict) for child in children):
+            raise InvalidTrajectory("bad-tree", "`children` is no list of nodes")
+        if children:
+            stack += [(*path, child) for child in reversed(children)]
+        elif len(path) == 1:
+            raise InvalidTrajectory("bad-tree", "the tree has no node but its root")
+        else:
+            yield path[1:]
+
+
+def _ranked(leaves: list[tuple[Node, ...]]) -> list[tuple[int, tuple[Node, ...]]]:
+    """Returns (number, path): the winning ones first, then the failing ones that go with the first of them longest."""
+    winner = next((path for path in leaves if path[-1].get("finished") is True), ())
+
+    def rank(item: tuple[int, tuple[Node, ...]]) -> tuple[bool, int]:
+        shared = sum(node is other for node, other in zip(item[1], winner, strict=False))
+        return item[1][-1].get("finished") is not True, -shared
+
+    return sorted(enumerate(leaves), key=rank)
+
+
+def _turns(
+    path: tuple[Node, ...], tools: dict[str, dict[str, Any]]
+) -> tuple[list[dict[str, Any]], list[StepDropped | Repaired]]:
+    """Returns a path's assistant and tool turns, and what was left out of them and mended in them."""
+    turns: list[dict[str, Any]] = []
+    notes: list[StepDropped | Repaired] = []
+    thoughts: list[str] = []
+    action: str | None = None
+    number = 0
+    for i, node in enumerate(path):
+        kind, text = field(node, "node_type", str), field(node, "description", str)
+        if kind not in ("Thought", "Action", "Action Input") or (kind == "Action Input") != (action is not None):
+            raise InvalidTrajectory("bad-tree", f"node {i} is '{kind[:200]}' after {'an' if action else 'no'} action")
+        if kind == "Thought":
+            thoughts.append(text.strip())
+        elif kind == "Action":
+            action = text
+        else:
+            try:
+                arguments, repairs = _arguments(action or "", text, tools)
+            except InvalidTrajectory as invalid:
+                if i == len(path) - 1:
+                    raise
+                notes.append(StepDropped(invalid.reason, f"node {i}: {invalid.detail}"))
+            else:
+                notes += repairs
+                number += 1
+                turns.append(_assistant(thoughts) | {"tool_calls": [call(number, action or "", arguments)]})
+                result = node.get("observation", "")
+                turns.append({"role": "tool", "tool_call_id": f"call_{number}", "name": action, "content": result})
+            action, thoughts = None, []
+    if action is not None:
+        raise InvalidTrajectory("call-without-input", f"the path ends in a call of '{action[:200]}' without its input")
+    if path[-1]["node_type"] == "Thought":
+        turns.append(_assistant(thoughts))
+    else:
+        turns.pop()
+    return turns, notes
+
+
+def _assistant(thoughts: list[str]) -> dict[str, Any]:
+    return {"role": "assistant", "content": "\n\n".join(filter(None, thoughts))}
+
+
+def _arguments(name: str, text: str, tools: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], list[Repaired]]:
+    """Returns the arguments in `text` as the tool declares them, and what was mended. Raises `InvalidTrajectory`."""
+    if name not in tools:
+        raise InvalidTrajectory("undeclared-tool", f"'{name[:200]}' is called with {text[:200]}")
+    repairs: list[Repaired] = []
+
+    def note(reason: str, detail: str) -> None:
+        repairs.append(Repaired(reason, detail))
+
+    try:
+        value = decode_arguments(text, f"'{name}' has", note)
+    except InvalidTrajectory as invalid:
+        value = _mended(text, name, invalid, note)
+    if not isinstance(value, dict):
+        raise InvalidTrajectory("bad-arguments", f"'{name}' has a {type(value).__name__}, not an object: {text[:200]}")
+    parameters = tools[name]["function"].get("parameters")
+    properties = parameters.get("properties") if isinstance(parameters, dict) else None
+    known = {key: schema for key, schema in (properties or {}).items() if isinstance(schema, dict)}
+    arguments, changes = declared_arguments(name, value, known)
+    return arguments, repairs + changes
+
+
+def _mended(text: str, name: str, invalid: InvalidTrajectory, note: Note) -> Any:
+    """Returns the value of a text that is JSON but for raw control characters, or Python; else raises `invalid`."""
+    escaped = _STRING.sub(lambda match: match[0].translate(_CONTROL), text)
+    if escaped != text:
+        try:
+            value = decode_arguments(escaped, f"'{name}' has", note)
+        except InvalidTrajectory:
+            pass
+        else:
+            note("raw-control-character", f"'{name}' has one in a string: {text[:200]!r}")
+            return value
+    try:
+        value = literals.value(literals.expression(text))
+    except ValueError:
+        raise invalid from None
+    note("python-literal", f"'{name}' has Python in place of JSON: {text[:200]}")
+    return value
+
+
+def _tools(functions: list[Any]) -> dict[str, dict[str, Any]]:
+    tools: dict[str, dict[str, Any]] = {}
+    for function in functions:
+        name = field(function, "name", str)
+        if name in tools:
+            raise InvalidTrajectory("duplicate-tool", f"'{name}' is declared twice")
+        if not isinstance(function.get("parameters"), dict | None):
+            raise InvalidTrajectory("bad-tools", f"`parameters` of '{name}' is no object")
+        if not isinstance((function.get("parameters") or {}).get("properties"), dict | None):
+            raise InvalidTrajectory("bad-tools", f"`properties` of '{name}' is no object")
+        tools[name] = {"type": "function", "function": function}
+    return {**tools, "Finish": tools.get("Finish", FINISH)}
+
+
+def _instruction(answer: dict[str, Any]) -> str:
+    match answer.get("train_messages"):
+        case [[{"role": "system", "content": str(text)}, *_], *_]:
+            return text.strip()
+    return INSTRUCTION
+
+
+def _name(path: Path) -> str:
+    """<group>_<query id> where the file and its folder are named so, else the file's name."""
+    group = re.fullmatch(r"(G\d+)(_answer)?", path.absolute().parent.name)
+    query = re.match(r"\d+(?=_|$)", stem(path))
+    return f"{group[1]}_{query[0]}" if group and query else stem(path)
+
+
+def _first_byte(path: Path) -> bytes:
+    with open_bytes(path) as file:
+        return file.read(1 << 10).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+
+
+def _read_document(path: Path) -> Iterator[tuple[int, dict[str, Any] | InvalidTrajectory]]:
+    """Yields the file's one object as row 1."""
+    with open_bytes(path) as file:
+        text = file.read(LONGEST_ROW + 1)
+    if len(text) > LONGEST_ROW:
+        raise UserError(f"{path}: more than {LONGEST_ROW >> 20} MiB in one object; give a file an answer tree")
+    try:
+        row = parse_json(text)
+        if not isinstance(row, dict):
+            raise InvalidTrajectory("not-an-object", f"an answer is a JSON object, got a {type(row).__name__}")
+        yield 1, row
+    except InvalidTrajectory as invalid:
+        yield 1, invalid

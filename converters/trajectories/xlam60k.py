@@ -1,0 +1,242 @@
+"""xlam-function-calling-60k: one query, the tools, and the calls that answer it.
+
+Raw: {"id", "query", "tools", "answers"}; tools and answers are JSON, mostly in strings; tools are flat,
+[{"name", "description", "parameters": {"city": {"type": "str, optional", "description", "default"}}}], with Python type
+spellings; answers are [{"name", "arguments"}]. Also read: a `required` flag (true or false) in the parameters, further
+JSON Schema keywords there, and `parameters` that are JSON Schema already.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from converters.trajectories.common import (
+    Converted,
+    Dropped,
+    Lost,
+    Repaired,
+    as_declared,
+    call,
+    convert_rows,
+    declared_arguments,
+    field,
+    json_schema,
+    losses,
+)
+from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory, parse_json
+
+SOURCE = "xlam60k"
+SPELLINGS = {
+    "string": "str",
+    "integer": "int",
+    "number": "float",
+    "boolean": "bool",
+    "array": "list",
+    "object": "dict",
+    "null": "None",
+}
+
+
+def convert(paths: list[Path]) -> Iterator[Converted | Dropped]:
+    """The query becomes the user's turn, the answers the assistant's calls; a row without answers is dropped.
+
+    A parameter is required that is neither flagged nor spelled "optional" and has no default.
+    """
+    return convert_rows(paths, convert_row)
+
+
+def convert_row(row: dict[str, Any], name: str) -> Iterator[dict[str, Any] | Repaired]:
+    """Converts one row. `source` and `score`, which some files add, are kept; number ids get the source's name."""
+    tools = tool_schemas(json_list(row, "tools"))
+    calls, repairs = tool_calls(json_list(row, "answers"), tools)
+    identity = row.get("id")
+    if isinstance(identity, int) and not isinstance(identity, bool):
+        identity = f"{SOURCE}_{identity}"
+    turns: list[dict[str, Any]] = [{"role": "user", "content": field(row, "query", str)}]
+    if not calls:
+        raise InvalidTrajectory("no-assistant-turn", "`answers` is empty: no call, and no text either, to learn from")
+    turns.append({"role": "assistant", "content": "", "tool_calls": calls})
+    yield from repairs
+    yield {
+        "unique_trajectory_id": name if identity is None else identity,
+        "source": SOURCE if row.get("source") is None else row["source"],
+        "score": row.get("score"),
+        "tools": tools,
+        "conversation": turns,
+    }
+
+
+def json_list(row: dict[str, Any], key: str) -> list[Any]:
+    """The list at `key`, which may be JSON in a text. Raises `InvalidTrajectory`."""
+    value = row.get(key)
+    value = parse_json(value) if isinstance(value, str) else value
+    if not isinstance(value, list):
+        raise InvalidTrajectory("missing-field", f"`{key}` is missing or a {type(value).__name__}")
+    return value
+
+
+def tool_schemas(raw_tools: Sequence[Any]) -> list[dict[str, Any]]:
+    """The OpenAI tool schemas of flat tools; the order of keys stays. Raises `InvalidTrajectory`."""
+    # sources that flag required parameters flag all of them; else a parameter without default is required
+    flagged = any(_is_flag(value) for raw in raw_tools for value in _parameters(raw).values())
+    return [{"type": "function", "function": _function(raw, flagged)} for raw in raw_tools]
+
+
+def tool_calls(items: Sequence[Any], tools: Sequence[dict[str, Any]], number: int = 0) -> tuple[list[Any], list[Any]]:
+    """The calls of `[{"name", "arguments"}]`, with ids from `call_<number + 1>` on, and what was mended in them."""
+    declared = {tool["function"]["name"]: _properties(tool["function"]) for tool in tools}
+    calls: list[dict[str, Any]] = []
+    repairs: list[Repaired] = []
+    for i, item in enumerate(items, start=number + 1):
+        name, arguments = field(item, "name", str), field(item, "arguments", dict)
+        arguments, changed = declared_arguments(name, arguments, declared.get(name, {}))
+        repairs.extend(changed)
+        calls.append(call(i, name, arguments))
+    return calls, repairs
+
+
+def _is_schema(parameters: dict[str, Any]) -> bool:
+    return parameters.get("type") == "object" and isinstance(parameters.get("properties"), dict)
+
+
+def _is_flag(parameter: dict[str, Any]) -> bool:
+    return "required" in parameter and not isinstance(parameter["required"], list)  # a list is an object schema's
+
+
+def _parameters(raw: Any) -> dict[str, dict[str, Any]]:
+    if not isinstance(raw, dict):
+        raise InvalidTrajectory("tool-without-name", f"a tool is a {type(raw).__name__}, not an object")
+    parameters = raw.get("parameters") or {}
+    if isinstance(parameters, dict) and _is_schema(parameters):
+        return {}
+    if not isinstance(parameters, dict) or not all(isinstance(value, dict) for value in parameters.values()):
+        raise InvalidTrajectory("bad-tools", f"`parameters` of '{raw.get('name')}' are no objects")
+    return parameters
+
+
+def _function(raw: dict[str, Any], flagged: bool) -> dict[str, Any]:
+    function: dict[str, Any] = {"name": field(raw, "name", str), "description": str(raw.get("description", ""))}
+    given = raw.get("parameters") or {}
+    if _is_schema(given):
+        return function | {"parameters": given}
+    properties: dict[str, Any] = {}
+    required: list[str] = []
+    for key, parameter in _parameters(raw).items():
+        properties[key], optional = _property(parameter)
+        if parameter.get("required") is True if flagged else not optional and "default" not in parameter:
+            required.append(key)
+    return function | {"parameters": {"type": "object", "properties": properties, "required": required}}
+
+
+def _property(parameter: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """The JSON Schema of a parameter, its keys in the same order, and whether its type is spelled optional."""
+    schema: dict[str, Any] = {}
+    typed, optional = json_schema(str(parameter.get("type", "")))
+    for key, value in parameter.items():
+        if key == "type":
+            schema |= typed
+        elif key == "default":
+            # an empty text stands for "none" where the parameter is no text
+            if value is not None and (value != "" or typed.get("type") == "string"):
+                schema[key] = as_declared(value, typed)
+        elif value if key == "description" else not (key == "required" and _is_flag(parameter)):
+            schema[key] = value
+    return schema, optional
+
+
+def spelling(schema: Any, levels: int = 8) -> str:
+    """The type spelling of a JSON Schema: `str`, `List[List[int]]`, `dict`; `json_schema` reads it.
+
+    Types that JSON Schema has alone (null, several types, none) are spelled so that it says what is meant, though
+    `json_schema` takes them for anything: `None`, `Union[str, int]`, `Any`.
+    """
+    kind = schema.get("type") if isinstance(schema, dict) else None
+    if isinstance(kind, list):
+        return f"Union[{', '.join(SPELLINGS.get(str(each), 'Any') for each in kind)}]"
+    items = schema.get("items") if isinstance(schema, dict) else None
+    if kind == "array" and levels and isinstance(items, dict) and items.keys() in ({"type"}, {"type", "items"}):
+        return f"List[{spelling(items, levels - 1)}]"
+    return SPELLINGS.get(kind, "Any") if isinstance(kind, str) else "Any"
+
+
+def export_row(trajectory: Trajectory) -> Iterator[dict[str, Any] | Lost]:
+    """One row: the user's query and the calls of the assistant's first turn; it has no place for anything else.
+
+    A trajectory whose first answer calls nothing gives no row. Where a required parameter has a default, which this
+    format otherwise takes for optional, every parameter gets a `required` flag. Number ids are numbers again.
+    """
+    turns = trajectory.conversation
+    at = next(i for i, turn in enumerate(turns) if turn.role == "assistant")
+    if not turns[at].tool_calls:
+        yield Lost("no-calls", f"turn {at} answers the query without a call, and this format holds calls only")
+        return
+    functions = [tool["function"] for tool in trajectory.tools]
+    flagged = any(
+        "default" in schema and key in _required(function)
+        for function in functions
+        for key, schema in _properties(function).items()
+    )
+    tools = [_flat(function, flagged) for function in functions]
+    answers = [{"name": call.name, "arguments": call.arguments} for call in turns[at].tool_calls]
+    number = trajectory.id.removeprefix(f"{SOURCE}_")
+    is_number = number != trajectory.id and number.isdecimal() and len(number) < 16 and str(int(number)) == number
+    row = {
+        "id": int(number) if is_number else trajectory.id,
+        "query": "\n\n".join(turn.content for turn in turns[:at] if turn.role == "user"),
+        "tools": json.dumps(tools, ensure_ascii=False),
+        "answers": json.dumps(answers, ensure_ascii=False),
+    }
+    yield row
+    yield from losses(replace(trajectory, tools=[_padded(tool) for tool in trajectory.tools]), row, convert_row)
+
+
+def _properties(function: dict[str, Any]) -> dict[str, Any]:
+    properties = (function.get("parameters") or {}).get("properties") or {}
+    return {key: schema if isinstance(schema, dict) else {} for key, schema in properties.items()}
+
+
+def _required(function: dict[str, Any]) -> list[Any]:
+    required = (function.get("parameters") or {}).get("required")
+    return required if isinstance(required, list) else []
+
+
+def _flat(function: dict[str, Any], flagged: bool) -> dict[str, Any]:
+    """A tool as this format has it."""
+    parameters = {}
+    for key, schema in _properties(function).items():
+        needed = key in _required(function)
+        parameters[key] = _parameter(schema, needed)
+        if flagged:
+            parameters[key]["required"] = needed
+    return {"name": function["name"], "description": function.get("description") or "", "parameters": parameters}
+
+
+def _parameter(schema: dict[str, Any], required: bool) -> dict[str, Any]:
+    spelled = spelling(schema)
+    told, _ = json_schema(spelled)
+    kind = spelled if required else f"{spelled}, optional"
+    parameter = {} if "type" in schema else {"type": kind}
+    for key, value in schema.items():
+        if key == "type":
+            parameter[key] = kind
+        elif key not in told or told[key] != value:
+            parameter[key] = value
+    return parameter
+
+
+def _padded(tool: dict[str, Any]) -> dict[str, Any]:
+    """The tool with what reading adds to one that says less, which is no loss."""
+    function = _filled(tool["function"], {"name": "", "description": "", "parameters": {}})
+    full = {"type": "object", "properties": {}, "required": []}
+    if isinstance(function.get("parameters"), dict):
+        function["parameters"] = _filled(function["parameters"], full)
+    return {**tool, "function": function}
+
+
+def _filled(obj: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """`obj` with the keys that it lacks, where it has no others and has them in this order."""
+    if list(obj) != [key for key in defaults if key in obj]:
+        return dict(obj)
+    return {key: default if obj.get(key) is None else obj[key] for key, default in defaults.items()}
