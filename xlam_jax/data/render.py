@@ -1,28 +1,21 @@
-"""From trajectory to token ids and loss mask, and from a completion back to text and tool calls.
+"""From trajectory to token ids and loss weights, and from a completion back to text and tool calls.
 
-This is the only renderer; `serving/templates/xlam.jinja` writes the same text for servers. With Mistral's control
-tokens a conversation is
-
-    <s>[AVAILABLE_TOOLS]…[/AVAILABLE_TOOLS][INST]system\\n\\nuser[/INST]
-    thought[TOOL_CALLS][{"name": …, "arguments": {…}}, …]</s>
-    [TOOL_RESULTS]…[/TOOL_RESULTS]answer</s>[INST]…
-
-in one line. Tokenizers without those tokens get the tags as plain text and the bare JSON array as calls.
+This is the only renderer. What the text looks like is a matter of the format (`xlam_jax.data.formats`); which tokens
+carry loss follows from the piece of the text that each token starts in, never from a search for what the text says.
 """
 
-import copy
-import json
 import re
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from importlib.resources import files
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from xlam_jax.config import Loss
+from xlam_jax.data.codec import CONTROL_TOKENS, KINDS, TOOL_CALLS, Codec, Kind, Segment
+from xlam_jax.data.formats import PLAIN, Format, Layout, Variant, find
 from xlam_jax.data.trajectory import (
     InvalidTrajectory,
     Message,
@@ -36,272 +29,243 @@ from xlam_jax.data.trajectory import (
 from xlam_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-TOOL_CALLS = "[TOOL_CALLS]"
-CONTROL_TOKENS = (
-    "[INST]",
-    "[/INST]",
-    TOOL_CALLS,
-    "[AVAILABLE_TOOLS]",
-    "[/AVAILABLE_TOOLS]",
-    "[TOOL_RESULTS]",
-    "[/TOOL_RESULTS]",
-)
-# where no token marks a call, the model is told in words; the template says the same
-FORMAT_INSTRUCTION = 'To call tools, end with one line: [{"name": ..., "arguments": {...}}, ...]'
-
-Kind = Literal["prompt", "thought", "tool_call", "answer", "eos"]
+__all__ = [
+    "CONTROL_TOKENS",
+    "KINDS",
+    "Kind",
+    "Rendered",
+    "Span",
+    "chat_template",
+    "parse_completion",
+    "render",
+    "render_all",
+    "render_prompt",
+]
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """Tokens `start` to `end` (exclusive) of one kind. `turn` indexes the conversation, -1 before its first turn."""
 
     kind: Kind
     turn: int
     start: int
     end: int
-    trained: bool
+    weight: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rendered:
-    """A rendered trajectory: ids int32 (N,), loss mask bool (N,), and spans that cover the N tokens in order."""
+    """A token sequence: ids int32 (N,), loss weights float32 (N,), and spans that cover the N tokens in order."""
 
     input_ids: np.ndarray
-    loss_mask: np.ndarray
+    weights: np.ndarray
     spans: tuple[Span, ...]
 
+    @property
+    def loss_mask(self) -> np.ndarray:
+        """Which tokens carry loss, bool (N,)."""
+        return self.weights > 0
 
-def render(trajectory: Trajectory, tokenizer: "PreTrainedTokenizerFast") -> Rendered:
-    """Renders a whole conversation.
 
-    Text, tool calls and end token of assistant turns carry loss, unless the turn says `loss: false`. Control tokens
-    written out in content stay text. Raises `UserError` when the tokenizer has no end-of-sequence token.
+def render(
+    trajectory: Trajectory, tokenizer: "PreTrainedTokenizerFast", format: str = "xlam", loss: Loss | None = None
+) -> Rendered:
+    """Renders a conversation as one sequence.
+
+    Text, tool calls and end token of assistant turns carry loss as `loss` says (all of them, with weight 1), unless the
+    turn says `loss: false`. Control tokens written out in content stay text. Raises `InvalidTrajectory` for what the
+    format cannot write, and also where it takes more or less than one sequence (`render_all` gives them); `UserError`
+    when tokenizer and format do not go together.
     """
-    codec = _codec(tokenizer)
-    system = system_text(trajectory.task_instruction, trajectory.conversation)
-    segments = codec.layout(system, trajectory.tools, trajectory.conversation)
+    rendered = [one for _, one in sequences(trajectory, tokenizer, format, loss)]
+    if len(rendered) != 1:
+        raise InvalidTrajectory(
+            "not-one-sequence", f"the format {format} writes this conversation as {len(rendered)} sequences"
+        )
+    return rendered[0]
+
+
+def render_all(
+    trajectory: Trajectory, tokenizer: "PreTrainedTokenizerFast", format: str = "xlam", loss: Loss | None = None
+) -> list[Rendered]:
+    """Renders a conversation as the sequences that train it, those without a token that carries loss left out.
+
+    One sequence trains all turns where the format writes each turn once and for all: `xlam` always. Elsewhere each turn
+    is trained once, in a sequence that gives it the prompt that a server gives it: `xlam_v1` has a sequence for every
+    assistant turn, `native` as many as the template rewrites what it wrote. Raises as `render` does.
+    """
+    return [one for _, one in sequences(trajectory, tokenizer, format, loss) if one.weights.any()]
+
+
+def sequences(
+    trajectory: Trajectory,
+    tokenizer: "PreTrainedTokenizerFast",
+    format: str = "xlam",
+    loss: Loss | None = None,
+    variant: Variant = PLAIN,
+) -> Iterator[tuple[Trajectory, Rendered]]:
+    """Gives the sequences one by one, each with the trajectory that is rendered as this sequence alone.
+
+    That is the conversation up to the last turn that the sequence trains; in it the turns that others train have
+    `loss: false`. Raises as `render` does.
+    """
+    loss = loss or Loss()
+    codec, format_ = known(tokenizer, format)
+    for layout in format_.layouts(with_flags(trajectory, loss), variant):
+        yield layout.trajectory, encode(layout, codec, loss)
+
+
+def encode(layout: Layout, codec: Codec, loss: Loss) -> Rendered:
+    """Tokenizes a layout. Each token belongs to the segment in which its characters start."""
+    segments = layout.segments
     ids, starts = codec.encode(segments)
-    return Rendered(ids, *_spans(segments, starts))
-
-
-def render_prompt(
-    messages: Sequence[dict[str, Any]], tools: list[dict[str, Any]] | None, tokenizer: "PreTrainedTokenizerFast"
-) -> list[int]:
-    """Renders chat messages (OpenAI form) up to where the assistant answers, by the same rules as `render`.
-
-    Raises `UserError` when messages or tools are malformed or the last turn is not the user's or a tool's.
-    """
-    try:
-        turns, tools = parse_messages(messages), parse_tools(tools)
-    except InvalidTrajectory as invalid:
-        raise UserError(f"the request cannot be rendered: {invalid.detail}") from None
-    if turns[-1].role not in ("user", "tool"):
-        raise UserError(f"the last turn is by the {turns[-1].role}; end the messages with a user or a tool turn")
-    codec = _codec(tokenizer)
-    ids, _ = codec.encode(codec.layout(system_text("", turns), tools, turns))
-    return ids.tolist()
-
-
-def parse_completion(text: str) -> tuple[str, tuple[ToolCall, ...] | None]:
-    """Splits what a model wrote (without its end token) into content and tool calls; the inverse of the wire format.
-
-    Calls are a JSON array up to the end of the text, alone or after a thought, with or without `[TOOL_CALLS]`. Text
-    whose calls are malformed comes back whole as content, with None; nothing raises.
-    """
-    for opening in re.finditer(r"\[\s*\{", text):
-        calls = _parse_calls(text[opening.start() :])
-        if calls is not None:
-            content = text[: opening.start()]
-            bare = content.rstrip()
-            if bare.endswith(TOOL_CALLS):
-                return bare.removesuffix(TOOL_CALLS), calls
-            return (content[:-1] if content.endswith(("\n", " ")) else content), calls
-    return text, None
-
-
-def chat_template(tokenizer: "PreTrainedTokenizerFast") -> str:
-    """Returns the jinja text that renders like `render` with this tokenizer (but for `loss: false`)."""
-    codec = _codec(tokenizer)
-    header = "".join(
-        f"{{%- set {name} = {'true' if value else 'false'} -%}}\n"
-        for name, value in (("control_tokens", codec.control_tokens), ("tool_calls_token", codec.tool_calls_token))
-    )
-    return header + (files("serving") / "templates" / "xlam.jinja").read_text(encoding="utf-8")
-
-
-@dataclass(frozen=True, slots=True)
-class _Segment:
-    """A piece of the text, either one control token or plain text."""
-
-    text: str
-    kind: Kind
-    turn: int
-    trained: bool = False
-    control: bool = False
-
-
-class _Codec:
-    """What rendering needs to know of one tokenizer. Owns copies of its backend, so threads may share the tokenizer."""
-
-    def __init__(self, tokenizer: "PreTrainedTokenizerFast"):
-        if not tokenizer.eos_token:
-            raise UserError(f"tokenizer '{tokenizer.name_or_path}' has no end-of-sequence token; set its eos_token")
-        self.bos: str = str(tokenizer.bos_token or "")
-        self.eos: str = str(tokenizer.eos_token)
-        self.whole: Tokenizer = copy.deepcopy(tokenizer.backend_tokenizer)
-        self.whole.no_padding()
-        self.whole.no_truncation()
-        added = self.whole.get_added_tokens_decoder()
-        self.special = {token.content: i for i, token in added.items() if token.special}
-        self.special_ids = np.array(sorted(self.special.values()), dtype=np.int32)
-        self.control_tokens = all(token in self.special for token in CONTROL_TOKENS)
-        self.tool_calls_token = TOOL_CALLS in self.special
-
-    @cached_property
-    def plain(self) -> "Tokenizer":
-        """Encodes control tokens as the text they are written with."""
-        tokenizer = copy.deepcopy(self.whole)
-        tokenizer.encode_special_tokens = True
-        return tokenizer
-
-    @cached_property
-    def starts_runs_alike(self) -> bool:
-        """Whether text after a control token is encoded like text at the start."""
-        after = self.whole.encode(self.eos + "a b", add_special_tokens=False).ids[1:]
-        return after == self.plain.encode("a b", add_special_tokens=False).ids
-
-    def layout(self, system: str, tools: list[dict[str, Any]], messages: Sequence[Message]) -> list[_Segment]:
-        """Returns the conversation as segments in reading order."""
-        space = "" if self.control_tokens else " "
-        front = system + "\n\n" if system else ""
-        segments: list[_Segment] = []
-
-        def add(text: str, kind: Kind, turn: int, trained: bool = False, control: bool = False) -> None:
-            if text:
-                segments.append(_Segment(text, kind, turn, trained, control))
-
-        def tagged(tag: str, text: str, turn: int) -> None:
-            add(f"[{tag}]", "prompt", turn, control=self.control_tokens)
-            add(space + text + space, "prompt", turn)
-            add(f"[/{tag}]", "prompt", turn, control=self.control_tokens)
-
-        add(self.bos, "prompt", -1, control=True)
-        if tools and self.control_tokens:
-            tagged("AVAILABLE_TOOLS", _json(tools), -1)
-        elif tools:
-            front += f"Tools: {_json(tools)}\n{FORMAT_INSTRUCTION}\n\n"
-        previous = ""
-        for turn, message in enumerate(messages):
-            if message.role == "assistant":
-                trained = message.loss is not False
-                calls = [{"name": call.name, "arguments": call.arguments} for call in message.tool_calls]
-                if message.content:
-                    add(space + message.content, "thought" if calls else "answer", turn, trained)
-                if calls and self.tool_calls_token:
-                    add(TOOL_CALLS, "tool_call", turn, trained, control=True)
-                    add(_json(calls), "tool_call", turn, trained)
-                elif calls:
-                    add(("\n" if message.content else " ") + _json(calls), "tool_call", turn, trained)
-                add(self.eos, "eos", turn, trained, control=True)
-            elif message.role in ("user", "tool"):
-                if previous in ("user", "tool"):
-                    add(space, "prompt", turn)
-                tagged("INST" if message.role == "user" else "TOOL_RESULTS", front + message.content, turn)
-                front = ""
-            previous = message.role
-        return segments
-
-    def encode(self, segments: Sequence[_Segment]) -> tuple[np.ndarray, np.ndarray]:
-        """Returns ids int32 (N,) and the character at which each token starts, int64 (N,)."""
-        encoding = self.whole.encode("".join(segment.text for segment in segments), add_special_tokens=False)
-        ids, starts = np.array(encoding.ids, dtype=np.int32), _starts(encoding.offsets)
-        position, expected = 0, []
-        for segment in segments:
-            if segment.control:
-                expected.append((self.special.get(segment.text, -1), position))
-            position += len(segment.text)
-        special = np.isin(ids, self.special_ids)
-        if list(zip(ids[special].tolist(), starts[special].tolist(), strict=True)) == expected:
-            return ids, starts
-        return self._encode_runs(segments)
-
-    def _encode_runs(self, segments: Sequence[_Segment]) -> tuple[np.ndarray, np.ndarray]:
-        """Encodes the text between control tokens run by run: the content holds control tokens written out."""
-        ids: list[int] = []
-        starts: list[int] = []
-        position, run = 0, ""
-        for segment in (*segments, None):
-            if segment is not None and not segment.control:
-                run += segment.text
-                continue
-            if run:
-                run_ids, run_starts = self._encode_run(run, at_start=position == 0)
-                ids += run_ids
-                starts += [position + start for start in run_starts]
-                position, run = position + len(run), ""
-            if segment is not None:
-                ids.append(self.special[segment.text])
-                starts.append(position)
-                position += len(segment.text)
-        return np.array(ids, dtype=np.int32), np.array(starts, dtype=np.int64)
-
-    def _encode_run(self, run: str, at_start: bool) -> tuple[list[int], list[int]]:
-        if not at_start and not self.starts_runs_alike:
-            for anchor in "\n.a":  # takes the prefix of the text's start upon itself; must not merge with the run
-                encoding = self.plain.encode(anchor + run, add_special_tokens=False)
-                starts = _starts(encoding.offsets).tolist()
-                if 1 in starts:
-                    cut = starts.index(1)
-                    return encoding.ids[cut:], [start - 1 for start in starts[cut:]]
-        encoding = self.plain.encode(run, add_special_tokens=False)
-        return encoding.ids, _starts(encoding.offsets).tolist()
-
-
-_codecs: "weakref.WeakKeyDictionary[PreTrainedTokenizerFast, tuple[int, _Codec]]" = weakref.WeakKeyDictionary()
-
-
-def _codec(tokenizer: "PreTrainedTokenizerFast") -> _Codec:
-    size = len(tokenizer)  # tokens may be added later
-    cached = _codecs.get(tokenizer)
-    if cached is None or cached[0] != size:
-        cached = _codecs[tokenizer] = (size, _Codec(tokenizer))
-    return cached[1]
-
-
-def _spans(segments: Sequence[_Segment], starts: np.ndarray) -> tuple[np.ndarray, tuple[Span, ...]]:
-    """Gives each token the segment in which its characters start; returns the loss mask and the spans."""
+    weights = [_weight(segment, layout.trajectory.conversation, loss) for segment in segments]
     ends = np.cumsum([len(segment.text) for segment in segments])
     owner = np.searchsorted(ends, starts, side="right")
-    loss_mask = np.array([segment.trained for segment in segments], dtype=np.bool_)[owner]
     spans: list[Span] = []
     cuts = [0, *(np.flatnonzero(np.diff(owner)) + 1).tolist(), len(owner)]
     for start, end in pairwise(cuts):
-        segment = segments[int(owner[start])]
-        if spans and (spans[-1].kind, spans[-1].turn) == (segment.kind, segment.turn):
+        at = int(owner[start])
+        kind, turn, weight = segments[at].kind, segments[at].turn, weights[at]
+        if spans and (spans[-1].kind, spans[-1].turn, spans[-1].weight) == (kind, turn, weight):
             start = spans.pop().start
-        spans.append(Span(segment.kind, segment.turn, start, end, segment.trained))
-    return loss_mask, tuple(spans)
+        spans.append(Span(kind, turn, start, end, weight))
+    return Rendered(ids, np.array(weights, dtype=np.float32)[owner], tuple(spans))
 
 
-def _starts(offsets: Sequence[tuple[int, int]]) -> np.ndarray:
-    return np.array([start for start, _ in offsets], dtype=np.int64)
+def _weight(segment: Segment, turns: Sequence[Message], loss: Loss) -> float:
+    if segment.kind == "prompt" or turns[segment.turn].loss is False:
+        return 0.0
+    if segment.kind == "thought":
+        return loss.thought
+    return loss.tool_call if turns[segment.turn].tool_calls else loss.answer
 
 
-def _json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False)
+def with_flags(trajectory: Trajectory, loss: Loss) -> Trajectory:
+    """Writes `loss.turns` into the turns: with `last`, earlier assistant turns train only if they say `loss: true`."""
+    if loss.turns == "all":
+        return trajectory
+    turns = trajectory.conversation
+    last = max(i for i, turn in enumerate(turns) if turn.role == "assistant")
+    flagged = tuple(
+        replace(turn, loss=False) if turn.role == "assistant" and turn.loss is None and i < last else turn
+        for i, turn in enumerate(turns)
+    )
+    return replace(trajectory, conversation=flagged)
 
 
-def _parse_calls(text: str) -> tuple[ToolCall, ...] | None:
+def render_prompt(
+    messages: Sequence[dict[str, Any]],
+    tools: list[dict[str, Any]] | None,
+    tokenizer: "PreTrainedTokenizerFast",
+    format: str | None = None,
+) -> list[int]:
+    """Renders chat messages (OpenAI form) up to where the assistant answers, by the same rules as `render`.
+
+    Without a `format` it is that of the tokenizer's chat template, and `xlam` if it has none. Raises `UserError` when
+    messages or tools are malformed or the last turn is not the user's or a tool's, or the format cannot write them.
+    """
+    codec, format_ = known(tokenizer, format or ("native" if tokenizer.chat_template else "xlam"))
     try:
-        calls = parse_json(text)
+        turns, tools = parse_messages(messages), parse_tools(tools)
+        if turns[-1].role not in ("user", "tool"):
+            raise UserError(f"the last turn is by the {turns[-1].role}; end the messages with a user or a tool turn")
+        segments = format_.prompt(system_text("", turns), tools, turns)
+    except InvalidTrajectory as invalid:
+        raise UserError(f"the request cannot be rendered: {invalid.detail}") from None
+    return codec.encode(segments)[0].tolist()
+
+
+def parse_completion(text: str) -> tuple[str, tuple[ToolCall, ...] | None]:
+    """Splits what a model wrote (without its end token) into content and tool calls; the inverse of the wire formats.
+
+    Calls are a JSON array up to the end of the text, alone or after a thought, with or without `[TOOL_CALLS]`; or the
+    text is one JSON object `{"thought", "tool_calls"}`. Text whose calls are malformed comes back whole as content,
+    with None; nothing raises.
+    """
+    if text.lstrip().startswith("{"):
+        match _parsed(text):
+            case {"thought": str(thought), "tool_calls": list(found), **rest} if not rest:
+                calls = _calls(found)
+                if calls is not None:
+                    return thought, calls or None
+    start = _last_array(text)
+    calls = None if start is None else _calls(_parsed(text[start:]))
+    if not calls:
+        return text, None
+    content = text[:start]
+    bare = content.rstrip()
+    if bare.endswith(TOOL_CALLS):
+        return bare.removesuffix(TOOL_CALLS), calls
+    return (content[:-1] if content.endswith(("\n", " ")) else content), calls
+
+
+def chat_template(tokenizer: "PreTrainedTokenizerFast", format: str = "xlam") -> str:
+    """Returns the jinja text that renders like `render` with this tokenizer (but for `loss: false`).
+
+    Raises `UserError` for `native` with a tokenizer that has no template.
+    """
+    return known(tokenizer, format)[1].template
+
+
+@dataclass
+class _Known:
+    """What is made once for each tokenizer; made anew when tokens or a chat template are added."""
+
+    state: tuple[int, object]
+    codec: Codec
+    formats: dict[str, Format] = field(default_factory=dict)
+
+
+_tokenizers: "weakref.WeakKeyDictionary[PreTrainedTokenizerFast, _Known]" = weakref.WeakKeyDictionary()
+
+
+def known(tokenizer: "PreTrainedTokenizerFast", format: str) -> tuple[Codec, Format]:
+    """Returns what rendering needs of a tokenizer and a format. Raises `UserError` when they do not go together."""
+    state = (len(tokenizer), tokenizer.chat_template)
+    entry = _tokenizers.get(tokenizer)
+    if entry is None or entry.state != state:
+        entry = _tokenizers[tokenizer] = _Known(state, Codec(tokenizer))
+    if format not in entry.formats:
+        entry.formats[format] = find(format, tokenizer, entry.codec)
+    return entry.codec, entry.formats[format]
+
+
+_QUOTE_OR_BRACKET = re.compile(r'"(\\*)|[\[\]{}]')
+
+
+def _last_array(text: str) -> int | None:
+    """Where the JSON array starts that ends with the text, if one does.
+
+    Read backwards there is one place where it can: quotes that no backslash escapes come in pairs from the end on, and
+    the brackets outside them show which one the last `]` closes. That takes linear time, unlike trying each `[`.
+    """
+    backwards = text.rstrip(" \t\n\r")[::-1]
+    if not backwards.startswith("]"):
+        return None
+    depth, quoted = 0, False
+    for found in _QUOTE_OR_BRACKET.finditer(backwards):
+        if found[0][0] == '"':
+            quoted ^= len(found[1]) % 2 == 0
+        elif not quoted:
+            depth += 1 if found[0] in "]}" else -1
+            if depth == 0:
+                return len(backwards) - found.end()
+    return None
+
+
+def _parsed(text: str) -> object:
+    try:
+        return parse_json(text)
     except InvalidTrajectory:
         return None
+
+
+def _calls(found: object) -> tuple[ToolCall, ...] | None:
     parsed = []
-    for call in calls:
+    for call in found if isinstance(found, list) else [None]:
         match call:
             case {"name": str(name), "arguments": dict(arguments), **rest} if rest.keys() <= {"id"}:
                 parsed.append(ToolCall(str(rest["id"]) if "id" in rest else None, name, arguments))

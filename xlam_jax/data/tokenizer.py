@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from xlam_jax.data.formats import read_template
 from xlam_jax.data.render import chat_template
 from xlam_jax.errors import UserError, nearest
 
@@ -15,20 +16,22 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-# files of mistral-common: Mistral 7B v0.1, v0.2 and Mixtral use v1, Mistral 7B v0.3 uses v3
+# files of mistral-common, and the template that renders like it: Mistral 7B v0.1, v0.2 and Mixtral use v1, Mistral 7B
+# v0.3 uses v3
 MISTRAL = {
-    "mistral:v1": "tokenizer.model.v1",
-    "mistral:v3": "mistral_instruct_tokenizer_240323.model.v3",
+    "mistral:v1": ("tokenizer.model.v1", "mistral_v1"),
+    "mistral:v3": ("mistral_instruct_tokenizer_240323.model.v3", "mistral_v3"),
 }
 
 
 def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
     """Returns a fast tokenizer: "mistral:v1", "mistral:v3", a local Hugging Face folder, or a name on its hub.
 
-    The Mistral ones give mistral-common's ids. Raises `UserError` when there is no such tokenizer.
+    The Mistral ones give mistral-common's ids and have Mistral's chat template. Raises `UserError` when there is no
+    such tokenizer.
     """
     if name in MISTRAL:
-        return _mistral(MISTRAL[name])
+        return _mistral(*MISTRAL[name])
     if name.startswith("mistral:"):
         raise UserError(f"tokenizer '{name}': known are {', '.join(MISTRAL)}{nearest(name, MISTRAL)}")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing is no problem here
@@ -62,17 +65,19 @@ def _plain(folder: Path) -> "PreTrainedTokenizerFast | None":
     return PreTrainedTokenizerFast.from_pretrained(str(folder))
 
 
-def attach_template(tokenizer: "PreTrainedTokenizerFast") -> "PreTrainedTokenizerFast":
-    """Sets the `xlam` chat template that fits the tokenizer's control tokens; returns the tokenizer."""
-    tokenizer.chat_template = chat_template(tokenizer)
-    return tokenizer
+def save(tokenizer: "PreTrainedTokenizerFast", folder: str | Path, format: str = "xlam") -> None:
+    """Writes the tokenizer's files with the chat template of a format, so that servers render what was trained.
 
-
-def save(tokenizer: "PreTrainedTokenizerFast", folder: str | Path) -> None:
-    """Writes the tokenizer's files with the `xlam` chat template, so that servers render what was trained."""
+    The tokenizer itself keeps its own template.
+    """
     for key in ("is_local", "local_files_only"):  # how it was loaded is no property of the tokenizer
         tokenizer.init_kwargs.pop(key, None)
-    attach_template(tokenizer).save_pretrained(str(folder))
+    own = tokenizer.chat_template
+    tokenizer.chat_template = own if format == "native" and own else chat_template(tokenizer, format)
+    try:
+        tokenizer.save_pretrained(str(folder))
+    finally:
+        tokenizer.chat_template = own
 
 
 def byte_fallback_bpe(pieces: Sequence[str], scores: Sequence[float], first_byte: int) -> "Tokenizer":
@@ -109,7 +114,7 @@ def byte_fallback_bpe(pieces: Sequence[str], scores: Sequence[float], first_byte
     return tokenizer
 
 
-def _mistral(file: str) -> "PreTrainedTokenizerFast":
+def _mistral(file: str, template: str) -> "PreTrainedTokenizerFast":
     from sentencepiece import SentencePieceProcessor
     from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerFast
@@ -134,4 +139,5 @@ def _mistral(file: str) -> "PreTrainedTokenizerFast":
         pad_token=unused[-1] if unused else unk,  # byte fallback leaves <unk> without a use
         extra_special_tokens=[piece for piece in control if piece not in (bos, eos, unk)],
         clean_up_tokenization_spaces=False,
+        chat_template=read_template(template),
     )

@@ -1,21 +1,42 @@
 """The unified trajectory: one conversation with its tools, checked when read (the canonical form of all data)."""
 
+import contextlib
 import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from xlam_jax.errors import UserError, nearest
+from xlam_jax.data.files import read_lines, stem
+from xlam_jax.errors import nearest
 
 ROLES = ("system", "user", "assistant", "tool")
+ROW_KEYS = frozenset({"unique_trajectory_id", "source", "score", "task_instruction", "tools", "conversation"})
+MESSAGE_KEYS = frozenset({"role", "content", "tool_calls", "tool_call_id", "name", "loss"})
+CALL_KEYS = frozenset({"type", "id", "function"})
+FUNCTION_KEYS = frozenset({"name", "arguments"})
+DEEPEST = 400
+"""Levels of nesting of any JSON that is read; below where recursion ends on any Python."""
+DEEPEST_ROW = 64
+"""Levels of nesting of a trajectory, so that nothing that walks its schemas and arguments meets that end."""
+DEEPEST_TEXT = 48
+"""The same for arguments and tools that are JSON in a text, and come to lie inside the row."""
+LONGEST_DETAIL = 1000
+HALF_SURROGATE = "half of a surrogate pair (\\ud8xx … \\udfxx) is no character"
+
+Note = Callable[[str, str], None]
+"""Is told (reason, detail) of each thing that was mended."""
 
 
 class InvalidTrajectory(ValueError):  # noqa: N818 - it is also a value: readers yield it in place of the trajectory
     """Why a row is no trajectory: `reason` is a short code to count by, `detail` says what is wrong in words."""
 
     def __init__(self, reason: str, detail: str):
+        if len(detail) > LONGEST_DETAIL:
+            detail = f"{detail[:LONGEST_DETAIL]} …"
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail
@@ -54,77 +75,62 @@ class Trajectory:
     conversation: tuple[Message, ...]
 
 
-def parse_trajectory(obj: object, default_id: str = "") -> Trajectory:
+def parse_trajectory(obj: object, default_id: str = "", repaired: Note | None = None) -> Trajectory:
     """Checks one row and returns it typed.
 
-    Repaired: string `arguments`, `content: null`, tool `content` that is a list or an object (becomes compact JSON).
-    `default_id` names rows without `unique_trajectory_id`. Keys this format does not know are left out.
-    Raises `InvalidTrajectory`; arguments are not yet checked against the tools' JSON Schema.
+    What is mended, and what is left out, is told by `repaired(reason, detail)`:
+    string-arguments, missing-arguments (none become {}), trailing-text-after-json (prose behind the arguments),
+    null-content, text-parts (`[{"type": "text", …}]`), structured-content (a tool's list or object becomes JSON text),
+    missing-call-id and mismatched-call-id (where calls and results leave no doubt; then each result has its call's id),
+    string-tools, missing-tool-type, text-score, number-as-id, unknown-key (this format has no such key).
+    `default_id` names rows without `unique_trajectory_id`.
+    Raises `InvalidTrajectory`, and nothing else, for whatever `obj` is; arguments are not yet checked against the
+    tools' JSON Schema.
     """
+    note = repaired or _no_note
     if not isinstance(obj, dict):
         _fail("not-an-object", f"a row is a JSON object, got {_kind(obj)}")
-    tools = parse_tools(obj.get("tools"))
-    conversation = parse_messages(obj.get("conversation"))
+    _check_json(obj)
+    tools = _parse_tools(obj.get("tools"), note)
+    conversation = _parse_messages(obj.get("conversation"), note)
     if not any(message.role == "assistant" for message in conversation):
         _fail("no-assistant-turn", f"none of the {len(conversation)} turns is by the assistant")
-    declared = [tool["function"]["name"] for tool in tools]
+    declared = {tool["function"]["name"] for tool in tools}
     for i, message in enumerate(conversation):
         for call in message.tool_calls:
             if call.name not in declared:
-                known = ", ".join(declared) or "none"
-                hint = nearest(call.name, declared)
+                known = ", ".join(tool["function"]["name"] for tool in tools) or "none"
+                hint = nearest(call.name[:100], declared)
                 _fail("undeclared-tool", f"turn {i} calls '{call.name}', declared tools: {known}{hint}")
-    score = obj.get("score")
-    if score is not None:
-        try:
-            score = float(score)  # some sources write it as a string
-        except (TypeError, ValueError):
-            score = math.nan
-        if not math.isfinite(score):
-            _fail("bad-score", f"score is a finite number, got {obj['score']!r}")
-    identity = obj.get("unique_trajectory_id")
+    _note_unknown(obj, ROW_KEYS, "the row", note)
+    identity = _optional_id(obj, "unique_trajectory_id", "the row", note)
     return Trajectory(
-        id=default_id if identity is None else str(identity),
+        id=default_id if identity is None else identity,
         source=_optional_text(obj, "source", "the row"),
-        score=score,
+        score=_score(obj.get("score"), note),
         task_instruction=_optional_text(obj, "task_instruction", "the row") or "",
         tools=tools,
         conversation=conversation,
     )
 
 
-def parse_tools(obj: object) -> list[dict[str, Any]]:
+def parse_tools(obj: object, repaired: Note | None = None) -> list[dict[str, Any]]:
     """Checks tool schemas, `[{"type": "function", "function": {"name": …}}, …]`; None is no tools.
 
     Raises `InvalidTrajectory`.
     """
-    if obj is None:
-        return []
-    if not isinstance(obj, list):
-        _fail("bad-tools", f"`tools` is a list, got {_kind(obj)}")
-    seen: set[str] = set()
-    for i, tool in enumerate(obj):
-        function = tool.get("function") if isinstance(tool, dict) else None
-        name = function.get("name") if isinstance(function, dict) else None
-        if not isinstance(name, str) or not name:
-            _fail("tool-without-name", f'tool {i} lacks {{"type": "function", "function": {{"name": …}}}}')
-        if name in seen:
-            _fail("duplicate-tool", f"tool {i} is named '{name}' like a tool before it")
-        seen.add(name)
-    return obj
+    _check_json(obj)
+    return _parse_tools(obj, repaired or _no_note)
 
 
-def parse_messages(obj: object) -> tuple[Message, ...]:
+def parse_messages(obj: object, repaired: Note | None = None) -> tuple[Message, ...]:
     """Checks turns in OpenAI form (string or object arguments), their order and their call ids.
 
     System turns come first, then a user turn; tool turns follow the assistant turn that calls. Call ids are unique
-    within a turn. Raises `InvalidTrajectory`.
+    within a turn. Mends what `parse_trajectory` mends. Raises `InvalidTrajectory`.
     """
-    if not isinstance(obj, list | tuple) or not obj:
-        _fail("no-conversation", f"a conversation is a non-empty list of turns, got {_kind(obj)}")
-    messages = tuple(_parse_message(i, message) for i, message in enumerate(obj))
-    _check_order(messages)
-    return messages
+    _check_json(obj)
+    return _parse_messages(obj, repaired or _no_note)
 
 
 def system_text(task_instruction: str, messages: Sequence[Message]) -> str:
@@ -157,49 +163,86 @@ def to_messages(trajectory: Trajectory) -> list[dict[str, Any]]:
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, Trajectory | InvalidTrajectory]]:
-    """Streams (line number from 1, trajectory or why the line is none) from a JSONL file; blank lines are skipped.
+    """Streams (line number from 1, trajectory or why the line is none) from a JSONL file (also .gz, .zst).
 
-    A row without an id is named `<file stem>:<line>`. Raises `UserError` when the file cannot be read.
+    Blank lines are skipped. A row without an id is named `<file stem>:<line>`. Raises `UserError` when the file cannot
+    be read.
     """
     path = Path(path)
     for number, line in read_lines(path):
         try:
-            yield number, parse_trajectory(parse_json(line), default_id=f"{path.stem}:{number}")
+            yield number, parse_trajectory(parse_json(line), default_id=f"{stem(path)}:{number}")
         except InvalidTrajectory as invalid:
             yield number, invalid
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Streams (line number from 1, line) of a file, blank lines left out. Raises `UserError` on an unreadable file."""
-    try:
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.isspace():
-                    yield number, line
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-
-
 def parse_json(text: str | bytes) -> Any:
-    """Parses strict JSON in UTF-8: no NaN, Infinity, overflowing number or lone surrogate.
+    """Parses strict JSON in UTF-8: no NaN, Infinity, overflowing number, key that stands twice or lone surrogate.
 
     Raises `InvalidTrajectory("malformed-json", …)`.
     """
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8-sig")
-        value = json.loads(text, parse_constant=_not_json, parse_float=_finite)
+        value = _DECODER.decode(text)
         if "\\ud" in text or "\\uD" in text:  # an escaped surrogate pair is fine, half of one no tokenizer takes
-            json.dumps(value, ensure_ascii=False).encode()
-        return value
+            _encode(value).encode()
     except UnicodeDecodeError as error:
         _fail("malformed-json", f"not UTF-8: byte 0x{error.object[error.start]:02x} at position {error.start}")
     except UnicodeEncodeError:
-        _fail("malformed-json", "half of a surrogate pair (\\ud8xx … \\udfxx) is no character")
+        _fail("malformed-json", HALF_SURROGATE)
     except RecursionError:
         _fail("malformed-json", "nested too deeply")
     except ValueError as error:
         _fail("malformed-json", str(error))
+    if _too_deep(text, DEEPEST):
+        _fail("malformed-json", f"nested too deeply (more than {DEEPEST} levels)")
+    return value
+
+
+def decode_arguments(text: str, where: str, repaired: Note | None = None) -> Any:
+    """The value of arguments that are JSON in a text; `where` says in words whose they are.
+
+    Mends prose behind the JSON, JSON encoded twice, and an empty text (becomes {}); raises `InvalidTrajectory`.
+    """
+    note = repaired or _no_note
+    if not text or text.isspace():
+        note("missing-arguments", f"{where} an empty text")
+        return {}
+    try:
+        try:
+            value = parse_json(text)
+        except InvalidTrajectory:
+            value, rest = _leading_json(text)
+            note("trailing-text-after-json", f"{where} arguments, then {rest[:80]!r}")
+        if isinstance(value, str):
+            value = parse_json(value)
+            note("string-arguments", f"{where} JSON that was encoded twice")
+        _check_json(value, DEEPEST_TEXT)
+    except InvalidTrajectory as invalid:
+        _fail("bad-arguments", f"{where} a text that is no JSON: {invalid.detail}")
+    return value
+
+
+def _leading_json(text: str) -> tuple[Any, str]:
+    """The JSON object a text begins with, and the prose after it; raises as `parse_json` does where that is not all."""
+    start = len(text) - len(text.lstrip())
+    try:
+        _, end = _DECODER.raw_decode(text, start)
+    except (ValueError, RecursionError):
+        end = len(text)
+    rest = text[end:].strip()
+    if text[start : start + 1] != "{" or "{" in rest or rest.startswith((",", ":", "}", "[", "]", '"', "'")):
+        end = len(text)  # more JSON, or the object closed too early: which part counts is not clear
+    return parse_json(text[:end]), rest
+
+
+def _json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    obj = dict(pairs)
+    if len(obj) < len(pairs):
+        key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"key {key!r} stands twice in one object")
+    return obj
 
 
 def _not_json(constant: str) -> NoReturn:
@@ -213,82 +256,237 @@ def _finite(digits: str) -> float:
     return value
 
 
-def _parse_message(i: int, obj: object) -> Message:
+_DECODER = json.JSONDecoder(parse_constant=_not_json, parse_float=_finite, object_pairs_hook=_json_object)
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+
+
+def _check_json(obj: object, deepest: int = DEEPEST_ROW) -> None:
+    """Raises `InvalidTrajectory` for values that JSON in UTF-8 can't hold: rows need not come from JSON."""
+    try:
+        text = _encode(obj)
+        text.encode()
+    except UnicodeEncodeError:
+        _fail("malformed-json", HALF_SURROGATE)
+    except RecursionError:
+        _fail("malformed-json", "nested too deeply")
+    except (TypeError, ValueError) as error:
+        _fail("malformed-json", str(error))
+    if _too_deep(text, deepest):
+        _fail("malformed-json", f"nested too deeply (more than {deepest} levels)")
+
+
+def _too_deep(text: str, deepest: int) -> bool:
+    """Whether JSON has more than `deepest` levels of lists and objects."""
+    if text.count("[") + text.count("{") <= deepest:
+        return False
+    brackets = _STRING.sub(b"", text.encode("utf-8", "surrogatepass")).translate(_ONE_KIND, _NO_BRACKETS)
+    for _ in range(deepest):
+        brackets = brackets.replace(b"[]", b"")  # takes the innermost level away
+    return bool(brackets)
+
+
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+_ONE_KIND = bytes.maketrans(b"{}", b"[]")
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+
+
+def _parse_tools(obj: object, note: Note) -> list[dict[str, Any]]:
+    if isinstance(obj, str):
+        try:
+            obj = parse_json(obj)
+            _check_json(obj, DEEPEST_TEXT)
+        except InvalidTrajectory as invalid:
+            _fail("bad-tools", f"`tools` is a text that is no JSON: {invalid.detail}")
+        note("string-tools", "`tools` is JSON in a text")
+    if obj is None:
+        return []
+    if not isinstance(obj, list):
+        _fail("bad-tools", f"`tools` is a list, got {_kind(obj)}")
+    seen: set[str] = set()
+    tools: list[dict[str, Any]] = []
+    for i, tool in enumerate(obj):
+        function = tool.get("function") if isinstance(tool, dict) else None
+        name = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(tool, dict) or not isinstance(function, dict) or not isinstance(name, str) or not name:
+            _fail("tool-without-name", f'tool {i} lacks {{"type": "function", "function": {{"name": …}}}}')
+        if name in seen:
+            _fail("duplicate-tool", f"tool {i} is named '{name}' like a tool before it")
+        seen.add(name)
+        parameters = function.get("parameters")
+        if not isinstance(parameters, dict | None):
+            _fail("bad-tools", f"`parameters` of tool '{name}' is {_kind(parameters)}, not an object")
+        if not isinstance((parameters or {}).get("properties"), dict | None):
+            _fail("bad-tools", f"`properties` of tool '{name}' is {_kind((parameters or {})['properties'])}, no object")
+        if tool.get("type") is None:
+            note("missing-tool-type", f"tool '{name}' does not say that it is a function")
+            tool = {"type": "function"} | {key: value for key, value in tool.items() if key != "type"}
+        tools.append(tool)
+    return tools
+
+
+def _parse_messages(obj: object, note: Note) -> tuple[Message, ...]:
+    if not isinstance(obj, list | tuple) or not obj:
+        _fail("no-conversation", f"a conversation is a non-empty list of turns, got {_kind(obj)}")
+    messages = [_parse_message(i, message, note) for i, message in enumerate(obj)]
+    _check_order(messages)
+    for i, message in enumerate(messages):
+        if message.tool_calls:
+            _link(messages, i, note)
+    return tuple(messages)
+
+
+def _parse_message(i: int, obj: object, note: Note) -> Message:
     if not isinstance(obj, dict):
         _fail("bad-turn", f"turn {i} is {_kind(obj)}, not an object")
     role = obj.get("role")
     if role not in ROLES:
-        hint = nearest(role, ROLES) if isinstance(role, str) else ""
+        hint = nearest(role[:100], ROLES) if isinstance(role, str) else ""
         _fail("unknown-role", f"turn {i} has role {role!r}, known roles: {', '.join(ROLES)}{hint}")
-    content = obj.get("content")
-    if content is None:
-        content = ""
-    elif role == "tool" and isinstance(content, list | dict):
-        content = json.dumps(content, ensure_ascii=False)
-    elif not isinstance(content, str):
-        _fail("bad-content", f"turn {i} ({role}) has content that is {_kind(content)}, not text")
-    calls = obj.get("tool_calls") or []
+    where = f"turn {i}"
+    content = _content(role, obj.get("content"), f"{where} ({role})", note)
+    calls = obj.get("tool_calls")
+    if not isinstance(calls, list | tuple | None):
+        _fail("bad-call", f"turn {i} has `tool_calls` that is {_kind(calls)}, not a list")
     if calls and role != "assistant":
         _fail("bad-role-order", f"turn {i} ({role}) has tool calls; only assistant turns call tools")
-    if not isinstance(calls, list | tuple):
-        _fail("bad-call", f"turn {i} has `tool_calls` that is {_kind(calls)}, not a list")
     if role == "assistant" and not calls and not content:
         _fail("empty-assistant-turn", f"turn {i} has neither text nor tool calls")
     loss = obj.get("loss")
-    if loss is not None and not isinstance(loss, bool):
+    if not isinstance(loss, bool | None):
         _fail("bad-loss", f"turn {i} has loss {loss!r}, not true or false")
-    where = f"turn {i}"
+    _note_unknown(obj, MESSAGE_KEYS, where, note)
     return Message(
         role=role,
         content=content,
-        tool_calls=tuple(_parse_call(i, call) for call in calls),
-        tool_call_id=_optional_text(obj, "tool_call_id", where),
+        tool_calls=tuple(_parse_call(i, call, note) for call in calls or ()),
+        tool_call_id=_optional_id(obj, "tool_call_id", where, note),
         name=_optional_text(obj, "name", where),
         loss=loss,
     )
 
 
-def _parse_call(i: int, obj: object) -> ToolCall:
+def _content(role: str, content: object, where: str, note: Note) -> str:
+    if isinstance(content, str):
+        return content
+    if content is None:
+        note("null-content", f"{where} has no content")
+        return ""
+    if isinstance(content, list) and content:
+        parts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+        texts = [part for part in parts if isinstance(part, str)]
+        if len(texts) == len(content):
+            note("text-parts", f"{where} has its text in {len(texts)} parts")
+            return "\n".join(texts)
+    if role != "tool":
+        _fail("bad-content", f"{where} has content that is {_kind(content)}, not text")
+    note("structured-content", f"{where} has content that is {_kind(content)}")
+    return _encode(content)
+
+
+def _parse_call(i: int, obj: object, note: Note) -> ToolCall:
     function = obj.get("function") if isinstance(obj, dict) else None
     if not isinstance(obj, dict) or not isinstance(function, dict) or not isinstance(function.get("name"), str):
         _fail("bad-call", f'turn {i} has a call without {{"function": {{"name": …, "arguments": {{…}}}}}}')
-    arguments = function.get("arguments", {})
-    if isinstance(arguments, str):
-        try:
-            arguments = parse_json(arguments)
-        except InvalidTrajectory as invalid:
-            _fail("bad-arguments", f"turn {i} calls '{function['name']}' with a text that is no JSON: {invalid.detail}")
+    where = f"turn {i} calls '{function['name']}' with"
+    arguments = function.get("arguments")
+    if arguments is None:
+        note("missing-arguments", f"{where} no arguments")
+        arguments = {}
+    elif isinstance(arguments, str):
+        note("string-arguments", f"{where} arguments in a text")
+        arguments = decode_arguments(arguments, where, note)
     if not isinstance(arguments, dict):
-        _fail("bad-arguments", f"turn {i} calls '{function['name']}' with {_kind(arguments)}, not an object")
-    return ToolCall(_optional_text(obj, "id", f"turn {i}"), function["name"], arguments)
+        _fail("bad-arguments", f"{where} {_kind(arguments)}, not an object")
+    _note_unknown(obj, CALL_KEYS, f"turn {i}, a call", note)
+    _note_unknown(function, FUNCTION_KEYS, f"turn {i}, a call's function", note)
+    return ToolCall(_optional_id(obj, "id", f"turn {i}", note), function["name"], arguments)
 
 
 def _check_order(messages: Sequence[Message]) -> None:
     previous = "system"
     calls_open = False  # whether tool results may follow
-    open_ids: list[str] = []
     for i, message in enumerate(messages):
         role = message.role
         if role == "system" and previous != "system":
             _fail("bad-role-order", f"turn {i} is a system turn after a {previous} turn; system turns come first")
         if previous == "system" and role not in ("system", "user"):
             _fail("bad-role-order", f"turn {i} is by the {role}; the first turn after the system's is the user's")
-        if role == "assistant":
-            calls_open = bool(message.tool_calls)
-            open_ids = [call.id for call in message.tool_calls if call.id is not None]
-            if len(set(open_ids)) < len(open_ids):
-                _fail("duplicate-call-id", f"turn {i} gives two calls one id: {', '.join(open_ids)}")
-        elif role == "tool":
-            if previous not in ("assistant", "tool") or not calls_open:
-                _fail("bad-role-order", f"turn {i} is a tool result after a {previous} turn without calls")
-            if message.tool_call_id is not None and message.tool_call_id not in open_ids:
-                known = ", ".join(open_ids) or "none"
-                _fail(
-                    "orphan-tool-call-id", f"turn {i} answers call '{message.tool_call_id}', calls before it: {known}"
-                )
-        else:
-            calls_open = False
+        if role == "tool" and (previous not in ("assistant", "tool") or not calls_open):
+            _fail("bad-role-order", f"turn {i} is a tool result after a {previous} turn without calls")
+        calls_open = bool(message.tool_calls) or (calls_open and role == "tool")
         previous = role
+
+
+def _link(messages: list[Message], i: int, note: Note) -> None:
+    """Gives the tool results after turn `i`, and its calls, the ids that they lack, where no other way is possible."""
+    calls = list(messages[i].tool_calls)
+    ids = [call.id for call in calls if call.id is not None]
+    if len(set(ids)) < len(ids):
+        _fail("duplicate-call-id", f"turn {i} gives two calls one id: {', '.join(ids)}")
+    end = next((j for j in range(i + 1, len(messages)) if messages[j].role != "tool"), len(messages))
+    answered = answered_calls(calls, messages[i + 1 : end])
+    if answered is None:
+        known = set(ids)
+        loose = [j for j in range(i + 1, end) if messages[j].tool_call_id not in known]
+        j = next((j for j in loose if messages[j].tool_call_id is not None), loose[0])
+        stray = messages[j].tool_call_id
+        if stray is None:
+            _fail("orphan-tool-result", f"turn {j} does not say which of the {len(calls)} calls before it it answers")
+        _fail(
+            "orphan-tool-call-id",
+            f"turn {j} answers call '{stray}', calls before it: {', '.join(ids) or 'none with an id'}",
+        )
+    for j, k in enumerate(answered, start=i + 1):
+        call, result = calls[k], messages[j]
+        if call.id == result.tool_call_id:
+            continue
+        if call.id is None:
+            note("missing-call-id", f"turn {i} calls '{call.name}' without an id, turn {j} has '{result.tool_call_id}'")
+            calls[k] = replace(call, id=result.tool_call_id)
+        elif result.tool_call_id is None:
+            note("missing-call-id", f"turn {j} does not say that it answers call '{call.id}'")
+        else:
+            note("mismatched-call-id", f"turn {j} answers '{result.tool_call_id}', the call is '{call.id}'")
+        messages[j] = replace(result, tool_call_id=calls[k].id)
+    messages[i] = replace(messages[i], tool_calls=tuple(calls))
+
+
+def answered_calls(calls: Sequence[ToolCall], results: Sequence[Message]) -> list[int] | None:
+    """For each tool result after a turn the index of the call it answers; None where that is in doubt.
+
+    By ids; what these leave open by the order where there are as many results as calls, unless their names tell another
+    order, or else by names that stand for one call each. Without any ids the order tells.
+    """
+    at = {call.id: k for k, call in enumerate(calls) if call.id is not None}
+    by_id = {j: at[result.tool_call_id] for j, result in enumerate(results) if result.tool_call_id in at}
+    taken = set(by_id.values())
+    free = [k for k in range(len(calls)) if k not in taken]
+    loose = [j for j in range(len(results)) if j not in by_id]
+    found = _pair([calls[k] for k in free], [results[j] for j in loose]) if loose else []
+    if found is None:
+        if at or len(results) > len(calls) or any(result.tool_call_id is not None for result in results):
+            return None
+        found = range(len(results))
+    others = {j: free[k] for j, k in zip(loose, found, strict=True)}
+    return [by_id[j] if j in by_id else others[j] for j in range(len(results))]
+
+
+def _pair(calls: Sequence[ToolCall], results: Sequence[Message]) -> list[int] | None:
+    """The same without looking at the ids that calls and results share."""
+    ids = [result.tool_call_id for result in results if result.tool_call_id is not None]
+    names = [result.name for result in results]
+    if len(calls) == 1 and len(results) > 1:  # they belong to it, or not all of them
+        one = len({result.tool_call_id for result in results}) == 1
+        return [0] * len(results) if one and set(names) <= {None, calls[0].name} else None
+    if len(results) > len(calls) or len(set(ids)) < len(ids):
+        return None
+    if len(results) == len(calls) and all(name in (None, call.name) for call, name in zip(calls, names, strict=True)):
+        return list(range(len(calls)))
+    at = {call.name: k for k, call in enumerate(calls)}
+    if len(at) < len(calls) or len(set(names)) < len(names):
+        return None
+    found = [at[name] for name in names if name is not None and name in at]
+    return found if len(found) == len(results) else None
 
 
 def _message_to_dict(message: Message) -> dict[str, Any]:
@@ -310,15 +508,47 @@ def _message_to_dict(message: Message) -> dict[str, Any]:
     return row
 
 
+def _score(value: object, note: Note) -> float | None:
+    if value is None:
+        return None
+    score = math.nan
+    if isinstance(value, int | float | str) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError, OverflowError):
+            score = float(value)
+    if not math.isfinite(score):
+        _fail("bad-score", f"score is a finite number, got {value!r}")
+    if isinstance(value, str):
+        note("text-score", f"score is the text {value!r}")
+    return score
+
+
 def _optional_text(obj: dict[str, Any], key: str, where: str) -> str | None:
     value = obj.get(key)
-    if value is not None and not isinstance(value, str):
+    if not isinstance(value, str | None):
         _fail("bad-value", f"`{key}` of {where} is text, got {_kind(value)}")
     return value
 
 
+def _optional_id(obj: dict[str, Any], key: str, where: str, note: Note) -> str | None:
+    value = obj.get(key)
+    if isinstance(value, int) and not isinstance(value, bool):
+        note("number-as-id", f"`{key}` of {where} is the number {value}")
+        return str(value)
+    return _optional_text(obj, key, where)
+
+
+def _note_unknown(obj: dict[str, Any], known: frozenset[str], where: str, note: Note) -> None:
+    for key, value in obj.items():
+        if key not in known and value is not None:
+            note("unknown-key", f"`{key}` of {where} is left out")
+
+
 def _kind(value: object) -> str:
     return "nothing" if value is None else f"a {type(value).__name__}"
+
+
+def _no_note(reason: str, detail: str) -> None:
+    pass
 
 
 def _fail(reason: str, detail: str) -> NoReturn:

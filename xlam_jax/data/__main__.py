@@ -1,0 +1,229 @@
+"""Checks data, shows what training sees of it, and prepares it: `python -m xlam_jax.data COMMAND --help`."""
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from xlam_jax import errors
+from xlam_jax.errors import UserError, nearest
+
+OVERRIDES = "section.key=value"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser, commands = _parsers()
+    if given and given[0] in commands:  # on its own a command's parser takes options and overrides in any order
+        options = commands[given[0]].parse_intermixed_args(given[1:])
+    else:
+        options = parser.parse_args(given)
+    for stream in (sys.stdout, sys.stderr):  # a terminal's encoding may lack characters that data has
+        getattr(stream, "reconfigure", lambda **_: None)(errors="backslashreplace")
+    return options.command(options)
+
+
+def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser of the whole, and each command's."""
+    parser = argparse.ArgumentParser(prog="python -m xlam_jax.data", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    validate = commands.add_parser(
+        "validate",
+        help="everything that is wrong with files of trajectories",
+        description="Checks each row, and each call against its tool's JSON Schema. One line a finding on stdout, a "
+        "summary on stderr. Exit code: 0 no finding, 1 findings, 2 the check could not be made.",
+    )
+    validate.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    validate.add_argument("--config", type=Path, metavar="FILE.yaml", help="also find what is longer than its rows")
+    validate.add_argument("--json", action="store_true", help="a JSON object a finding: file, line, id, reason, detail")
+    validate.add_argument("--max-errors", type=_positive, metavar="N", help="stop after N findings")
+    validate.set_defaults(command=_validate)
+
+    stats = commands.add_parser(
+        "stats",
+        help="what a config's data holds, how well it packs, and each source's share",
+        description="Prints a table, and writes it as a page with plots.",
+    )
+    _config(stats)
+    stats.add_argument("--out", type=Path, metavar="FILE.html", help="the page (default: stats.html here)")
+    stats.add_argument("--rows", type=_positive, metavar="N", help="packed rows to look at (default: about one epoch)")
+    stats.add_argument("--force", action="store_true", help="overwrite the page")
+    stats.set_defaults(command=_stats)
+
+    preview = commands.add_parser(
+        "preview",
+        help="the tokens that training sees, and which of them carry loss",
+        description="Shows the first packed rows of a run, token for token.",
+    )
+    _config(preview)
+    preview.add_argument("-n", dest="rows", type=_positive, default=1, metavar="N", help="packed rows (default: 1)")
+    preview.add_argument("--source", metavar="NAME", help="only the trajectories of this source")
+    preview.add_argument("--html", type=Path, metavar="FILE.html", help="write a page instead")
+    preview.add_argument("--force", action="store_true", help="overwrite the page")
+    preview.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="default: on a terminal")
+    preview.set_defaults(command=_preview)
+
+    prepare = commands.add_parser(
+        "prepare",
+        help="render a config's data once, into a cache that training reads",
+        description="Writes a folder for data.cache. Training refuses it once data, tokenizer or settings change.",
+    )
+    _config(prepare)
+    prepare.add_argument("--out", required=True, type=Path, metavar="DIR")
+    prepare.set_defaults(command=_prepare)
+
+    pairs = commands.add_parser(
+        "pairs",
+        help="preference pairs from scored trajectories",
+        description="Pairs trajectories of one task that agree up to an assistant turn and differ there; the one with "
+        "the higher score is chosen.",
+    )
+    pairs.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    pairs.add_argument("--out", required=True, type=Path, metavar="FILE.jsonl")
+    pairs.add_argument(
+        "--min-gap", type=_gap, default=0.0, metavar="G", help="least difference of scores (default: any)"
+    )
+    pairs.add_argument(
+        "--per-task", type=_positive, default=10, metavar="K", help="most pairs of a task (default: %(default)s)"
+    )
+    pairs.add_argument("--report", type=Path, metavar="FILE.json", help="write the counts there as well")
+    pairs.add_argument("--force", action="store_true", help="overwrite the outputs")
+    pairs.set_defaults(command=_pairs)
+    return parser, commands.choices
+
+
+def _config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, type=Path, metavar="FILE.yaml")
+    parser.add_argument("overrides", nargs="*", metavar=OVERRIDES, help="fields of the config to set")
+
+
+def _positive(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return number
+
+
+def _gap(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not (math.isfinite(number) and number >= 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on")
+    return number
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _readable(files: Sequence[Path]) -> None:
+    """Raises `UserError` before any work for files that are not there or whose ending says nothing."""
+    from xlam_jax.data.sources import PACKED, SUFFIXES
+
+    for file in files:
+        if file.is_dir():
+            raise UserError(f"{file}: is a folder; name its files")
+        if not file.exists():
+            siblings = [entry.name for entry in file.parent.iterdir()] if file.parent.is_dir() else []
+            raise UserError(f"{file}: no such file{nearest(file.name, siblings)}")
+        bare = file.with_suffix("") if file.suffix in PACKED else file
+        if bare.suffix not in SUFFIXES:
+            raise UserError(
+                f"{file}: its ending should tell what it holds: {', '.join(SUFFIXES)}, "
+                f"the first two also with {' or '.join(PACKED)}"
+            )
+
+
+def _free(out: Path, force: bool) -> None:
+    """Raises `UserError` where an output can't be written, before any work."""
+    if out.is_dir():
+        raise UserError(f"{out}: is a folder; name a file")
+    if out.exists() and not force:
+        raise UserError(f"{out}: exists already; give another name, or --force to overwrite it")
+    if not out.parent.is_dir():
+        raise UserError(f"{out}: the folder '{out.parent}' does not exist; create it first")
+
+
+def _validate(options: argparse.Namespace) -> int:
+    from xlam_jax.data import validate
+
+    _readable(options.files)
+    limit = validate.length_limit(options.config) if options.config else None
+    summary, findings = validate.run(
+        options.files, sys.stdout, limit=limit, as_json=options.json, most=options.max_errors
+    )
+    sys.stdout.flush()
+    _say(summary)
+    return 1 if findings else 0
+
+
+def _stats(options: argparse.Namespace) -> int:
+    from xlam_jax.data import stats
+
+    out = options.out or Path("stats.html")
+    _free(out, options.force)
+    result = stats.collect(options.config, options.overrides, rows=options.rows, progress=_say)
+    print(stats.table(result))
+    stats.write_page(result, out)
+    _say(f"page with plots: {out}")
+    return 0
+
+
+def _preview(options: argparse.Namespace) -> int:
+    from xlam_jax.data import preview
+
+    if options.html:
+        _free(options.html, options.force)
+    shown = preview.rows(options.config, options.overrides, count=options.rows, source=options.source, progress=_say)
+    if options.html:
+        preview.write_page(shown, options.html)
+        _say(f"{options.html}: {options.rows} packed rows")
+    else:
+        color = options.color == "always" or (options.color == "auto" and sys.stdout.isatty())
+        for text in preview.terminal(shown, color=color):
+            print(text)
+    return 0
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    from xlam_jax import config as configs
+    from xlam_jax.data import cache
+    from xlam_jax.data.tokenizer import load_tokenizer
+
+    began = time.monotonic()
+    data = configs.load(options.config, options.overrides).config.data
+    cache.write(options.out, data, load_tokenizer(data.tokenizer), _say)
+    seconds = time.monotonic() - began
+    _say(f"{options.out}: written in {seconds:.0f} s; to train from it say data.cache: {options.out} in the config")
+    return 0
+
+
+def _pairs(options: argparse.Namespace) -> int:
+    from xlam_jax.data import pairs
+
+    _readable(options.files)
+    for out in filter(None, (options.out, options.report)):
+        _free(out, options.force)
+    result = pairs.write(
+        options.files,
+        options.out,
+        min_gap=options.min_gap,
+        per_task=options.per_task,
+        report_path=options.report,
+        force=options.force,
+    )
+    print(pairs.summary(options.out, result))
+    return 0
+
+
+if __name__ == "__main__":
+    errors.run(main)

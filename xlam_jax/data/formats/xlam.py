@@ -1,0 +1,103 @@
+"""The `xlam` format; `serving/templates/xlam.jinja` writes the same text. With Mistral's control tokens:
+
+    <s>[AVAILABLE_TOOLS]…[/AVAILABLE_TOOLS][INST]system\\n\\nuser[/INST]
+    thought[TOOL_CALLS][{"name": …, "arguments": {…}}, …]</s>
+    [TOOL_RESULTS]…[/TOOL_RESULTS]answer</s>[INST]…
+
+in one line. Tokenizers without those tokens get the tags as plain text and the bare JSON array as calls.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from xlam_jax.data.codec import TOOL_CALLS, Codec, Kind, Segment, to_json
+from xlam_jax.data.formats import PLAIN, Layout, Variant, read_template
+from xlam_jax.data.trajectory import Message, Trajectory, system_text
+
+# where no token marks a call, the model is told in words; the template says the first
+INSTRUCTIONS = (
+    'To call tools, end with one line: [{"name": ..., "arguments": {...}}, ...]',
+    'Calls of tools are one JSON array in the last line: [{"name": ..., "arguments": {...}}, ...]',
+    'If a tool helps, put the call last, in one line: [{"name": ..., "arguments": {...}}]; calls share the list',
+    'Only when tools are needed, the last line is a JSON list with one {"name": ..., "arguments": {...}} a call',
+    'Use tools by ending the reply with a line [{"name": ..., "arguments": {...}}, ...]; otherwise reply in words',
+)
+
+
+class Xlam:
+    """Every turn is written once and never changes, so one sequence trains a whole conversation."""
+
+    def __init__(self, codec: Codec):
+        self._codec = codec
+        in_words = not codec.control_tokens
+        self.instructions = len(INSTRUCTIONS) if in_words else 0
+        self.sections = 2 if in_words else 0
+        self.template = read_template(
+            "xlam", control_tokens=codec.control_tokens, tool_calls_token=codec.tool_calls_token
+        )
+
+    @staticmethod
+    def fits(codec: Codec) -> bool:
+        """Any tokenizer can write it."""
+        return True
+
+    def layouts(self, trajectory: Trajectory, variant: Variant = PLAIN) -> Iterator[Layout]:
+        """Gives the one layout."""
+        system = system_text(trajectory.task_instruction, trajectory.conversation)
+        yield Layout(trajectory, self._segments(system, trajectory.tools, trajectory.conversation, variant))
+
+    def prompt(self, system: str, tools: list[dict[str, Any]], messages: Sequence[Message]) -> list[Segment]:
+        """The same text: the answer follows the last turn at once."""
+        return self._segments(system, tools, messages, PLAIN)
+
+    def _segments(
+        self, system: str, tools: list[dict[str, Any]], messages: Sequence[Message], variant: Variant
+    ) -> list[Segment]:
+        control, eos = self._codec.control_tokens, self._codec.eos
+        space = "" if control else " "
+        segments: list[Segment] = []
+
+        def add(text: str, kind: Kind, turn: int, control: bool = False) -> None:
+            if text:
+                segments.append(Segment(text, kind, turn, control))
+
+        def tagged(tag: str, front: str, text: str, turn: int) -> None:
+            add(f"[{tag}]", "prompt", -1 if front else turn, control)
+            add(space + front, "prompt", -1 if front else turn)
+            add(text + space, "prompt", turn)
+            add(f"[/{tag}]", "prompt", turn, control)
+
+        add(self._codec.bos, "prompt", -1, control=True)
+        sections = [system] if system else []
+        if tools and control:
+            tagged("AVAILABLE_TOOLS", "", to_json(tools), -1)
+        elif tools:
+            sections.append(f"Tools: {to_json(tools)}\n{INSTRUCTIONS[variant.instruction]}")
+            if variant.sections == (1, 0):
+                sections.reverse()
+        front = "".join(section + "\n\n" for section in sections)
+        previous = ""
+        for turn, message in enumerate(messages):
+            if message.role == "assistant":
+                calls = calls_json(message)
+                if message.content:
+                    add(space + message.content, "thought" if calls else "answer", turn)
+                if calls and self._codec.tool_calls_token:
+                    add(TOOL_CALLS, "tool_call", turn, control=True)
+                    add(calls, "tool_call", turn)
+                elif calls:
+                    add(("\n" if message.content else " ") + calls, "tool_call", turn)
+                add(eos, "eos", turn, control=True)
+            elif message.role in ("user", "tool"):
+                if previous in ("user", "tool"):
+                    add(space, "prompt", turn)
+                tagged("INST" if message.role == "user" else "TOOL_RESULTS", front, message.content, turn)
+                front = ""
+            previous = message.role
+        return segments
+
+
+def calls_json(message: Message) -> str:
+    """The calls of a turn as the array that servers parse; empty without calls."""
+    calls = [{"name": call.name, "arguments": call.arguments} for call in message.tool_calls]
+    return to_json(calls) if calls else ""

@@ -1,0 +1,156 @@
+"""xLAM v1's format: one user message that holds everything in sections, answered by one JSON object.
+
+    {system text}\\n\\n[BEGIN OF TASK INSTRUCTION]…[BEGIN OF AVAILABLE TOOLS]…[BEGIN OF FORMAT INSTRUCTION]…
+    [BEGIN OF QUERY]…[BEGIN OF HISTORY STEPS]…   →   {"thought": "…", "tool_calls": [{"name": …, "arguments": {…}}]}
+
+The history goes into the prompt, one step an assistant turn, so that every assistant turn has a prompt of its own.
+`serving/templates/xlam_v1.jinja` writes the same text. The message stands between the tags of the format `xlam`.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from xlam_jax.data.codec import Codec, Segment, to_json
+from xlam_jax.data.formats import PLAIN, Layout, Variant, read_template, without_loss
+from xlam_jax.data.formats.xlam import calls_json
+from xlam_jax.data.trajectory import Message, Trajectory, system_text
+
+TASK_INSTRUCTION = (
+    "Given the request below and the steps taken so far, take the next step: call the tools that bring the request "
+    "forward, or reply in words where no tool fits or a needed value is missing."
+)
+_EXAMPLE = (
+    '{"thought": "why this step, or the reply in words", '
+    '"tool_calls": [{"name": "tool_name", "arguments": {"argument": "value"}}]}'
+)
+# the template says the first
+INSTRUCTIONS = (
+    "Answer with one JSON object and nothing else, in the form below. Give each argument the type that the tool "
+    f'declares. Without a call, "tool_calls" is an empty list.\n{_EXAMPLE}',
+    f'Write a single JSON object like this one, with no text around it:\n{_EXAMPLE}\n"tool_calls" is [] if no tool is '
+    "called; arguments have the declared types.",
+    f"The output is strictly JSON:\n{_EXAMPLE}\nSeveral calls go into one list, no call is an empty list.",
+    'Reply as a JSON object with the keys "thought" (text) and "tool_calls" (a list, empty if nothing is called), '
+    f"for example\n{_EXAMPLE}",
+)
+
+
+class XlamV1:
+    """Each assistant turn is a sequence of its own."""
+
+    instructions = len(INSTRUCTIONS)
+    sections = 4
+
+    def __init__(self, codec: Codec):
+        self._codec = codec
+        self.template = read_template("xlam_v1", control_tokens=codec.control_tokens)
+
+    @staticmethod
+    def fits(codec: Codec) -> bool:
+        """Any tokenizer can write it."""
+        return True
+
+    def layouts(self, trajectory: Trajectory, variant: Variant = PLAIN) -> Iterator[Layout]:
+        """Gives a layout for each assistant turn that carries loss."""
+        turns = trajectory.conversation
+        system = system_text(trajectory.task_instruction, turns)
+        front, steps = self._pieces(system, trajectory.tools, turns, variant)
+        context = without_loss(turns, before=len(turns))
+        space = "" if self._codec.control_tokens else " "
+        done = 0
+        for turn, message in enumerate(turns):
+            if message.role != "assistant":
+                continue
+            done += 1
+            if message.loss is False:
+                continue
+            main = "tool_call" if message.tool_calls else "answer"
+            answer = [
+                Segment(space + '{"thought": ', main, turn),
+                Segment(to_json(message.content), "thought" if message.tool_calls and message.content else main, turn),
+                Segment(f', "tool_calls": {calls_json(message) or "[]"}}}', main, turn),
+                Segment(self._codec.eos, "eos", turn, control=True),
+            ]
+            segments = self._prompt(front, steps[: done - 1]) + answer
+            yield Layout(replace(trajectory, conversation=(*context[:turn], message)), segments)
+
+    def prompt(self, system: str, tools: list[dict[str, Any]], messages: Sequence[Message]) -> list[Segment]:
+        """The answer follows the message that holds the whole conversation."""
+        return self._prompt(*self._pieces(system, tools, messages, PLAIN))
+
+    def _pieces(
+        self, system: str, tools: list[dict[str, Any]], messages: Sequence[Message], variant: Variant
+    ) -> tuple[list[Segment], list[Segment]]:
+        """What is in front of the history, and the history's steps."""
+        control = self._codec.control_tokens
+        query, steps = _steps(messages)
+        first = next((turn for turn, message in enumerate(messages) if message.role == "user"), -1)
+        sections = [
+            ("TASK INSTRUCTION", TASK_INSTRUCTION, -1),
+            ("AVAILABLE TOOLS", to_json([_flat(tool) for tool in tools]), -1),
+            ("FORMAT INSTRUCTION", INSTRUCTIONS[variant.instruction], -1),
+            ("QUERY", query, first),
+        ]
+        front = [
+            Segment(self._codec.bos, "prompt", -1, control=True),
+            Segment("[INST]", "prompt", -1, control),
+            Segment(("" if control else " ") + (system + "\n\n" if system else ""), "prompt", -1),
+        ]
+        for name, text, turn in [sections[at] for at in variant.sections or range(len(sections))]:
+            front.append(Segment(f"[BEGIN OF {name}]\n{text}\n[END OF {name}]\n\n", "prompt", turn))
+        written = [
+            Segment((", " if at else "") + to_json({"step_id": at + 1, **step}), "prompt", turn)
+            for at, (turn, step) in enumerate(steps)
+        ]
+        return [segment for segment in front if segment.text], written
+
+    def _prompt(self, front: list[Segment], steps: list[Segment]) -> list[Segment]:
+        control = self._codec.control_tokens
+        segments = list(front)
+        if steps:
+            segments.append(Segment("\n[BEGIN OF HISTORY STEPS]\n[", "prompt", -1))
+            segments += steps
+            segments.append(Segment("]\n[END OF HISTORY STEPS]\n", "prompt", -1))
+        if not control:
+            segments.append(Segment(" ", "prompt", -1))
+        segments.append(Segment("[/INST]", "prompt", -1, control))
+        return segments
+
+
+def _steps(messages: Sequence[Message]) -> tuple[str, list[tuple[int, dict[str, Any]]]]:
+    """The request that opens the conversation, and each assistant turn with what came after it up to the next one."""
+    query: list[str] = []
+    steps: list[tuple[int, dict[str, Any]]] = []
+    observations: list[str] = []
+    inputs: list[str] = []
+
+    def close() -> None:
+        if steps:
+            steps[-1][1]["next_observation"] = observations[0] if len(observations) == 1 else list(observations) or ""
+            steps[-1][1]["user_input"] = "\n\n".join(text for text in inputs if text)
+        observations.clear()
+        inputs.clear()
+
+    for turn, message in enumerate(messages):
+        if message.role == "assistant":
+            close()
+            calls = [{"name": call.name, "arguments": call.arguments} for call in message.tool_calls]
+            steps.append((turn, {"thought": message.content, "tool_calls": calls}))
+        elif message.role == "tool":
+            observations.append(message.content)
+        elif message.role == "user":
+            (inputs if steps else query).append(message.content)
+    close()
+    return "\n\n".join(text for text in query if text), steps
+
+
+def _flat(tool: dict[str, Any]) -> dict[str, Any]:
+    function = tool["function"]
+    parameters = function.get("parameters")
+    properties = parameters.get("properties") if isinstance(parameters, dict) else None
+    return {
+        "name": function["name"],
+        "description": function.get("description") or "",
+        "parameters": properties or {},
+    }

@@ -1,0 +1,81 @@
+"""The mixture: which source gives the next trajectory, exactly and for ever, in any order of asking.
+
+The n-th draw is a function of the weights and n alone. After any number of draws n, source i has been drawn n·wᵢ times,
+give or take less than the number of sources: it never drifts, whatever the weights. (Sources are split off one after
+the other: of the draws that the sources before it leave over, each takes every draw at which its rounded-down share
+of them grows.)
+"""
+
+import sys
+from collections.abc import Sequence
+from fractions import Fraction
+from math import lcm
+
+from grain.transforms import DatasetSelectionMap
+
+from xlam_jax.config import Data
+from xlam_jax.data.corpus import Loaded, trained
+from xlam_jax.errors import UserError
+
+
+class Mixture(DatasetSelectionMap):
+    """Draw n → (source, how often that source was drawn since `start`), for draws from `start` on."""
+
+    def __init__(self, weights: Sequence[Fraction], start: int = 0):
+        if not weights or min(weights) <= 0:
+            raise ValueError(f"weights are {list(map(float, weights))}; every source needs a positive one")
+        scale = lcm(*(weight.denominator for weight in weights))
+        self._weights = [int(weight * scale) for weight in weights]
+        self._start = start
+        self._before = self.counts(start)
+
+    def __len__(self) -> int:
+        return sys.maxsize - self._start
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        draw, next_draw = self._start + index, self._start + index + 1
+        rest = sum(self._weights)
+        for source, weight in enumerate(self._weights):
+            left, next_left = draw * (rest - weight) // rest, next_draw * (rest - weight) // rest
+            if left == next_left:
+                return source, draw - left - self._before[source]
+            rest, draw, next_draw = rest - weight, left, next_left
+        raise AssertionError("the last source takes every draw that is left")
+
+    def counts(self, draws: int) -> list[int]:
+        """How often each source is among the first `draws` draws of the mixture that starts at zero."""
+        rest, counts = sum(self._weights), []
+        for weight in self._weights:
+            left = draws * (rest - weight) // rest
+            counts.append(draws - left)
+            rest, draws = rest - weight, left
+        return counts
+
+
+def shares(loaded: Sequence[Loaded], data: Data) -> list[Fraction]:
+    """Returns each source's share of the trajectories drawn; they add up to 1.
+
+    Raises `UserError` when tokens are to be shared and a source has none that carries loss.
+    """
+    weights = [_weight(one) for one in loaded]
+    if data.share == "tokens":
+        for at, one in enumerate(loaded):
+            carry_loss = int(trained(one.train).sum())
+            if not carry_loss:
+                raise UserError(f"data.share is tokens, and no token of source {one.source.name} carries loss; drop it")
+            weights[at] *= Fraction(len(one.train), carry_loss)
+    total = sum(weights)
+    return [weight / total for weight in weights]
+
+
+def _weight(loaded: Loaded) -> Fraction:
+    source = loaded.source
+    if source.epochs is not None:
+        return Fraction(source.size or len(loaded.train)) * Fraction(source.epochs)
+    return Fraction(1 if source.weight is None else source.weight)
+
+
+def stream_mixture(weights: Sequence[Fraction], stream: int, streams: int) -> Mixture:
+    """The mixture of one stream. Streams start at other places of it, lest all draw a rare source at once."""
+    period = sum(weights) / min(weights)
+    return Mixture(weights, start=int(period * stream / streams))

@@ -1,0 +1,285 @@
+"""Preference pairs from scored trajectories of one task: two that agree up to an assistant turn, and differ there.
+
+A task is what stands before the first assistant turn: tools, task instruction, system and user turns. Turns are equal
+when a model could not tell them apart: calls are compared by name and arguments, results by the call they answer, and
+ids not at all. Where the first difference is the user's or a tool's, neither answer was worse: there is no pair.
+
+One pass over the files. Kept in memory: 9 bytes a turn and about 300 a scored trajectory; the trajectories themselves
+wait in a temporary file beside the output.
+"""
+
+import hashlib
+import heapq
+import json
+import math
+import os
+import tempfile
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from xlam_jax.config import Source
+from xlam_jax.data import sources
+from xlam_jax.data.trajectory import Message, Trajectory, to_dict
+from xlam_jax.errors import UserError
+
+EXAMPLES = 3  # rows listed a reason
+_TURN = 9  # bytes of a turn's fingerprint: its role and a hash
+
+
+class Scored(NamedTuple):
+    """A scored trajectory: where it waits, and the fingerprints of its turns from the first assistant turn on."""
+
+    score: float
+    id: str
+    offset: int
+    turns: bytes
+
+
+class Pair(NamedTuple):
+    """Two trajectories of a task whose first different turns, `turn` turns after the context, are the assistant's."""
+
+    chosen: Scored
+    rejected: Scored
+    turn: int
+
+
+class Report:
+    """What was left out, by reason, with the first rows of each."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, Counter[str]] = {"trajectory": Counter(), "pair": Counter()}
+        self._rows: dict[tuple[str, str], list[str]] = {}
+
+    def drop(self, unit: str, reason: str, row: str, count: int = 1) -> None:
+        """Counts trajectories or pairs that are left out."""
+        if count:
+            self.counts[unit][reason] += count
+            rows = self._rows.setdefault((unit, reason), [])
+            if len(rows) < EXAMPLES:
+                rows.append(row)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Unit → reason → count and first rows, most frequent first."""
+        return {
+            unit: {reason: {"count": count, "rows": self._rows[unit, reason]} for reason, count in counts.most_common()}
+            for unit, counts in self.counts.items()
+        }
+
+
+def write(
+    files: Sequence[Path],
+    out: Path,
+    *,
+    min_gap: float = 0.0,
+    per_task: int = 10,
+    report_path: Path | None = None,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Writes the pairs of `files` to `out`, a JSON object a line, and returns (and writes) the report.
+
+    Outputs appear only when they are whole. Raises `UserError` on an input that cannot be read, an output that exists
+    (unless `force`), and when there is not one pair.
+    """
+    for path in filter(None, (out, report_path)):
+        if path.exists() and not force:
+            raise UserError(f"{path}: exists already; give another name, or --force to overwrite it")
+        if not path.parent.is_dir():
+            raise UserError(f"{path}: the folder '{path.parent}' does not exist; create it first")
+    report = Report()
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        with (
+            tempfile.TemporaryFile(dir=out.parent) as spool,
+            partial.open("w", encoding="utf-8", newline="\n") as lines,
+        ):
+            tasks, read = _index(files, spool, report)
+            pairs, at_turn, paired = 0, Counter[int](), 0
+            for task in tasks:
+                before = pairs
+                for pair in select(task, report, min_gap=min_gap, per_task=per_task):
+                    lines.write(json.dumps(_row(pair, spool), ensure_ascii=False) + "\n")
+                    at_turn[pair.turn] += 1
+                    pairs += 1
+                paired += pairs > before
+        result = {
+            "inputs": [str(path) for path in files],
+            "trajectories": read,
+            "tasks": len(tasks),
+            "tasks_with_pairs": paired,
+            "pairs": pairs,
+            "turns_shared_after_the_context": dict(sorted(at_turn.items())),
+            "dropped": report.as_dict(),
+        }
+        if not pairs:
+            raise UserError(f"not one pair in {read} trajectories of {len(tasks)} tasks{_explain(report)}")
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
+    if report_path:
+        part = report_path.with_name(f".{report_path.name}.{os.getpid()}.partial")
+        part.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        part.replace(report_path)
+    return result
+
+
+def select(task: Sequence[Scored], report: Report, *, min_gap: float, per_task: int) -> Iterator[Pair]:
+    """Yields at most `per_task` pairs of a task, the largest gap between scores first, then by the ids.
+
+    The chosen score is higher, by `min_gap` at least.
+    """
+    if len(task) == 1:
+        report.drop("trajectory", "alone-in-its-task", task[0].id)
+        return
+    seen: set[tuple[bytes, float]] = set()
+    ranked: list[Scored] = []
+    for one in sorted(task, key=lambda one: (one.id, one.offset)):
+        if (one.turns, one.score) in seen:
+            report.drop("trajectory", "repeated", one.id)
+        else:
+            seen.add((one.turns, one.score))
+            ranked.append(one)
+    ranked.reverse()  # among equal scores, going down gives ids in rising order
+    ranked.sort(key=lambda one: one.score)
+    count = len(ranked)
+
+    def far(low: int, high: int) -> bool:
+        gap = ranked[high].score - ranked[low].score
+        return gap > 0 and gap >= min_gap
+
+    def ordered(low: int, high: int) -> tuple[float, str, str, int, int]:
+        return (ranked[low].score - ranked[high].score, ranked[high].id, ranked[low].id, low, high)
+
+    def names(low: int, high: int) -> str:
+        return f"{ranked[high].id} > {ranked[low].id}"
+
+    eligible = sum(
+        count - bisect_left(range(count), True, lo=low + 1, key=lambda high, low=low: far(low, high))
+        for low in range(count)
+    )
+    close = count * (count - 1) // 2 - eligible
+    if close:
+        first = next(names(*pair) for pair in combinations(range(count), 2) if not far(*pair))
+        report.drop("pair", "gap-too-small", first, close)
+    heap = [ordered(low, count - 1) for low in range(count - 1) if far(low, count - 1)]
+    heapq.heapify(heap)
+    taken = 0
+    while heap:
+        *_, low, high = heap[0]
+        if taken == per_task:
+            report.drop("pair", "over-the-cap-of-its-task", names(low, high), eligible)
+            return
+        if high - 1 > low and far(low, high - 1):
+            heapq.heapreplace(heap, ordered(low, high - 1))
+        else:
+            heapq.heappop(heap)
+        eligible -= 1
+        turn = first_difference(ranked[high].turns, ranked[low].turns)
+        if isinstance(turn, str):
+            report.drop("pair", turn, names(low, high))
+        else:
+            taken += 1
+            yield Pair(ranked[high], ranked[low], turn)
+
+
+def first_difference(one: bytes, other: bytes) -> int | str:
+    """Returns the first assistant turn at which two fingerprints differ, or why there is none."""
+    for at in range(0, min(len(one), len(other)), _TURN):
+        if one[at : at + _TURN] != other[at : at + _TURN]:
+            if one[at] == other[at] == ord("a"):
+                return at // _TURN
+            return "first-differs-at-a-user-or-tool-turn"
+    return "identical" if len(one) == len(other) else "one-is-the-others-beginning"
+
+
+def fingerprint(turns: Sequence[Message]) -> bytes:
+    """Returns 9 bytes a turn, equal where the turns are: the role's initial and a hash."""
+    parts: list[bytes] = []
+    calls: dict[str, int] = {}
+    for turn in turns:
+        link: object = None
+        if turn.role == "assistant":
+            calls = {call.id: at for at, call in enumerate(turn.tool_calls) if call.id is not None}
+        elif turn.role == "tool":
+            link = calls.get(turn.tool_call_id or "", turn.name)
+        said = [turn.content, [[call.name, call.arguments] for call in turn.tool_calls], link]
+        parts.append(turn.role[:1].encode() + _digest(said, 8))
+    return b"".join(parts)
+
+
+def _digest(value: object, size: int) -> bytes:
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=size).digest()
+
+
+def _context(trajectory: Trajectory) -> int:
+    """How many turns stand before the first assistant turn."""
+    return next(at for at, turn in enumerate(trajectory.conversation) if turn.role == "assistant")
+
+
+def _index(files: Sequence[Path], spool: BinaryIO, report: Report) -> tuple[list[list[Scored]], int]:
+    """Puts the scored trajectories into `spool` and returns them by task, with how many rows were read."""
+    tasks: dict[bytes, list[Scored]] = {}
+    read, offset = 0, 0
+    for item in sources.read(Source(name="pairs", files=[str(path) for path in files])):
+        read += 1
+        trajectory = item.trajectory
+        if not isinstance(trajectory, Trajectory):
+            report.drop("trajectory", trajectory.reason, item.where)
+        elif trajectory.score is None or not math.isfinite(trajectory.score):
+            report.drop("trajectory", "no-score", item.where)
+        else:
+            start = _context(trajectory)
+            # the key order of tools is part of the prompt
+            context = [json.dumps(trajectory.tools), trajectory.task_instruction]
+            key = _digest([*context, fingerprint(trajectory.conversation[:start]).hex()], 16)
+            turns = fingerprint(trajectory.conversation[start:])
+            tasks.setdefault(key, []).append(Scored(trajectory.score, trajectory.id, offset, turns))
+            offset += spool.write(json.dumps(to_dict(trajectory)).encode() + b"\n")
+    return list(tasks.values()), read
+
+
+def _row(pair: Pair, spool: BinaryIO) -> dict[str, Any]:
+    """The pair as a JSON object."""
+    chosen, rejected = _unspool(pair.chosen, spool), _unspool(pair.rejected, spool)
+    shared = next(at for at, turn in enumerate(chosen["conversation"]) if turn["role"] == "assistant") + pair.turn
+    return {
+        "unique_trajectory_id": f"{pair.chosen.id} > {pair.rejected.id}",
+        "tools": chosen["tools"],
+        "task_instruction": chosen.get("task_instruction", ""),
+        "conversation": chosen["conversation"][:shared],
+        "chosen": chosen["conversation"][shared:],
+        "rejected": rejected["conversation"][shared:],
+        "chosen_score": pair.chosen.score,
+        "rejected_score": pair.rejected.score,
+    }
+
+
+def _unspool(scored: Scored, spool: BinaryIO) -> dict[str, Any]:
+    spool.seek(scored.offset)
+    return json.loads(spool.readline())
+
+
+def _explain(report: Report) -> str:
+    counts = report.as_dict()
+    lines = [
+        f"\n  {entry['count']} ({unit}, {reason}), first {entry['rows'][0]}"
+        for unit, reasons in counts.items()
+        for reason, entry in reasons.items()
+    ]
+    return ":" + "".join(lines) if lines else ""
+
+
+def summary(out: Path, result: dict[str, Any]) -> str:
+    """The report for people."""
+    lines = [
+        f"{out}: {result['pairs']} pairs from {result['tasks_with_pairs']} of {result['tasks']} tasks, "
+        f"{result['trajectories']} trajectories read"
+    ]
+    for unit, reasons in result["dropped"].items():
+        for reason, entry in reasons.items():
+            lines.append(f"  left out {entry['count']} ({unit}, {reason}), first {entry['rows'][0]}")
+    return "\n".join(lines)

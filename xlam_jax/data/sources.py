@@ -1,0 +1,464 @@
+"""Reading a source of a config as a stream of trajectories, wherever it lies and whatever format its rows have.
+
+Sources are files (JSON lines, plain or packed, Parquet, ArrayRecord), datasets of the `datasets` library and TFDS ones.
+Each row becomes one `Item` or several: a trajectory, why it is none, or why the source's filters leave it out. Nothing
+is held but the rows at hand.
+
+Parquet and Arrow give every row of a nested column all keys that any row has, null where it has none of its own: such
+nulls are left out. In tools and arguments that may take a null that was meant, so it is counted as a repair,
+`null-fields`; a column of JSON texts has no such doubt.
+"""
+
+import math
+import os
+import socket
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from urllib.parse import urlsplit
+
+from converters.trajectories.common import ConvertRow, Dropped, convert_one, read_rows, stem
+from converters.trajectories.common import Repaired as Repair
+from xlam_jax.config import Filters, Source
+from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory, parse_json
+from xlam_jax.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+PACKED = (".gz", ".zst")
+JSON = (".jsonl", ".json")
+SUFFIXES = (*JSON, ".parquet", ".array_record")
+UNIFIED = ("unique_trajectory_id", "source", "score", "task_instruction", "tools", "conversation")
+_BATCH = 64  # rows of a Parquet file or dataset that are held at once
+_PROBE_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Filtered:
+    """A trajectory that the source's filters leave out."""
+
+    reason: str
+
+
+class Item(NamedTuple):
+    """What a row holds. `where` is FILE:LINE, or DATASET:SPLIT[INDEX]."""
+
+    where: str
+    trajectory: Trajectory | InvalidTrajectory | Filtered
+    repairs: tuple[Repair, ...] = ()
+    """What was mended; a step that the row's format leaves out is counted here too, as `step-REASON`."""
+
+
+class _Row(NamedTuple):
+    where: str
+    name: Path
+    number: int
+    row: dict[str, Any] | InvalidTrajectory
+    repairs: tuple[Repair, ...] = ()
+
+
+def read(source: Source) -> Iterator[Item]:
+    """Streams what a source holds, in order, up to the row that reaches `source.limit`.
+
+    Raises `UserError` that names the source when it can't be read, or says things that don't go together.
+    """
+    check(source)
+    convert_row = _converter(source)
+    kept = 0
+    for row in _rows(source):
+        for item in _items(row, convert_row):
+            if isinstance(item.trajectory, Trajectory):
+                reason = _filtered(item.trajectory, source.filters)
+                item = Item(item.where, Filtered(reason)) if reason else item
+                kept += not reason
+            yield item
+            if kept == source.limit:
+                return
+
+
+def check(source: Source) -> None:
+    """Raises `UserError` for settings that don't go together, an unknown format, files that are not there."""
+    given = {key: value for key in ("files", "dataset", "tfds") if (value := getattr(source, key))}
+    if len(given) != 1:
+        values = " and ".join(f"{key} ({value!r})" for key, value in given.items())
+        _fail(source, f"{values} are both given; keep one" if given else "give one of files, dataset and tfds")
+    for key, default in (("subset", None), ("streaming", False)):
+        if source.dataset is None and getattr(source, key) != default:
+            _fail(source, f"{key} is {getattr(source, key)!r}, which only a dataset has; it has {next(iter(given))}")
+    if source.files and source.split != "train":
+        _fail(source, f"split is {source.split!r}, and files have no splits; name the files of that split")
+    filters = source.filters
+    if filters.max_turns is not None and filters.max_turns < filters.min_turns:
+        _fail(source, f"filters.max_turns is {filters.max_turns}, less than filters.min_turns, {filters.min_turns}")
+    _converter(source)
+    for file in source.files:
+        if _suffix(Path(file)) not in SUFFIXES:
+            known = f"{', '.join(SUFFIXES)}, and the first two also with {' or '.join(PACKED)}"
+            _fail(source, f"{file}: what it holds is told by its ending, and this one is not known; known are {known}")
+        if not Path(file).is_file():
+            what = "is a folder; name its files" if Path(file).is_dir() else "no such file"
+            _fail(source, f"{file}: {what}{_alike(Path(file))}")
+
+
+def _fail(source: Source, message: str) -> NoReturn:
+    raise UserError(f"data.sources: {source.name}: {message}")
+
+
+def _suffix(path: Path) -> str:
+    inner = Path(path.stem).suffix
+    return inner if path.suffix in PACKED and inner in JSON else path.suffix
+
+
+def _alike(path: Path) -> str:
+    return nearest(path.name, [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else [])
+
+
+def _converter(source: Source) -> ConvertRow | None:
+    """None for unified rows."""
+    if source.format == "unified":
+        return None
+    from converters.trajectories import row_converter
+
+    try:
+        convert_row = row_converter(source.format)
+    except UserError as error:
+        _fail(source, str(error))
+    if convert_row is None:
+        _fail(
+            source,
+            f"format {source.format!r} can't be converted row by row; convert its files first, with "
+            f"python -m converters.trajectories --format {source.format} --in … --out …",
+        )
+    return convert_row
+
+
+def _items(row: _Row, convert_row: ConvertRow | None) -> Iterator[Item]:
+    repairs = list(row.repairs)
+    for found in convert_one(row.name, row.number, row.row, convert_row or partial(_named, row)):
+        if not isinstance(found, Dropped):
+            yield Item(row.where, found.trajectory, (*repairs, *found.repairs))
+        elif found.unit == "step":
+            repairs.append(Repair(f"step-{found.reason}", found.detail))
+            continue
+        else:
+            yield Item(row.where, InvalidTrajectory(found.reason, found.detail))
+        repairs = []
+
+
+def _named(row: _Row, values: dict[str, Any], _: str) -> Iterable[dict[str, Any]]:
+    """A unified row, with a name where it has none."""
+    named = values.get("unique_trajectory_id") is not None
+    return (values if named else values | {"unique_trajectory_id": f"{stem(row.name)}:{row.number}"},)
+
+
+def _filtered(trajectory: Trajectory, filters: Filters) -> str | None:
+    """Why the filters leave it out, if they do."""
+    turns = len(trajectory.conversation)
+    called = [call.name for message in trajectory.conversation for call in message.tool_calls]
+    if trajectory.id in filters.exclude:
+        return "excluded"
+    if filters.min_score is not None and trajectory.score is None:
+        return "no-score"
+    if filters.min_score is not None and (trajectory.score or 0.0) < filters.min_score:
+        return "low-score"
+    if turns < filters.min_turns:
+        return "few-turns"
+    if filters.max_turns is not None and turns > filters.max_turns:
+        return "many-turns"
+    if len(called) < filters.min_calls:
+        return "few-calls"
+    if filters.tools and not set(filters.tools).intersection(called):
+        return "other-tools"
+    return None
+
+
+def _rows(source: Source) -> Iterator[_Row]:
+    if source.dataset is not None:
+        return _dataset(source, source.dataset)
+    if source.tfds is not None:
+        return _tfds(source, source.tfds)
+    return (row for file in source.files for row in _file(source, Path(file)))
+
+
+def _file(source: Source, path: Path) -> Iterator[_Row]:
+    kind = _suffix(path)
+    if kind == ".parquet":
+        rows = _parquet(source, path)
+    elif kind == ".array_record":
+        rows = _array_record(path)
+    else:
+        rows = ((number, row, ()) for number, row in read_rows(path))
+    for number, row, repairs in rows:
+        yield _Row(f"{path}:{number}", path, number, row, repairs)
+
+
+_Read = Iterator[tuple[int, dict[str, Any] | InvalidTrajectory, tuple[Repair, ...]]]
+
+
+def _array_record(path: Path) -> _Read:
+    """Rows of JSON text, numbered from 1."""
+    with open_array_record(path) as reader:
+        for number in range(reader.num_records()):
+            try:
+                row = parse_json(reader.read([number])[0])
+                if not isinstance(row, dict):
+                    raise InvalidTrajectory("not-an-object", f"a row is a JSON object, got a {type(row).__name__}")
+            except InvalidTrajectory as invalid:
+                row = invalid
+            yield number + 1, row, ()
+
+
+@contextmanager
+def open_array_record(path: Path) -> Iterator[Any]:
+    """Gives the file's reader. Raises `UserError` when it can't be read; by itself a reader says it has no records."""
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    reader = ArrayRecordReader(str(path))
+    try:
+        yield reader
+        reader.close()  # tells what is wrong with the file, if anything
+    except RuntimeError as error:
+        raise UserError(f"{path}: cannot be read as ArrayRecord ({error}); make it or get it again") from None
+
+
+def _parquet(source: Source, path: Path) -> _Read:
+    """Rows numbered from 1."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            columns = _columns(source, str(path), file.schema_arrow.names)
+            for batch in file.iter_batches(_BATCH, columns=columns):
+                for row, repairs in _arrow(source, batch):
+                    number += 1
+                    yield number, row, repairs
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path}: cannot be read as Parquet ({error}); make it or get it again") from None
+
+
+def _columns(source: Source, where: str, names: list[str]) -> list[str]:
+    """The columns to read. Raises `UserError` when there is none with the conversation."""
+    if source.format != "unified":
+        return names
+    if "conversation" not in names:
+        _fail(
+            source,
+            f"{where}: unified rows have a column 'conversation', and this has {', '.join(names)}; say with format "
+            "what the rows are, or convert them first, with python -m converters.trajectories",
+        )
+    return [name for name in names if name in UNIFIED]
+
+
+def _arrow(source: Source, table: "pa.RecordBatch | pa.Table") -> Iterator[tuple[Any, tuple[Repair, ...]]]:
+    """The rows of a table, nulls left out, texts of JSON parsed."""
+    kinds = {name: table.schema.field(name).type for name in table.schema.names}
+    for values in table.to_pylist(maps_as_pydicts="strict"):
+        nulls: list[str] = []
+        try:
+            row = {name: _value(value, kinds[name], name, nulls) for name, value in values.items() if value is not None}
+            yield (_parsed(row) if source.format == "unified" else row), _null_fields(nulls)
+        except InvalidTrajectory as invalid:
+            yield invalid, ()
+
+
+def _null_fields(nulls: list[str]) -> tuple[Repair, ...]:
+    return (Repair("null-fields", f"left out, as null: {', '.join(sorted(set(nulls)))}"),) if nulls else ()
+
+
+def _value(value: Any, kind: "pa.DataType", path: str, nulls: list[str]) -> Any:
+    """An Arrow value as JSON. `nulls` takes the paths of those left out of tools and arguments."""
+    import pyarrow.types as pat
+
+    if value is None or isinstance(value, bool | int):
+        return value
+    if getattr(kind, "extension_name", "") == "arrow.json":
+        return parse_json(value)
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise InvalidTrajectory("malformed-json", f"{path} is {value}, which JSON does not have")
+        return value
+    if pat.is_struct(kind):
+        kept = {}
+        for at in range(kind.num_fields):  # pyright: ignore[reportAttributeAccessIssue]
+            field = kind.field(at)  # pyright: ignore[reportAttributeAccessIssue]
+            inner = f"{path}.{field.name}"
+            if value[field.name] is not None:
+                kept[field.name] = _value(value[field.name], field.type, inner, nulls)
+            elif "arguments." in inner or inner.startswith("tools"):
+                nulls.append(inner)
+        return kept
+    if isinstance(value, dict):
+        return {str(key): _value(item, kind.item_type, path, nulls) for key, item in value.items()}  # pyright: ignore
+    if isinstance(value, list):
+        return [_value(item, kind.value_type, path, nulls) for item in value]  # pyright: ignore
+    if isinstance(value, bytes):
+        return _text(value, path)
+    return str(value)  # a date or the like
+
+
+def _text(value: bytes, path: str) -> str:
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        raise InvalidTrajectory("bad-value", f"{path} is bytes, not text") from None
+
+
+def _parsed(row: dict[str, Any]) -> dict[str, Any]:
+    """A unified row whose tools and turns may each be JSON texts, as a whole or one by one."""
+    for key in ("tools", "conversation"):
+        if isinstance(value := row.get(key), str):
+            row[key] = parse_json(value)
+        elif isinstance(value, list):
+            row[key] = [parse_json(item) if isinstance(item, str) else item for item in value]
+    return row
+
+
+def _dataset(source: Source, name: str) -> Iterator[_Row]:
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        saved = any((folder / file).is_file() for file in ("dataset_dict.json", "state.json"))
+        if not saved:
+            files = _split_files(source, folder)
+            if all(_suffix(file) in SUFFIXES for file in files):  # reads JSON as it stands; `datasets` makes it columns
+                return (row for file in files for row in _file(source, file))
+        elif source.subset is not None:
+            _fail(source, f"subset is {source.subset!r}, and {folder} is one dataset, saved; leave it out")
+        open_ = partial(_load_saved, source, folder) if saved else partial(_load, source)
+    elif folder.exists() or name.startswith((".", "/", "~")):
+        what = "is a file; name it under files" if folder.exists() else f"no such folder{_alike(folder)}"
+        _fail(source, f"dataset {name}: {what}")
+    else:
+        open_ = partial(_load, source)
+    return _dataset_rows(source, open_)
+
+
+def _dataset_rows(source: Source, open_: Callable[[], Any]) -> Iterator[_Row]:
+    from datasets.exceptions import DatasetGenerationError, DatasetsError
+
+    name = f"{source.dataset}:{source.split}"
+    index = 0
+    try:
+        for table in open_().with_format("arrow").iter(_BATCH):
+            columns = _columns(source, name, table.column_names)
+            for row, repairs in _arrow(source, table.select(columns)):
+                yield _Row(f"{name}[{index}]", Path(Path(str(source.dataset)).name), index, row, repairs)
+                index += 1
+    except DatasetGenerationError as error:
+        why = _first_line(error.__cause__ or error)
+        _fail(
+            source,
+            f"dataset {source.dataset}: the `datasets` library can't make columns of its rows ({why}); "
+            "download its files and name them under files",
+        )
+    except (OSError, ValueError, DatasetsError) as error:
+        _fail(source, f"dataset {source.dataset}: cannot be read ({_first_line(error)})")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _split_files(source: Source, folder: Path) -> list[Path]:
+    """The data files of a folder's split, as `datasets` finds them by their names or the folder's README."""
+    from datasets import load_dataset_builder
+    from datasets.exceptions import DatasetsError
+
+    try:
+        builder = load_dataset_builder(str(folder), source.subset)
+    except (OSError, ValueError, DatasetsError) as error:
+        _fail(source, f"dataset {folder}: subset {source.subset!r} cannot be opened ({_first_line(error)})")
+    files = builder.config.data_files or {}
+    split = _split(source, [str(name) for name in files])
+    return [Path(file) for file in files[split]]
+
+
+def _split(source: Source, splits: list[str]) -> str:
+    if source.split not in splits:
+        hint = nearest(source.split, splits)
+        _fail(source, f"split is {source.split!r}, and {source.dataset} has {', '.join(splits) or 'none'}{hint}")
+    return source.split
+
+
+def _load_saved(source: Source, folder: Path) -> Any:
+    from datasets import DatasetDict, load_from_disk
+
+    dataset = load_from_disk(str(folder))
+    if isinstance(dataset, DatasetDict):
+        return dataset[_split(source, [str(name) for name in dataset])]
+    if dataset.split is not None:
+        _split(source, [str(dataset.split)])
+    return dataset
+
+
+def _load(source: Source) -> Any:
+    """A folder of other files, or a hub dataset: one downloaded before where the hub does not answer within seconds."""
+    from datasets import config, load_dataset
+
+    name = str(source.dataset)
+    folder = Path(name).expanduser()
+    offline = config.HF_HUB_OFFLINE
+    config.HF_HUB_OFFLINE = offline or not (folder.is_dir() or _listens(config.HF_ENDPOINT))
+    try:
+        where = str(folder) if folder.is_dir() else name
+        return load_dataset(where, source.subset, split=source.split, streaming=source.streaming)
+    except ConnectionError as error:
+        _fail(
+            source,
+            f"dataset {name}: the hub can't be reached, and {config.HF_DATASETS_CACHE} does not have it "
+            f"({_first_line(error)}); check the network, or download it elsewhere and name its files or its folder",
+        )
+    finally:
+        config.HF_HUB_OFFLINE = offline
+
+
+def _listens(url: str) -> bool:
+    """Whether something listens at an address; taken for granted where a proxy stands between."""
+    address = urlsplit(url)
+    if address.scheme in urllib.request.getproxies() or address.hostname is None:
+        return True
+    try:
+        port = address.port or (80 if address.scheme == "http" else 443)
+        socket.create_connection((address.hostname, port), timeout=_PROBE_SECONDS).close()
+    except OSError:
+        return False
+    return True
+
+
+def _tfds(source: Source, name: str) -> Iterator[_Row]:
+    import tensorflow_datasets as tfds
+
+    from xlam_jax.data import tfds_builder  # registers the builder
+
+    try:
+        splits = list(tfds.builder(name).info.splits)
+        if source.split not in splits and splits:
+            hint = nearest(source.split, splits)
+            _fail(source, f"split is {source.split!r}, and {name} has {', '.join(splits)}{hint}")
+        rows: Any = tfds.data_source(name, split=source.split, download=False)
+    except (ValueError, KeyError, NotImplementedError, AssertionError, OSError) as error:
+        folder = Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+        built = sorted(f"{one.parent.parent.name}/{one.parent.name}" for one in folder.glob("*/*/[0-9]*.*"))
+        _fail(
+            source,
+            f"tfds {name}: cannot be opened as ArrayRecord ({_first_line(error)}); TFDS_DATA_DIR is {folder}, which "
+            f"holds {', '.join(built) or 'nothing'}; trajectories are built there with "
+            "python -m xlam_jax.data.tfds_builder",
+        )
+    for start in range(0, len(rows), _BATCH):
+        indices = range(start, min(start + _BATCH, len(rows)))
+        for number, values in zip(indices, rows.__getitems__(indices), strict=True):
+            try:
+                row = tfds_builder.plain(values)
+                row = _parsed(row) if source.format == "unified" else row
+            except InvalidTrajectory as invalid:
+                row = invalid
+            yield _Row(f"{name}:{source.split}[{number}]", Path(name.partition("/")[0]), number, row)
