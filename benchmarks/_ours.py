@@ -30,7 +30,7 @@ class Worker:
             beta2=0.999,
             clip_norm=CLIP_NORM,
         )
-        tx, mesh = optimizer(train), make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
+        tx, mesh = optimizer(train, model), make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
         self._state = steps.init_state(steps.abstract_state(model, tx, mesh), tx, lambda: initialize(model, 0))
         train_step = steps.make_train_step(
             model,
@@ -42,7 +42,7 @@ class Worker:
             router_aux_weight=float(MODEL["router_aux_loss_coef"]),
         )
         self._batches = (self._batch(np.asarray(tokens), np.asarray(labels)) for tokens, labels in batches())
-        self._step = jax.jit(train_step, donate_argnums=0).lower(self._state, next(self._batches)).compile()
+        self._step = jax.jit(train_step, donate_argnums=0).lower(self._state, {}, next(self._batches)).compile()
         self.loss = float("nan")
         self.steps(1)
 
@@ -64,7 +64,7 @@ class Worker:
         for _ in range(count):
             batch = next(self._batches)
             began = time.perf_counter()
-            self._state, metrics = self._step(self._state, batch)
+            self._state, metrics = self._step(self._state, {}, batch)
             jax.block_until_ready(self._state)
             self.loss = float(metrics["loss"])
             seconds.append(time.perf_counter() - began)
