@@ -12,7 +12,7 @@ import numpy as np
 from converters.folders import new_folder, refuse_existing
 from converters.hf_map import Tensor, tensors
 from converters.hf_to_orbax import INDEX, SINGLE
-from xlam_jax.errors import run
+from xlam_jax.errors import UserError, run
 from xlam_jax.models.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -108,16 +108,31 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to make; it must not exist")
     parser.add_argument("--dtype", choices=DTYPES, help="dtype to write (default: as the checkpoint holds it)")
     parser.add_argument("--max-shard-size", type=_bytes, default="5GB", help="largest file, like 500MB (default: 5GB)")
+    parser.add_argument(
+        "--lora",
+        choices=("merge", "adapter"),
+        help="of a run with adapters: a whole model with them added (the default), or a PEFT folder of them alone",
+    )
     args = parser.parse_args()
     refuse_existing(args.out)
 
     import ml_dtypes
 
-    from xlam_jax.training import checkpoint
+    from converters.peft import write_peft
+    from xlam_jax.training import checkpoint, weights
 
     step = checkpoint.resolve(args.checkpoint)
+    with_adapters = weights.saved_run(step)
+    if args.lora and with_adapters is None:
+        raise UserError(f"{step}: holds a whole model without adapters; leave --lora {args.lora} out")
+    if args.lora == "adapter" and with_adapters is not None:
+        with new_folder(args.out) as part:
+            base = with_adapters.config.model.init_from
+            write_peft(part, with_adapters.model, checkpoint.load_params(step), base)
+        print(f"{args.out}: the adapters of step {step.name} of {args.checkpoint}, for {base or 'a random base'}")
+        return
     hf_config = checkpoint.load_hf_config(step)
-    params = checkpoint.load_params(step)
+    params = weights.load_whole(step)
     dtype = None if args.dtype is None else np.dtype(getattr(ml_dtypes, args.dtype, args.dtype))
     tokenizer = checkpoint.tokenizer_dir(step)
     with new_folder(args.out) as part:

@@ -13,6 +13,7 @@ relative to the working directory. Nothing here imports JAX: a mistake is told b
 import re
 import types
 import typing
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,10 +21,23 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from xlam_jax.errors import UserError, nearest
-from xlam_jax.models.config import ModelConfig, read_hf_config
+from xlam_jax.models.config import Lora, ModelConfig, read_hf_config
 
 Count = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+HF_TARGETS = {
+    "q_proj": "q",
+    "k_proj": "k",
+    "v_proj": "v",
+    "o_proj": "o",
+    "gate_proj": "w1",
+    "up_proj": "w3",
+    "down_proj": "w2",
+    "gate": "router",
+    "embed_tokens": "embedding",
+    "lm_head": "head",
+}
+"""Names that users of Hugging Face know the weights by."""
 CHANGEABLE: dict[str, JsonValue] = {"changeable": True}
 """Marks a field that does not change what a run computes: a run may be continued with another value."""
 
@@ -49,15 +63,85 @@ class Model(Section):
     """What a block keeps for its backward pass: everything, its products' results, only the attention's, nothing."""
 
 
+class Filters(Section):
+    """Which trajectories of a source are kept; what is left out is counted by reason."""
+
+    min_score: float | None = None
+    """Trajectories with a lower score, or with none, are left out."""
+    min_turns: int = Field(default=0, ge=0)
+    """Fewest turns."""
+    max_turns: Count | None = None
+    """Most turns."""
+    min_calls: int = Field(default=0, ge=0)
+    """Fewest tool calls."""
+    tools: list[str] = []
+    """Only trajectories that call one of these tools. Empty: any."""
+    exclude: list[str] = []
+    """Ids of trajectories to leave out, such as those of a benchmark's test set."""
+
+
 class Source(Section):
-    """One source of the mixture."""
+    """One source of the mixture: exactly one of `files`, `dataset` and `tfds` says where it lies."""
 
     name: str
     """The name in reports."""
-    files: list[str] = Field(min_length=1)
-    """JSONL files of unified trajectories."""
-    weight: float = Field(default=1.0, gt=0)
-    """Share of this source's trajectories among those drawn, relative to the other weights."""
+    files: list[str] = []
+    """Files of trajectories: .jsonl (also .jsonl.gz, .jsonl.zst), .parquet, .array_record."""
+    dataset: str | None = None
+    """A dataset of the `datasets` library: a folder or a name on the Hugging Face hub."""
+    subset: str | None = None
+    """The dataset's configuration, where it has several."""
+    streaming: bool = False
+    """Read a hub dataset row by row instead of downloading it first; useful with `limit`."""
+    tfds: str | None = None
+    """A TFDS name such as unified_trajectories/webshop:1.0.0, as ArrayRecord."""
+    split: str = "train"
+    """The split of `dataset` or `tfds`."""
+    format: str = "unified"
+    """The rows' format: unified, or one that python -m converters.trajectories knows."""
+    weight: float | None = Field(default=None, gt=0)
+    """Share in the mixture relative to the other weights. None: 1, or `size` × `epochs` if any source has `epochs`."""
+    epochs: float | None = Field(default=None, gt=0)
+    """Passes over this source relative to the other sources: its weight is `size` × `epochs`."""
+    size: Count | None = None
+    """With `epochs`: the number that counts as the source's size. None: how many trajectories it has."""
+    limit: Count | None = None
+    """Only the first so many trajectories that pass the filters."""
+    filters: Filters = Filters()
+    """Which trajectories are kept."""
+
+
+class Loss(Section):
+    """Which tokens carry loss, and how much. A turn's own `loss: false` always takes its loss away."""
+
+    turns: Literal["all", "last"] = "all"
+    """Every assistant turn, or only the last one."""
+    thought: float = Field(default=1.0, ge=0)
+    """Weight of the text beside tool calls."""
+    tool_call: float = Field(default=1.0, ge=0)
+    """Weight of tool calls, and of the end token after them."""
+    answer: float = Field(default=1.0, ge=0)
+    """Weight of turns without calls, and of the end token after them."""
+
+
+class Augment(Section):
+    """Variants of the prompt, drawn anew each time a trajectory is seen. The draw depends on the seed alone."""
+
+    tools: bool = False
+    """Shuffle the order of the tools."""
+    fields: bool = False
+    """Shuffle the order of the fields inside each tool's schema."""
+    sections: bool = False
+    """Shuffle the order of the prompt's sections, where the format has sections."""
+    instructions: bool = False
+    """Word the format instruction in one of several ways, where the format has one."""
+    negatives: Share = 0.0
+    """Share of single-call trajectories whose called tool is taken away and whose answer becomes a refusal in words."""
+
+    @property
+    def active(self) -> bool:
+        """Whether any variant is asked for."""
+        return self != Augment()
 
 
 class Data(Section):
@@ -65,39 +149,100 @@ class Data(Section):
 
     sources: list[Source] = Field(min_length=1)
     """The mixture."""
+    share: Literal["examples", "tokens"] = "examples"
+    """What the weights divide among the sources: trajectories or tokens that carry loss."""
     tokenizer: str
     """A Hugging Face tokenizer folder or hub name, or mistral:v1, mistral:v3 (from the mistral-common package)."""
+    format: Literal["xlam", "native", "xlam_v1"] = "xlam"
+    """How a trajectory becomes text: the project's own template, the tokenizer's own, or xLAM v1's single prompt."""
+    loss: Loss = Loss()
+    """Which tokens carry loss."""
+    augment: Augment = Augment()
+    """Variants of the prompt; all off by default."""
     sequence_length: Count
     """Tokens of a packed row."""
     heldout: Share = 0.05
     """Share of the trajectories, chosen by a hash of their id, that is never trained on."""
     on_invalid: Literal["error", "drop"] = "error"
     """A trajectory that is not valid stops the run before it starts, or is left out and counted by reason."""
-    on_long: Literal["error", "drop"] = "drop"
-    """The same for a trajectory of more than `sequence_length` tokens."""
+    on_long: Literal["error", "drop", "cut", "split"] = "drop"
+    """The same for a trajectory of more than `sequence_length` tokens; or whole turns are cut from the oldest on
+    (system and tools stay); or it is split between turns, each part with as many turns before it as fit."""
+    cache: str | None = Field(default=None, json_schema_extra=CHANGEABLE)
+    """A folder made by python -m xlam_jax.data prepare, read in place of the sources; a stale one is refused."""
     streams: Count = 8
     """Independent streams that the data is dealt to; each packs on its own. Fixes the batches for any host count."""
     packing_bins: Count = 16
     """Rows that a stream fills at a time, best fit first. More pack tighter."""
 
 
+class LoraSection(Section):
+    """Low-rank adapters, where `train.trainable` is lora or qlora."""
+
+    targets: list[str] = Field(default=["q", "k", "v", "o"], min_length=1)
+    """Weights with an adapter, of q, k, v, o, w1 (gate), w3 (up), w2 (down), router, embedding, head. In a mixture of
+    experts w1, w3 and w2 have one for each expert."""
+    rank: Count = 32
+    """Columns of A and rows of B."""
+    alpha: float = Field(default=64.0, gt=0)
+    """The adapter's product is scaled by alpha / rank."""
+    rank_stabilized: bool = False
+    """Scale by alpha / √rank instead."""
+    dropout: Share = 0.0
+    """Of what an adapter sees, in training; for q, k, v, o and a dense MLP."""
+    zero: Literal["A", "B"] = "B"
+    """The factor that starts at zero; the other is drawn."""
+    init_from: str | None = None
+    """Adapters to start from: a PEFT folder."""
+
+
+class ObjectiveSection(Section):
+    """What is minimized."""
+
+    kind: Literal["sft", "sigmoid", "hinge", "ipo", "kto_pair", "simpo", "orpo"] = "sft"
+    """sft on trajectories; or a loss on preference pairs: DPO's sigmoid and its relatives."""
+    beta: float = Field(default=0.1, gt=0)
+    """How strongly pairs pull away from the reference; the scale of simpo's reward; the weight of orpo's odds ratio."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """sigmoid: share of the pairs taken to be labelled the wrong way round."""
+    margin: float = Field(default=0.5, ge=0)
+    """simpo: by how much the chosen side should lead."""
+    sft_weight: float = Field(default=0.0, ge=0)
+    """Weight of the chosen side's own loss a token, beside the loss on pairs."""
+    reference: Literal["auto", "adapters_off", "precomputed", "none"] = "auto"
+    """Where the reference policy's log-probabilities come from. auto: the model with its adapters off where it has
+    adapters, else computed once before the first step; none for simpo and orpo."""
+    max_pairs: Count = 16
+    """Pairs that a packed row holds at most."""
+
+
 class Train(Section):
     """The optimization."""
 
+    trainable: Literal["full", "lora", "qlora"] = "full"
+    """Every parameter; adapters beside frozen weights; adapters beside frozen weights in four bits (NF4)."""
     steps: Count
     """Optimizer steps."""
     batch_size: Count
     """Packed rows of an optimizer step, over all devices."""
     microbatches: Count = 1
     """Parts that a batch is computed in, one after the other, to save memory. The gradient is that of the whole."""
+    optimizer: Literal["adamw", "adafactor", "lion", "muon"] = "adamw"
+    """The rule. muon: for the matrices of the blocks, with AdamW for the rest."""
+    moments: Literal["float32", "bfloat16", "8bit"] = "float32"
+    """How the gradient's moments are kept between steps: 8bit for adamw alone."""
     learning_rate: float = Field(gt=0)
     """At the end of the warm-up."""
     end_learning_rate: float = Field(default=0.0, ge=0)
-    """At the last step; between, it follows a cosine."""
+    """At the last step; constant has none."""
     warmup_steps: int = Field(default=0, ge=0)
     """Steps of linear growth from zero."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """After the warm-up: down along a cosine or a line, level, or level and then down over `decay_steps`."""
+    decay_steps: int = Field(default=0, ge=0)
+    """wsd: the last so many steps fall to `end_learning_rate`."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """Decoupled (AdamW), on every parameter but the norms."""
+    """Decoupled, on every parameter but the norms."""
     beta1: Share = 0.9
     """Decay of the gradient's mean."""
     beta2: Share = 0.95
@@ -108,6 +253,12 @@ class Train(Section):
     """The gradient's greatest global norm."""
     router_aux_weight: float = Field(default=0.02, ge=0)
     """Weight of the load-balancing loss of a mixture of experts."""
+    z_loss: float = Field(default=0.0, ge=0)
+    """Weight of the squared log of the softmax's normalizer, a token (PaLM, 2204.02311)."""
+    neftune: float = Field(default=0.0, ge=0)
+    """Noise on the embeddings in training, α of NEFTune (2310.05914); 5 to 15 in the paper."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of an average of the weights that is kept beside them, such as 0.999."""
     log_every: Count = Field(default=1, json_schema_extra=CHANGEABLE)
     """Steps between printed lines; every step is in metrics.jsonl."""
 
@@ -156,6 +307,10 @@ class Config(Section):
     """On what."""
     train: Train
     """How."""
+    lora: LoraSection = LoraSection()
+    """Adapters."""
+    objective: ObjectiveSection = ObjectiveSection()
+    """To what end."""
     eval: Eval = Eval()
     """Held-out loss."""
     checkpoint: Checkpoint = Checkpoint()
@@ -203,9 +358,45 @@ def load(path: Path, overrides: list[str] | None = None) -> Resolved:
     hf_path = Path(config.model.config)
     hf_path = hf_path / "config.json" if hf_path.is_dir() else hf_path
     hf_config = read_hf_config(hf_path) | config.model.overrides
-    model = ModelConfig.from_hf(hf_config, str(hf_path))
-    _check(config, model)
-    return Resolved(config, origins, hf_config, model)
+    resolved = Resolved(config, origins, hf_config, model_of(config, hf_config, str(hf_path)))
+    _check(config, resolved.model)
+    return resolved
+
+
+def model_of(config: Config, hf_config: dict[str, Any], origin: str = "config.json") -> ModelConfig:
+    """The model that a run trains, with its adapters."""
+    model = ModelConfig.from_hf(hf_config, origin)
+    return model if config.train.trainable == "full" else replace(model, lora=_lora(config, model))
+
+
+def _lora(config: Config, model: ModelConfig) -> Lora:
+    """The adapters, checked against the model."""
+    section = config.lora
+    known = ["q", "k", "v", "o", "w1", "w2", "w3", "embedding"]
+    known += ["router"] if model.experts else []
+    known += [] if model.tie_embeddings else ["head"]
+    for at, target in enumerate(section.targets):
+        if target not in known:
+            meant = HF_TARGETS.get(target)
+            hint = f"; this project's name for it is {meant}" if meant in known else nearest(target, known)
+            raise UserError(f"lora.targets.{at}: the model has no weight '{target}'{hint} (known: {', '.join(known)})")
+    if len(set(section.targets)) < len(section.targets):
+        raise UserError(f"lora.targets names a weight twice: {', '.join(section.targets)}")
+    plain = ("q", "k", "v", "o") + (() if model.experts else ("w1", "w2", "w3"))
+    without = [target for target in section.targets if target not in plain]
+    if section.dropout and without:
+        raise UserError(
+            f"lora.dropout is {section.dropout}, and adapters on {', '.join(without)} take none; "
+            f"set it to 0, or lora.targets to some of {', '.join(plain)}"
+        )
+    return Lora(
+        targets=tuple(section.targets),
+        rank=section.rank,
+        alpha=section.alpha,
+        rank_stabilized=section.rank_stabilized,
+        dropout=section.dropout,
+        zero=section.zero,
+    )
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -305,6 +496,15 @@ def _check(config: Config, model: ModelConfig) -> None:
             f"train.warmup_steps is {train.warmup_steps}, not less than train.steps, {train.steps}; "
             "the learning rate would never reach its full value"
         )
+    if train.moments == "8bit" and train.optimizer != "adamw":
+        raise UserError(f"train.moments is 8bit and train.optimizer is {train.optimizer}; 8bit is for adamw")
+    if train.schedule == "wsd" and not 0 < train.decay_steps <= train.steps - train.warmup_steps:
+        raise UserError(
+            f"train.schedule is wsd with decay_steps {train.decay_steps}; 1 to {train.steps - train.warmup_steps} "
+            f"are possible with {train.steps} steps of which {train.warmup_steps} warm up"
+        )
+    if train.decay_steps and train.schedule != "wsd":
+        raise UserError(f"train.decay_steps is {train.decay_steps} and train.schedule {train.schedule}; it is for wsd")
     if train.end_learning_rate > train.learning_rate:
         raise UserError(
             f"train.end_learning_rate is {train.end_learning_rate}, more than train.learning_rate, "
@@ -320,9 +520,39 @@ def _check(config: Config, model: ModelConfig) -> None:
             f"train.batch_size is {train.batch_size} and data.streams is {data.streams}; "
             "each stream gives the same number of rows to a batch, so the first must be a multiple of the second"
         )
+    _check_sources(data)
+    check_divisible(config, model, {axis: max(1, size) for axis, size in sizes.items()})
+
+
+def _check_sources(data: Data) -> None:
     if len({source.name for source in data.sources}) < len(data.sources):
         raise UserError("data.sources: two sources have the same name; reports could not tell them apart")
-    check_divisible(config, model, {axis: max(1, size) for axis, size in sizes.items()})
+    for at, source in enumerate(data.sources):
+        here = f"data.sources.{at} ({source.name})"
+        places = {"files": source.files, "dataset": source.dataset, "tfds": source.tfds}
+        given = [key for key, value in places.items() if value]
+        if len(given) != 1:
+            raise UserError(f"{here} gives {' and '.join(given) or 'no place'}; give one of files, dataset and tfds")
+        if source.dataset is None and (source.subset is not None or source.streaming):
+            key = "streaming" if source.subset is None else "subset"
+            raise UserError(f"{here}: {key} is for a dataset, and the source is {given[0]}; remove it")
+        if source.weight is not None and source.epochs is not None:
+            raise UserError(f"{here} gives weight {source.weight} and epochs {source.epochs}; give one of them")
+        if source.size is not None and source.epochs is None:
+            raise UserError(f"{here} gives size {source.size} without epochs; give both, or a weight")
+    by_epochs = [source.name for source in data.sources if source.epochs is not None]
+    if by_epochs and len(by_epochs) < len(data.sources):
+        other = next(source.name for source in data.sources if source.epochs is None)
+        raise UserError(f"data.sources: {by_epochs[0]} gives epochs and {other} does not; all sources or none do")
+    if by_epochs and data.share == "tokens":
+        raise UserError("data.share is tokens, and the sources give epochs, which count trajectories; give weights")
+    if data.augment.active and data.cache is not None:
+        raise UserError(
+            f"data.cache is {data.cache}, which holds finished tokens, and data.augment draws its variants "
+            "from the trajectories; drop one of them"
+        )
+    if data.augment.active and data.on_long in ("cut", "split"):
+        raise UserError(f"data.on_long is {data.on_long} and data.augment is on; set data.on_long to drop or error")
 
 
 def check_divisible(config: Config, model: ModelConfig, sizes: dict[str, int]) -> None:

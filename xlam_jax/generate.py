@@ -37,7 +37,7 @@ def find_model(folder: Path) -> Found:
     from converters.hf_to_orbax import load_hf
     from xlam_jax.data.tokenizer import load_tokenizer
     from xlam_jax.models.config import ModelConfig, read_hf_config
-    from xlam_jax.training import checkpoint
+    from xlam_jax.training import checkpoint, weights
 
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give a Hugging Face folder, a run folder or one of its steps")
@@ -48,7 +48,7 @@ def find_model(folder: Path) -> Found:
             raise UserError(
                 f"{folder}: the checkpoint has no tokenizer beside it; put one into {checkpoint.TOKENIZER}/"
             )
-        read = partial(checkpoint.load_params, step)
+        read = partial(weights.load_whole, step)
     elif (folder / "config.json").is_file():
         hf_config, tokenizer = read_hf_config(folder / "config.json"), folder
 

@@ -96,7 +96,7 @@ def train(resolved: Resolved, run: Path) -> int:
     stop = Stop()
 
     # ---- data: before any device is touched, so that a bad row costs seconds ------------------------------------
-    from xlam_jax.data import pipeline
+    from xlam_jax.data import corpus, pipeline
     from xlam_jax.data.tokenizer import load_tokenizer, save
     from xlam_jax.training.metrics import Metrics, Progress, duration, plot
 
@@ -107,7 +107,7 @@ def train(resolved: Resolved, run: Path) -> int:
             f"data.tokenizer: {config.data.tokenizer} has {len(tokenizer)} tokens, more than the model's vocab_size, "
             f"{resolved.model.vocab_size}; use the model's own tokenizer, or a model with a larger vocabulary"
         )
-    loaded = pipeline.load(config.data, tokenizer, progress.line)
+    loaded = corpus.load(config.data, tokenizer, progress.line)
 
     # ---- devices --------------------------------------------------------------------------------------------------
     import jax
@@ -117,23 +117,29 @@ def train(resolved: Resolved, run: Path) -> int:
     if config.mesh.cpu_devices > 1:
         jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
 
-    from xlam_jax.models.params import initialize
+    from xlam_jax.parallel.hosts import merged
     from xlam_jax.parallel.mesh import batch_spec, make_mesh
-    from xlam_jax.training import checkpoint
+    from xlam_jax.training import checkpoint, weights
     from xlam_jax.training import step as steps
     from xlam_jax.training.optimizer import optimizer, schedule
 
     mesh = make_mesh({"data": config.mesh.data, "fsdp": config.mesh.fsdp, "tensor": config.mesh.tensor})
     configs.check_divisible(config, resolved.model, {f"mesh.{axis}": size for axis, size in mesh.shape.items()})
+    dtype = jnp.dtype(config.model.compute_dtype)
+    quantized = config.train.trainable == "qlora"
     progress.line(
         f"{resolved.model.parameters():,} parameters on {len(jax.devices())} {jax.default_backend()} device(s): "
         + ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     )
 
-    tx = optimizer(config.train)
+    tx = optimizer(config.train, resolved.model)
     abstract = steps.abstract_state(resolved.model, tx, mesh)
-    fresh = bool(config.model.init_from) and not checkpoint.is_checkpoint(run)
-    weights = initial_params(resolved, abstract.params) if fresh else None
+    abstract_frozen = steps.abstract_frozen(resolved.model, mesh, dtype=dtype, quantized=quantized)
+    resumes = checkpoint.is_checkpoint(run)
+    # read before the run folder is touched: the weights may be missing, or another model's
+    base = weights.read_base(resolved) if abstract_frozen or not resumes else None
+    frozen = weights.frozen(resolved, base, abstract_frozen, dtype)
+    beside = weights.fingerprint(frozen) if frozen else None
 
     # ---- the run folder -------------------------------------------------------------------------------------------
     # The config first: it says whose folder this is, should the run be killed before the rest is written.
@@ -142,34 +148,35 @@ def train(resolved: Resolved, run: Path) -> int:
     (run / f"{CONFIG}.part").replace(run / CONFIG)
     checkpoint.write_hf_config(run, resolved.hf_config)
     if not (run / checkpoint.TOKENIZER).exists():
-        save(tokenizer, run / f"{checkpoint.TOKENIZER}.part")
+        save(tokenizer, run / f"{checkpoint.TOKENIZER}.part", config.data.format)
         (run / f"{checkpoint.TOKENIZER}.part").replace(run / checkpoint.TOKENIZER)
 
     # ---- state: 1. this run's newest checkpoint; 2. model.init_from; 3. random -------------------------------------
-    loader = pipeline.Loader(loaded, config.data, batch_size=config.train.batch_size, seed=config.seed)
+    hosts: dict[str, int] = {"host": jax.process_index(), "hosts": jax.process_count()}
+    loader = pipeline.Loader(
+        loaded, config.data, batch_size=config.train.batch_size, seed=config.seed, tokenizer=tokenizer, **hosts
+    )
     saves = checkpoint.Checkpoints(
         run,
         keep=config.checkpoint.keep,
-        metadata={"config": config.model_dump(mode="json"), "model": resolved.hf_config},
+        metadata={"config": config.model_dump(mode="json"), "model": resolved.hf_config, "base": beside},
     )
     start = saves.latest() or 0
     if start:
+        weights.check_base(run, saves.saved_metadata(start).get("base"), beside or "", config.model.init_from)
         params, opt, data_state = saves.restore(start, abstract.params, abstract.opt)
-        state = steps.State(params, opt)
+        state = steps.State(params, opt, jax.device_put(np.int32(start), abstract.step.sharding))
         loader.restore(data_state)
         progress.line(f"continuing {run} after step {start}")
-    elif weights is not None:
-        state = steps.init_state(abstract, tx, weights)
-        del weights
-        progress.line(f"weights from {config.model.init_from}")
     else:
-        state = steps.init_state(abstract, tx, lambda: initialize(resolved.model, config.seed))
+        state = steps.init_state(abstract, tx, weights.fresh(resolved, base, abstract.params))
+        progress.line(f"weights from {config.model.init_from or 'the seed'}")
+    del base
     if start >= config.train.steps:
         progress.line(f"{run} is finished: {start} of {config.train.steps} steps")
         return 0
 
     # ---- compile: once --------------------------------------------------------------------------------------------
-    dtype = jnp.dtype(config.model.compute_dtype)
     placed = jax.sharding.NamedSharding(mesh, batch_spec(mesh))
 
     def place(rows: pipeline.Row) -> steps.Batch:
@@ -183,20 +190,24 @@ def train(resolved: Resolved, run: Path) -> int:
         remat=config.model.remat,
         microbatches=config.train.microbatches,
         router_aux_weight=config.train.router_aux_weight,
+        z_loss=config.train.z_loss,
+        neftune=config.train.neftune,
+        quantized=quantized,
+        seed=config.seed,
     )
     batch = place(next(loader))
     began = time.monotonic()
-    compiled = jax.jit(train_step, donate_argnums=0).lower(state, batch).compile()
+    compiled = jax.jit(train_step, donate_argnums=0).lower(state, frozen, batch).compile()
     progress.line(f"compiled the step in {time.monotonic() - began:.1f} s")
-    eval_step = jax.jit(steps.make_eval_step(resolved.model, mesh, compute_dtype=dtype))
+    eval_step = jax.jit(steps.make_eval_step(resolved.model, mesh, compute_dtype=dtype, quantized=quantized))
     rate = schedule(config.train)
     metrics = Metrics(run, start=start, steps=config.train.steps, progress=progress, log_every=config.train.log_every)
     places = config.train.batch_size * config.data.sequence_length
 
     def evaluate(step: int) -> None:
         rows = config.train.batch_size // config.train.microbatches
-        batches = pipeline.heldout_batches(loaded, config.data, rows=rows, limit=config.eval.batches)
-        sums = [eval_step(state.params, place(rows)) for rows in batches]
+        batches = pipeline.heldout_batches(loaded, config.data, rows=rows, limit=config.eval.batches, **hosts)
+        sums = [eval_step(state.params, frozen, place(rows)) for rows in batches]
         if sums:
             total = steps.means(jax.tree.map(lambda *parts: sum(parts), *sums))
             metrics.heldout(step, {name: float(value) for name, value in total.items()})
@@ -214,7 +225,7 @@ def train(resolved: Resolved, run: Path) -> int:
     last: tuple[int, dict[str, Any]] | None = None
     step = start
     for step in range(start + 1, config.train.steps + 1):
-        state, values = compiled(state, batch)
+        state, values = compiled(state, frozen, batch)
         if last:  # the step before, while this one runs
             log(*last)
         last = (step, values)
@@ -226,7 +237,7 @@ def train(resolved: Resolved, run: Path) -> int:
             if eval_now:
                 evaluate(step)
             if save_now:
-                saves.save(step, state.params, state.opt, loader.state())
+                saves.save(step, state.params, state.opt, merged(loader.state()))
             metrics.exclude(time.monotonic() - paused)
         if ends:
             break
@@ -242,19 +253,6 @@ def train(resolved: Resolved, run: Path) -> int:
             f"finished {step} steps in {duration(time.monotonic() - began)}; checkpoint: {checkpoint.resolve(run)}"
         )
     return 0
-
-
-def initial_params(resolved: Resolved, target: Any) -> Any:
-    """The weights that `model.init_from` names. Raises `UserError` when they are those of another model."""
-    from converters.hf_to_orbax import load_hf
-    from xlam_jax.training import checkpoint
-
-    folder = Path(str(resolved.config.model.init_from))
-    if checkpoint.is_checkpoint(folder):
-        return checkpoint.load_params(checkpoint.resolve(folder), target)
-    params = load_hf(folder)[1]
-    checkpoint.same_shapes(folder, params, target)
-    return params
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xlam_jax.models.moe import TILE, experts_mlp, route
+from xlam_jax.models.moe import TILE, Linear, experts_mlp, route
 
 EXPERTS, PER_TOKEN, TOKENS, WIDTH, HIDDEN = 4, 2, 320, 16, 24
 
@@ -61,7 +61,7 @@ def computed(weight_SKD, expert_SK, *inputs):
     dtype = inputs[0].dtype
 
     def loss(*inputs):
-        y_SKD = experts_mlp(*inputs, route(expert_SK, EXPERTS), dtype)
+        y_SKD = experts_mlp(inputs[0], *map(Linear, inputs[1:]), route(expert_SK, EXPERTS), dtype)
         return jnp.sum(y_SKD.astype(jnp.float32) * weight_SKD.astype(jnp.float32)), y_SKD
 
     return jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True)(*inputs)

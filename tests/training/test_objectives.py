@@ -24,7 +24,7 @@ def test_log_probabilities_equal_the_softmax(rows: int, tokens: int, share: floa
         return jnp.where(counted_BT, log_p_BT, 0.0)
 
     def ours(hidden_BTD: jax.Array, head_VD: jax.Array) -> jax.Array:
-        return objectives.token_log_probabilities(hidden_BTD, head_VD, labels_BT, counted_BT)
+        return objectives.token_log_probabilities(hidden_BTD, head_VD, labels_BT, counted_BT)[0]
 
     np.testing.assert_allclose(ours(hidden_BTD, head_VD), plain(hidden_BTD, head_VD), rtol=1e-5, atol=1e-5)
     expected, got = (

@@ -47,6 +47,26 @@ class RopeScaling:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Low-rank adapters (Hu et al., 2106.09685) on the named matrices: W + scale · A·B, with W frozen."""
+
+    targets: tuple[str, ...]
+    rank: int
+    alpha: float
+    rank_stabilized: bool = False
+    """Divide by the rank's square root, not the rank (Kalajdzievski, 2312.03732)."""
+    dropout: float = 0.0
+    """Of what an adapter sees, in training."""
+    zero: str = "B"
+    """The factor that starts at zero."""
+
+    @property
+    def scale(self) -> float:
+        """What A·B is multiplied with."""
+        return self.alpha / (self.rank**0.5 if self.rank_stabilized else self.rank)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The shape of one decoder. Sizes are counts; `experts` is 0 for a dense MLP."""
 
@@ -68,6 +88,8 @@ class ModelConfig:
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     initializer_range: float = 0.02
+    lora: Lora | None = None
+    """Adapters beside the weights; no part of a config.json."""
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any], origin: str = "config.json") -> "ModelConfig":

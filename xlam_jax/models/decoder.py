@@ -5,6 +5,8 @@ V vocabulary, L layers. Blocks are stacked along L and scanned, so that depth co
 `shard_map`, sizes are those of one device's shard.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,8 +16,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from xlam_jax.models.attention import Places, attend, rope_frequencies, rotate
 from xlam_jax.models.config import ModelConfig
-from xlam_jax.models.linear import dot, project
-from xlam_jax.models.moe import experts_mlp, route
+from xlam_jax.models.linear import Adapter, adapted, dot, project
+from xlam_jax.models.moe import Linear, experts_mlp, route
 from xlam_jax.parallel import mesh
 
 REMAT = {
@@ -27,6 +29,9 @@ REMAT = {
 """What a block keeps for its backward pass: everything, the results of its matrix products, the attention's result,
 or only its input."""
 
+
+MATRICES = ("q", "k", "v", "o", "router", "w1", "w3", "w2")
+"""The weights of a block that an adapter may stand beside."""
 
 UNROLLED = 4
 """Models of at most so many layers are compiled without a loop."""
@@ -64,24 +69,81 @@ class RouterSums(NamedTuple):
     """Router probability of each expert."""
 
 
+Axis = tuple[str, int]
+"""A logical axis and its size."""
+
+
 class _Parameters:
     """Draws the stacked parameters; each carries its logical axes, from which its sharding follows."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config, self.rngs = config, rngs
 
-    def normal(self, *logical_and_sizes: tuple[str, int]) -> nnx.Param:
-        logical, shape = zip(*logical_and_sizes, strict=True)
-        value = self.config.initializer_range * jax.random.normal(self.rngs.params(), shape, jnp.float32)
-        return nnx.Param(value, logical=logical)
+    def ones(self, *axes: Axis) -> nnx.Param:
+        logical, shape = zip(*axes, strict=True)
+        return nnx.Param(jnp.ones(shape, jnp.float32), logical=logical, matrix=None)
 
-    def ones(self, *logical_and_sizes: tuple[str, int]) -> nnx.Param:
-        logical, shape = zip(*logical_and_sizes, strict=True)
-        return nnx.Param(jnp.ones(shape, jnp.float32), logical=logical)
+    def matrix(
+        self, of: nnx.Module, name: str, stacked: Sequence[Axis], inputs: Sequence[Axis], outputs: Sequence[Axis]
+    ) -> None:
+        """Gives a module the weight `name`, from `inputs` to `outputs`, and the two factors of its adapter.
+
+        The head is kept like an embedding, outputs first; its adapter's A is on the model's axis all the same.
+        """
+        logical, shape = zip(*stacked, *inputs, *outputs, strict=True)
+        value = self.config.initializer_range * jax.random.normal(self.rngs.params(), shape, jnp.float32)
+        setattr(of, name, nnx.Param(value, logical=logical, matrix=_axes(stacked, inputs, outputs)))
+        lora = self.config.lora
+        if lora is None or name not in lora.targets:
+            return
+        rank: Axis = ("rank", lora.rank)
+        inputs, outputs = (outputs, inputs) if name == "head" else (inputs, outputs)
+        for factor, ins, outs in (("A", inputs, [rank]), ("B", [rank], outputs)):
+            fan_in = math.prod(size for _, size in ins)
+            logical, shape = zip(*stacked, *ins, *outs, strict=True)
+            value = jax.random.uniform(self.rngs.lora(), shape, jnp.float32, -(fan_in**-0.5), fan_in**-0.5)
+            value = jnp.zeros_like(value) if factor == lora.zero else value
+            setattr(
+                of,
+                f"{name}_{factor.lower()}",
+                nnx.LoRAParam(value, logical=logical, matrix=_axes(stacked, ins, outs)),
+            )
+
+
+def _axes(
+    stacked: Sequence[Axis], inputs: Sequence[Axis], outputs: Sequence[Axis]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The places of a weight's input and output axes."""
+    first, last = len(stacked), len(stacked) + len(inputs)
+    return tuple(range(first, last)), tuple(range(last, last + len(outputs)))
+
+
+def _adapter(of: nnx.Module, name: str, config: ModelConfig, stacked: int, dtype: Any) -> Adapter | None:
+    """The factors of a weight's adapter, whole along fsdp; the first `stacked` axes are gone already."""
+    if config.lora is None or name not in config.lora.targets:
+        return None
+    a, b = getattr(of, f"{name}_a"), getattr(of, f"{name}_b")
+    whole_a, whole_b = (mesh.gather(one[...], one.logical[stacked:], dtype) for one in (a, b))
+    return Adapter(whole_a, whole_b * config.lora.scale)
+
+
+def _dropped(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
+    """Dropout (Srivastava et al., 2014)."""
+    kept = jax.random.bernoulli(_of_shard(key), 1 - rate, x.shape)
+    return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
+
+
+def _of_shard(key: jax.Array) -> jax.Array:
+    """Another key on each shard of the batch, the same along the other axes."""
+    for axis in mesh.BATCH_AXES:
+        key = jax.random.fold_in(key, mesh.index(axis))
+    return key
 
 
 class Block(nnx.Module):
     """One transformer block, or a stack of them: the parameters carry a leading layer axis until the scan takes it."""
+
+    router: nnx.Param
 
     def __init__(self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs):
         new = _Parameters(config, rngs)
@@ -91,24 +153,29 @@ class Block(nnx.Module):
         q_group, mlp = ("q_group", config.heads // config.kv_heads), ("mlp", config.mlp_size)
         norm, experts = ("norm", config.hidden_size), ("experts", config.experts)
         self.attention_norm = new.ones(layers, norm)
-        self.q = new.normal(layers, embed, kv_heads, q_group, head_dim)
-        self.k = new.normal(layers, embed, kv_heads, head_dim)
-        self.v = new.normal(layers, embed, kv_heads, head_dim)
-        self.o = new.normal(layers, kv_heads, q_group, head_dim, embed)
+        new.matrix(self, "q", [layers], [embed], [kv_heads, q_group, head_dim])
+        new.matrix(self, "k", [layers], [embed], [kv_heads, head_dim])
+        new.matrix(self, "v", [layers], [embed], [kv_heads, head_dim])
+        new.matrix(self, "o", [layers], [kv_heads, q_group, head_dim], [embed])
         self.mlp_norm = new.ones(layers, norm)
         if config.experts:
-            self.router = new.normal(layers, embed, experts)
-            self.w1 = new.normal(layers, experts, embed, mlp)
-            self.w3 = new.normal(layers, experts, embed, mlp)
-            self.w2 = new.normal(layers, experts, mlp, embed)
-        else:
-            self.w1 = new.normal(layers, embed, mlp)
-            self.w3 = new.normal(layers, embed, mlp)
-            self.w2 = new.normal(layers, mlp, embed)
+            new.matrix(self, "router", [layers], [embed], [experts])
+        stacked = [layers, experts] if config.experts else [layers]
+        new.matrix(self, "w1", stacked, [embed], [mlp])
+        new.matrix(self, "w3", stacked, [embed], [mlp])
+        new.matrix(self, "w2", stacked, [mlp], [embed])
 
-    def _weight(self, name: str) -> jax.Array:
+    def _weight(self, name: str) -> Any:
         param = getattr(self, name)
-        return mesh.gather(param[...], param.logical[1:], self.dtype)
+        return mesh.gather(param.get_value(), param.logical[1:], self.dtype)
+
+    def _linear(self, name: str, equation: str, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        """The product with a weight and its adapter, in the compute dtype."""
+        adapter = _adapter(self, name, self.config, 1, self.dtype)
+        x_a = None
+        if adapter is not None and key is not None and self.config.lora and self.config.lora.dropout:
+            x_a = _dropped(x, self.config.lora.dropout, jax.random.fold_in(key, MATRICES.index(name)))
+        return adapted(equation, x, self._weight(name), adapter, self.dtype, x_a)
 
     def __call__(
         self,
@@ -116,24 +183,35 @@ class Block(nnx.Module):
         positions_BT: jax.Array,
         segments_BT: jax.Array,
         cache: Cache | None = None,
+        key: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[RouterSums | None, tuple[jax.Array, jax.Array] | None]]:
-        """The block's output, its router sums (experts only), and with a cache its new keys and values."""
-        attention, kv = self._attention(self._norm("attention_norm", x_BTD), positions_BT, segments_BT, cache)
+        """The block's output, its router sums (experts only), and with a cache its new keys and values.
+
+        `key` draws the dropout; without one there is none.
+        """
+        attention, kv = self._attention(self._norm("attention_norm", x_BTD), positions_BT, segments_BT, cache, key)
         x_BTD = x_BTD + attention
         y_BTD = self._norm("mlp_norm", x_BTD)
         if self.config.experts:
             y_BTD, sums = self._experts(y_BTD, segments_BT)
         else:
-            y_BTD, sums = self._mlp(y_BTD), None
+            y_BTD, sums = self._mlp(y_BTD, key), None
         return x_BTD + checkpoint_name(y_BTD, "output"), (sums, kv)
 
     def _norm(self, name: str, x_BTD: jax.Array) -> jax.Array:
         return rms_norm(x_BTD, getattr(self, name)[...], self.config.norm_eps)
 
-    def _attention(self, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array, cache: Cache | None):
-        q_BTNGK = project("BTD,DNGK->BTNGK", x_BTD, self._weight("q"), self.dtype)
-        k_BTNK = project("BTD,DNK->BTNK", x_BTD, self._weight("k"), self.dtype)
-        v_BTNK = project("BTD,DNK->BTNK", x_BTD, self._weight("v"), self.dtype)
+    def _attention(
+        self,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        segments_BT: jax.Array,
+        cache: Cache | None,
+        key: jax.Array | None,
+    ):
+        q_BTNGK = self._linear("q", "BTD,DNGK->BTNGK", x_BTD, key)
+        k_BTNK = self._linear("k", "BTD,DNK->BTNK", x_BTD, key)
+        v_BTNK = self._linear("v", "BTD,DNK->BTNK", x_BTD, key)
         frequency = rope_frequencies(self.config)
         q_BTNGK = checkpoint_name(rotate(q_BTNGK, positions_BT, frequency), "qkv")
         k_BTNK = checkpoint_name(rotate(k_BTNK[:, :, :, None], positions_BT, frequency)[:, :, :, 0], "qkv")
@@ -146,33 +224,31 @@ class Block(nnx.Module):
             positions_BS, segments_BS = cache.positions_BS, cache.segments_BS
         places = Places(positions_BT, segments_BT, positions_BS, segments_BS)
         out_BTNGK = attend(q_BTNGK, k_BSNK, v_BSNK, places, window=self.config.sliding_window)
-        y_BTD = mesh.psum(project("BTNGK,NGKD->BTD", out_BTNGK, self._weight("o"), self.dtype), "tensor")
+        y_BTD = mesh.psum(self._linear("o", "BTNGK,NGKD->BTD", out_BTNGK, key), "tensor")
         return y_BTD, None if cache is None else (k_BSNK, v_BSNK)
 
-    def _mlp(self, x_BTD: jax.Array) -> jax.Array:
-        gate_BTF = checkpoint_name(project("BTD,DF->BTF", x_BTD, self._weight("w1"), self.dtype), "hidden")
-        up_BTF = checkpoint_name(project("BTD,DF->BTF", x_BTD, self._weight("w3"), self.dtype), "hidden")
+    def _mlp(self, x_BTD: jax.Array, key: jax.Array | None) -> jax.Array:
+        gate_BTF = checkpoint_name(self._linear("w1", "BTD,DF->BTF", x_BTD, key), "hidden")
+        up_BTF = checkpoint_name(self._linear("w3", "BTD,DF->BTF", x_BTD, key), "hidden")
         hidden_BTF = (jax.nn.silu(gate_BTF.astype(jnp.float32)) * up_BTF.astype(jnp.float32)).astype(self.dtype)
-        return mesh.psum(project("BTF,FD->BTD", hidden_BTF, self._weight("w2"), self.dtype), "tensor")
+        return mesh.psum(self._linear("w2", "BTF,FD->BTD", hidden_BTF, key), "tensor")
 
     def _experts(self, x_BTD: jax.Array, segments_BT: jax.Array) -> tuple[jax.Array, RouterSums]:
         experts = self.config.experts
         x_SD, real_S = x_BTD.reshape(-1, x_BTD.shape[-1]), segments_BT.reshape(-1) > 0
         # The router decides in f32: a rounded tie would send a token elsewhere.
         router_DE = mesh.gather(self.router[...], self.router.logical[1:], jnp.float32)
-        logits_SE = project("SD,DE->SE", x_SD.astype(jnp.float32), router_DE, jnp.float32)
+        adapter = _adapter(self, "router", self.config, 1, jnp.float32)
+        logits_SE = adapted("SD,DE->SE", x_SD.astype(jnp.float32), router_DE, adapter, jnp.float32, None)
         probability_SE = jax.nn.softmax(logits_SE, axis=-1)
         gate_SK, expert_SK = jax.lax.top_k(probability_SE, self.config.experts_per_token)
         gate_SK /= jnp.sum(gate_SK, axis=-1, keepdims=True)
         expert_SK = jnp.where(real_S[:, None], expert_SK, experts)  # padding goes to no expert
-        y_SKD = experts_mlp(
-            x_SD,
-            self._weight("w1"),
-            self._weight("w3"),
-            self._weight("w2"),
-            route(expert_SK, experts),
-            self.dtype,
+        w1, w3, w2 = (
+            Linear(self._weight(name), _adapter(self, name, self.config, 1, self.dtype)) for name in ("w1", "w3", "w2")
         )
+        frozen = self.config.lora is not None
+        y_SKD = experts_mlp(x_SD, w1, w3, w2, route(expert_SK, experts), self.dtype, frozen=frozen)
         y_SD = mesh.psum(jnp.einsum("SKD,SK->SD", y_SKD.astype(jnp.float32), gate_SK), "tensor")
         sums = RouterSums(
             jnp.sum(expert_SK.reshape(-1)[:, None] == jnp.arange(experts), axis=0).astype(jnp.float32),
@@ -184,20 +260,36 @@ class Block(nnx.Module):
 class Decoder(nnx.Module):
     """Token ids in, final hidden states out; `logits` and the losses apply the head."""
 
-    def __init__(self, config: ModelConfig, *, dtype: Any = jnp.float32, remat: str = "none", rngs: nnx.Rngs):
+    embedding: nnx.Param
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: Any = jnp.float32,
+        remat: str = "none",
+        neftune: float = 0.0,
+        rngs: nnx.Rngs,
+    ):
         new = _Parameters(config, rngs)
-        self.config, self.dtype, self.remat = config, dtype, remat
+        self.config, self.dtype, self.remat, self.neftune = config, dtype, remat, neftune
         vocab, embed = ("vocab", config.vocab_size), ("embed", config.hidden_size)
-        self.embedding = new.normal(vocab, embed)
+        new.matrix(self, "embedding", [], [vocab], [embed])
         self.blocks = Block(config, dtype, rngs)
         self.final_norm = new.ones(("norm", config.hidden_size))
         if not config.tie_embeddings:
-            self.head = new.normal(vocab, embed)
+            new.matrix(self, "head", [], [vocab], [embed])
 
     def head_VD(self) -> jax.Array:
-        """The output embedding of this device's share of the vocabulary."""
-        head = self.embedding if self.config.tie_embeddings else self.head
-        return mesh.gather(head[...], head.logical, self.dtype)
+        """The output embedding of this device's share of the vocabulary, its adapter added."""
+        name = "embedding" if self.config.tie_embeddings else "head"
+        head = getattr(self, name)
+        head_VD = mesh.gather(head[...], head.logical, self.dtype)
+        adapter = _adapter(self, name, self.config, 0, self.dtype)
+        if adapter is None:
+            return head_VD
+        product = "Vr,rD->VD" if self.config.tie_embeddings else "Dr,rV->VD"
+        return head_VD.astype(jnp.float32) + project(product, adapter.a, adapter.b, self.dtype, out=jnp.float32)
 
     def __call__(
         self,
@@ -205,9 +297,16 @@ class Decoder(nnx.Module):
         positions_BT: jax.Array,
         segments_BT: jax.Array,
         cache: Cache | None = None,
+        key: jax.Array | None = None,
     ) -> tuple[jax.Array, RouterSums | None, Cache | None]:
-        """Hidden states after the final norm [B, T, D], router sums over all layers, and the cache grown by T."""
+        """Hidden states after the final norm [B, T, D], router sums over all layers, and the cache grown by T.
+
+        `key` draws the dropout of adapters and the noise on embeddings; without one there is none.
+        """
         x_BTD = self._embed(tokens_BT)
+        if self.neftune and key is not None:
+            key, drawn = jax.random.split(key)
+            x_BTD += _noise(self.neftune, x_BTD, segments_BT, drawn)
         graphdef, stacked = nnx.split(self.blocks)
         if cache is not None:
             at = (0, cache.length)
@@ -217,16 +316,17 @@ class Decoder(nnx.Module):
             )
 
         def block(x_BTD, layer):
-            state, kv = layer
+            state, kv, key = layer
             of_layer = None if cache is None else cache._replace(k_LBSNK=kv[0], v_LBSNK=kv[1])
-            return nnx.merge(graphdef, state)(x_BTD, positions_BT, segments_BT, of_layer)
+            return nnx.merge(graphdef, state)(x_BTD, positions_BT, segments_BT, of_layer, key)
 
         if self.remat != "none":
             block = jax.checkpoint(block, policy=REMAT[self.remat], prevent_cse=False)
         kv = None if cache is None else (cache.k_LBSNK, cache.v_LBSNK)
         # A few layers are not worth a loop: it copies each layer's weights, residuals and gradients in and out.
         unroll = self.config.layers <= UNROLLED
-        x_BTD, (sums, kv) = jax.lax.scan(block, x_BTD, (stacked, kv), unroll=unroll)
+        keys = None if key is None else jax.random.split(key, self.config.layers)
+        x_BTD, (sums, kv) = jax.lax.scan(block, x_BTD, (stacked, kv, keys), unroll=unroll)
         if cache is not None and kv is not None:
             cache = cache._replace(k_LBSNK=kv[0], v_LBSNK=kv[1], length=cache.length + tokens_BT.shape[1])
         sums = None if sums is None else jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), sums)
@@ -235,13 +335,28 @@ class Decoder(nnx.Module):
     def _embed(self, tokens_BT: jax.Array) -> jax.Array:
         table_VD = mesh.gather(self.embedding[...], self.embedding.logical, self.dtype).astype(self.dtype)
         local_BT = tokens_BT - mesh.index("tensor") * table_VD.shape[0]
+
         # Each device looks up the tokens of its share of the vocabulary; the others are filled with zero.
-        x_BTD = table_VD.at[local_BT].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+        def look_up(table: jax.Array) -> jax.Array:
+            return table.at[local_BT].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+
+        x_BTD = look_up(table_VD)
+        adapter = _adapter(self, "embedding", self.config, 0, self.dtype)
+        if adapter is not None:
+            x_BTD = x_BTD + project("BTr,rD->BTD", look_up(adapter.a), adapter.b, self.dtype)
         return mesh.psum(x_BTD, "tensor")
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """Logits in f32, [B, T, V]; for generation and tests: the losses never hold them for a whole batch."""
         return dot("BTD,VD->BTV", hidden_BTD, self.head_VD().astype(self.dtype))
+
+
+def _noise(alpha: float, x_BTD: jax.Array, segments_BT: jax.Array, key: jax.Array) -> jax.Array:
+    """NEFTune (Jain et al., 2310.05914): uniform noise, smaller the longer a sequence is; none on padding."""
+    length_BT = jnp.sum(segments_BT[:, :, None] == segments_BT[:, None, :], axis=-1)
+    size_BT = jnp.where(segments_BT > 0, alpha * jax.lax.rsqrt((length_BT * x_BTD.shape[-1]).astype(jnp.float32)), 0.0)
+    noise_BTD = jax.random.uniform(_of_shard(key), x_BTD.shape, jnp.float32, -1.0, 1.0)
+    return (noise_BTD * size_BT[:, :, None]).astype(x_BTD.dtype)
 
 
 def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:

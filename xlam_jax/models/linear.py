@@ -6,17 +6,51 @@ fast path of the hardware; the weight's gradient leaves in f32, never rounded on
 
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from xlam_jax.models.nf4 import NF4, dense
 from xlam_jax.parallel import mesh
 
 
-def project(equation: str, x: jax.Array, weight: jax.Array, dtype: Any, out: Any = None) -> jax.Array:
-    """`einsum(equation, x, weight)` with both cast to `dtype`, summed in f32, returned as `out` (default `dtype`)."""
+def project(equation: str, x: jax.Array, weight: jax.Array | NF4, dtype: Any, out: Any = None) -> jax.Array:
+    """`einsum(equation, x, weight)` with both cast to `dtype`, summed in f32, returned as `out` (default `dtype`).
+
+    A quantized weight is kept as it is for the backward pass, and has no gradient.
+    """
     return _project(equation, dtype, out or dtype, *mesh.alike(x, weight))
+
+
+class Adapter(NamedTuple):
+    """A low-rank addition to a weight, A·B (Hu et al., 2106.09685): `a` takes the weight's input axes to the rank, `b`
+    the rank to its output axes. The scale is already in `b`."""
+
+    a: jax.Array
+    b: jax.Array
+
+
+def adapted(
+    equation: str, x: jax.Array, weight: jax.Array | NF4, adapter: Adapter | None, dtype: Any, x_a: jax.Array | None
+) -> jax.Array:
+    """`project` with the adapter's product added; `x_a` is what the adapter sees in place of `x` (after dropout)."""
+    if adapter is None:
+        return project(equation, x, weight, dtype)
+    to_rank, from_rank = low_rank(equation)
+    rank = project(to_rank, x if x_a is None else x_a, adapter.a, dtype)
+    added = project(from_rank, rank, adapter.b, dtype, out=jnp.float32)
+    return (project(equation, x, weight, dtype, out=jnp.float32) + added).astype(dtype)
+
+
+def low_rank(equation: str) -> tuple[str, str]:
+    """The two equations of an adapter: "BTD,DNK->BTNK" gives "BTD,Dr->BTr" and "BTr,rNK->BTNK"."""
+    operands, result = equation.split("->")
+    of_x, of_weight = operands.split(",")
+    summed = "".join(axis for axis in of_weight if axis in of_x and axis not in result)
+    made = "".join(axis for axis in of_weight if axis not in summed)
+    kept = "".join(axis for axis in result if axis not in made)
+    return f"{of_x},{summed}r->{kept}r", f"{kept}r,r{made}->{result}"
 
 
 def dot(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -44,20 +78,22 @@ def _bf16_instructions() -> bool:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _project(equation: str, dtype: Any, out: Any, x: jax.Array, weight: jax.Array) -> jax.Array:
-    return dot(equation, x.astype(dtype), weight.astype(dtype)).astype(out)
+def _project(equation: str, dtype: Any, out: Any, x: jax.Array, weight: jax.Array | NF4) -> jax.Array:
+    return dot(equation, x.astype(dtype), dense(weight, dtype)).astype(out)
 
 
-def _forward(equation: str, dtype: Any, out: Any, x: jax.Array, weight: jax.Array):
+def _forward(equation: str, dtype: Any, out: Any, x: jax.Array, weight: jax.Array | NF4):
     return _project(equation, dtype, out, x, weight), (x, weight)
 
 
-def _backward(equation: str, dtype: Any, _: Any, saved: tuple[jax.Array, jax.Array], dy: jax.Array):
+def _backward(equation: str, dtype: Any, _: Any, saved: tuple[jax.Array, jax.Array | NF4], dy: jax.Array):
     x, weight = saved
     operands, result = equation.split("->")
     of_x, of_weight = operands.split(",")
     dy = _made_once(dy.astype(dtype))
-    dx = dot(f"{result},{of_weight}->{of_x}", dy, weight.astype(dtype)).astype(x.dtype)
+    dx = dot(f"{result},{of_weight}->{of_x}", dy, dense(weight, dtype)).astype(x.dtype)
+    if isinstance(weight, NF4):
+        return dx, None
     dw = dot(f"{of_x},{result}->{of_weight}", x.astype(dtype), dy).astype(weight.dtype)
     return dx, dw
 

@@ -9,12 +9,13 @@ Axes: S tokens, A assignments (S × k), E experts, C capacity, R rows of a tile,
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from xlam_jax.models.linear import dot
+from xlam_jax.models.linear import Adapter, dot
+from xlam_jax.models.nf4 import dense
 from xlam_jax.parallel import mesh
 
 TILE = 128
@@ -74,12 +75,60 @@ def route(expert_SK: jax.Array, experts: int) -> Route:
     return Route(token_EC, tile_token_AR, tile_expert_A, tile_end_E[-1], row_A.reshape(tokens, per_token))
 
 
+class Linear(NamedTuple):
+    """An expert weight [E, I, O] and its adapter, a [E, I, r] and b [E, r, O]."""
+
+    weight: Any
+    """An array, or NF4."""
+    adapter: Adapter | None = None
+
+
 def experts_mlp(
-    x_SD: jax.Array, w1_EDF: jax.Array, w3_EDF: jax.Array, w2_EFD: jax.Array, where: Route, dtype: jnp.dtype
+    x_SD: jax.Array,
+    w1_EDF: Linear,
+    w3_EDF: Linear,
+    w2_EFD: Linear,
+    where: Route,
+    dtype: jnp.dtype,
+    *,
+    frozen: bool = False,
 ) -> jax.Array:
-    """Each assignment's `w2(silu(w1 x) * w3 x)`, shape [S, k, D]; zeros where an assignment goes nowhere."""
+    """Each assignment's `w2(silu(w1 x) * w3 x)`, shape [S, k, D]; zeros where an assignment goes nowhere.
+
+    With `frozen` weights only adapters have gradients: those of the weights are never made.
+    """
     x_SD, w1_EDF, w3_EDF, w2_EFD = mesh.alike(x_SD, w1_EDF, w3_EDF, w2_EFD)
-    return _experts_mlp(dtype, x_SD, w1_EDF, w3_EDF, w2_EFD, where)
+    return _experts_mlp(dtype, frozen, x_SD, w1_EDF, w3_EDF, w2_EFD, where)
+
+
+def _ready(dtype: jnp.dtype, *linears: Linear) -> tuple[Linear, ...]:
+    """The same in the compute dtype."""
+    return tuple(
+        Linear(dense(one.weight, dtype), jax.tree.map(lambda factor: factor.astype(dtype), one.adapter))
+        for one in linears
+    )
+
+
+def _apply(x: jax.Array, linear: Linear, e: str) -> jax.Array:
+    """x [C, I] → [C, O] in f32; `e` is "E" for the batched product and "" for a tile."""
+    y = dot(f"{e}CI,{e}IO->{e}CO", x, linear.weight)
+    if linear.adapter is not None:
+        rank = dot(f"{e}CI,{e}Ir->{e}Cr", x, linear.adapter.a).astype(x.dtype)
+        y += dot(f"{e}Cr,{e}rO->{e}CO", rank, linear.adapter.b)
+    return y
+
+
+def _apply_backward(x: jax.Array, dy: jax.Array, linear: Linear, frozen: bool, e: str) -> tuple[jax.Array, Linear]:
+    """Gradients of x and of what trains, in f32."""
+    dx = dot(f"{e}CO,{e}IO->{e}CI", dy, linear.weight)
+    dweight = None if frozen else dot(f"{e}CI,{e}CO->{e}IO", x, dy)
+    if linear.adapter is None:
+        return dx, Linear(dweight)
+    a, b = linear.adapter
+    drank = dot(f"{e}CO,{e}rO->{e}Cr", dy, b).astype(x.dtype)
+    rank = dot(f"{e}CI,{e}Ir->{e}Cr", x, a).astype(x.dtype)
+    dx += dot(f"{e}Cr,{e}Ir->{e}CI", drank, a)
+    return dx, Linear(dweight, Adapter(dot(f"{e}CI,{e}Cr->{e}Ir", x, drank), dot(f"{e}Cr,{e}CO->{e}rO", rank, dy)))
 
 
 def _swiglu(gate: jax.Array, up: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -103,23 +152,28 @@ def _loop(tiles: jax.Array, body, init):
     return jax.lax.fori_loop(jnp.zeros_like(tiles), tiles, body, init)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _experts_mlp(dtype, x_SD, w1_EDF, w3_EDF, w2_EFD, where: Route) -> jax.Array:
-    return _experts_forward(dtype, x_SD, w1_EDF, w3_EDF, w2_EFD, where)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _experts_mlp(dtype, frozen, x_SD, w1_EDF, w3_EDF, w2_EFD, where: Route) -> jax.Array:
+    return _experts_forward(dtype, frozen, x_SD, w1_EDF, w3_EDF, w2_EFD, where)[0]
 
 
-def _experts_forward(dtype, x_SD, w1_EDF, w3_EDF, w2_EFD, where: Route):
+def _of(expert: jax.Array, *linears: Linear) -> tuple[Linear, ...]:
+    return jax.tree.map(lambda leaf: leaf[expert], linears)
+
+
+def _experts_forward(dtype, frozen, x_SD, w1_EDF, w3_EDF, w2_EFD, where: Route):
     x_SD = x_SD.astype(dtype)
-    w1, w3, w2 = (w.astype(dtype) for w in (w1_EDF, w3_EDF, w2_EFD))
+    w1, w3, w2 = _ready(dtype, w1_EDF, w3_EDF, w2_EFD)
     x_ECD = _rows(x_SD, where.token_EC)
-    gate_ECF = dot("ECD,EDF->ECF", x_ECD, w1).astype(dtype)
-    up_ECF = dot("ECD,EDF->ECF", x_ECD, w3).astype(dtype)
-    y_ECD = dot("ECF,EFD->ECD", _swiglu(gate_ECF, up_ECF, dtype), w2).astype(dtype)
+    gate_ECF = _apply(x_ECD, w1, "E").astype(dtype)
+    up_ECF = _apply(x_ECD, w3, "E").astype(dtype)
+    y_ECD = _apply(_swiglu(gate_ECF, up_ECF, dtype), w2, "E").astype(dtype)
 
     def overflow(tile, y_AD):
         x_RD, expert = _tile(x_SD, where, tile)
-        hidden = _swiglu(dot("RD,DF->RF", x_RD, w1[expert]), dot("RD,DF->RF", x_RD, w3[expert]), dtype)
-        y_RD = dot("RF,FD->RD", hidden, w2[expert]).astype(dtype)
+        v1, v3, v2 = _of(expert, w1, w3, w2)
+        hidden = _swiglu(_apply(x_RD, v1, ""), _apply(x_RD, v3, ""), dtype)
+        y_RD = _apply(hidden, v2, "").astype(dtype)
         return jax.lax.dynamic_update_slice(y_AD, y_RD, (slots + tile * x_RD.shape[0], 0))
 
     experts, capacity, width = y_ECD.shape
@@ -130,24 +184,22 @@ def _experts_forward(dtype, x_SD, w1_EDF, w3_EDF, w2_EFD, where: Route):
     return y_SKD, (x_SD, w1_EDF, w3_EDF, w2_EFD, where, gate_ECF, up_ECF)
 
 
-def _slot_gradients(dtype, x, dy, gate, up, w1, w3, w2, axes: str):
-    """Gradients of one product through the gated MLP; `axes` is "E" for the batched product and "" for a tile."""
-    gate, up, dy32 = gate.astype(jnp.float32), up.astype(jnp.float32), dy
+def _slot_gradients(dtype, frozen, x, dy, gate, up, w1, w3, w2, e: str):
+    """Gradients of one product through the gated MLP: of x, in the compute dtype, and of the three weights, in f32."""
+    gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
     sigmoid = jax.nn.sigmoid(gate)
     silu = gate * sigmoid
-    dh = dot(f"{axes}CD,{axes}FD->{axes}CF", dy32, w2)
+    dh, dw2 = _apply_backward((silu * up).astype(dtype), dy, w2, frozen, e)
     dgate = (dh * up * (sigmoid + silu * (1 - sigmoid))).astype(dtype)
     dup = (dh * silu).astype(dtype)
-    dw2 = dot(f"{axes}CF,{axes}CD->{axes}FD", (silu * up).astype(dtype), dy)
-    dw1 = dot(f"{axes}CD,{axes}CF->{axes}DF", x, dgate)
-    dw3 = dot(f"{axes}CD,{axes}CF->{axes}DF", x, dup)
-    dx = dot(f"{axes}CF,{axes}DF->{axes}CD", dgate, w1) + dot(f"{axes}CF,{axes}DF->{axes}CD", dup, w3)
-    return dx.astype(dtype), dw1, dw3, dw2
+    dx_gate, dw1 = _apply_backward(x, dgate, w1, frozen, e)
+    dx_up, dw3 = _apply_backward(x, dup, w3, frozen, e)
+    return (dx_gate + dx_up).astype(dtype), (dw1, dw3, dw2)
 
 
-def _experts_backward(dtype, saved, dy_SKD: jax.Array):
+def _experts_backward(dtype, frozen, saved, dy_SKD: jax.Array):
     x_SD, w1_EDF, w3_EDF, w2_EFD, where, gate_ECF, up_ECF = saved
-    w1, w3, w2 = (w.astype(dtype) for w in (w1_EDF, w3_EDF, w2_EFD))
+    w1, w3, w2 = _ready(dtype, w1_EDF, w3_EDF, w2_EFD)
     tokens, per_token = where.row_SK.shape
     experts, capacity = where.token_EC.shape
     slots, width = experts * capacity, x_SD.shape[1]
@@ -161,39 +213,34 @@ def _experts_backward(dtype, saved, dy_SKD: jax.Array):
     )
     dy_AD = dy_SKD.astype(dtype).reshape(tokens * per_token, width)
 
-    dx_ECD, dw1, dw3, dw2 = _slot_gradients(
-        dtype,
-        _rows(x_SD, where.token_EC),
-        _rows(dy_AD, assignment_A[:slots].reshape(experts, capacity)),
-        gate_ECF,
-        up_ECF,
-        w1,
-        w3,
-        w2,
-        "E",
-    )
+    x_ECD = _rows(x_SD, where.token_EC)
+    dy_ECD = _rows(dy_AD, assignment_A[:slots].reshape(experts, capacity))
+    dx_ECD, dws = _slot_gradients(dtype, frozen, x_ECD, dy_ECD, gate_ECF, up_ECF, w1, w3, w2, "E")
 
     def overflow(tile, carry):
-        dx_AD, dw1, dw3, dw2 = carry
+        dx_AD, dws = carry
         x_RD, expert = _tile(x_SD, where, tile)
+        v1, v3, v2 = _of(expert, w1, w3, w2)
         height = x_RD.shape[0]
         dy_RD = _rows(dy_AD, jax.lax.dynamic_slice(assignment_A, (slots + tile * height,), (height,)))
-        gate, up = dot("RD,DF->RF", x_RD, w1[expert]).astype(dtype), dot("RD,DF->RF", x_RD, w3[expert]).astype(dtype)
-        dx, d1, d3, d2 = _slot_gradients(dtype, x_RD, dy_RD, gate, up, w1[expert], w3[expert], w2[expert], "")
+        gate, up = _apply(x_RD, v1, "").astype(dtype), _apply(x_RD, v3, "").astype(dtype)
+        dx, of_tile = _slot_gradients(dtype, frozen, x_RD, dy_RD, gate, up, v1, v3, v2, "")
         dx_AD = jax.lax.dynamic_update_slice(dx_AD, dx, (slots + tile * height, 0))
-        return dx_AD, dw1.at[expert].add(d1), dw3.at[expert].add(d3), dw2.at[expert].add(d2)
+        return dx_AD, jax.tree.map(lambda total, one: total.at[expert].add(one), dws, of_tile)
 
     dx_AD = jnp.concatenate([dx_ECD.reshape(slots, width), jnp.zeros((where.tile_token_AR.size, width), dtype)])
-    dx_AD, dw1, dw3, dw2 = _loop(where.tiles, overflow, (dx_AD, dw1, dw3, dw2))
+    dx_AD, dws = _loop(where.tiles, overflow, (dx_AD, dws))
     dx_SKD = dx_AD.at[where.row_SK].get(mode="fill", fill_value=0, wrap_negative_indices=False)
     dx_SD = jnp.sum(dx_SKD.astype(jnp.float32), axis=1)
-    return (
-        dx_SD.astype(x_SD.dtype),
-        dw1.astype(w1_EDF.dtype),
-        dw3.astype(w3_EDF.dtype),
-        dw2.astype(w2_EFD.dtype),
-        None,
+    # None where nothing trains; what trains is f32 or the dtype that it came in.
+    of_weights = tuple(
+        Linear(
+            None if frozen else dw.weight.astype(linear.weight.dtype),
+            jax.tree.map(lambda total, like: total.astype(like.dtype), dw.adapter, linear.adapter),
+        )
+        for dw, linear in zip(dws, (w1_EDF, w3_EDF, w2_EFD), strict=True)
     )
+    return dx_SD.astype(x_SD.dtype), *of_weights, None
 
 
 _experts_mlp.defvjp(_experts_forward, _experts_backward)

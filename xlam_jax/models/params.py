@@ -2,6 +2,7 @@
 
 The tree is what steps, checkpoints and converters pass around:
 `{"embedding", "final_norm", "head"?, "blocks": {"q", "k", "v", "o", "w1", "w2", "w3", "router"?, …}}`.
+With adapters each named weight `w` has two factors beside it, `w_a` and `w_b`.
 """
 
 from collections.abc import Callable
@@ -14,13 +15,14 @@ from flax import nnx
 
 from xlam_jax.models.config import ModelConfig
 from xlam_jax.models.decoder import Decoder
+from xlam_jax.models.nf4 import NF4, quantize
 
 Params = dict[str, Any]
 """A nested dictionary whose leaves are arrays (or their shapes, shardings, logical axes)."""
 
 
-def _abstract(config: ModelConfig, dtype: Any = jnp.float32, remat: str = "none") -> tuple[Any, nnx.State]:
-    model = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(params=0)))
+def _abstract(config: ModelConfig, **how: Any) -> tuple[Any, nnx.State]:
+    model = nnx.eval_shape(lambda: Decoder(config, **how, rngs=nnx.Rngs(params=0, lora=0)))
     graphdef, state = nnx.split(model)
     return graphdef, state
 
@@ -32,29 +34,116 @@ def shapes(config: ModelConfig) -> Params:
 
 def logical_axes(config: ModelConfig) -> Params:
     """The logical axes of each parameter, a tuple of names."""
-    state = _abstract(config)[1]
-    leaves = {path: param.get_metadata("logical") for path, param in nnx.to_flat_state(state)}
+    return _metadata(config, "logical")
+
+
+def matrix_axes(config: ModelConfig) -> Params:
+    """Of each parameter that trains, the axes that a matrix product sums over and those that it makes; None for what
+    is no matrix of a block. The other axes stack matrices."""
+
+    def marked(tree: Params, block: bool) -> Params:
+        return {
+            name: marked(value, block=True)
+            if isinstance(value, dict)
+            else value
+            if block and "router" not in name
+            else None
+            for name, value in tree.items()
+        }
+
+    return marked(trainable(config, _metadata(config, "matrix"))[0], block=False)
+
+
+def _metadata(config: ModelConfig, key: str) -> Params:
     tree: Params = {}
-    for path, logical in leaves.items():
+    for path, param in nnx.to_flat_state(_abstract(config)[1]):
         node = tree
-        for key in path[:-1]:
-            node = node.setdefault(str(key), {})
-        node[str(path[-1])] = logical
+        for name in path[:-1]:
+            node = node.setdefault(str(name), {})
+        node[str(path[-1])] = param.get_metadata(key)
     return tree
 
 
 def initialize(config: ModelConfig, seed: int) -> Params:
     """Random parameters in f32. Traceable: jit it with output shardings and nothing is built twice."""
-    model = Decoder(config, rngs=nnx.Rngs(params=seed))
+    model = Decoder(config, rngs=nnx.Rngs(params=seed, lora=seed))
     return nnx.to_pure_dict(nnx.split(model)[1])
 
 
-def binder(config: ModelConfig, *, dtype: Any, remat: str = "none") -> Callable[[Params], Decoder]:
+def binder(
+    config: ModelConfig, *, dtype: Any, remat: str = "none", neftune: float = 0.0
+) -> Callable[[Params], Decoder]:
     """Returns the function that makes a `Decoder`, computing in `dtype`, around a tree of parameters."""
-    return partial(_bind, *_abstract(config, dtype, remat))
+    return partial(_bind, *_abstract(config, dtype=dtype, remat=remat, neftune=neftune))
 
 
 def _bind(graphdef: Any, abstract: nnx.State, params: Params) -> Decoder:
     state = jax.tree.map(lambda leaf: leaf, abstract)  # a copy: the next call replaces its leaves
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graphdef, state)
+
+
+# ---- what trains, and what does not ---------------------------------------------------------------------------------
+
+QUANTIZED = ("q", "k", "v", "o", "w1", "w2", "w3")
+"""The weights that QLoRA quantizes; embeddings, norms and routers are small and stay as they are."""
+KEPT_F32 = ("attention_norm", "mlp_norm", "final_norm", "router")
+"""Frozen parameters that are used in f32."""
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter is a factor of an adapter."""
+    return name.endswith(("_a", "_b"))
+
+
+def split(params: Params, trains: Callable[[str], bool]) -> tuple[Params, Params]:
+    """The tree in two, by the last name of each path; a level that is empty in one of them is left out there."""
+    yes: Params = {}
+    no: Params = {}
+    for name, value in params.items():
+        if isinstance(value, dict):
+            inner_yes, inner_no = split(value, trains)
+            yes |= {name: inner_yes} if inner_yes else {}
+            no |= {name: inner_no} if inner_no else {}
+        elif trains(name):
+            yes[name] = value
+        else:
+            no[name] = value
+    return yes, no
+
+
+def join(one: Params, other: Params) -> Params:
+    """The tree of two that `split` made."""
+    both = dict(one)
+    for name, value in other.items():
+        both[name] = join(both[name], value) if name in both else value
+    return both
+
+
+def trainable(config: ModelConfig, params: Params) -> tuple[Params, Params]:
+    """What is trained of a model's tree, and what stays as it is: adapters and the rest, or everything and nothing."""
+    return split(params, is_adapter) if config.lora else (params, {})
+
+
+def freeze(frozen: Params, dtype: Any, *, quantized: bool) -> Params:
+    """Frozen parameters as they are kept: in the compute dtype or in four bits, norms and routers in f32."""
+    return {
+        name: freeze(value, dtype, quantized=quantized)
+        if isinstance(value, dict)
+        else quantize(value)
+        if quantized and name in QUANTIZED
+        else value.astype(jnp.float32 if name in KEPT_F32 else dtype)
+        for name, value in frozen.items()
+    }
+
+
+def frozen_axes(frozen: Params, *, quantized: bool) -> Params:
+    """The logical axes of what `freeze` gives, from those of the parameters."""
+    return {
+        name: frozen_axes(value, quantized=quantized)
+        if isinstance(value, dict)
+        else NF4(value, value, value[:-1])
+        if quantized and name in QUANTIZED
+        else value
+        for name, value in frozen.items()
+    }

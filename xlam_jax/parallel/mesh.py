@@ -5,7 +5,7 @@ where it happens: `gather` (fsdp), `psum` (tensor, data). Nothing is left to a p
 go unseen: arrays on two sides of a collective have different shapes or different varying axes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,16 +31,17 @@ RULES: Mapping[str, str | None] = {
     "q_group": None,
     "head_dim": None,
     "norm": None,
+    "rank": None,
 }
 """Logical axis of a parameter → mesh axis that it is stored along."""
 
 
-def make_mesh(sizes: Mapping[str, int]) -> Mesh:
-    """Lays the devices out along the axes; one size may be -1 and takes what is left.
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """Lays the devices (default: all) out along the axes; one size may be -1 and takes what is left.
 
     Raises `UserError` when the product is not the number of devices.
     """
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     shape = [sizes[axis] for axis in AXES]
     if -1 in shape:
         known = int(np.prod([size for size in shape if size != -1]))
@@ -49,7 +50,7 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh:
         shape[shape.index(-1)] = len(devices) // known
     if int(np.prod(shape)) != len(devices):
         raise UserError(_misfit(sizes, len(devices)))
-    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def _misfit(sizes: Mapping[str, int], devices: int) -> str:
@@ -88,12 +89,18 @@ def _manual(axis: str) -> bool:
     return axis in mesh.manual_axes and mesh.shape[axis] > 1
 
 
-def gather(shard: jax.Array, logical: tuple[str, ...], dtype: jnp.dtype) -> jax.Array:
+def gather(shard: Any, logical: tuple[str, ...], dtype: jnp.dtype) -> Any:
     """All-gathers a parameter over fsdp along its `embed` axis, in `dtype` on the wire; its gradient is summed and
-    scattered in the parameter's own precision."""
-    if not _manual("fsdp"):
+    scattered in the parameter's own precision. A parameter without that axis is whole already; the parts of a quantized
+    one travel as they are."""
+    if not _manual("fsdp") or "embed" not in logical:
         return shard
-    return _gather(logical.index("embed"), dtype, shard)
+    axis = logical.index("embed")
+    if not isinstance(shard, jax.Array):
+        return jax.tree.map(
+            lambda part: jax.lax.all_gather(part, "fsdp", axis=axis, tiled=True) if part.ndim > axis else part, shard
+        )
+    return _gather(axis, dtype, shard)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -142,7 +149,7 @@ def vary(array: jax.Array, axes: tuple[str, ...] | frozenset[str]) -> jax.Array:
     return jax.lax.pcast(array, missing, to="varying") if missing else array
 
 
-def alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """Marks arrays as varying along the union of their axes, as a custom gradient rule needs its operands."""
-    axes = frozenset().union(*(varying(array) for array in arrays))
-    return tuple(vary(array, axes) for array in arrays)
+def alike(*arrays: Any) -> tuple[Any, ...]:
+    """Marks arrays, or trees of them, as varying along the union of their axes: a custom gradient rule needs that."""
+    axes = frozenset().union(*(varying(array) for array in jax.tree.leaves(arrays)))
+    return jax.tree.map(lambda array: vary(array, axes), arrays)

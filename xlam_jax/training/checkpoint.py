@@ -70,6 +70,10 @@ class Checkpoints:
         return_items = self._orbax.load_checkpointables(step, {"params": params, "opt": opt, "data": None})
         return return_items["params"], return_items["opt"], _decode(return_items["data"]["states"])
 
+    def saved_metadata(self, step: int) -> dict[str, Any]:
+        """What was saved beside a step."""
+        return load_metadata(self._folder / str(step))
+
     def close(self) -> None:
         """Ends the background threads."""
         self._orbax.close()
@@ -135,6 +139,12 @@ def resolve(path: Path) -> Path:
             f"{path}: holds no {STEPS}/STEP folder; give a run folder, a step folder of one, or train first"
         )
     return path / STEPS / str(max(steps))
+
+
+def load_metadata(step_dir: Path) -> dict[str, Any]:
+    """What was saved beside a step: the run's `config`, the `model`'s, and the fingerprint of its `base`."""
+    metadata: Any = ocp.checkpointables_metadata(str(step_dir.absolute())).custom_metadata
+    return metadata or {}
 
 
 def is_checkpoint(path: Path) -> bool:

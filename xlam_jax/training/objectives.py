@@ -16,8 +16,9 @@ LOSS_CHUNK = 512
 
 def token_log_probabilities(
     hidden_BTD: jax.Array, head_VD: jax.Array, labels_BT: jax.Array, counted_BT: jax.Array
-) -> jax.Array:
-    """log p(label) of each token that counts, in f32, [B, T]; 0 where `counted_BT` is false.
+) -> tuple[jax.Array, jax.Array]:
+    """log p(label) of each token that counts, and the log of its softmax's normalizer, in f32, [B, T] each; 0 where
+    `counted_BT` is false.
 
     Tokens that count are brought to the front, and logits are made a chunk of them at a time, and made again for the
     gradient: those of a whole batch are never held, and those of prompts never made. The vocabulary may be split over
@@ -29,28 +30,33 @@ def token_log_probabilities(
     hidden_SD = _permute(hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), *mesh.alike(order_S, inverse_S))
     labels_S, counted_S = labels_BT.reshape(-1)[order_S], counted_BT.reshape(-1)[order_S]
 
-    def score(hidden_CD: jax.Array, labels_C: jax.Array) -> jax.Array:
+    def score(hidden_CD: jax.Array, labels_C: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits_CV = project("CD,VD->CV", hidden_CD, head_VD, hidden_CD.dtype, out=jnp.float32)
         peak_C = mesh.pmax(jax.lax.stop_gradient(jnp.max(logits_CV, axis=-1)), "tensor")
         total_C = mesh.psum(jnp.sum(jnp.exp(logits_CV - peak_C[:, None]), axis=-1), "tensor")
         first = mesh.index("tensor") * logits_CV.shape[-1]
         mine_CV = (labels_C - first)[:, None] == jnp.arange(logits_CV.shape[-1])
         label_C = mesh.psum(jnp.sum(jnp.where(mine_CV, logits_CV, 0.0), axis=-1), "tensor")
-        return label_C - peak_C - jnp.log(total_C)
+        log_z_C = peak_C + jnp.log(total_C)
+        return label_C - log_z_C, log_z_C
 
-    def skip(_: jax.Array, labels_C: jax.Array) -> jax.Array:
-        return mesh.vary(jnp.zeros(labels_C.shape), mesh.varying(labels_C))
+    def skip(_: jax.Array, labels_C: jax.Array) -> tuple[jax.Array, jax.Array]:
+        nothing_C = mesh.vary(jnp.zeros(labels_C.shape), mesh.varying(labels_C))
+        return nothing_C, nothing_C
 
     @jax.checkpoint
-    def chunk(hidden_CD: jax.Array, labels_C: jax.Array, counted_C: jax.Array) -> jax.Array:
+    def chunk(hidden_CD: jax.Array, labels_C: jax.Array, counted_C: jax.Array) -> tuple[jax.Array, jax.Array]:
         return jax.lax.cond(jnp.any(counted_C), score, skip, hidden_CD, labels_C)
 
     chunks = -(-labels_S.size // LOSS_CHUNK)
     while labels_S.size % chunks:
         chunks += 1
     parts = jax.tree.map(lambda leaf: leaf.reshape(chunks, -1, *leaf.shape[1:]), (hidden_SD, labels_S, counted_S))
-    log_p_S = jax.lax.map(lambda part: chunk(*part), parts).reshape(-1)
-    return jnp.where(counted_BT, log_p_S[inverse_S].reshape(labels_BT.shape), 0.0)
+    scored = jax.lax.map(lambda part: chunk(*part), parts)
+    log_p_BT, log_z_BT = (
+        jnp.where(counted_BT, each.reshape(-1)[inverse_S].reshape(labels_BT.shape), 0.0) for each in scored
+    )
+    return log_p_BT, log_z_BT
 
 
 @jax.custom_vjp

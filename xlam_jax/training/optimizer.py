@@ -1,39 +1,160 @@
-"""The optimizer, from the config: AdamW under a warmed-up cosine, with the gradient clipped by its global norm."""
+"""The optimizer and its schedule, from the config: the gradient clipped by its global norm, then optax's own."""
+
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from xlam_jax.config import Train
-from xlam_jax.models.params import Params
+from xlam_jax.models.config import ModelConfig
+from xlam_jax.models.params import Params, matrix_axes
+
+MOMENTS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "8bit": jnp.float8_e4m3fn}
+BLOCK = 128
+"""Moments in eight bits that share a scale, along the last axis; all of it where it is not a multiple."""
 
 
 def schedule(train: Train) -> optax.Schedule:
-    """Learning rate of a step: linear from zero, then a cosine to the end value (Loshchilov & Hutter, 1608.03983)."""
-    return optax.warmup_cosine_decay_schedule(
-        init_value=0.0 if train.warmup_steps else train.learning_rate,
-        peak_value=train.learning_rate,
-        warmup_steps=train.warmup_steps,
-        decay_steps=train.steps,
-        end_value=train.end_learning_rate,
-    )
+    """Learning rate of a step: linear from zero, then as `train.schedule` says.
+
+    cosine: Loshchilov & Hutter, 1608.03983; wsd (warm up, stay, decay): Hu et al., 2404.06395.
+    """
+    peak, end, left = train.learning_rate, train.end_learning_rate, train.steps - train.warmup_steps
+    if train.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, left, alpha=end / peak)
+    elif train.schedule == "linear":
+        after = optax.linear_schedule(peak, end, left)
+    elif train.schedule == "constant":
+        after = optax.constant_schedule(peak)
+    else:
+        after = optax.linear_schedule(peak, end, train.decay_steps, transition_begin=left - train.decay_steps)
+    if not train.warmup_steps:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, train.warmup_steps), after], [train.warmup_steps])
 
 
-def optimizer(train: Train) -> optax.GradientTransformation:
-    """AdamW (Loshchilov & Hutter, 1711.05101); the norms' scales are not decayed."""
-    return optax.chain(
-        optax.clip_by_global_norm(train.clip_norm),
-        optax.adamw(
-            schedule(train),
-            b1=train.beta1,
-            b2=train.beta2,
-            eps=train.epsilon,
-            weight_decay=train.weight_decay,
-            mask=_decayed,
+def optimizer(train: Train, model: ModelConfig) -> optax.GradientTransformation:
+    """AdamW (Loshchilov & Hutter, 1711.05101), Adafactor (Shazeer & Stern, 1804.04235), Lion (Chen et al., 2302.06675)
+    or Muon (Jordan et al., 2024; AdamW for what is no matrix of a block). The norms' scales are not decayed."""
+    parts = [optax.clip_by_global_norm(train.clip_norm), _rule(train, model)]
+    if train.ema is not None:
+        parts.append(_average(train.ema))
+    return optax.chain(*parts)
+
+
+def _rule(train: Train, model: ModelConfig) -> optax.GradientTransformation:
+    rate, dtype = schedule(train), MOMENTS[train.moments]
+    decay: dict[str, Any] = {"weight_decay": train.weight_decay, "mask": _decayed}
+    if train.optimizer == "adamw" and train.moments == "float32":
+        return optax.adamw(rate, train.beta1, train.beta2, train.epsilon, **decay)
+    if train.optimizer == "adamw":
+        adam = optax.scale_by_adam(train.beta1, train.beta2, train.epsilon)
+        return optax.chain(
+            _kept_small(adam, dtype),
+            optax.add_decayed_weights(train.weight_decay, _decayed),
+            optax.scale_by_learning_rate(rate),
+        )
+    if train.optimizer == "lion":
+        return optax.lion(rate, train.beta1, train.beta2, mu_dtype=dtype, **decay)
+    if train.optimizer == "adafactor":
+        return optax.adafactor(rate, weight_decay_rate=train.weight_decay or None, weight_decay_mask=_decayed)
+    axes = matrix_axes(model)
+    return optax.contrib.muon(
+        rate,
+        beta=train.beta1,
+        weight_decay=train.weight_decay,
+        weight_decay_mask=_decayed,
+        mu_dtype=dtype,
+        adam_b1=train.beta1,
+        adam_b2=train.beta2,
+        adam_weight_decay=train.weight_decay,
+        # so that a learning rate made for AdamW does (Liu et al., 2502.16982)
+        consistent_rms=0.2,
+        muon_weight_dimension_numbers=jax.tree.map(
+            lambda one: one and optax.contrib.MuonDimensionNumbers(*one), axes, is_leaf=_is_axes
         ),
     )
+
+
+def _is_axes(node: Any) -> bool:
+    return node is None or type(node) is tuple
 
 
 def _decayed(params: Params) -> Params:
     return jax.tree_util.tree_map_with_path(
         lambda path, _: not jax.tree_util.keystr(path, simple=True, separator=".").endswith("norm"), params
     )
+
+
+class Small(NamedTuple):
+    """Moments kept in fewer bits: values relative to the largest of their block."""
+
+    values: Any
+    scales: Any
+
+
+def _kept_small(adam: optax.GradientTransformation, dtype: Any) -> optax.GradientTransformation:
+    """Adam with both moments stored in bf16 or in eight bits, and computed in f32 (Dettmers et al., 2110.02861, with an
+    eight-bit float in place of their table). Of the second moment the root is stored, which halves its range."""
+
+    def blocks(leaf: jax.Array) -> tuple[int, ...]:
+        size = leaf.shape[-1]
+        block = BLOCK if size % BLOCK == 0 else size
+        return (*leaf.shape[:-1], size // block, block)
+
+    def pack(moment: Any) -> Any:
+        if dtype == jnp.bfloat16:
+            return jax.tree.map(lambda leaf: leaf.astype(dtype), moment)
+        largest = float(jnp.finfo(dtype).max)
+
+        def scale(leaf: jax.Array) -> jax.Array:
+            return jnp.maximum(jnp.max(jnp.abs(leaf.reshape(blocks(leaf))), axis=-1), 1e-30) / largest
+
+        def values(leaf: jax.Array) -> jax.Array:
+            return (leaf.reshape(blocks(leaf)) / scale(leaf)[..., None]).astype(dtype).reshape(leaf.shape)
+
+        return Small(jax.tree.map(values, moment), jax.tree.map(scale, moment))
+
+    def unpack(moment: Any) -> Any:
+        if dtype == jnp.bfloat16:
+            return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), moment)
+        return jax.tree.map(
+            lambda leaf, by: (leaf.astype(jnp.float32).reshape(blocks(leaf)) * by[..., None]).reshape(leaf.shape),
+            moment.values,
+            moment.scales,
+        )
+
+    def packed(state: Any) -> Any:
+        return state._replace(mu=pack(state.mu), nu=pack(jax.tree.map(jnp.sqrt, state.nu)))
+
+    def init(params: Any) -> Any:
+        state = adam.init(params)
+        # behind a barrier: the compiler would fold the packing of zeros, element by element
+        return packed(jax.lax.optimization_barrier(state))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        whole = state._replace(mu=unpack(state.mu), nu=jax.tree.map(jnp.square, unpack(state.nu)))
+        updates, whole = adam.update(updates, whole, params)
+        return updates, packed(whole)
+
+    return optax.GradientTransformation(init, update)
+
+
+class Average(NamedTuple):
+    """An exponential moving average of the parameters."""
+
+    ema: Any
+
+
+def _average(decay: float) -> optax.GradientTransformation:
+    """Keeps the average of what the parameters are after each update (Polyak & Juditsky, 1992)."""
+
+    def init(params: Any) -> Average:
+        return Average(jax.tree.map(jnp.asarray, params))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Average]:
+        new = optax.apply_updates(params, updates)
+        return updates, Average(jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, new))
+
+    return optax.GradientTransformation(init, update)

@@ -7,6 +7,8 @@ tokens, and is that of each microbatch (over all devices), weighted by its token
 """
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,9 +18,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from xlam_jax.models.config import ModelConfig
 from xlam_jax.models.decoder import Decoder
-from xlam_jax.models.params import Params, binder, logical_axes, shapes
+from xlam_jax.models.params import Params, binder, freeze, frozen_axes, join, logical_axes, shapes, trainable
 from xlam_jax.parallel import mesh as meshes
 from xlam_jax.training.objectives import load_balancing, token_log_probabilities
+from xlam_jax.training.preference import WATCHED, Preference, count_pairs, preference_sums
 
 EVERYWHERE = PartitionSpec()
 """Of what is the same on all devices."""
@@ -28,7 +31,10 @@ class State(NamedTuple):
     """All that a step changes."""
 
     params: Params
+    """What trains."""
     opt: Any
+    step: Any
+    """Steps taken so far, an int32 scalar."""
 
 
 class Batch(NamedTuple):
@@ -41,32 +47,64 @@ class Batch(NamedTuple):
     """Weight of each place's loss: 0 where nothing is learned, f32."""
     positions_BT: Any
     segments_BT: Any
+    reference_BT: Any = None
+    """log p of each label under the reference policy, f32, where it was computed beforehand."""
+
+
+class Objective(NamedTuple):
+    """What is minimized: the cross-entropy of the weighted tokens, or a loss on pairs."""
+
+    preference: Preference | None = None
+    pairs: int = 0
+    """Pairs that a row holds at most."""
+    adapters_off: bool = False
+    """The reference policy is the model without its adapters."""
+
+
+SFT = Objective()
 
 
 class Sums(NamedTuple):
-    """Sums over the tokens of a batch."""
+    """Sums over a batch."""
 
     loss: jax.Array
-    """Of weight × −log p."""
+    """Of weight × −log p, or of the losses of pairs."""
     weight: jax.Array
+    """What it is divided by: the sum of weights, or the number of pairs."""
     tokens: jax.Array
     """Real tokens, in f32."""
     aux: jax.Array
     """Load-balancing loss × real tokens."""
+    trained: jax.Array
+    """Tokens that carry loss, in f32."""
+    z: jax.Array
+    """Over those, the squared log of the softmax's normalizer."""
+    watched: dict[str, jax.Array]
+    """Of pairs: what else to watch, to be divided by `weight`."""
 
 
 def abstract_state(model: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh) -> State:
-    """Shapes, dtypes and shardings of the state: moments lie as their parameters do, counters on every device."""
-    placed = jax.tree.map(_placed, shapes(model), param_shardings(model, mesh))
+    """Shapes, dtypes and shardings of the state: moments lie as their parameters do, what has another shape (counters,
+    factored moments, scales) on every device."""
+    placed = jax.tree.map(_placed, trainable(model, shapes(model))[0], meshes.shardings(param_specs(model, mesh), mesh))
     everywhere = NamedSharding(mesh, EVERYWHERE)
-    opt = optax.tree_utils.tree_map_params(
-        tx,
-        lambda leaf, param: _placed(leaf, param.sharding),
-        jax.eval_shape(tx.init, placed),
-        placed,
-        transform_non_params=lambda leaf: _placed(leaf, everywhere),
-    )
-    return State(placed, opt)
+    of_path = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(placed)}
+
+    def beside(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
+        """A leaf of the optimizer's state belongs to the parameter whose path its own ends with."""
+        params = (of_path.get(jax.tree_util.keystr(path[cut:])) for cut in range(len(path)))
+        param = next((one for one in params if one is not None), None)
+        same = param is not None and param.shape == leaf.shape
+        return _placed(leaf, param.sharding if same else everywhere)  # pyright: ignore[reportOptionalMemberAccess]
+
+    opt = jax.tree_util.tree_map_with_path(beside, jax.eval_shape(tx.init, placed))
+    return State(placed, opt, jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere))
+
+
+def abstract_frozen(model: ModelConfig, mesh: Mesh, *, dtype: Any, quantized: bool) -> Params:
+    """The same for the parameters that do not train."""
+    kept = jax.eval_shape(partial(freeze, dtype=dtype, quantized=quantized), trainable(model, shapes(model))[1])
+    return jax.tree.map(_placed, kept, meshes.shardings(frozen_specs(model, mesh, quantized=quantized), mesh))
 
 
 def _placed(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
@@ -77,38 +115,82 @@ def init_state(abstract: State, tx: optax.GradientTransformation, params: Callab
     """Fresh optimizer state beside `params`: arrays, which are placed in f32, or a function that draws them, which is
     compiled so that each is born where it lies."""
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    placed = place(params, abstract.params)
+    return State(placed, jax.jit(tx.init, out_shardings=places.opt)(placed), jax.device_put(jnp.int32(0), places.step))
+
+
+def place(params: Callable[[], Params] | Params, abstract: Params) -> Params:
+    """Puts parameters where, and in the dtype in which, they belong."""
     if callable(params):
-        placed = jax.jit(params, out_shardings=places.params)()
-    else:
-        placed = jax.tree.map(
-            lambda array, like: jax.device_put(array.astype(like.dtype), like.sharding), params, abstract.params
-        )
-    return State(placed, jax.jit(tx.init, out_shardings=places.opt)(placed))
+        return jax.jit(params, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))()
+    return jax.tree.map(lambda array, like: jax.device_put(array.astype(like.dtype), like.sharding), params, abstract)
 
 
 def param_specs(model: ModelConfig, mesh: Mesh) -> Any:
-    """The partition of each parameter."""
-    return jax.tree.map(
-        lambda logical: meshes.spec(logical, mesh), logical_axes(model), is_leaf=lambda node: isinstance(node, tuple)
-    )
+    """The partition of each parameter that trains."""
+    return _specs(trainable(model, logical_axes(model))[0], mesh)
 
 
-def param_shardings(model: ModelConfig, mesh: Mesh) -> Any:
-    """The sharding of each parameter on `mesh`."""
-    return meshes.shardings(param_specs(model, mesh), mesh)
+def frozen_specs(model: ModelConfig, mesh: Mesh, *, quantized: bool) -> Any:
+    """The partition of each parameter that does not train, as `freeze` keeps it."""
+    return _specs(frozen_axes(trainable(model, logical_axes(model))[1], quantized=quantized), mesh)
 
 
-def _sums(model: Decoder, batch: Batch) -> Sums:
-    """This device's sums for its rows; differentiable in loss and aux."""
-    hidden_BTD, router, _ = model(batch.tokens_BT, batch.positions_BT, batch.segments_BT)
-    log_p_BT = token_log_probabilities(hidden_BTD, model.head_VD(), batch.labels_BT, batch.weights_BT != 0)
-    tokens = meshes.psum(jnp.sum(batch.segments_BT > 0).astype(jnp.float32), *meshes.BATCH_AXES)
+def _specs(axes: Params, mesh: Mesh) -> Any:
+    return jax.tree.map(lambda logical: meshes.spec(logical, mesh), axes, is_leaf=lambda node: type(node) is tuple)
+
+
+def _everywhere(value: Any) -> Any:
+    return meshes.psum(value, *meshes.BATCH_AXES)
+
+
+def _scored(model: Decoder, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array, Any]:
+    """log p of the labels, log of the softmax's normalizer, router sums."""
+    hidden_BTD, router, _ = model(batch.tokens_BT, batch.positions_BT, batch.segments_BT, key=key)
+    return *token_log_probabilities(hidden_BTD, model.head_VD(), batch.labels_BT, batch.weights_BT != 0), router
+
+
+def _weight(objective: Objective, batch: Batch) -> jax.Array:
+    """This device's share of what the loss is divided by."""
+    return jnp.sum(batch.weights_BT) if objective.preference is None else count_pairs(batch.segments_BT)
+
+
+def _sums(
+    objective: Objective, model: Decoder, reference: Decoder | None, batch: Batch, key: jax.Array | None = None
+) -> Sums:
+    """The sums over all devices' rows; differentiable in loss, aux and z. `key` draws dropout and noise."""
+    log_p_BT, log_z_BT, router = _scored(model, batch, key)
+    tokens = _everywhere(jnp.sum(batch.segments_BT > 0).astype(jnp.float32))
     aux = jnp.zeros(())
     if router is not None:
-        aux = load_balancing(meshes.psum(router, *meshes.BATCH_AXES), model.config.layers, tokens) * tokens
-    loss = meshes.psum(-jnp.sum(log_p_BT * batch.weights_BT), *meshes.BATCH_AXES)
-    weight = meshes.psum(jnp.sum(batch.weights_BT), *meshes.BATCH_AXES)
-    return Sums(loss, weight, tokens, aux)
+        aux = load_balancing(_everywhere(router), model.config.layers, tokens) * tokens
+    watched: dict[str, jax.Array] = {}
+    if objective.preference is None:
+        loss = -jnp.sum(log_p_BT * batch.weights_BT)
+    else:
+        reference_BT = jnp.zeros_like(log_p_BT) if batch.reference_BT is None else batch.reference_BT
+        if reference is not None:
+            reference_BT = jax.lax.stop_gradient(_scored(reference, batch, None)[0])
+        loss, watched = preference_sums(
+            objective.preference, log_p_BT, reference_BT, batch.weights_BT, batch.segments_BT, objective.pairs
+        )
+    trained = _everywhere(jnp.sum(batch.weights_BT != 0).astype(jnp.float32))
+    weight = _everywhere(_weight(objective, batch))
+    z = _everywhere(jnp.sum(log_z_BT**2))
+    return Sums(_everywhere(loss), weight, tokens, aux, trained, z, _everywhere(watched))
+
+
+def _binders(
+    model: ModelConfig, objective: Objective, dtype: Any, remat: str, neftune: float = 0.0
+) -> Callable[[Params, Params], tuple[Decoder, Decoder | None]]:
+    """Returns the function that makes the model, and the reference beside it, from what trains and what does not."""
+    bind = binder(model, dtype=dtype, remat=remat, neftune=neftune)
+    bind_reference = binder(replace(model, lora=None), dtype=dtype) if objective.adapters_off else None
+
+    def models(params: Params, frozen: Params) -> tuple[Decoder, Decoder | None]:
+        return bind(join(frozen, params)), bind_reference(frozen) if bind_reference else None
+
+    return models
 
 
 def make_train_step(
@@ -120,55 +202,83 @@ def make_train_step(
     remat: str,
     microbatches: int,
     router_aux_weight: float,
-) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
-    """Builds the step. Metrics: loss (mean over trained tokens), aux_loss, grad_norm, tokens, trained_tokens."""
-    bind = binder(model, dtype=compute_dtype, remat=remat)
+    z_loss: float = 0.0,
+    neftune: float = 0.0,
+    objective: Objective = SFT,
+    quantized: bool = False,
+    seed: int = 0,
+) -> Callable[[State, Params, Batch], tuple[State, dict[str, jax.Array]]]:
+    """Builds the step `(state, frozen, batch) -> (state, metrics)`; `frozen` is what does not train, maybe {}.
+
+    Metrics: loss (mean over weighted tokens, or over pairs), aux_loss, grad_norm, tokens, trained_tokens, and what is
+    watched of pairs.
+    """
+    models = _binders(model, objective, compute_dtype, remat, neftune)
     specs = param_specs(model, mesh)
+    noisy = neftune > 0 or (model.lora is not None and model.lora.dropout > 0)
 
-    def gradients(params: Params, batch: Batch) -> tuple[Params, Sums]:
+    def gradients(params: Params, frozen: Params, batch: Batch, key: jax.Array) -> tuple[Params, Sums]:
         # Denominators come from the whole batch before any part of it is computed.
-        weight = jnp.maximum(meshes.psum(jnp.sum(batch.weights_BT), *meshes.BATCH_AXES), 1e-9)
-        tokens = jnp.maximum(meshes.psum(jnp.sum(batch.segments_BT > 0).astype(jnp.float32), *meshes.BATCH_AXES), 1.0)
+        weight = jnp.maximum(_everywhere(_weight(objective, batch)), 1e-9)
+        tokens = jnp.maximum(_everywhere(jnp.sum(batch.segments_BT > 0).astype(jnp.float32)), 1.0)
+        trained = jnp.maximum(_everywhere(jnp.sum(batch.weights_BT != 0).astype(jnp.float32)), 1.0)
 
-        def objective(params: Params, part: Batch) -> tuple[jax.Array, Sums]:
-            sums = _sums(bind(params), part)
-            return sums.loss / weight + router_aux_weight * sums.aux / tokens, sums
+        def minimized(params: Params, part: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
+            policy, reference = models(params, frozen)
+            sums = _sums(objective, policy, reference, part, key if noisy else None)
+            loss = sums.loss / weight + router_aux_weight * sums.aux / tokens
+            return loss + z_loss * sums.z / trained if z_loss else loss, sums
 
-        grad = jax.grad(objective, has_aux=True)
+        grad = jax.grad(minimized, has_aux=True)
         if microbatches == 1:
-            return grad(params, batch)
+            return grad(params, batch, key)
         parts = jax.tree.map(lambda leaf: leaf.reshape(microbatches, -1, *leaf.shape[1:]), batch)
 
-        def add(total: Any, part: Batch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, grad(params, part)), None
+        def add(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, grad(params, *part)), None
 
-        zero = (jax.tree.map(jnp.zeros_like, params), Sums(*(jnp.zeros(()) for _ in Sums._fields)))
-        return jax.lax.scan(add, zero, parts)[0]
+        keys = jax.random.split(key, microbatches)
+        watched = WATCHED if objective.preference else ()
+        nothing = jnp.zeros(())
+        none = Sums(nothing, nothing, nothing, nothing, nothing, nothing, dict.fromkeys(watched, nothing))
+        zero = (jax.tree.map(jnp.zeros_like, params), none)
+        return jax.lax.scan(add, zero, (parts, keys))[0]
 
     sharded = jax.shard_map(
         gradients,
         mesh=mesh,
-        in_specs=(specs, meshes.batch_spec(mesh)),
+        in_specs=(specs, frozen_specs(model, mesh, quantized=quantized), meshes.batch_spec(mesh), EVERYWHERE),
         out_specs=(specs, EVERYWHERE),
     )
 
-    def step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
-        grads, sums = sharded(state.params, batch)
+    def step(state: State, frozen: Params, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+        grads, sums = sharded(state.params, frozen, batch, jax.random.fold_in(jax.random.key(seed), state.step))
         updates, opt = tx.update(grads, state.opt, state.params)
         metrics = means(sums) | {"grad_norm": optax.tree.norm(grads)}
         params: Any = optax.apply_updates(state.params, updates)
-        return State(params, opt), metrics
+        return State(params, opt, state.step + 1), metrics
 
     return step
 
 
-def make_eval_step(model: ModelConfig, mesh: Mesh, *, compute_dtype: Any) -> Callable[[Params, Batch], Sums]:
-    """Builds the evaluation of one batch: its sums."""
-    bind = binder(model, dtype=compute_dtype)
+def make_eval_step(
+    model: ModelConfig, mesh: Mesh, *, compute_dtype: Any, objective: Objective = SFT, quantized: bool = False
+) -> Callable[[Params, Params, Batch], Sums]:
+    """Builds the evaluation of one batch by what trains and what does not: its sums."""
+    models = _binders(model, objective, compute_dtype, "none")
+
+    def evaluate(params: Params, frozen: Params, batch: Batch) -> Sums:
+        policy, reference = models(params, frozen)
+        return _sums(objective, policy, reference, batch)
+
     return jax.shard_map(
-        lambda params, batch: _sums(bind(params), batch),
+        evaluate,
         mesh=mesh,
-        in_specs=(param_specs(model, mesh), meshes.batch_spec(mesh)),
+        in_specs=(
+            param_specs(model, mesh),
+            frozen_specs(model, mesh, quantized=quantized),
+            meshes.batch_spec(mesh),
+        ),
         out_specs=EVERYWHERE,
     )
 
@@ -179,5 +289,5 @@ def means(sums: Sums) -> dict[str, jax.Array]:
         "loss": sums.loss / jnp.maximum(sums.weight, 1e-9),
         "aux_loss": sums.aux / jnp.maximum(sums.tokens, 1.0),
         "tokens": sums.tokens,
-        "trained_tokens": sums.weight,
-    }
+        "trained_tokens": sums.trained,
+    } | {name: value / jnp.maximum(sums.weight, 1e-9) for name, value in sums.watched.items()}

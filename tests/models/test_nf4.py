@@ -1,0 +1,79 @@
+"""NF4: the code book and the rounding, made again from the paper; the size of a frozen model; its products."""
+
+import json
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.stats import norm
+from support import ROOT
+
+from xlam_jax.models import nf4
+from xlam_jax.models.config import Lora, ModelConfig
+from xlam_jax.models.linear import project
+from xlam_jax.models.params import freeze, shapes, trainable
+
+
+def code_book() -> np.ndarray:
+    """The paper's construction (appendix E): evenly spaced quantiles of the normal distribution, eight of its negative
+    half, nine of its positive one, zero in both, scaled to [-1, 1]."""
+    offset = (1 - 1 / (2 * 15) + 1 - 1 / (2 * 16)) / 2
+    positive = norm.ppf(np.linspace(offset, 0.5, 9)[:-1])
+    negative = -norm.ppf(np.linspace(offset, 0.5, 8)[:-1])
+    values = np.sort(np.concatenate([positive, negative, [0.0]]))
+    return values / np.abs(values).max()
+
+
+def test_code_book_is_the_papers():
+    np.testing.assert_allclose(nf4.CODEBOOK, code_book(), atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(3, 128), (2, 5, 64), (4, 96), (7, 16)])
+def test_each_weight_is_the_nearest_code_times_its_blocks_largest(shape: tuple[int, ...]):
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=shape).astype(np.float32)
+    weight[0] = 0  # a block of zeros
+    packed = nf4.quantize(jnp.asarray(weight))
+    assert packed.shape == shape
+    block = nf4.block_size(shape[-1])
+    blocks = weight.reshape(-1, block)
+    largest = np.abs(blocks).max(axis=1)
+    nearest = np.abs(blocks[:, :, None] / np.where(largest, largest, 1)[:, None, None] - code_book()).argmin(axis=-1)
+    codes = np.asarray(packed.codes).reshape(-1, block // 2)
+    assert np.array_equal(np.concatenate([codes & 15, codes >> 4], axis=1), nearest)
+    # the second quantization: scales to 255ths of the row's largest, so off by at most half of one
+    row = np.abs(weight).max(axis=-1)
+    np.testing.assert_array_equal(packed.rows, row)
+    scales = np.asarray(packed.scales) * row[..., None] / 255
+    assert np.abs(scales.reshape(-1) - largest).max() <= row.max() / 255 / 2 * (1 + 1e-5)
+    made = np.asarray(nf4.dequantize(packed, jnp.float32))
+    np.testing.assert_allclose(
+        made.reshape(-1, block), code_book()[nearest] * scales.reshape(-1, 1), rtol=1e-6, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("name", ["mistral_7b_v0.3", "mixtral_8x7b", "deepseek_coder_6.7b"])
+def test_a_frozen_model_takes_little(name: str):
+    hf = json.loads((ROOT / f"configs/models/{name}.json").read_text(encoding="utf-8"))
+    model = replace(ModelConfig.from_hf(hf), lora=Lora(targets=("q",), rank=8, alpha=8))
+    base = trainable(model, shapes(model))[1]
+    kept = jax.eval_shape(lambda tree: freeze(tree, jnp.bfloat16, quantized=True), base)
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
+    assert size / sum(leaf.size for leaf in jax.tree.leaves(base)) <= 0.6
+
+
+def test_products_and_their_gradients_are_those_of_the_dense_weight():
+    rng = np.random.default_rng(0)
+    packed = nf4.quantize(jnp.asarray(rng.normal(size=(24, 2, 64)), jnp.float32))
+    dense = nf4.dequantize(packed, jnp.float32)
+    x = jnp.asarray(rng.normal(size=(3, 5, 24)), jnp.float32)
+    one, two = (
+        jax.value_and_grad(lambda x, weight=weight: jnp.sum(jnp.sin(project("BTD,DNK->BTNK", x, weight, jnp.float32))))(
+            x
+        )
+        for weight in (packed, dense)
+    )
+    assert np.array_equal(one[0], two[0])
+    assert np.array_equal(one[1], two[1])
