@@ -138,6 +138,7 @@ def train(resolved: Resolved, run: Path) -> int:
     resumes = checkpoint.is_checkpoint(run)
     # read before the run folder is touched: the weights may be missing, or another model's
     base = weights.read_base(resolved) if abstract_frozen or not resumes else None
+    given = weights.read_adapters(resolved) if resolved.model.lora else base
     frozen = weights.frozen(resolved, base, abstract_frozen, dtype)
     beside = weights.fingerprint(frozen) if frozen else None
 
@@ -169,9 +170,9 @@ def train(resolved: Resolved, run: Path) -> int:
         loader.restore(data_state)
         progress.line(f"continuing {run} after step {start}")
     else:
-        state = steps.init_state(abstract, tx, weights.fresh(resolved, base, abstract.params))
+        state = steps.init_state(abstract, tx, weights.fresh(resolved, given, abstract.params))
         progress.line(f"weights from {config.model.init_from or 'the seed'}")
-    del base
+    del base, given
     if start >= config.train.steps:
         progress.line(f"{run} is finished: {start} of {config.train.steps} steps")
         return 0

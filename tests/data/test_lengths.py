@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from strategies import broken
 
-from xlam_jax.config import Data
+from xlam_jax.config import Data, Loss
 from xlam_jax.data import lengths
 from xlam_jax.data.lengths import Fitted, fit
 from xlam_jax.data.render import Rendered, render_all
@@ -97,12 +97,17 @@ def own_turns(part: Trajectory) -> list[int]:
 
 @pytest.mark.parametrize("format", TOKENIZERS)
 @SETTINGS
-@given(trajectory=trajectories(), share=st.floats(0.2, 1.1), on_long=st.sampled_from(["error", "drop", "cut", "split"]))
-def test_what_fits_is_rendered_and_the_rest_is_told(format, trajectory, share, on_long):
+@given(
+    trajectory=trajectories(),
+    share=st.floats(0.2, 1.1),
+    on_long=st.sampled_from(["error", "drop", "cut", "split"]),
+    loss=st.sampled_from([{}, {}, {"turns": "last"}, {"answer": 0.0, "thought": 0.5}, {"tool_call": 0.0}]),
+)
+def test_what_fits_is_rendered_and_the_rest_is_told(format, trajectory, share, on_long, loss):
     tokenizer = tokenizer_of(format)
-    whole = render_all(trajectory, tokenizer, format)
+    whole = render_all(trajectory, tokenizer, format, Loss.model_validate(loss))
     longest = max((len(one.input_ids) for one in whole), default=1000)
-    data = config(format, on_long, max(1, int(longest * share)))
+    data = config(format, on_long, max(1, int(longest * share)), loss=loss)
     fitted = fit(trajectory, tokenizer, data)
     check(fitted, trajectory, tokenizer, data)
     assert fitted.detail or fitted.rendered
@@ -119,7 +124,7 @@ def test_what_fits_is_rendered_and_the_rest_is_told(format, trajectory, share, o
         assert (fitted.cut_turns > 0) == (on_long == "cut" and bool(fitted.rendered))
     if fitted.rendered and on_long == "split":
         trained = [turn for one in fitted.rendered for turn in trained_turns(one)]
-        assert sorted(trained) == sorted(own_turns(trajectory))  # each once, and all
+        assert sorted(trained) == sorted(turn for one in whole for turn in trained_turns(one))  # each once, and all
         if format != "native":  # there the parts of a conversation may overlap in text only
             mine = np.concatenate([one.input_ids[one.loss_mask] for one in fitted.rendered])
             assert mine.tolist() == np.concatenate([one.input_ids[one.loss_mask] for one in whole]).tolist()
@@ -192,6 +197,21 @@ def test_a_long_trajectory_in_parts():
     assert trained_turns(cut.rendered[0])[-1] == 201
     assert len(cut.rendered[0].input_ids) > 950
     assert cut.cut_turns == 202 - len(cut.parts[0].conversation)
+    for one in (fitted, cut):
+        check(one, long_row(100), tokenizer_of("xlam"), data)
+    # of the kept turns the first is the user's, the second an answer to a result that is gone
+    assert trained_turns(cut.rendered[0])[0] == 202 - len(cut.parts[0].conversation) + 3
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.9, 1.2, 3])
+def test_measures_that_are_off_change_nothing(factor, monkeypatch):
+    """They say where to look; what fits is what was rendered."""
+    data = config("xlam", "cut", 1024)
+    expected = fit(long_row(60), tokenizer_of("xlam"), data)
+    measured = lengths._Fitter._count
+    monkeypatch.setattr(lengths._Fitter, "_count", lambda *args: int(measured(*args) * factor))
+    fitted = fit(long_row(60), tokenizer_of("xlam"), data)
+    assert fitted.rendered[0].input_ids.tolist() == expected.rendered[0].input_ids.tolist()
 
 
 @pytest.mark.parametrize("on_long", ["cut", "split"])

@@ -347,11 +347,11 @@ def test_apibench_quotes_and_a_missing_input():
 
 
 @pytest.mark.parametrize(
-    "rest", [" " * 1_000_000 + "x", "}" * 1_000_000 + "x", ("'" + " " * 1000) * 1000, "'explanation': '" * 50_000]
+    "rest", [" " * 1_000_000, "}" * 1_000_000, ("'" + " " * 1000) * 1000, "'explanation': '" * 50_000]
 )
 def test_apibench_explanations_take_linear_time(rest):
     row = {
-        "code": f"{{'Instruction': q, 'Output': 'torch.hub.load('a/b', 'c')', 'explanation': 'e'{rest}",
+        "code": f"{{'Instruction': q, 'Output': 'torch.hub.load('a/b', 'c')', 'explanation': 'e'{rest}x",
         "api_call": "torch.hub.load('a/b', 'c')",
     }
     (made,) = apibench.convert_row(row, "t")

@@ -144,13 +144,25 @@ def _weight(segment: Segment, turns: Sequence[Message], loss: Loss) -> float:
 
 
 def with_flags(trajectory: Trajectory, loss: Loss) -> Trajectory:
-    """Writes `loss.turns` into the turns: with `last`, earlier assistant turns train only if they say `loss: true`."""
-    if loss.turns == "all":
+    """Writes into the turns which of them carry no loss, so that their `loss` flags say it all.
+
+    With `turns` "last" the earlier assistant turns train only if they say `loss: true`; a turn whose kinds all weigh
+    nothing never does.
+    """
+    if loss.turns == "all" and min(loss.thought, loss.tool_call, loss.answer) > 0:
         return trajectory
     turns = trajectory.conversation
     last = max(i for i, turn in enumerate(turns) if turn.role == "assistant")
+
+    def trains(i: int, turn: Message) -> bool:
+        if loss.turns == "last" and turn.loss is None and i < last:
+            return False
+        if not turn.tool_calls:
+            return loss.answer > 0
+        return loss.tool_call > 0 or (loss.thought > 0 and bool(turn.content))
+
     flagged = tuple(
-        replace(turn, loss=False) if turn.role == "assistant" and turn.loss is None and i < last else turn
+        replace(turn, loss=False) if turn.role == "assistant" and not trains(i, turn) else turn
         for i, turn in enumerate(turns)
     )
     return replace(trajectory, conversation=flagged)

@@ -35,17 +35,22 @@ def read_base(resolved: Resolved) -> Params | None:
     return params
 
 
-def fresh(resolved: Resolved, base: Params | None, abstract: Params) -> Params:
-    """What trains, before the first step: the base itself; or adapters, those of `lora.init_from` or new ones that
-    change nothing yet."""
-    model, seed, start = resolved.model, resolved.config.seed, resolved.config.lora.init_from
-    if model.lora is not None and start is not None:
-        from converters.peft import read_peft
+def read_adapters(resolved: Resolved) -> Params | None:
+    """The adapters that `lora.init_from` names; None for new ones. Raises `UserError` when they do not fit."""
+    from converters.peft import read_peft
 
-        return place(read_peft(Path(start), model), abstract)
-    if model.lora is None and base is not None:
-        return place(base, abstract)
-    return place(lambda: trainable(model, initialize(model, seed))[0], abstract)
+    start = resolved.config.lora.init_from
+    return None if start is None or resolved.model.lora is None else read_peft(Path(start), resolved.model)
+
+
+def fresh(resolved: Resolved, given: Params | None, abstract: Params) -> Params:
+    """What trains, before the first step: what was read, or random weights, or adapters that change nothing yet."""
+    model, seed = resolved.model, resolved.config.seed
+    return (
+        place(lambda: trainable(model, initialize(model, seed))[0], abstract)
+        if given is None
+        else place(given, abstract)
+    )
 
 
 def frozen(resolved: Resolved, base: Params | None, abstract: Params, dtype: Any) -> Params:
