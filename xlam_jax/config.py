@@ -196,26 +196,6 @@ class LoraSection(Section):
     """Adapters to start from: a PEFT folder."""
 
 
-class ObjectiveSection(Section):
-    """What is minimized."""
-
-    kind: Literal["sft", "sigmoid", "hinge", "ipo", "kto_pair", "simpo", "orpo"] = "sft"
-    """sft on trajectories; or a loss on preference pairs: DPO's sigmoid and its relatives."""
-    beta: float = Field(default=0.1, gt=0)
-    """How strongly pairs pull away from the reference; the scale of simpo's reward; the weight of orpo's odds ratio."""
-    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
-    """sigmoid: share of the pairs taken to be labelled the wrong way round."""
-    margin: float = Field(default=0.5, ge=0)
-    """simpo: by how much the chosen side should lead."""
-    sft_weight: float = Field(default=0.0, ge=0)
-    """Weight of the chosen side's own loss a token, beside the loss on pairs."""
-    reference: Literal["auto", "adapters_off", "precomputed", "none"] = "auto"
-    """Where the reference policy's log-probabilities come from. auto: the model with its adapters off where it has
-    adapters, else computed once before the first step; none for simpo and orpo."""
-    max_pairs: Count = 16
-    """Pairs that a packed row holds at most."""
-
-
 class Train(Section):
     """The optimization."""
 
@@ -257,8 +237,6 @@ class Train(Section):
     """Weight of the squared log of the softmax's normalizer, a token (PaLM, 2204.02311)."""
     neftune: float = Field(default=0.0, ge=0)
     """Noise on the embeddings in training, α of NEFTune (2310.05914); 5 to 15 in the paper."""
-    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay of an average of the weights that is kept beside them, such as 0.999."""
     log_every: Count = Field(default=1, json_schema_extra=CHANGEABLE)
     """Steps between printed lines; every step is in metrics.jsonl."""
 
@@ -309,8 +287,6 @@ class Config(Section):
     """How."""
     lora: LoraSection = LoraSection()
     """Adapters."""
-    objective: ObjectiveSection = ObjectiveSection()
-    """To what end."""
     eval: Eval = Eval()
     """Held-out loss."""
     checkpoint: Checkpoint = Checkpoint()

@@ -37,10 +37,7 @@ def schedule(train: Train) -> optax.Schedule:
 def optimizer(train: Train, model: ModelConfig) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter, 1711.05101), Adafactor (Shazeer & Stern, 1804.04235), Lion (Chen et al., 2302.06675)
     or Muon (Jordan et al., 2024; AdamW for what is no matrix of a block). The norms' scales are not decayed."""
-    parts = [optax.clip_by_global_norm(train.clip_norm), _rule(train, model)]
-    if train.ema is not None:
-        parts.append(_average(train.ema))
-    return optax.chain(*parts)
+    return optax.chain(optax.clip_by_global_norm(train.clip_norm), _rule(train, model))
 
 
 def _rule(train: Train, model: ModelConfig) -> optax.GradientTransformation:
@@ -137,24 +134,5 @@ def _kept_small(adam: optax.GradientTransformation, dtype: Any) -> optax.Gradien
         whole = state._replace(mu=unpack(state.mu), nu=jax.tree.map(jnp.square, unpack(state.nu)))
         updates, whole = adam.update(updates, whole, params)
         return updates, packed(whole)
-
-    return optax.GradientTransformation(init, update)
-
-
-class Average(NamedTuple):
-    """An exponential moving average of the parameters."""
-
-    ema: Any
-
-
-def _average(decay: float) -> optax.GradientTransformation:
-    """Keeps the average of what the parameters are after each update (Polyak & Juditsky, 1992)."""
-
-    def init(params: Any) -> Average:
-        return Average(jax.tree.map(jnp.asarray, params))
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Average]:
-        new = optax.apply_updates(params, updates)
-        return updates, Average(jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, new))
 
     return optax.GradientTransformation(init, update)
