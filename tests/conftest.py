@@ -56,3 +56,17 @@ def trained(commands: Commands, tiny_config: Path, tmp_path_factory: pytest.Temp
     """The folder of a finished run of the tiny config, and what the command said. To read, not to write."""
     run = tmp_path_factory.mktemp("trained") / "run"
     return run, commands.run("xlam_jax.train", "--config", tiny_config, f"output_dir={run}").stderr
+
+
+@pytest.fixture(autouse=True)
+def quick_compilation(request: pytest.FixtureRequest):
+    """Tiny models compile for seconds and run for milliseconds: compile them without the expensive passes."""
+    if request.path.parent.name not in ("models", "training", "converters"):
+        yield
+        return
+    import jax
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
