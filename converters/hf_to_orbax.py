@@ -5,7 +5,8 @@ import json
 import shutil
 import tempfile
 from collections import Counter
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,13 +43,7 @@ def load_hf(folder: Path, *, dtype: Any = None) -> "tuple[dict[str, Any], Params
     mapped into memory and read tensor by tensor. Raises one `UserError` that names everything that is missing, extra,
     twice there, or of another shape than the config says.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; a Hugging Face folder with config.json and safetensors is expected")
-    hf_config = read_hf_config(folder / "config.json")
-    config = ModelConfig.from_hf(hf_config, str(folder / "config.json"))
-    with ExitStack() as open_files:
-        files = {name: open_files.enter_context(_open(folder / name)) for name in _weight_files(folder)}
-        where = _locate(folder, files, list(tensors(config)))
+    with _opened(folder) as (hf_config, where):
         params: Params = {}
         for tensor, file in where:
             value = file.get_tensor(tensor.key)
@@ -59,6 +54,24 @@ def load_hf(folder: Path, *, dtype: Any = None) -> "tuple[dict[str, Any], Params
                 node[tensor.path[-1]] = np.empty(tensor.stacked_shape, dtype or value.dtype)
             node[tensor.path[-1]][tensor.at] = tensor.from_hf(value)
     return hf_config, params
+
+
+def check_hf(folder: Path) -> ModelConfig:
+    """Checks a Hugging Face folder as `load_hf` does, without reading the weights, and returns what model it holds."""
+    with _opened(folder) as (hf_config, _):
+        return ModelConfig.from_hf(hf_config)
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[tuple[dict[str, Any], list[tuple[Tensor, Any]]]]:
+    """Gives the config, and each tensor with the open file that holds it."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; a Hugging Face folder with config.json and safetensors is expected")
+    hf_config = read_hf_config(folder / "config.json")
+    config = ModelConfig.from_hf(hf_config, str(folder / "config.json"))
+    with ExitStack() as open_files:
+        files = {name: open_files.enter_context(_open(folder / name)) for name in _weight_files(folder)}
+        yield hf_config, _locate(folder, files, list(tensors(config)))
 
 
 def _weight_files(folder: Path) -> list[str]:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import pytest
 import tiny_models
@@ -74,13 +75,22 @@ def test_greedy_equals_transformers(folder: Path, model: Decoder, prompts: list[
 
 def test_a_row_of_a_batch_equals_the_row_alone(model: Decoder, prompts: list[list[int]]):
     together = generate(model, prompts, max_new_tokens=NEW, eos_id=NEVER)
-    assert [generate(model, [prompt], max_new_tokens=NEW, eos_id=NEVER)[0] for prompt in prompts] == together
+    assert generate(model, prompts, max_new_tokens=NEW, eos_id=NEVER, rows=1) == together
+
+
+def test_shapes_that_are_much_alike_share_a_compilation(
+    model: Decoder, prompts: list[list[int]], caplog: pytest.LogCaptureFixture
+):
+    generate(model, prompts, max_new_tokens=NEW, eos_id=NEVER)
+    with jax.log_compiles():
+        generate(model, [prompt[1:] for prompt in prompts], max_new_tokens=NEW + 1, eos_id=7)
+    assert "Compiling" not in caplog.text
 
 
 def test_a_prompt_longer_than_a_chunk(tmp_path: Path):
     tiny_models.hf_model("mistral", sliding_window=50).save_pretrained(tmp_path)
-    prompts = [tiny_models.tokens(1, length)[0].tolist() for length in (300, 20)]
-    ours = generate(load(tmp_path), prompts, max_new_tokens=NEW, eos_id=NEVER)
+    prompts = [tiny_models.tokens(1, length)[0].tolist() for length in (300, 20, 25)]
+    ours = generate(load(tmp_path), prompts, max_new_tokens=NEW, eos_id=NEVER, rows=2)
     assert ours == hf_generate(tmp_path, prompts, NEVER)
 
 

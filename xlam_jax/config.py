@@ -38,6 +38,9 @@ HF_TARGETS = {
     "lm_head": "head",
 }
 """Names that users of Hugging Face know the weights by."""
+_ON_PAIRS = ("sigmoid", "hinge", "ipo", "kto_pair", "simpo", "orpo")
+PAIRS = "pairs"
+"""The format of a source that holds pairs."""
 CHANGEABLE: dict[str, JsonValue] = {"changeable": True}
 """Marks a field that does not change what a run computes: a run may be continued with another value."""
 
@@ -98,7 +101,8 @@ class Source(Section):
     split: str = "train"
     """The split of `dataset` or `tfds`."""
     format: str = "unified"
-    """The rows' format: unified, or one that python -m converters.trajectories knows."""
+    """The rows' format: unified, or one that python -m converters.trajectories knows; or pairs, as
+    python -m xlam_jax.data pairs writes them, for an objective on pairs."""
     weight: float | None = Field(default=None, gt=0)
     """Share in the mixture relative to the other weights. None: 1, or `size` × `epochs` if any source has `epochs`."""
     epochs: float | None = Field(default=None, gt=0)
@@ -174,6 +178,36 @@ class Data(Section):
     """Independent streams that the data is dealt to; each packs on its own. Fixes the batches for any host count."""
     packing_bins: Count = 16
     """Rows that a stream fills at a time, best fit first. More pack tighter."""
+    max_pairs: Count = 8
+    """Pairs that a row holds at most, where the sources hold pairs. Both sides of a pair lie in one row."""
+
+    @property
+    def pairs(self) -> bool:
+        """Whether the sources hold pairs."""
+        return self.sources[0].format == PAIRS
+
+
+class ObjectiveSection(Section):
+    """What is minimized."""
+
+    kind: Literal["sft", "sigmoid", "hinge", "ipo", "kto_pair", "simpo", "orpo"] = "sft"
+    """sft: cross-entropy. The others are losses on pairs of a chosen and a rejected answer (sigmoid: DPO), and every
+    source has the format pairs."""
+    beta: float = Field(default=0.1, gt=0)
+    """Scale of a pair's rewards. For simpo 2 to 10, for orpo the weight λ of the odds ratio's term."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """sigmoid: share of pairs taken to be labelled the wrong way round."""
+    margin: float = Field(default=0.0, ge=0)
+    """simpo: by how much the chosen side's reward should lead, γ."""
+    sft_weight: float = Field(default=0.0, ge=0)
+    """Weight of the cross-entropy a token of the chosen side; orpo has it with weight 1."""
+    reference: Literal["auto", "adapters_off", "precomputed", "none"] = "auto"
+    """The policy that the rewards are relative to: the model without its adapters, computed beside it; the weights that
+    the run starts from, computed once and kept in a folder; or none. auto: the first with adapters, the second
+    without, none for simpo and orpo."""
+    reference_cache: str | None = Field(default=None, json_schema_extra=CHANGEABLE)
+    """Where a precomputed reference is kept; another run with the same data and weights may use it too. None:
+    reference/ in output_dir."""
 
 
 class LoraSection(Section):
@@ -237,17 +271,27 @@ class Train(Section):
     """Weight of the squared log of the softmax's normalizer, a token (PaLM, 2204.02311)."""
     neftune: float = Field(default=0.0, ge=0)
     """Noise on the embeddings in training, α of NEFTune (2310.05914); 5 to 15 in the paper."""
+    ema: Share = 0.0
+    """Decay of a moving average of what trains, a step: 0.999 averages over about 1000 steps. 0: none. Where there is
+    one, it is what is evaluated and exported."""
     log_every: Count = Field(default=1, json_schema_extra=CHANGEABLE)
     """Steps between printed lines; every step is in metrics.jsonl."""
 
 
 class Eval(Section):
-    """The held-out loss."""
+    """Held-out loss, and answers to held-out requests."""
 
     every: Count = Field(default=100, json_schema_extra=CHANGEABLE)
     """Steps between evaluations; also before the first and after the last step."""
     batches: Count | None = Field(default=None, json_schema_extra=CHANGEABLE)
     """At most so many batches. None: all held-out data."""
+    requests: int = Field(default=0, ge=0, json_schema_extra=CHANGEABLE)
+    """Held-out requests that the model answers: which share of the calls can be parsed, fits the tools' schemas, calls
+    the right function, and is exactly the recorded one."""
+    requests_every: Count | None = Field(default=None, json_schema_extra=CHANGEABLE)
+    """Steps between those. None: at every evaluation."""
+    max_new_tokens: Count = Field(default=256, json_schema_extra=CHANGEABLE)
+    """Longest answer to a request."""
 
 
 class Checkpoint(Section):
@@ -257,6 +301,23 @@ class Checkpoint(Section):
     """Steps between checkpoints; also after the last step and at SIGTERM."""
     keep: Count = Field(default=2, json_schema_extra=CHANGEABLE)
     """The newest so many are kept."""
+    best: str | None = Field(default=None, json_schema_extra=CHANGEABLE)
+    """A metric of the evaluations, such as heldout.loss, heldout.kinds.arguments.loss, heldout.accuracy (pairs) or
+    requests.exact: the best checkpoint by it is kept as well."""
+
+
+class Track(Section):
+    """Where metrics go besides metrics.jsonl. A tracker that fails is reported, and never stops the run."""
+
+    to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(
+        default=["tensorboard"], json_schema_extra=CHANGEABLE
+    )
+    """Each but tensorboard needs the package of its name, and is set up as that package is, by its own environment
+    variables."""
+    project: str = Field(default="xlam_jax", json_schema_extra=CHANGEABLE)
+    """The project (wandb, trackio) or experiment (mlflow) that the run belongs to."""
+    name: str | None = Field(default=None, json_schema_extra=CHANGEABLE)
+    """The run's name there. None: that of output_dir."""
 
 
 class MeshShape(Section):
@@ -285,12 +346,16 @@ class Config(Section):
     """On what."""
     train: Train
     """How."""
+    objective: ObjectiveSection = ObjectiveSection()
+    """Towards what."""
     lora: LoraSection = LoraSection()
     """Adapters."""
     eval: Eval = Eval()
-    """Held-out loss."""
+    """Evaluation while training."""
     checkpoint: Checkpoint = Checkpoint()
     """Saving."""
+    track: Track = Track()
+    """Where metrics go."""
     mesh: MeshShape = MeshShape()
     """On which devices."""
 
@@ -497,6 +562,14 @@ def _check(config: Config, model: ModelConfig) -> None:
             "each stream gives the same number of rows to a batch, so the first must be a multiple of the second"
         )
     _check_sources(data)
+    _check_objective(config)
+    best = config.checkpoint.best
+    if best is not None and best not in (known := evaluated(config)):
+        shown = ", ".join(name for name in known if ".sources." not in name)
+        raise UserError(
+            f"checkpoint.best is {best}, which no evaluation of this run gives{nearest(best, known)} (known: {shown}; "
+            "heldout.sources.NAME.… of each source)"
+        )
     check_divisible(config, model, {axis: max(1, size) for axis, size in sizes.items()})
 
 
@@ -531,6 +604,75 @@ def _check_sources(data: Data) -> None:
         raise UserError(f"data.on_long is {data.on_long} and data.augment is on; set data.on_long to drop or error")
 
 
+def evaluated(config: Config) -> list[str]:
+    """The names of the metrics that evaluations give, for `checkpoint.best`."""
+    from xlam_jax.data.codec import KINDS
+
+    sources = [f"heldout.sources.{source.name}" for source in config.data.sources]
+    names = ["heldout.loss", *(f"{source}.loss" for source in sources)]
+    if config.objective.kind == "sft":
+        kinds = [f"kinds.{kind}.loss" for kind in KINDS if kind != "prompt"]
+        names += [f"{prefix}.{kind}" for prefix in ("heldout", *sources) for kind in kinds]
+    else:
+        watched = ("accuracy", "margin", "kl", "rewards_chosen", "rewards_rejected", "log_p_chosen", "log_p_rejected")
+        names += [f"heldout.{name}" for name in watched]
+    if config.eval.requests:
+        names += [f"requests.{name}" for name in ("parsable", "schema_valid", "right_function", "exact")]
+    return names
+
+
+def reference(config: Config) -> Literal["adapters_off", "precomputed", "none"]:
+    """What `objective.reference` means in this run."""
+    chosen, kind = config.objective.reference, config.objective.kind
+    if chosen != "auto":
+        return chosen
+    if kind in ("sft", "simpo", "orpo"):
+        return "none"
+    return "precomputed" if config.train.trainable == "full" else "adapters_off"
+
+
+def _check_objective(config: Config) -> None:
+    objective, data = config.objective, config.data
+    kind = objective.kind
+    for at, source in enumerate(data.sources):
+        if (source.format == PAIRS) != (kind != "sft"):
+            needs = f"learns from whole trajectories; make objective.kind one on pairs ({', '.join(_ON_PAIRS)})"
+            if kind != "sft":
+                needs = "learns from pairs; make them with python -m xlam_jax.data pairs and set format to pairs"
+            raise UserError(
+                f"data.sources.{at} ({source.name}): format is {source.format}, and objective.kind {kind} {needs}"
+            )
+    for name, only in (("label_smoothing", "sigmoid"), ("margin", "simpo")):
+        if getattr(objective, name) and kind != only:
+            raise UserError(
+                f"objective.{name} is {getattr(objective, name)} and objective.kind is {kind}; it is for {only}"
+            )
+    if kind == "sft":
+        if objective.sft_weight or objective.reference not in ("auto", "none"):
+            name = "sft_weight" if objective.sft_weight else "reference"
+            raise UserError(
+                f"objective.{name} is {getattr(objective, name)} and objective.kind is sft; it is for losses on pairs"
+            )
+        return
+    if kind in ("simpo", "orpo") and objective.reference not in ("auto", "none"):
+        raise UserError(f"objective.reference is {objective.reference}, and {kind} has none; set it to auto")
+    if objective.reference == "adapters_off" and config.train.trainable == "full":
+        raise UserError(
+            "objective.reference is adapters_off and train.trainable is full, which has no adapters; set the first to "
+            "precomputed, or the second to lora"
+        )
+    if data.augment.active:
+        raise UserError(f"data.augment is on, and objective.kind is {kind}; variants are drawn for sft alone")
+    if data.on_long in ("cut", "split"):
+        raise UserError(f"data.on_long is {data.on_long}, and a pair stays whole; set it to drop or error")
+    for name in ("thought", "tool_call", "answer"):
+        if getattr(data.loss, name) not in (0.0, 1.0):
+            raise UserError(
+                f"data.loss.{name} is {getattr(data.loss, name)}, and in a loss on pairs a token counts or does not; "
+                "set it to 0 or 1"
+            )
+
+
 def check_divisible(config: Config, model: ModelConfig, sizes: dict[str, int]) -> None:
     """Every size that an axis of the mesh splits must be a multiple of it. Called again once -1 is known."""
     rows = sizes["mesh.data"] * sizes["mesh.fsdp"] * config.train.microbatches
@@ -544,6 +686,20 @@ def check_divisible(config: Config, model: ModelConfig, sizes: dict[str, int]) -
     for what, size, axis, parts in split:
         if size % parts:
             raise UserError(f"{what} is {size}, which {axis}, {parts}, does not divide")
+    if config.train.trainable != "qlora":
+        return
+    from xlam_jax.models.nf4 import block_size
+
+    for what, size, axis in (
+        ("hidden_size", model.hidden_size, "fsdp"),
+        ("intermediate_size", model.mlp_size, "tensor"),
+    ):
+        block = block_size(size)
+        if size // block % sizes[f"mesh.{axis}"]:
+            raise UserError(
+                f"the model's {what} is {size}, {size // block} blocks of {block} four-bit weights, which mesh.{axis}, "
+                f"{sizes[f'mesh.{axis}']}, does not divide; choose a divisor of {size // block}"
+            )
 
 
 def to_yaml(config: Config) -> str:

@@ -6,7 +6,7 @@ completion parsed, by the same code that renders the training data.
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,6 +16,7 @@ from xlam_jax.errors import UserError, run
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from xlam_jax.data.trajectory import ToolCall
     from xlam_jax.models.config import ModelConfig
     from xlam_jax.models.decoder import Decoder
     from xlam_jax.models.params import Params
@@ -105,6 +106,33 @@ def conversations(path: Path) -> list[list[dict[str, Any]]]:
     return value if isinstance(value[0], list) else [value]
 
 
+class Completion(NamedTuple):
+    """What a model wrote."""
+
+    text: str
+    """As it was written, without the end token."""
+    content: str
+    """The text that is no call, without white space around it."""
+    calls: "tuple[ToolCall, ...] | None"
+    finish_reason: str
+    """tool_calls or stop, where it came to its end; length, where it was cut."""
+
+
+def read_completion(new: list[int], tokenizer: "PreTrainedTokenizerFast") -> Completion:
+    """Reads a model's new tokens."""
+    from xlam_jax.data.render import parse_completion
+
+    ended = bool(new) and new[-1] == tokenizer.eos_token_id
+    text = str(tokenizer.decode(new[:-1] if ended else new, skip_special_tokens=False))
+    content, calls = parse_completion(text)
+    return Completion(text, content.strip(), calls, ("tool_calls" if calls else "stop") if ended else "length")
+
+
+def named(calls: "Sequence[ToolCall] | None") -> list[dict[str, Any]]:
+    """Calls as they are written out."""
+    return [{"name": call.name, "arguments": call.arguments} for call in calls or ()]
+
+
 def complete(
     model: "Decoder",
     tokenizer: "PreTrainedTokenizerFast",
@@ -112,23 +140,13 @@ def complete(
     **sampling: Any,
 ) -> list[dict[str, Any]]:
     """Continues rendered prompts; returns content, tool calls and why each ended, in the shape that is printed."""
-    from xlam_jax.data.render import parse_completion
     from xlam_jax.models.generation import generate
 
     eos: Any = tokenizer.eos_token_id
-    answers = []
-    for new in generate(model, prompts, eos_id=eos, **sampling):
-        ended = bool(new) and new[-1] == eos
-        text = str(tokenizer.decode(new[:-1] if ended else new, skip_special_tokens=False))
-        content, calls = parse_completion(text)
-        answers.append(
-            {
-                "content": content.strip(),
-                "tool_calls": [{"name": call.name, "arguments": call.arguments} for call in calls or ()],
-                "finish_reason": ("tool_calls" if calls else "stop") if ended else "length",
-            }
-        )
-    return answers
+    answers = [read_completion(new, tokenizer) for new in generate(model, prompts, eos_id=eos, **sampling)]
+    return [
+        {"content": one.content, "tool_calls": named(one.calls), "finish_reason": one.finish_reason} for one in answers
+    ]
 
 
 def _within(low: float, high: float, kind: type = float) -> Any:

@@ -4,19 +4,28 @@ Running the same command again continues the run that its output_dir holds.
 """
 
 import argparse
+import json
+import math
 import os
 import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from xlam_jax import config as configs
 from xlam_jax import errors
 from xlam_jax.config import Resolved
 from xlam_jax.errors import UserError
 
+if TYPE_CHECKING:
+    from xlam_jax.data.corpus import Loaded
+    from xlam_jax.training.progress import Progress
+    from xlam_jax.training.step import State
+
 CONFIG = "config.yaml"
+SHOWN = 20
+"""Trajectories that a message names at most."""
 
 
 def main() -> int:
@@ -28,6 +37,14 @@ def main() -> int:
     )
     parser.add_argument("--config", required=True, type=Path, metavar="FILE.yaml")
     parser.add_argument("--print-config", action="store_true", help="show the resolved config and where it comes from")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="read the data, compile and time the step, tell its costs; write nothing",
+    )
+    parser.add_argument(
+        "--profile", type=_steps, metavar="START:STOP", help="trace these steps for XProf, into output_dir/profile"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="fields to set")
     arguments = parser.parse_intermixed_args()
     resolved = configs.load(arguments.config, arguments.overrides)
@@ -37,7 +54,22 @@ def main() -> int:
     run = Path(resolved.config.output_dir)
     check_run_folder(run, resolved)
     with_huge_pages()
-    return train(resolved, run)
+    if arguments.dry_run:
+        from xlam_jax.training.dry_run import dry_run
+
+        return dry_run(resolved)
+    from xlam_jax.training.progress import Progress
+
+    with Progress() as progress:
+        return train(resolved, run, progress, arguments.profile)
+
+
+def _steps(text: str) -> range:
+    """START:STOP, both traced."""
+    first, _, last = text.partition(":")
+    if not (first.isdigit() and last.isdigit() and 0 < int(first) <= int(last)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not START:STOP with 1 ≤ START ≤ STOP, such as 10:12")
+    return range(int(first), int(last) + 1)
 
 
 def check_run_folder(run: Path, resolved: Resolved) -> None:
@@ -90,163 +122,223 @@ class Stop:
         self.asked = True
 
 
-def train(resolved: Resolved, run: Path) -> int:
+def _items(state: "State") -> dict[str, Any]:
+    """What a checkpoint keeps of the state; the step is its name."""
+    items = {"params": state.params, "opt": state.opt}
+    return items if state.ema is None else items | {"ema": state.ema}
+
+
+def _not_finite(
+    run: Path, step: int, told: dict[str, Any], loaded: "list[Loaded]", origins: list[tuple[int, int]], saved: list[int]
+) -> str:
+    """What to tell when a step's loss or gradient is no number."""
+    from xlam_jax.training.checkpoint import STEPS
+
+    ids = [f"{loaded[source].source.name}: {loaded[source].ids[row]}" for source, row in origins]
+    shown = "\n  ".join(ids[:SHOWN]) + (f"\n  and {len(ids) - SHOWN} more" if len(ids) > SHOWN else "")
+    folder = run / STEPS
+    *before, newest = saved or [0]
+    if newest == step - 1 > 0:  # whether its weights or the batch are to blame is open
+        kept = f"checkpoint {folder / str(newest)} is what this step started from"
+        kept += f", {folder / str(before[-1])} the last good one before it" if before else ", the only one"
+    else:
+        kept = f"the last good checkpoint is {folder / str(newest)}" if newest else "there is no checkpoint yet"
+    return (
+        f"step {step}: the loss is {told['loss']} and the gradient's norm {told['grad_norm']}; the run stops, nothing "
+        f"of this step is saved, {kept}. Run again it would come to the same step: lower train.learning_rate, or leave "
+        "out what is wrong in the data (data.sources.N.filters.exclude), in another output_dir. The batch held\n  "
+        f"{shown}"
+    )
+
+
+def train(resolved: Resolved, run: Path, progress: "Progress", profiled: range | None = None) -> int:
     """The whole run, in the order in which things happen."""
     config = resolved.config
     stop = Stop()
 
-    # ---- data: before any device is touched, so that a bad row costs seconds ------------------------------------
-    from xlam_jax.data import corpus, pipeline
-    from xlam_jax.data.tokenizer import load_tokenizer, save
-    from xlam_jax.training.metrics import Metrics, Progress, duration, plot
+    from xlam_jax.data import pipeline
+    from xlam_jax.data.tokenizer import save
+    from xlam_jax.outputs import write_text
+    from xlam_jax.training.metrics import Metrics, plot
+    from xlam_jax.training.progress import duration
+    from xlam_jax.training.setup import RUN, about, compiled_step, set_up
+    from xlam_jax.training.trackers import check_trackers, flat, open_trackers
 
-    progress = Progress()
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    if len(tokenizer) > resolved.model.vocab_size:
-        raise UserError(
-            f"data.tokenizer: {config.data.tokenizer} has {len(tokenizer)} tokens, more than the model's vocab_size, "
-            f"{resolved.model.vocab_size}; use the model's own tokenizer, or a model with a larger vocabulary"
-        )
-    loaded = corpus.load(config.data, tokenizer, progress.line)
+    check_trackers(config.track)
+    made = set_up(resolved, progress)
 
-    # ---- devices --------------------------------------------------------------------------------------------------
     import jax
-    import jax.numpy as jnp
     import numpy as np
 
-    if config.mesh.cpu_devices > 1:
-        jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
-
     from xlam_jax.parallel.hosts import merged
-    from xlam_jax.parallel.mesh import batch_spec, make_mesh
-    from xlam_jax.training import checkpoint, weights
+    from xlam_jax.training import checkpoint, evaluation, weights
     from xlam_jax.training import step as steps
-    from xlam_jax.training.optimizer import optimizer, schedule
+    from xlam_jax.training.optimizer import schedule
 
-    mesh = make_mesh({"data": config.mesh.data, "fsdp": config.mesh.fsdp, "tensor": config.mesh.tensor})
-    configs.check_divisible(config, resolved.model, {f"mesh.{axis}": size for axis, size in mesh.shape.items()})
-    dtype = jnp.dtype(config.model.compute_dtype)
-    quantized = config.train.trainable == "qlora"
-    progress.line(
-        f"{resolved.model.parameters():,} parameters on {len(jax.devices())} {jax.default_backend()} device(s): "
-        + ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    )
-
-    tx = optimizer(config.train, resolved.model)
-    abstract = steps.abstract_state(resolved.model, tx, mesh)
-    abstract_frozen = steps.abstract_frozen(resolved.model, mesh, dtype=dtype, quantized=quantized)
     resumes = checkpoint.is_checkpoint(run)
     # read before the run folder is touched: the weights may be missing, or another model's
-    base = weights.read_base(resolved) if abstract_frozen or not resumes else None
+    base = weights.read_base(resolved) if made.frozen or not resumes else None
     given = weights.read_adapters(resolved) if resolved.model.lora else base
-    frozen = weights.frozen(resolved, base, abstract_frozen, dtype)
+    frozen = weights.frozen(resolved, base, made.frozen, made.dtype)
     beside = weights.fingerprint(frozen) if frozen else None
 
     # ---- the run folder -------------------------------------------------------------------------------------------
     # The config first: it says whose folder this is, should the run be killed before the rest is written.
     run.mkdir(parents=True, exist_ok=True)
-    (run / f"{CONFIG}.part").write_text(configs.to_yaml(config), encoding="utf-8")
-    (run / f"{CONFIG}.part").replace(run / CONFIG)
+    write_text(run / CONFIG, configs.to_yaml(config))
     checkpoint.write_hf_config(run, resolved.hf_config)
     if not (run / checkpoint.TOKENIZER).exists():
-        save(tokenizer, run / f"{checkpoint.TOKENIZER}.part", config.data.format)
+        save(made.tokenizer, run / f"{checkpoint.TOKENIZER}.part", config.data.format)
         (run / f"{checkpoint.TOKENIZER}.part").replace(run / checkpoint.TOKENIZER)
+    write_text(run / RUN, json.dumps(about(resolved, made, run), indent=1) + "\n")
 
     # ---- state: 1. this run's newest checkpoint; 2. model.init_from; 3. random -------------------------------------
-    hosts: dict[str, int] = {"host": jax.process_index(), "hosts": jax.process_count()}
-    loader = pipeline.Loader(
-        loaded, config.data, batch_size=config.train.batch_size, seed=config.seed, tokenizer=tokenizer, **hosts
-    )
-    saves = checkpoint.Checkpoints(
-        run,
-        keep=config.checkpoint.keep,
-        metadata={"config": config.model_dump(mode="json"), "model": resolved.hf_config, "base": beside},
-    )
+    metadata = {"config": config.model_dump(mode="json"), "model": resolved.hf_config, "base": beside}
+    saves = checkpoint.Checkpoints(run, keep=config.checkpoint.keep, metadata=metadata, best=config.checkpoint.best)
     start = saves.latest() or 0
+    data_state = None
     if start:
-        weights.check_base(run, saves.saved_metadata(start).get("base"), beside or "", config.model.init_from)
-        params, opt, data_state = saves.restore(start, abstract.params, abstract.opt)
-        state = steps.State(params, opt, jax.device_put(np.int32(start), abstract.step.sharding))
-        loader.restore(data_state)
+        saved = saves.saved_metadata(start)
+        weights.check_base(run, saved.get("base"), beside or "", config.model.init_from)
+        items, data_state = saves.restore(start, _items(made.state))
+        state = steps.State(step=jax.device_put(np.int32(start), made.state.step.sharding), **items)
+        metadata["reference"] = saved.get("reference")
         progress.line(f"continuing {run} after step {start}")
     else:
-        state = steps.init_state(abstract, tx, weights.fresh(resolved, given, abstract.params))
+        state = steps.init_state(made.state, made.tx, weights.fresh(resolved, given, made.state.params))
         progress.line(f"weights from {config.model.init_from or 'the seed'}")
     del base, given
     if start >= config.train.steps:
         progress.line(f"{run} is finished: {start} of {config.train.steps} steps")
         return 0
+    loaded = made.loaded
+    if configs.reference(config) == "precomputed":
+        from xlam_jax.training import reference
 
-    # ---- compile: once --------------------------------------------------------------------------------------------
-    placed = jax.sharding.NamedSharding(mesh, batch_spec(mesh))
-
-    def place(rows: pipeline.Row) -> steps.Batch:
-        return steps.Batch(*(jax.make_array_from_process_local_data(placed, column) for column in rows))
-
-    train_step = steps.make_train_step(
-        resolved.model,
-        tx,
-        mesh,
-        compute_dtype=dtype,
-        remat=config.model.remat,
-        microbatches=config.train.microbatches,
-        router_aux_weight=config.train.router_aux_weight,
-        z_loss=config.train.z_loss,
-        neftune=config.train.neftune,
-        quantized=quantized,
+        metadata["reference"] = metadata.get("reference") or weights.fingerprint(state.params)
+        loaded, found = reference.attach(
+            Path(config.objective.reference_cache or run / "reference"),
+            loaded,
+            reference.identity(
+                loaded,
+                weights=f"{metadata['reference']} {beside or ''}".strip(),
+                model=resolved.hf_config,
+                dtype=config.model.compute_dtype,
+            ),
+            lambda: reference.compute(resolved, made, state.params, frozen, progress),
+            writes=made.hosts["host"] == 0,
+        )
+        progress.line("reference policy: " + ("read" if found else "computed, and kept"))
+    loader = pipeline.Loader(
+        loaded,
+        config.data,
+        batch_size=config.train.batch_size,
         seed=config.seed,
+        tokenizer=made.tokenizer,
+        **made.hosts,
     )
-    batch = place(next(loader))
+    if data_state is not None:
+        loader.restore(data_state)
+
+    # ---- compile --------------------------------------------------------------------------------------------------
+    batch, origins = made.batch(next(loader)), loader.origins()
     began = time.monotonic()
-    compiled = jax.jit(train_step, donate_argnums=0).lower(state, frozen, batch).compile()
-    progress.line(f"compiled the step in {time.monotonic() - began:.1f} s")
-    eval_step = jax.jit(steps.make_eval_step(resolved.model, mesh, compute_dtype=dtype, quantized=quantized))
+    compiled = compiled_step(resolved, made, state, frozen, batch, progress)
+    eval_step = jax.jit(
+        steps.make_eval_step(
+            resolved.model, made.mesh, compute_dtype=made.dtype, objective=made.objective, quantized=made.quantized
+        )
+    )
     rate = schedule(config.train)
-    metrics = Metrics(run, start=start, steps=config.train.steps, progress=progress, log_every=config.train.log_every)
-    places = config.train.batch_size * config.data.sequence_length
+    writes = made.hosts["host"] == 0
+    metrics = Metrics(
+        run,
+        start=start,
+        steps=config.train.steps,
+        places=config.train.batch_size * config.data.sequence_length,
+        progress=progress,
+        log_every=config.train.log_every,
+        trackers=open_trackers(config.track, run, config.model_dump(mode="json"), progress.line, after=start)
+        if writes
+        else None,
+        writes=writes,
+    )
+    names, kinds = [source.name for source in config.data.sources], config.objective.kind == "sft"
+    asked = evaluation.Requests(resolved, made) if config.eval.requests else None
 
-    def evaluate(step: int) -> None:
+    def evaluate(step: int) -> dict[str, float]:
+        """Records the evaluation after a step and returns it flat."""
+        params = state.params if state.ema is None else state.ema
         rows = config.train.batch_size // config.train.microbatches
-        batches = pipeline.heldout_batches(loaded, config.data, rows=rows, limit=config.eval.batches, **hosts)
-        sums = [eval_step(state.params, frozen, place(rows)) for rows in batches]
-        if sums:
-            total = steps.means(jax.tree.map(lambda *parts: sum(parts), *sums))
-            metrics.heldout(step, {name: float(value) for name, value in total.items()})
+        batches = pipeline.heldout_batches(loaded, config.data, rows=rows, limit=config.eval.batches, **made.hosts)
+        sums = (eval_step(params, frozen, made.batch(rows)) for rows in batches)
+        told: dict[str, Any] = {}
+        if values := evaluation.heldout(sums, names, kinds=kinds):
+            metrics.record(step, "heldout", values)
+            told["heldout"] = values
+        every = config.eval.requests_every
+        if asked and (every is None or step % every == 0 or step == config.train.steps):
+            answers = asked.answer(params, frozen)
+            metrics.append_samples(answer.record(step) for answer in answers)
+            told["requests"] = asked.summary(answers)
+            metrics.record(step, "requests", told["requests"])
+        return flat(told, ".")
 
-    def log(step: int, values: dict[str, Any]) -> None:
-        learning_rate = float(np.asarray(rate(step - 1)))
-        named = {name: float(value) for name, value in values.items()} | {"learning_rate": learning_rate}
-        metrics.step(step, named, places=places)
+    def log(step: int, values: dict[str, Any], origins: "list[tuple[int, int]]") -> None:
+        told = evaluation.record(values, names, kinds=False)
+        if not (math.isfinite(told["loss"]) and math.isfinite(told["grad_norm"])):
+            saves.wait()
+            raise UserError(_not_finite(run, step, told, loaded, origins, saves.steps()))
+        memory = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+        told |= {"learning_rate": float(np.asarray(rate(step - 1)))} | ({"memory": memory} if memory else {})
+        metrics.record(step, "train", told)
 
     # ---- the loop -------------------------------------------------------------------------------------------------
-    paused = time.monotonic()
-    if not start:
-        evaluate(0)
-    metrics.exclude(time.monotonic() - paused)
-    last: tuple[int, dict[str, Any]] | None = None
+    best = saves.best()
     step = start
-    for step in range(start + 1, config.train.steps + 1):
-        state, values = compiled(state, frozen, batch)
-        if last:  # the step before, while this one runs
-            log(*last)
-        last = (step, values)
-        ends = step == config.train.steps or stop.asked
-        save_now, eval_now = ends or step % config.checkpoint.every == 0, ends or step % config.eval.every == 0
-        if save_now or eval_now:
-            log(*last)
-            last, paused = None, time.monotonic()
-            if eval_now:
-                evaluate(step)
-            if save_now:
-                saves.save(step, state.params, state.opt, merged(loader.state()))
-            metrics.exclude(time.monotonic() - paused)
-        if ends:
-            break
-        batch = place(next(loader))
-    saves.wait()
-    saves.close()
-    metrics.close()
+    with metrics:
+        if not start:
+            with metrics.paused("evaluating"):
+                evaluate(0)
+        last: tuple[int, dict[str, Any], Any] | None = None
+        for step in range(start + 1, config.train.steps + 1):
+            if profiled and step == max(profiled.start, start + 1):
+                jax.profiler.start_trace(str(run / "profile"))
+            state, values = compiled(state, frozen, batch)
+            if last:  # the step before, while this one runs
+                log(*last)
+            last = (step, values, origins)
+            finished = step == config.train.steps
+            ends = finished or stop.asked
+            if profiled and step in profiled and (ends or step == profiled[-1]):
+                jax.block_until_ready(state)
+                jax.profiler.stop_trace()
+                progress.line(f"traced up to step {step}: {run / 'profile'}")
+            # who stops a run waits for it: nothing is evaluated then that would not be anyway
+            save_now, eval_now = ends or step % config.checkpoint.every == 0, finished or step % config.eval.every == 0
+            if save_now or eval_now:
+                log(*last)
+                last, metric = None, None
+                if eval_now:
+                    with metrics.paused("evaluating"):
+                        told = evaluate(step)
+                    name = config.checkpoint.best or ""
+                    if name in told and math.isfinite(told[name]):
+                        metric = {name: told[name]}
+                        if best is None or checkpoint.better(name, metric[name], best[1]):
+                            save_now, best = True, (step, metric[name])
+                if save_now:
+                    with metrics.paused("saving"):
+                        saves.save(step, _items(state), merged(loader.state()), metric)
+            if ends:
+                break
+            batch, origins = made.batch(next(loader)), loader.origins()
+        saves.wait()
+        best = saves.best()
+        saves.close()
     progress.line(f"loss plot: {plot(run)}")
+    if best:
+        progress.line(f"best {config.checkpoint.best}: {best[1]:.4f}, {run / checkpoint.STEPS / str(best[0])}")
     if step < config.train.steps:
         progress.line(f"stopped by SIGTERM after step {step}, saved; run the same command to continue")
     else:

@@ -54,7 +54,9 @@ def test_examples_are_what_render_gives(quickstart, codec):
         assert np.array_equal(example["tokens"], rendered.input_ids[:-1])
         assert np.array_equal(example["labels"], rendered.input_ids[1:])
         assert np.array_equal(example["weights"], rendered.weights[1:])
-        assert [value.dtype for value in example.values()] == [np.int32, np.int32, np.float32]  # pyright: ignore
+        kinds = [KINDS[kind] for kind in example["kinds"]]
+        assert kinds == [span.kind for span in rendered.spans for _ in range(span.start, span.end)][1:]
+        assert [value.dtype for value in example.values()] == [np.int32, np.int32, np.float32, np.int8]  # pyright: ignore
     assert [len(part) for part in (one.train[10:20:3], one.train[-1:], one.train[180:])] == [4, 1, 0]
     with pytest.raises(IndexError):
         one.train[180]
@@ -74,8 +76,8 @@ def test_what_is_known_without_reading_is_what_reading_gives(quickstart, codec):
 def test_a_token_takes_eight_bytes(quickstart, codec):
     (one,) = corpus.load(data(quickstart / "webshop.jsonl"), codec)
     assert isinstance(one.train, corpus.Examples)
-    size = sum(len(flat) for flat in one.train._flat.values())
-    assert size == 8 * (corpus.lengths(one.train).sum() + len(one.train))
+    size = sum(len(flat) for flat, _ in one.train._flat)
+    assert size == 9 * (corpus.lengths(one.train).sum() + len(one.train))
     with pytest.raises(ValueError, match="read-only"):
         one.train[0]["tokens"][0] = 1
 
@@ -83,15 +85,14 @@ def test_a_token_takes_eight_bytes(quickstart, codec):
 def test_annotations_point_back_to_where_each_label_is_from(quickstart, codec):
     config = data(quickstart / "hammer.jsonl", quickstart / "webshop.jsonl")
     loaded = corpus.load(config, codec, annotate=True)
-    for at, (one, plain) in enumerate(zip(loaded, corpus.load(config, codec), strict=True)):
+    for one, plain in zip(loaded, corpus.load(config, codec), strict=True):
         assert one.trajectories is not None
         assert plain.trajectories is None
         assert len(one.trajectories) == len(one.train) == len(plain.train)
         for row, example in enumerate(one.train):
             assert all(np.array_equal(value, example[key]) for key, value in plain.train[row].items())
-            assert set(example["sources"].tolist()) == {at}
-            assert set(example["rows"].tolist()) == {row}
             trajectory = one.trajectories[row]
+            assert plain.ids[row] == trajectory.id
             for span in render(trajectory, codec).spans:
                 labels = slice(max(0, span.start - 1), span.end - 1)
                 assert set(example["kinds"][labels].tolist()) <= {KINDS.index(span.kind)}
@@ -164,9 +165,9 @@ def test_errors_name_file_and_line(mixed, codec):
 
 def test_a_source_with_nothing_to_train_on_is_an_error(row, write_jsonl, codec):
     path = write_jsonl(row)
-    with pytest.raises(UserError, match=r"rows has no trajectory to train on \(dropped: 1 too-long; held out: 0\)"):
+    with pytest.raises(UserError, match=r"rows has nothing to train on \(dropped: 1 too-long; held out: 0\)"):
         corpus.load(data(path, sequence_length=4), codec)
-    with pytest.raises(UserError, match="rows has no trajectory to train on"):
+    with pytest.raises(UserError, match="rows has nothing to train on"):
         corpus.load(data({"name": "rows", "files": [str(path)], "filters": {"min_turns": 99}}), codec)
 
 
@@ -206,4 +207,4 @@ def test_long_loads_say_how_they_go(mixed, codec, monkeypatch):
     lines: list[str] = []
     corpus.load(mixture(mixed), codec, lines.append)
     assert len(lines) == 21
-    assert lines[0].startswith("mixed: 1 trajectories read, ")
+    assert lines[0].startswith("mixed: 1 read, ")

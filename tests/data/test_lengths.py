@@ -214,6 +214,19 @@ def test_measures_that_are_off_change_nothing(factor, monkeypatch):
     assert fitted.rendered[0].input_ids.tolist() == expected.rendered[0].input_ids.tolist()
 
 
+@pytest.mark.parametrize("format", TOKENIZERS)
+def test_calls_are_measured_in_one_piece(format, row, monkeypatch):
+    """Parts do not depend on the kinds of the pieces that a call is made of."""
+    texts, measured = [], lengths._Fitter._count
+    monkeypatch.setattr(lengths._Fitter, "_count", lambda self, one: texts.append(one.text) or measured(self, one))
+    row["conversation"][1]["content"] = ""
+    del row["conversation"][4:]
+    row["conversation"] += [{"role": "assistant", "content": "word " * 300}] if format == "xlam" else []
+    fit(parse_trajectory(row), tokenizer_of(format), config(format, "cut", 32))
+    assert sum('[{"name": "get_weather", "arguments": {"city": "Troms' in text for text in texts) == 1
+    assert sum('{"name": "get_time", "arguments": {}' in text for text in texts) == 1
+
+
 @pytest.mark.parametrize("on_long", ["cut", "split"])
 @pytest.mark.parametrize("format", ["xlam", "native"])
 def test_turns_are_measured_once(format, on_long, monkeypatch):

@@ -279,7 +279,8 @@ def test_flags_and_weights_hold_for_templates(template, chatml, row):
     row["conversation"][4]["loss"] = False
     rendered = render(parse_trajectory(row), chatml(template), "native", Loss(thought=0.5))
     found = {(span.turn, span.kind): span.weight for span in rendered.spans if span.weight}
-    assert found == {(1, "thought"): 0.5, (1, "tool_call"): 1, (1, "eos"): 1, (7, "tool_call"): 1, (7, "eos"): 1}
+    calls = {(turn, kind): 1 for turn in (1, 7) for kind in ("tool_call", "arguments", "eos")}
+    assert found == {(1, "thought"): 0.5, **calls}
     last = render(parse_trajectory(row), chatml(template), "native", Loss(turns="last"))
     assert {span.turn for span in last.spans if span.weight} == {7}
 

@@ -28,10 +28,12 @@ def loaded(sizes: dict[str, int], weights: dict[str, float], longest: int = 20) 
         examples = []
         for _ in range(size):
             tokens = np.full(rng.integers(3, longest), token, np.int32)
-            examples.append(Example(tokens=tokens, labels=tokens, weights=np.ones(len(tokens), np.float32)))
+            ones, kinds = np.ones(len(tokens), np.float32), np.full(len(tokens), 1, np.int8)
+            examples.append(Example(tokens=tokens, labels=tokens, weights=ones, kinds=kinds))
             token += 1
         source = Source(name=name, files=["x"], weight=weights[name])
-        sources.append(Loaded(source, examples, [], None, Counter(), Counter(), Counter()))
+        ids = [f"{name}{row}" for row in range(size)]
+        sources.append(Loaded(source, examples, [], ids, [], None, Counter(), Counter(), Counter()))
     return sources
 
 
@@ -46,11 +48,11 @@ def loader(host: int = 0, hosts: int = 1, seed: int = 0) -> pipeline.Loader:
 
 
 def same(one: pipeline.Row, other: pipeline.Row) -> bool:
-    return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+    return all(a is b is None or np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def joined(parts: list[pipeline.Row]) -> pipeline.Row:
-    return pipeline.Row(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    return pipeline.Row(*(None if column[0] is None else np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
 def segments(batch: pipeline.Row) -> list[int]:
@@ -107,7 +109,7 @@ def test_no_trajectory_is_seen_again_before_all_others_of_its_source(drawn):
     says: all places of it up to its own number of draws, none twice; the places of an epoch hold every trajectory."""
     sources, config, _ = drawn
     for one in sources:
-        sequence = pipeline._endless(one, config, 3, None)
+        sequence = pipeline._endless(0, one, config, 3, None)
         size = len(one.train)
         for epoch in range(3):
             names = [int(sequence[place]["tokens"][0]) for place in range(epoch * size, (epoch + 1) * size)]
@@ -145,7 +147,7 @@ def test_another_seed_gives_other_batches():
 def test_rows_are_packed_whole_and_isolated():
     for _ in range(5):
         batch = next(loader())
-        for row in zip(*batch, strict=True):
+        for row in zip(*batch[:5], strict=True):
             tokens, labels, weights, positions, segments = row
             assert not weights[segments == 0].any()
             for segment in range(1, segments.max() + 1):
@@ -235,7 +237,7 @@ def test_loading_counts_what_it_leaves_out():
     assert short.dropped["too-long"] > 0
     with pytest.raises(UserError, match=r"hammer\.jsonl:\d+: too-long: .*; data\.sequence_length is 256"):
         corpus.load(quickstart(sequence_length=256, on_long="error"), tokenizer)
-    with pytest.raises(UserError, match="no trajectory to train on"):
+    with pytest.raises(UserError, match="nothing to train on"):
         corpus.load(quickstart(sequence_length=4), tokenizer)
 
 

@@ -131,10 +131,12 @@ def test_weights_are_those_of_the_kinds(format, tokenizer, row):
     assert trained == {
         (1, "thought", 0.5, 1.0),
         (1, "tool_call", 2.0, 1.0),
+        (1, "arguments", 2.0, 1.0),
         (1, "eos", 2.0, 1.0),
         (4, "answer", 0.25, 1.0),
         (4, "eos", 0.25, 1.0),
         (7, "tool_call", 2.0, 1.0),
+        (7, "arguments", 2.0, 1.0),
         (7, "eos", 2.0, 1.0),
     }
     assert {found[2:] for found in seen - trained} == {(0.0, 0.0)}
@@ -172,7 +174,8 @@ def test_spans_cover_the_tokens_in_order(tokenizer, row):
     assert rendered.spans[-1].end == len(rendered.input_ids)
     assert [span.turn for span in rendered.spans] == sorted(span.turn for span in rendered.spans)
     kinds = {(span.turn, span.kind) for span in rendered.spans if span.weight}
-    assert kinds == {(1, "thought"), (1, "tool_call"), (1, "eos"), (7, "tool_call"), (7, "eos")}
+    calls = {(turn, kind) for turn in (1, 7) for kind in ("tool_call", "arguments", "eos")}
+    assert kinds == {(1, "thought"), *calls}
     for span in rendered.spans:
         assert (rendered.weights[span.start : span.end] == span.weight).all()
         if span.kind == "thought":

@@ -37,13 +37,13 @@ def test_packed_and_alone_have_the_same_loss_and_gradient():
             "packing_bins": 3,
         }
     )
-    loaded = corpus.load(data, load_tokenizer(data.tokenizer), annotate=True)
+    loaded = corpus.load(data, load_tokenizer(data.tokenizer))
 
     @jax.jit
     @jax.value_and_grad
     def loss_and_gradient(params, row: pipeline.Row, places):
         model = bind(params)
-        tokens, labels, weights, positions, segments = (column[None] for column in row)
+        tokens, labels, weights, positions, segments = (column[None] for column in row[:5])
         hidden_BTD, *_ = model(tokens, positions, segments)
         log_p_BT, _ = token_log_probabilities(hidden_BTD, model.head_VD(), labels, weights != 0)
         return -jnp.sum(log_p_BT * weights * places)
@@ -56,6 +56,7 @@ def test_packed_and_alone_have_the_same_loss_and_gradient():
             *(np.pad(example[name], (0, empty)) for name in ("tokens", "labels", "weights")),
             np.pad(np.arange(count, dtype=np.int32), (0, empty)),
             np.pad(np.ones(count, np.int32), (0, empty)),
+            groups=np.zeros(LENGTH, np.int32),
         )
 
     rows = pipeline.packed_rows(loaded, data, batch_size=1, seed=0)
@@ -64,9 +65,8 @@ def test_packed_and_alone_have_the_same_loss_and_gradient():
         packed = next(rows)
         row = pipeline._row(packed)
         gradients = None
-        for segment in range(1, row.segments.max() + 1):
+        for segment, (source, at) in enumerate(pipeline.origins(packed), start=1):
             mine = row.segments == segment
-            source, at = packed["sources"][mine][0], packed["rows"][mine][0]
             together, _ = loss_and_gradient(params, row, mine.astype(np.float32))
             by_itself, gradient = loss_and_gradient(params, alone(loaded[source].train[at]), np.float32(1))
             np.testing.assert_allclose(float(together), float(by_itself), rtol=1e-5)

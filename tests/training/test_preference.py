@@ -82,12 +82,12 @@ def test_losses_are_those_of_the_papers(how: Preference):
     log_p_BT, reference_BT, weights_BT, segments_BT = packed()
     if how.kind in ("simpo", "orpo"):
         reference_BT = np.zeros_like(reference_BT)
-    total, watched = preference_sums(
+    losses_BP, _, watched = preference_sums(
         how, jnp.asarray(log_p_BT), jnp.asarray(reference_BT), jnp.asarray(weights_BT), jnp.asarray(segments_BT), PAIRS
     )
     losses = by_hand(how)
     assert float(count_pairs(jnp.asarray(segments_BT))) == len(losses) == 7
-    np.testing.assert_allclose(float(total), sum(losses), rtol=1e-5)
+    np.testing.assert_allclose(float(jnp.sum(losses_BP)), sum(losses), rtol=1e-5)
     assert tuple(watched) == WATCHED
     assert 0 <= float(watched["accuracy"]) <= 7
 
@@ -100,7 +100,7 @@ def test_gradients_are_those_of_differences(how: Preference):
         reference_BT = log_p_BT + 0.1 * (weights_BT != 0)
 
     def loss(log_p_BT):
-        return preference_sums(how, log_p_BT, reference_BT, weights_BT, segments_BT, PAIRS)[0]
+        return jnp.sum(preference_sums(how, log_p_BT, reference_BT, weights_BT, segments_BT, PAIRS)[0])
 
     with jax.enable_x64(True):
         gradient = np.asarray(jax.grad(loss)(jnp.asarray(log_p_BT)))

@@ -25,13 +25,14 @@ import numpy as np
 
 from converters import trajectories
 from converters.folders import new_folder
-from xlam_jax.config import Data, Source
+from xlam_jax.config import PAIRS, Data, Source
 from xlam_jax.data import corpus
 from xlam_jax.data.corpus import Example, Loaded, Progress
 from xlam_jax.data.sources import open_array_record
+from xlam_jax.data.trajectory import Trajectory, read_jsonl, to_dict
 from xlam_jax.errors import UserError
 
-LAYOUT = 1
+LAYOUT = 2
 """Of the folder. A cache of another layout is refused."""
 META = "meta.json"
 PARTS = ("train", "heldout")
@@ -78,6 +79,9 @@ def write(folder: str | Path, data: Data, tokenizer: Any, progress: Progress = l
                 writer.close()
                 counts = np.stack([corpus.lengths(examples), corpus.trained(examples)]).astype(np.int64)
                 np.save(part / f"{at}.{name}.npy", counts)
+            (part / f"{at}.ids.json").write_text(json.dumps(list(one.ids)), encoding="utf-8")
+            samples = (json.dumps(to_dict(sample), ensure_ascii=False) + "\n" for sample in one.samples)
+            (part / f"{at}.samples.jsonl").write_text("".join(samples), encoding="utf-8")
         meta = {"key": key, "sources": {one.source.name: _about(at, one) for at, one in enumerate(loaded)}}
         (part / META).write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -88,9 +92,11 @@ def open(folder: str | Path, data: Data, tokenizer: Any, progress: Progress = la
     loaded = []
     for source in data.sources:
         about = meta["sources"][source.name]
-        train, heldout = (CachedExamples(Path(folder) / f"{about['at']}.{name}") for name in PARTS)
+        at, pairs = Path(folder) / str(about["at"]), source.format == PAIRS
+        train, heldout = (CachedExamples(Path(f"{at}.{name}"), pairs) for name in PARTS)
+        samples = [one for _, one in read_jsonl(f"{at}.samples.jsonl") if isinstance(one, Trajectory)]
         counters = (Counter(about[name]) for name in ("dropped", "repaired", "changed"))
-        loaded.append(Loaded(source, train, heldout, None, *counters))
+        loaded.append(Loaded(source, train, heldout, _Ids(Path(f"{at}.ids.json")), samples, None, *counters))
         progress(corpus.summary(loaded[-1]))
     return loaded
 
@@ -130,11 +136,32 @@ def verify(folder: str | Path, data: Data, tokenizer: Any, progress: Progress = 
     return meta
 
 
+class _Ids(Sequence[str]):
+    """The ids of a source's trajectories, read when the first is asked for."""
+
+    def __init__(self, path: Path):
+        self._path = path
+
+    @cached_property
+    def _ids(self) -> list[str]:
+        return json.loads(self._path.read_text(encoding="utf-8"))
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        return self._ids[index]
+
+
 class CachedExamples(Sequence[Example]):
     """The examples of one file of a cache, each read from disk when it is asked for."""
 
-    def __init__(self, stem: Path):
-        self._stem = stem
+    def __init__(self, stem: Path, pairs: bool = False):
+        self._stem, self._pairs = stem, pairs
         self._lengths, self._trained = np.load(f"{stem}.npy", mmap_mode="r")
         with open_array_record(self._path) as reader:
             records = reader.num_records() if reader.ok() else len(self)
@@ -152,7 +179,7 @@ class CachedExamples(Sequence[Example]):
         return ArrayRecordReader(str(self._path), "readahead_buffer_size:0")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return CachedExamples, (self._stem,)
+        return CachedExamples, (self._stem, self._pairs)
 
     def __len__(self) -> int:
         return len(self._lengths)
@@ -164,11 +191,11 @@ class CachedExamples(Sequence[Example]):
     def __getitem__(self, index: int | slice) -> Example | list[Example]:
         if isinstance(index, slice):
             return [self[at] for at in range(*index.indices(len(self)))]
-        record = self._reader.read([range(len(self))[index]])[0]
-        count = (len(record) - 4) // 8
-        ids = np.frombuffer(record, np.int32, count + 1)
-        weights = np.frombuffer(record, np.float32, count, offset=4 * (count + 1))
-        return Example(tokens=ids[:-1], labels=ids[1:], weights=weights)
+        record = memoryview(self._reader.read([range(len(self))[index]])[0])
+        if not self._pairs:
+            return _of_record(record)
+        end = 4 + int.from_bytes(record[:4], "little")
+        return corpus.both(_of_record(record[4:end]), _of_record(record[end:]))
 
     @property
     def lengths(self) -> np.ndarray:
@@ -182,7 +209,24 @@ class CachedExamples(Sequence[Example]):
 
 
 def _record(example: Example) -> bytes:
-    return example["tokens"][:1].tobytes() + example["labels"].tobytes() + example["weights"].tobytes()
+    """n+1 ids, n weights, n kinds; of a pair the length of the chosen side's record in front of both sides' records."""
+    sides = example.get("sides")
+    if sides is not None:
+        chosen, rejected = (
+            _record(Example(**{name: values[sides == side] for name, values in example.items() if name != "sides"}))  # pyright: ignore
+            for side in (1, 2)
+        )
+        return len(chosen).to_bytes(4, "little") + chosen + rejected
+    parts = (example["tokens"][:1], example["labels"], example["weights"], example["kinds"])
+    return b"".join(part.tobytes() for part in parts)
+
+
+def _of_record(record: memoryview) -> Example:
+    count = (len(record) - 4) // 9
+    ids = np.frombuffer(record, np.int32, count + 1)
+    weights = np.frombuffer(record, np.float32, count, offset=4 * (count + 1))
+    kinds = np.frombuffer(record, np.int8, count, offset=4 * (2 * count + 1))
+    return Example(tokens=ids[:-1], labels=ids[1:], weights=weights, kinds=kinds)
 
 
 def _about(at: int, one: Loaded) -> dict[str, Any]:
@@ -296,7 +340,7 @@ def _code() -> str:
 
 
 def _converter(source: Source) -> str:
-    return "" if source.format == "unified" else _digest((_CONVERTERS / f"{source.format}.py").read_bytes())
+    return "" if source.format in ("unified", PAIRS) else _digest((_CONVERTERS / f"{source.format}.py").read_bytes())
 
 
 def _content(source: Source) -> Iterator[tuple[str, str]]:

@@ -27,8 +27,10 @@ CONTROL_TOKENS = (
 )
 """Mistral's, since its v2 tokenizer."""
 
-Kind = Literal["prompt", "thought", "tool_call", "answer", "eos"]
-KINDS: tuple[Kind, ...] = ("prompt", "thought", "tool_call", "answer", "eos")
+Kind = Literal["prompt", "thought", "tool_call", "arguments", "answer", "eos"]
+KINDS: tuple[Kind, ...] = ("prompt", "thought", "tool_call", "arguments", "answer", "eos")
+"""What a token is part of. `arguments` is the JSON of a call's arguments, with the space in front of it, as tokenizers
+join the two; `tool_call` is the rest of the calls."""
 
 
 class Segment(NamedTuple):
@@ -132,9 +134,12 @@ class Codec:
         return encoding.ids, _starts(encoding.offsets).tolist()
 
 
+_encoder = json.JSONEncoder(ensure_ascii=False)
+
+
 def to_json(value: object) -> str:
     """One line, keys in their order, other scripts as they are: what transformers' `tojson` writes."""
-    return json.dumps(value, ensure_ascii=False)
+    return _encoder.encode(value)
 
 
 def _starts(offsets: Sequence[tuple[int, int]]) -> np.ndarray:

@@ -3,7 +3,7 @@
 Turns are measured once; the few candidates that should fit are rendered, and what is given is what was rendered.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from xlam_jax.config import Data
 from xlam_jax.data.codec import Codec, Segment
 from xlam_jax.data.formats import Format, Layout
-from xlam_jax.data.render import Rendered, encode, known, with_flags
+from xlam_jax.data.pair import Pair
+from xlam_jax.data.render import Rendered, encode, known, render_all, with_flags
 from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory
 
 if TYPE_CHECKING:
@@ -70,6 +71,30 @@ def fit(trajectory: Trajectory, tokenizer: "PreTrainedTokenizerFast", data: Data
     return fitted._replace(cut_turns=0)
 
 
+def fit_pair(pair: Pair, tokenizer: "PreTrainedTokenizerFast", data: Data) -> Fitted:
+    """Renders both sides of a pair: chosen, rejected, together at most `sequence_length` places; or nothing.
+
+    Raises `UserError` when tokenizer and format do not go together.
+    """
+    sides: list[Rendered] = []
+    try:
+        for name, side in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+            rendered = render_all(side, tokenizer, data.format, data.loss)
+            if not rendered:
+                return Fitted([], ["no-loss"], [], detail=f"{name}: no turn that differs carries loss")
+            if len(rendered) > 1:
+                detail = f"{name}: the format {data.format} writes what differs as {len(rendered)} sequences; use xlam"
+                return Fitted([], ["not-one-sequence"], [], detail=detail)
+            sides += rendered
+    except InvalidTrajectory as invalid:
+        return Fitted([], [invalid.reason], [], detail=invalid.detail)
+    places = sum(len(side.input_ids) - 1 for side in sides)
+    if places > data.sequence_length:
+        detail = f"both sides take {places} places, which do not fit into a row of {data.sequence_length}"
+        return Fitted([], ["too-long"], [], detail=detail)
+    return Fitted(sides, [], [pair.chosen, pair.rejected])
+
+
 def _together(first: Fitted, second: Fitted) -> Fitted:
     return Fitted(
         first.rendered + second.rendered,
@@ -125,7 +150,7 @@ class _Fitter:
     def _measured(self, layout: Layout, turns: int) -> list[int]:
         """About how many tokens each turn takes; the last number is for what belongs to none."""
         sizes = [0] * (turns + 1)
-        for segment in layout.segments:
+        for segment in _joined(layout.segments):
             sizes[segment.turn] += self._count(segment)
         return sizes
 
@@ -139,6 +164,20 @@ class _Fitter:
                 self._limit if long else len(self._codec.plain.encode(text, add_special_tokens=False).ids)
             )
         return self._counts[text]
+
+
+def _joined(segments: Iterable[Segment]) -> list[Segment]:
+    """The segments with the text of calls in one piece, as it is tokenized."""
+    joined: list[Segment] = []
+    after = False
+    for segment in segments:
+        joins = segment.kind == "arguments" or (after and segment.kind == "tool_call")
+        if joins and not segment.control and not joined[-1].control:
+            joined[-1] = joined[-1]._replace(text=joined[-1].text + segment.text)
+        else:
+            joined.append(segment)
+        after = segment.kind == "arguments"
+    return joined
 
 
 class _Long:

@@ -1,14 +1,12 @@
 """Preference pairs from scored trajectories of one task: two that agree up to an assistant turn, and differ there.
 
-A task is what stands before the first assistant turn: tools, task instruction, system and user turns. Turns are equal
-when a model could not tell them apart: calls are compared by name and arguments, results by the call they answer, and
-ids not at all. Where the first difference is the user's or a tool's, neither answer was worse: there is no pair.
+Tasks and equal turns are those of `xlam_jax.data.pair`. Where the first difference is the user's or a tool's, neither
+answer was worse: there is no pair.
 
 One pass over the files. Kept in memory: 9 bytes a turn and about 300 a scored trajectory; the trajectories themselves
 wait in a temporary file beside the output.
 """
 
-import hashlib
 import heapq
 import json
 import math
@@ -23,11 +21,11 @@ from typing import Any, BinaryIO, NamedTuple
 
 from xlam_jax.config import Source
 from xlam_jax.data import sources
-from xlam_jax.data.trajectory import Message, Trajectory, to_dict
+from xlam_jax.data.pair import context, fingerprint, first_difference, task
+from xlam_jax.data.trajectory import Trajectory, to_dict
 from xlam_jax.errors import UserError
 
 EXAMPLES = 3  # rows listed a reason
-_TURN = 9  # bytes of a turn's fingerprint: its role and a hash
 
 
 class Scored(NamedTuple):
@@ -98,9 +96,9 @@ def write(
         ):
             tasks, read = _index(files, spool, report)
             pairs, at_turn, paired = 0, Counter[int](), 0
-            for task in tasks:
+            for of_task in tasks:
                 before = pairs
-                for pair in select(task, report, min_gap=min_gap, per_task=per_task):
+                for pair in select(of_task, report, min_gap=min_gap, per_task=per_task):
                     lines.write(json.dumps(_row(pair, spool), ensure_ascii=False) + "\n")
                     at_turn[pair.turn] += 1
                     pairs += 1
@@ -185,41 +183,6 @@ def select(task: Sequence[Scored], report: Report, *, min_gap: float, per_task: 
             yield Pair(ranked[high], ranked[low], turn)
 
 
-def first_difference(one: bytes, other: bytes) -> int | str:
-    """Returns the first assistant turn at which two fingerprints differ, or why there is none."""
-    for at in range(0, min(len(one), len(other)), _TURN):
-        if one[at : at + _TURN] != other[at : at + _TURN]:
-            if one[at] == other[at] == ord("a"):
-                return at // _TURN
-            return "first-differs-at-a-user-or-tool-turn"
-    return "identical" if len(one) == len(other) else "one-is-the-others-beginning"
-
-
-def fingerprint(turns: Sequence[Message]) -> bytes:
-    """Returns 9 bytes a turn, equal where the turns are: the role's initial and a hash."""
-    parts: list[bytes] = []
-    calls: dict[str, int] = {}
-    for turn in turns:
-        link: object = None
-        if turn.role == "assistant":
-            calls = {call.id: at for at, call in enumerate(turn.tool_calls) if call.id is not None}
-        elif turn.role == "tool":
-            link = calls.get(turn.tool_call_id or "", turn.name)
-        said = [turn.content, [[call.name, call.arguments] for call in turn.tool_calls], link]
-        parts.append(turn.role[:1].encode() + _digest(said, 8))
-    return b"".join(parts)
-
-
-def _digest(value: object, size: int) -> bytes:
-    text = json.dumps(value, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=size).digest()
-
-
-def _context(trajectory: Trajectory) -> int:
-    """How many turns stand before the first assistant turn."""
-    return next(at for at, turn in enumerate(trajectory.conversation) if turn.role == "assistant")
-
-
 def _index(files: Sequence[Path], spool: BinaryIO, report: Report) -> tuple[list[list[Scored]], int]:
     """Puts the scored trajectories into `spool` and returns them by task, with how many rows were read."""
     tasks: dict[bytes, list[Scored]] = {}
@@ -228,16 +191,12 @@ def _index(files: Sequence[Path], spool: BinaryIO, report: Report) -> tuple[list
         read += 1
         trajectory = item.trajectory
         if not isinstance(trajectory, Trajectory):
-            report.drop("trajectory", trajectory.reason, item.where)
+            report.drop("trajectory", getattr(trajectory, "reason", "a-pair-already"), item.where)
         elif trajectory.score is None or not math.isfinite(trajectory.score):
             report.drop("trajectory", "no-score", item.where)
         else:
-            start = _context(trajectory)
-            # the key order of tools is part of the prompt
-            context = [json.dumps(trajectory.tools), trajectory.task_instruction]
-            key = _digest([*context, fingerprint(trajectory.conversation[:start]).hex()], 16)
-            turns = fingerprint(trajectory.conversation[start:])
-            tasks.setdefault(key, []).append(Scored(trajectory.score, trajectory.id, offset, turns))
+            turns = fingerprint(trajectory.conversation[context(trajectory) :])
+            tasks.setdefault(task(trajectory), []).append(Scored(trajectory.score, trajectory.id, offset, turns))
             offset += spool.write(json.dumps(to_dict(trajectory)).encode() + b"\n")
     return list(tasks.values()), read
 

@@ -7,8 +7,10 @@ reads its share of the streams, so that the number of hosts changes nothing.
 """
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from itertools import accumulate, islice
+from typing import Any, Literal, NamedTuple, overload
 
 import grain
 import numpy as np
@@ -16,7 +18,8 @@ from grain.experimental import BestFitPackIterDataset
 
 from xlam_jax.config import Data
 from xlam_jax.data.augment import augmented
-from xlam_jax.data.corpus import Example, Loaded, example
+from xlam_jax.data.codec import KINDS
+from xlam_jax.data.corpus import Example, Loaded, columns, example
 from xlam_jax.data.mixture import shares, stream_mixture
 from xlam_jax.errors import UserError
 
@@ -29,6 +32,43 @@ class Row(NamedTuple):
     weights: np.ndarray
     positions: np.ndarray
     segments: np.ndarray
+    """0 is padding. Of pairs 2p − 1 and 2p are the chosen and the rejected side of the row's p-th."""
+    groups: np.ndarray
+    """Of each label, source × len(KINDS) + kind."""
+    reference: np.ndarray | None = None
+    """Of pairs, log p under the reference policy: see `corpus.Example`."""
+
+
+Origin = tuple[int, int]
+"""The index of a source, and of an example in its `train` (or `heldout`)."""
+
+
+class _Numbered(Sequence[Example]):
+    """Examples of several sources, one source after the other, that say where they are from."""
+
+    def __init__(self, parts: Sequence[tuple[int, Sequence[Example]]]):
+        self._parts = parts
+        self._starts = [0, *accumulate(len(examples) for _, examples in parts)]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[at] for at in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        part = bisect_right(self._starts, index) - 1
+        source, examples = self._parts[part]
+        row = index - self._starts[part]
+        return _from(examples[row], source, row)
+
+
+def _from(one: Example, source: int, row: int) -> Example:
+    return one | {"origin": np.array([source, row], np.int32)}  # pyright: ignore[reportReturnType]
 
 
 def _derived(seed: int, *names: object) -> int:
@@ -39,6 +79,8 @@ def _packed(examples: grain.IterDataset, keys: Sequence[str], data: Data, seed: 
     return BestFitPackIterDataset(
         examples,
         length_struct={key: data.sequence_length for key in keys},
+        meta_features=[key for key in keys if key != "tokens"],  # which lie like the tokens, and say nothing more
+        max_sequences_per_bin=data.max_pairs if data.pairs else None,
         num_packing_bins=data.packing_bins,
         seed=seed,
         shuffle_bins=shuffle,
@@ -46,17 +88,29 @@ def _packed(examples: grain.IterDataset, keys: Sequence[str], data: Data, seed: 
 
 
 def _row(packed: dict[str, np.ndarray]) -> Row:
-    return Row(
-        packed["tokens"],
-        packed["labels"],
-        packed["weights"],
-        packed["tokens_positions"].astype(np.int32),
-        packed["tokens_segment_ids"].astype(np.int32),
-    )
+    segments = packed["tokens_segment_ids"].astype(np.int32)
+    sources = np.concatenate([[0], packed["origin"][::2]])[segments]  # an example has two numbers there, and 2 places
+    groups = np.where(segments > 0, sources * len(KINDS) + packed["kinds"], 0).astype(np.int32)
+    positions = packed["tokens_positions"].astype(np.int32)
+    if "sides" in packed:
+        segments = np.where(segments > 0, 2 * segments - 2 + packed["sides"], 0).astype(np.int32)
+        places = np.arange(len(segments), dtype=np.int32)
+        starts = np.where(np.diff(segments, prepend=0) != 0, places, 0)
+        positions = np.where(segments > 0, places - np.maximum.accumulate(starts), 0).astype(np.int32)
+    columns = (packed["tokens"], packed["labels"], packed["weights"], positions, segments, groups)
+    return Row(*columns, reference=packed.get("reference"))
 
 
-def _stack(rows: Sequence[Row]) -> Row:
-    return Row(*(np.stack(column) for column in zip(*rows, strict=True)))
+def origins(packed: dict[str, np.ndarray]) -> list[Origin]:
+    """The examples of a packed row, in order."""
+    count = int(packed["tokens_segment_ids"].max())
+    return [(int(source), int(row)) for source, row in packed["origin"][: 2 * count].reshape(-1, 2)]
+
+
+def stack(rows: Sequence[Row]) -> Row:
+    """Rows as a batch."""
+    columns = zip(*rows, strict=True)
+    return Row(*(None if column[0] is None else np.stack(column) for column in columns))  # pyright: ignore
 
 
 class Loader:
@@ -84,10 +138,11 @@ class Loader:
             )
         self._rows = batch_size // data.streams
         weights = shares(loaded, data)
-        sequences = [_endless(one, data, seed, tokenizer) for one in loaded]
-        keys = tuple(loaded[0].train[0])
+        sequences = [_endless(at, one, data, seed, tokenizer) for at, one in enumerate(loaded)]
+        keys = (*loaded[0].train[0], "origin")
         share = data.streams // hosts
         self._streams: dict[str, Any] = {}
+        self._last: list[dict[str, np.ndarray]] = []
         for stream in range(host * share, (host + 1) * share):
             mixed = grain.MapDataset.select_from_datasets(
                 [sequence.slice(slice(stream, None, data.streams)) for sequence in sequences],
@@ -99,11 +154,17 @@ class Loader:
 
     def __next__(self) -> Row:
         """The next batch's rows of this host, in the order of the streams."""
-        return _stack([_row(packed) for packed in self.packed()])
+        return stack([_row(packed) for packed in self.packed()])
 
     def packed(self) -> list[dict[str, np.ndarray]]:
-        """The same rows as Grain packs them: every key of the examples, with `<key>_segment_ids` and `_positions`."""
-        return [next(stream) for stream in self._streams.values() for _ in range(self._rows)]
+        """The same rows as Grain packs them: every key of the examples, with `tokens_segment_ids` and
+        `tokens_positions`; and `origin`, two numbers an example."""
+        self._last = [next(stream) for stream in self._streams.values() for _ in range(self._rows)]
+        return self._last
+
+    def origins(self) -> list[Origin]:
+        """The examples of the last batch of this host."""
+        return [origin for packed in self._last for origin in origins(packed)]
 
     def state(self) -> dict[str, Any]:
         """The place of each stream of this host, JSON."""
@@ -115,18 +176,18 @@ class Loader:
             stream.set_state(state[name])
 
 
-def _endless(one: Loaded, data: Data, seed: int, tokenizer: Any) -> Any:
+def _endless(at: int, one: Loaded, data: Data, seed: int, tokenizer: Any) -> Any:
     """A source's examples for ever, each once an epoch; with augmentation, another variant in every epoch."""
     seeded = _derived(seed, one.source.name)
     if not data.augment.active:
-        return grain.MapDataset.source(one.train).seed(seeded).shuffle().repeat()
-    trajectories, first = one.trajectories, one.train[0]
+        return grain.MapDataset.source(_Numbered([(at, one.train)])).seed(seeded).shuffle().repeat()
+    trajectories: Any = one.trajectories
     if trajectories is None:
         raise ValueError("augmentation draws from the trajectories, and they are not loaded")
-    source = int(first["sources"][0]) if "sources" in first else None
+    annotate = "turns" in one.train[0]
 
     def draw(row: int, rng: np.random.Generator) -> Example:
-        return example(augmented(trajectories[row], rng, tokenizer, data), source, row)
+        return _from(example(columns(augmented(trajectories[row], rng, tokenizer, data), annotate)), at, row)
 
     return grain.MapDataset.range(len(trajectories)).seed(seeded).shuffle().repeat().random_map(draw)
 
@@ -147,20 +208,28 @@ def heldout_batches(
 
     A host gets its block of each batch's `rows`.
     """
-    examples = [example for one in loaded for example in one.heldout]
-    if not examples:
-        return
-    in_order = grain.MapDataset.source(examples).to_iter_dataset()
     mine = slice(host * rows // hosts, (host + 1) * rows // hosts)
-    waiting: list[Row] = []
-    batches = 0
-    for packed in _packed(in_order, tuple(examples[0]), data, seed=0, shuffle=False):
-        waiting.append(_row(packed))
-        if len(waiting) == rows:
-            yield _stack(waiting[mine])
-            waiting, batches = [], batches + 1
-            if batches == limit:
-                return
-    if waiting:
-        blank = Row(*(np.zeros_like(column) for column in waiting[0]))
-        yield _stack((waiting + [blank] * (rows - len(waiting)))[mine])
+    batches = ordered(loaded, "heldout", data, rows=rows)
+    yield from (stack(batch[mine]) for batch, _ in islice(batches, limit))
+
+
+def ordered(
+    loaded: list[Loaded], part: Literal["train", "heldout"], data: Data, *, rows: int
+) -> Iterator[tuple[list[Row], list[list[Origin]]]]:
+    """One part of the data, packed in file order, once: batches of `rows` rows with what each row holds.
+
+    The last batch is filled up with padding.
+    """
+    examples = _Numbered([(at, getattr(one, part)) for at, one in enumerate(loaded)])
+    if not len(examples):
+        return
+    keys = tuple(examples[0])
+    in_order = grain.MapDataset.source(examples).to_iter_dataset(
+        grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    )
+    packed = iter(_packed(in_order, keys, data, seed=0, shuffle=False))
+    while batch := list(islice(packed, rows)):
+        filled, held = [_row(one) for one in batch], [origins(one) for one in batch]
+        blank = Row(*(None if one is None else np.zeros_like(one) for one in filled[0]))  # pyright: ignore
+        missing = rows - len(batch)
+        yield filled + [blank] * missing, held + [[] for _ in range(missing)]

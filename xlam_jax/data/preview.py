@@ -11,6 +11,7 @@ import numpy as np
 
 from xlam_jax import config as configs
 from xlam_jax.data import corpus, html, pipeline
+from xlam_jax.data.pair import Pair
 from xlam_jax.data.render import KINDS
 from xlam_jax.data.tokenizer import load_tokenizer
 from xlam_jax.errors import UserError, nearest
@@ -18,7 +19,14 @@ from xlam_jax.errors import UserError, nearest
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-BACKGROUNDS = {"thought": 222, "tool_call": 153, "answer": 157, "eos": 218, "loss": 229}
+BACKGROUNDS = {
+    "thought": 222,
+    "tool_call": 153,
+    "arguments": 117,
+    "answer": 157,
+    "eos": 218,
+    "loss": 229,
+}
 """xterm's colours of the kinds; "loss" where the kind is not known."""
 NAMES = {"eos": "end"}
 """What a kind is called where people read it."""
@@ -44,7 +52,8 @@ class Token(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """One trajectory, or a part of one, in a packed row: n places, n+1 tokens. `at` is its first place."""
+    """One trajectory, or a part of one, or a side of a pair, in a packed row: n places, n+1 tokens. `at` is its first
+    place."""
 
     source: str
     id: str
@@ -105,20 +114,25 @@ def _row(
 ) -> Row:
     owners = packed["tokens_segment_ids"]
     segments, hidden = [], 0
-    for owner in range(1, int(owners.max()) + 1):
-        places = np.flatnonzero(owners == owner)
-        column = {key: packed[key][places] for key in packed if f"{key}_segment_ids" in packed}
-        source = loaded[int(column["sources"][0])]
+    for owner, (at_source, at_row) in enumerate(pipeline.origins(packed), start=1):
+        source = loaded[at_source]
         if only is not None and source.source.name != only:
             hidden += 1
             continue
-        trajectory = (source.trajectories or [])[int(column["rows"][0])]
-        tokens = [_token(text, int(column["tokens"][0]), 0, 0.0, "prompt", -1)]
-        for at, token in enumerate(column["labels"].tolist()):
-            weight, kind, turn = (column[key][at] for key in ("weights", "kinds", "turns"))
-            tokens.append(_token(text, token, at + 1, float(weight), KINDS[kind], int(turn)))
-        roles = tuple(message.role for message in trajectory.conversation)
-        segments.append(Segment(source.source.name, trajectory.id, int(places[0]), len(places), roles, tokens))
+        whole = (source.trajectories or [])[at_row]
+        sides = (
+            ((whole.chosen, ", chosen"), (whole.rejected, ", rejected")) if isinstance(whole, Pair) else ((whole, ""),)
+        )
+        for which, (trajectory, side) in enumerate(sides, start=1):
+            places = np.flatnonzero((owners == owner) & (packed.get("sides", which) == which))
+            column = {key: packed[key][places] for key in ("tokens", "labels", "weights", "kinds", "turns")}
+            tokens = [_token(text, int(column["tokens"][0]), 0, 0.0, "prompt", -1)]
+            for at, token in enumerate(column["labels"].tolist()):
+                weight, kind, turn = (column[key][at] for key in ("weights", "kinds", "turns"))
+                tokens.append(_token(text, token, at + 1, float(weight), KINDS[kind], int(turn)))
+            roles = tuple(message.role for message in trajectory.conversation)
+            name = whole.id + side
+            segments.append(Segment(source.source.name, name, int(places[0]), len(places), roles, tokens))
     return Row(number, len(owners), int((owners == 0).sum()), hidden, segments)
 
 
@@ -181,7 +195,7 @@ def _header(row: Row) -> str:
     trained = sum(segment.trained for segment in row.segments)
     hidden = f" (and {row.hidden} of other sources, not shown)" if row.hidden else ""
     return (
-        f"row {row.number}: {len(row.segments)} trajectories with {trained} tokens that carry loss{hidden}; "
+        f"row {row.number}: {len(row.segments)} sequences with {trained} tokens that carry loss{hidden}; "
         f"{row.padding} of {row.length} places are padding"
     )
 

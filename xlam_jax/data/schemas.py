@@ -209,16 +209,16 @@ def _quick(kind: Any) -> Any:
 
 
 def _unique_items(validator: Any, wanted: Any, value: Any, _: Any) -> Iterator[ValidationError]:
-    if wanted and validator.is_type(value, "array") and len(set(map(_hashable, value))) < len(value):
+    if wanted and validator.is_type(value, "array") and len(set(map(hashable, value))) < len(value):
         yield ValidationError("has the same item twice")
 
 
-def _hashable(value: Any) -> Any:
+def hashable(value: Any) -> Any:
     """Equal for values that are equal in JSON Schema: 1 and 1.0, but not 1 and true."""
     if isinstance(value, list):
-        return ("array", *map(_hashable, value))
+        return ("array", *map(hashable, value))
     if isinstance(value, dict):
-        return frozenset((key, _hashable(item)) for key, item in value.items())
+        return frozenset((key, hashable(item)) for key, item in value.items())
     return ("boolean", value) if isinstance(value, bool) else value
 
 

@@ -23,7 +23,8 @@ from urllib.parse import urlsplit
 
 from converters.trajectories.common import ConvertRow, Dropped, convert_one, read_rows, stem
 from converters.trajectories.common import Repaired as Repair
-from xlam_jax.config import Filters, Source
+from xlam_jax.config import PAIRS, Filters, Source
+from xlam_jax.data.pair import PAIR_KEYS, Pair, parse_pair
 from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory, parse_json
 from xlam_jax.errors import UserError, nearest
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 PACKED = (".gz", ".zst")
 JSON = (".jsonl", ".json")
 SUFFIXES = (*JSON, ".parquet", ".array_record")
+_OWN = ("unified", PAIRS)  # the formats that are read as they are
 UNIFIED = ("unique_trajectory_id", "source", "score", "task_instruction", "tools", "conversation")
 _BATCH = 64  # rows of a Parquet file or dataset that are held at once
 _PROBE_SECONDS = 5.0
@@ -49,7 +51,7 @@ class Item(NamedTuple):
     """What a row holds. `where` is FILE:LINE, or DATASET:SPLIT[INDEX]."""
 
     where: str
-    trajectory: Trajectory | InvalidTrajectory | Filtered
+    trajectory: Trajectory | Pair | InvalidTrajectory | Filtered
     repairs: tuple[Repair, ...] = ()
     """What was mended; a step that the row's format leaves out is counted here too, as `step-REASON`."""
 
@@ -65,15 +67,17 @@ class _Row(NamedTuple):
 def read(source: Source) -> Iterator[Item]:
     """Streams what a source holds, in order, up to the row that reaches `source.limit`.
 
-    Raises `UserError` that names the source when it can't be read, or says things that don't go together.
+    Filters judge a pair by its chosen side. Raises `UserError` that names the source when it can't be read, or says
+    things that don't go together.
     """
     check(source)
     convert_row = _converter(source)
     kept = 0
     for row in _rows(source):
-        for item in _items(row, convert_row):
-            if isinstance(item.trajectory, Trajectory):
-                reason = _filtered(item.trajectory, source.filters)
+        for item in _pairs(row) if source.format == PAIRS else _items(row, convert_row):
+            if isinstance(item.trajectory, Trajectory | Pair):
+                judged = item.trajectory.chosen if isinstance(item.trajectory, Pair) else item.trajectory
+                reason = _filtered(judged, source.filters)
                 item = Item(item.where, Filtered(reason)) if reason else item
                 kept += not reason
             yield item
@@ -119,8 +123,8 @@ def _alike(path: Path) -> str:
 
 
 def _converter(source: Source) -> ConvertRow | None:
-    """None for unified rows."""
-    if source.format == "unified":
+    """None for unified rows and for pairs."""
+    if source.format in _OWN:
         return None
     from converters.trajectories import row_converter
 
@@ -148,6 +152,19 @@ def _items(row: _Row, convert_row: ConvertRow | None) -> Iterator[Item]:
         else:
             yield Item(row.where, InvalidTrajectory(found.reason, found.detail))
         repairs = []
+
+
+def _pairs(row: _Row) -> Iterator[Item]:
+    repairs = list(row.repairs)
+    try:
+        if isinstance(row.row, InvalidTrajectory):
+            raise row.row
+        name = f"{stem(row.name)}:{row.number}"
+        pair = parse_pair(row.row, name, lambda reason, detail: repairs.append(Repair(reason, detail)))
+    except InvalidTrajectory as invalid:
+        yield Item(row.where, invalid)
+    else:
+        yield Item(row.where, pair, tuple(repairs))
 
 
 def _named(row: _Row, values: dict[str, Any], _: str) -> Iterable[dict[str, Any]]:
@@ -245,15 +262,15 @@ def _parquet(source: Source, path: Path) -> _Read:
 
 def _columns(source: Source, where: str, names: list[str]) -> list[str]:
     """The columns to read. Raises `UserError` when there is none with the conversation."""
-    if source.format != "unified":
+    if source.format not in _OWN:
         return names
     if "conversation" not in names:
         _fail(
             source,
-            f"{where}: unified rows have a column 'conversation', and this has {', '.join(names)}; say with format "
-            "what the rows are, or convert them first, with python -m converters.trajectories",
+            f"{where}: {source.format} rows have a column 'conversation', and this has {', '.join(names)}; say with "
+            "format what the rows are, or convert them first, with python -m converters.trajectories",
         )
-    return [name for name in names if name in UNIFIED]
+    return [name for name in names if name in (PAIR_KEYS if source.format == PAIRS else UNIFIED)]
 
 
 def _arrow(source: Source, table: "pa.RecordBatch | pa.Table") -> Iterator[tuple[Any, tuple[Repair, ...]]]:
@@ -263,7 +280,7 @@ def _arrow(source: Source, table: "pa.RecordBatch | pa.Table") -> Iterator[tuple
         nulls: list[str] = []
         try:
             row = {name: _value(value, kinds[name], name, nulls) for name, value in values.items() if value is not None}
-            yield (_parsed(row) if source.format == "unified" else row), _null_fields(nulls)
+            yield (_parsed(row) if source.format in _OWN else row), _null_fields(nulls)
         except InvalidTrajectory as invalid:
             yield invalid, ()
 
@@ -313,8 +330,8 @@ def _text(value: bytes, path: str) -> str:
 
 
 def _parsed(row: dict[str, Any]) -> dict[str, Any]:
-    """A unified row whose tools and turns may each be JSON texts, as a whole or one by one."""
-    for key in ("tools", "conversation"):
+    """A row whose tools and turns may each be JSON texts, as a whole or one by one."""
+    for key in ("tools", "conversation", "chosen", "rejected"):
         if isinstance(value := row.get(key), str):
             row[key] = parse_json(value)
         elif isinstance(value, list):
@@ -458,7 +475,7 @@ def _tfds(source: Source, name: str) -> Iterator[_Row]:
         for number, values in zip(indices, rows.__getitems__(indices), strict=True):
             try:
                 row = tfds_builder.plain(values)
-                row = _parsed(row) if source.format == "unified" else row
+                row = _parsed(row) if source.format in _OWN else row
             except InvalidTrajectory as invalid:
                 row = invalid
             yield _Row(f"{name}:{source.split}[{number}]", Path(name.partition("/")[0]), number, row)

@@ -14,6 +14,7 @@ from xlam_jax.config import Config
 from xlam_jax.data import corpus, html, pipeline
 from xlam_jax.data.corpus import Loaded
 from xlam_jax.data.mixture import shares
+from xlam_jax.data.pair import Pair
 from xlam_jax.data.render import KINDS
 from xlam_jax.data.tokenizer import load_tokenizer
 
@@ -42,7 +43,7 @@ class SourceStats(NamedTuple):
     weighted: float
     """The sum of their weights."""
     kinds: np.ndarray
-    """Tokens of each of `render.KINDS`, int64 (5,)."""
+    """Tokens of each of `render.KINDS`, int64 (len(KINDS),)."""
     target: float
     """Share of the drawn examples that the config asks for."""
     target_trained: float
@@ -127,12 +128,12 @@ def collect(
 def _look(row: dict[str, np.ndarray], sources: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What a packed row holds: places filled (), examples and trained tokens of each source (sources,)."""
     owners = row["tokens_segment_ids"]
-    starts = np.flatnonzero((owners > 0) & (np.diff(owners, prepend=0) != 0))
+    drawn = np.array([source for source, _ in pipeline.origins(row)], np.int64)
     carries = row["weights"] > 0
     return (
         np.array((owners > 0).sum()),
-        np.bincount(row["sources"][starts], minlength=sources),
-        np.bincount(row["sources"][carries], minlength=sources),
+        np.bincount(drawn, minlength=sources),
+        np.bincount(drawn[owners[carries] - 1], minlength=sources),
     )
 
 
@@ -141,9 +142,14 @@ def _held(one: Loaded, parts: bool) -> tuple[int, int, Counter[str], Counter[str
 
     One that gives several examples stands there once for each; or its `parts` do, for augmentation, the whole last.
     """
-    kept = {trajectory.id if parts else id(trajectory): trajectory for trajectory in one.trajectories or ()}
-    turns = sum(len(trajectory.conversation) for trajectory in kept.values())
-    calls = sum(len(turn.tool_calls) for trajectory in kept.values() for turn in trajectory.conversation)
+    kept = {whole.id if parts else id(whole): whole for whole in one.trajectories or ()}
+    sides = [
+        side
+        for whole in kept.values()
+        for side in ([whole.chosen, whole.rejected] if isinstance(whole, Pair) else [whole])
+    ]
+    turns = sum(len(trajectory.conversation) for trajectory in sides)
+    calls = sum(len(turn.tool_calls) for trajectory in sides for turn in trajectory.conversation)
     return len(kept), len(one.heldout), one.dropped, one.repaired, one.changed, turns, calls
 
 
@@ -152,7 +158,7 @@ def _by_kind(one: Loaded) -> tuple[float, np.ndarray]:
     weighted, kinds = 0.0, np.zeros(len(KINDS), np.int64)
     for example in one.train:
         weighted += float(example["weights"].sum(dtype=np.float64))
-        kinds += np.bincount(example.get("kinds", ()), minlength=len(KINDS))
+        kinds += np.bincount(example["kinds"], minlength=len(KINDS))
     return weighted, kinds
 
 

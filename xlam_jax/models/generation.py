@@ -1,18 +1,30 @@
-"""Text from a model: a prefill in chunks, then one token at a time until each row has ended.
+"""Text from a model: a prefill in chunks, then one token at a time until every row has ended.
 
-Axes: B rows, T tokens of a chunk, P slots of the prompt, S slots of the cache, V vocabulary.
+It runs inside one `shard_map` on parameters as they lie in training. Rows are split over the batch axes, heads and
+vocabulary over `tensor`: a device caches keys and values of its own rows and heads. Every device takes the same number
+of steps, those of the longest answer of all rows, because each step gathers weights from all of them.
+
+Axes: B rows (in the `shard_map`, those of one device), T tokens of a chunk, P slots of the prompt, N new tokens,
+D model, V vocabulary.
 """
 
-from collections.abc import Sequence
-from functools import partial
-from typing import Any
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from xlam_jax.models.config import ModelConfig
 from xlam_jax.models.decoder import Cache, Decoder
+from xlam_jax.models.params import Params, binder, join, trainable
+from xlam_jax.parallel import mesh as meshes
+from xlam_jax.training.step import EVERYWHERE, frozen_specs, param_specs
 
 CHUNK = 256
 """Prompt tokens that are read at a time: bounds the memory of their attention scores."""
@@ -21,116 +33,213 @@ SHORTEST = 64
 """Prompts, and room for new tokens, are rounded up to a power of two from here on, so that few shapes compile."""
 
 
-def generate(
-    model: Decoder,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    eos_id: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-) -> list[list[int]]:
-    """Continues each prompt by up to `max_new_tokens` tokens; a row that ends by itself ends with `eos_id`.
+class _Rows(NamedTuple):
+    """The prompts of a batch; a row without a prompt has length and limit 0."""
 
-    Rows stop at the model's `max_positions` too. `temperature` 0 takes the likeliest token; else tokens are drawn among
-    the likeliest whose probabilities add up to `top_p` (Holtzman et al., 1904.09751), the same ones for the same seed.
-    """
-    if not prompts or max_new_tokens < 1:
-        return [[] for _ in prompts]
-    lengths = np.array([len(prompt) for prompt in prompts])
-    room = model.config.max_positions - lengths
-    if lengths.min() < 1 or room.min() < 0:
-        raise ValueError(f"prompts have {lengths.tolist()} tokens; 1 to {model.config.max_positions} are possible")
-    slots = _bucket(int(lengths.max()))
-    tokens_BP = np.zeros((len(prompts), slots), np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens_BP[row, slots - len(prompt) :] = prompt
-    graphdef, state = nnx.split(model)
-    new_BN, count_B = _run(
-        graphdef,
-        state,
-        tokens_BP,
-        lengths.astype(np.int32),
-        np.minimum(room, max_new_tokens).astype(np.int32),
-        np.int32(eos_id),
-        np.float32(temperature or 1.0),
-        np.float32(top_p),
-        seed,
-        room_for_new=_bucket(max_new_tokens),
-        sample=temperature > 0,
-    )
-    counts = np.asarray(count_B)
-    return [row[:count].tolist() for row, count in zip(np.asarray(new_BN), counts, strict=True)]
+    tokens_BP: Any
+    """Padded on the left."""
+    length_B: Any
+    limit_B: Any
+    """New tokens at most."""
+    prompt_B: Any
+    """Which of all prompts it is."""
+
+
+class _Options(NamedTuple):
+    """What is the same for all rows, scalars."""
+
+    first: Any
+    """The first chunk that holds a token of any prompt."""
+    eos_id: Any
+    temperature: Any
+    top_p: Any
+    seed: Any
+
+
+class Generate:
+    """Continues prompts on a mesh; compiles once for each size of batch, prompts and room for new tokens."""
+
+    def __init__(self, model: ModelConfig, mesh: Mesh, *, dtype: Any, quantized: bool = False):
+        """Of a model that computes in `dtype`; `quantized` says that what does not train is kept in four bits."""
+        self._model, self._mesh = model, mesh
+        self._by_row = meshes.batch_spec(mesh)
+        bind = binder(model, dtype=dtype)
+        split = [axis for axis in meshes.AXES if mesh.shape[axis] > 1]
+        specs = param_specs(model, mesh), frozen_specs(model, mesh, quantized=quantized), self._by_row, EVERYWHERE
+
+        # Whole answers on every device, and so on every host.
+        @partial(jax.jit, static_argnames=("room", "sample"), out_shardings=NamedSharding(mesh, EVERYWHERE))
+        def run(params: Params, frozen: Params, rows: _Rows, options: _Options, *, room: int, sample: bool):
+            def of_a_device(params: Params, frozen: Params, rows: _Rows, options: _Options):
+                return _continue(bind(join(frozen, params)), split, rows, options, room=room, sample=sample)
+
+            sharded = jax.shard_map(of_a_device, mesh=mesh, in_specs=specs, out_specs=self._by_row)
+            return sharded(params, frozen, rows, options)
+
+        self._run = run
+
+    def __call__(
+        self,
+        params: Params,
+        frozen: Params,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        eos_id: int,
+        rows: int | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> list[list[int]]:
+        """Continues each prompt by up to `max_new_tokens` tokens; a row that ends by itself ends with `eos_id`.
+
+        `params` and `frozen` are what trains and what does not, sharded as in training; `frozen` may be {}. At most
+        `rows` prompts, rounded up to a multiple of the devices that split a batch, are answered at a time (default:
+        all); each holds keys and values for the longest prompt and answer. Several hosts call it together, with the
+        same prompts, and get the same answers.
+
+        Rows stop at the model's `max_positions` too. `temperature` 0 takes the likeliest token; else tokens are drawn
+        among the likeliest whose probabilities add up to `top_p` (Holtzman et al., 1904.09751), the same ones for the
+        same seed and place in `prompts`. Raises `ValueError` for a prompt that is empty or too long for the model.
+        """
+        if not prompts or max_new_tokens < 1:
+            return [[] for _ in prompts]
+        lengths = [len(prompt) for prompt in prompts]
+        if min(lengths) < 1 or max(lengths) > self._model.max_positions:
+            raise ValueError(f"prompts have {lengths} tokens; 1 to {self._model.max_positions} are possible")
+        slots, room = _bucket(max(lengths)), _bucket(max_new_tokens)
+        shards = math.prod(self._mesh.shape[axis] for axis in meshes.BATCH_AXES)
+        height = -(-min(rows or len(prompts), len(prompts)) // shards) * shards
+        answers: list[list[int]] = []
+        for start in range(0, len(prompts), height):
+            batch = prompts[start : start + height]
+            padded = _Rows(
+                np.zeros((height, slots), np.int32), *(np.zeros(height, np.int32) for _ in _Rows._fields[1:])
+            )
+            for row, prompt in enumerate(batch):
+                padded.tokens_BP[row, slots - len(prompt) :] = prompt
+                padded.length_B[row] = len(prompt)
+                padded.limit_B[row] = min(max_new_tokens, self._model.max_positions - len(prompt))
+                padded.prompt_B[row] = start + row
+            options = _Options(
+                first=np.array((slots - max(map(len, batch))) // _width(slots), np.int32),
+                eos_id=np.array(eos_id, np.int32),
+                temperature=np.array(temperature or 1.0, np.float32),
+                top_p=np.array(top_p, np.float32),
+                seed=np.array(seed, np.int32),
+            )
+            placed = self._place(padded, self._by_row), self._place(options, EVERYWHERE)
+            new_BN, count_B = self._run(params, frozen, *placed, room=room, sample=temperature > 0)
+            each = zip(np.asarray(new_BN), np.asarray(count_B), batch, strict=False)  # there may be more rows
+            answers += [row[:count].tolist() for row, count, _ in each]
+        return answers
+
+    def _place(self, arrays: Any, spec: PartitionSpec) -> Any:
+        sharding = NamedSharding(self._mesh, spec)
+        return jax.tree.map(lambda one: jax.make_array_from_callback(one.shape, sharding, one.__getitem__), arrays)
+
+
+def generate(model: Decoder, prompts: Sequence[Sequence[int]], **options: Any) -> list[list[int]]:
+    """The same for a model that lies whole on one device; `options` are those of `Generate`."""
+    params, frozen = trainable(model.config, nnx.to_pure_dict(nnx.split(model)[1]))
+    return _on_one_device(model.config, model.dtype)(params, frozen, prompts, **options)
+
+
+@cache
+def _on_one_device(model: ModelConfig, dtype: Any) -> Generate:
+    return Generate(model, meshes.make_mesh(dict.fromkeys(meshes.AXES, 1), jax.devices()[:1]), dtype=dtype)
 
 
 def _bucket(length: int) -> int:
     return max(SHORTEST, 1 << (length - 1).bit_length())
 
 
-@partial(jax.jit, static_argnums=0, static_argnames=("room_for_new", "sample"))
-def _run(
-    graphdef: Any,
-    state: Any,
-    tokens_BP: jax.Array,
-    length_B: jax.Array,
-    limit_B: jax.Array,
-    eos_id: jax.Array,
-    temperature: jax.Array,
-    top_p: jax.Array,
-    seed: jax.Array,
-    *,
-    room_for_new: int,
-    sample: bool,
+def _width(slots: int) -> int:
+    return min(CHUNK, slots)
+
+
+def _continue(
+    model: Decoder, split: Sequence[str], rows: _Rows, options: _Options, *, room: int, sample: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """New tokens [B, room_for_new], and how many of them each row has."""
-    model: Decoder = nnx.merge(graphdef, state)
-    rows, slots = tokens_BP.shape
-    keys_B = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(rows))
+    """New tokens [B, room] of this device's rows, and how many of them each has. `split` are the axes of the mesh that
+    have more than one device."""
+    height, slots = rows.tokens_BP.shape
+    width = _width(slots)
+    by_row = [axis for axis in split if axis in meshes.BATCH_AXES]
+    choose = _chooser(rows, options) if sample else _likeliest
 
-    def choose(logits_BV: jax.Array, step: jax.Array | int) -> jax.Array:
-        if not sample:
-            return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-        keys = jax.vmap(partial(jax.random.fold_in, data=step))(keys_B)
-        return jax.vmap(_draw, in_axes=(0, 0, None))(keys, logits_BV / temperature, top_p)
-
-    def read(cache: Cache, chunk: jax.Array) -> tuple[Cache, jax.Array]:
-        tokens_BT = jax.lax.dynamic_slice_in_dim(tokens_BP, chunk * width, width, axis=1)
+    def read(chunk: jax.Array, carry: tuple[Cache, jax.Array]) -> tuple[Cache, jax.Array]:
+        tokens_BT = jax.lax.dynamic_slice_in_dim(rows.tokens_BP, chunk * width, width, axis=1)
         place_T = chunk * width + jnp.arange(width)
-        positions_BT = place_T - (slots - length_B)[:, None]
+        positions_BT = place_T - (slots - rows.length_B)[:, None]
         segments_BT = (positions_BT >= 0).astype(jnp.int32)
-        hidden_BTD, _, cache = model(tokens_BT, jnp.maximum(positions_BT, 0), segments_BT, cache)  # type: ignore
-        return cache, hidden_BTD[:, -1]
+        hidden_BTD, _, grown = model(tokens_BT, jnp.maximum(positions_BT, 0), segments_BT, carry[0])
+        assert grown is not None
+        return grown, hidden_BTD[:, -1]
 
-    width = min(CHUNK, slots)
-    cache = Cache.empty(model.config, rows, slots + room_for_new, model.dtype)
-    cache, last_CBD = jax.lax.scan(read, cache, jnp.arange(slots // width))
-    first_B = choose(model.logits(last_CBD[-1][:, None])[:, 0], 0)
+    last_BD = _vary(jnp.zeros((height, model.config.hidden_size), model.dtype), by_row)
+    empty = _empty_cache(model, height, slots + room, by_row, split)
+    filled, last_BD = jax.lax.fori_loop(options.first, slots // width, read, (empty, last_BD))
 
-    def go_on(carry) -> jax.Array:
-        return jnp.any(carry[2])
+    def any_of_all(running_B: jax.Array) -> jax.Array:
+        return meshes.psum(jnp.sum(running_B.astype(jnp.int32)), *meshes.BATCH_AXES) > 0
 
     def decode(carry):
-        cache, token_B, running_B, new_BN, count_B = carry
-        # Every running row has the same number of new tokens, so this is where each writes its next one.
-        at = jnp.max(count_B)
+        cache, at, last_BD, running_B, new_BN, count_B, _ = carry
+        logits_BV = _whole(model.logits(last_BD[:, None])[:, 0], model.config.vocab_size)
+        token_B = choose(logits_BV, at)
         new_BN = new_BN.at[:, at].set(jnp.where(running_B, token_B, 0))
         count_B += running_B
-        running_B &= (token_B != eos_id) & (count_B < limit_B)
-        positions_BT = (length_B + at)[:, None]
-        segments_BT = running_B[:, None].astype(jnp.int32)
-        hidden_BTD, _, cache = model(token_B[:, None], positions_BT, segments_BT, cache)
-        return cache, choose(model.logits(hidden_BTD)[:, 0], at + 1), running_B, new_BN, count_B
+        running_B &= (token_B != options.eos_id) & (count_B < rows.limit_B)
+        positions_BT = (rows.length_B + at)[:, None]
+        hidden_BTD, _, cache = model(token_B[:, None], positions_BT, running_B[:, None].astype(jnp.int32), cache)
+        return cache, at + 1, hidden_BTD[:, 0], running_B, new_BN, count_B, any_of_all(running_B)
 
-    start = (
-        cache,
-        first_B,
-        limit_B > 0,
-        jnp.zeros((rows, room_for_new), jnp.int32),
-        jnp.zeros((rows,), jnp.int32),
-    )
-    _, _, _, new_BN, count_B = jax.lax.while_loop(go_on, decode, start)
+    running_B = rows.limit_B > 0
+    new_BN = _vary(jnp.zeros((height, room), jnp.int32), by_row)
+    start = (filled, jnp.int32(0), last_BD, running_B, new_BN, jnp.zeros_like(rows.limit_B), any_of_all(running_B))
+    *_, new_BN, count_B, _ = jax.lax.while_loop(lambda carry: carry[-1], decode, start)
     return new_BN, count_B
+
+
+def _empty_cache(model: Decoder, rows: int, slots: int, by_row: Sequence[str], split: Sequence[str]) -> Cache:
+    """A cache of this device's rows and heads."""
+    devices = jax.sharding.get_abstract_mesh().shape["tensor"]
+    config = replace(model.config, kv_heads=model.config.kv_heads // devices)
+    empty = Cache.empty(config, rows, slots, model.dtype)
+    return empty._replace(
+        k_LBSNK=_vary(empty.k_LBSNK, split),
+        v_LBSNK=_vary(empty.v_LBSNK, split),
+        positions_BS=_vary(empty.positions_BS, by_row),
+        segments_BS=_vary(empty.segments_BS, by_row),
+    )
+
+
+def _vary(array: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """Marks zeros as what a loop makes of them: different on each device along `axes`."""
+    return meshes.vary(array, tuple(axes))
+
+
+def _whole(logits_BV: jax.Array, vocabulary: int) -> jax.Array:
+    """Every device's share of the vocabulary, side by side on each of them."""
+    at = meshes.index("tensor") * logits_BV.shape[1]
+    alone_BV = jax.lax.dynamic_update_slice(jnp.zeros((len(logits_BV), vocabulary)), logits_BV, (0, at))
+    return meshes.psum(alone_BV, "tensor")
+
+
+def _likeliest(logits_BV: jax.Array, _: jax.Array) -> jax.Array:
+    return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+
+
+def _chooser(rows: _Rows, options: _Options) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Returns what draws each row's next token; a row's draws depend on the seed, its prompt's place and the step."""
+    keys_B = jax.vmap(partial(jax.random.fold_in, jax.random.key(options.seed)))(rows.prompt_B)
+
+    def choose(logits_BV: jax.Array, at: jax.Array) -> jax.Array:
+        keys = jax.vmap(partial(jax.random.fold_in, data=at))(keys_B)
+        return jax.vmap(_draw, in_axes=(0, 0, None))(keys, logits_BV / options.temperature, options.top_p)
+
+    return choose
 
 
 def _draw(key: jax.Array, logits_V: jax.Array, top_p: jax.Array) -> jax.Array:

@@ -1,9 +1,10 @@
 """NF4: frozen weights in four bits (QLoRA, Dettmers et al., 2305.14314).
 
 A block of weights along the last axis shares one scale, its largest magnitude; each weight is the nearest of 16
-quantiles of the normal distribution times that scale. The scales are quantized once more, to eight bits relative to the
-largest scale of their row. A quantized weight shards, gathers and stacks like the weight itself: blocks and rows lie
-along the last axis, and never straddle the shards of another.
+quantiles of the normal distribution times that scale. The scales are quantized once more, to eight bits of their root
+relative to the largest scale of their row: the root keeps the small scales of a row that has an outlier. A quantized
+weight shards, gathers and stacks like the weight itself: blocks and rows lie along the last axis, and never straddle
+the shards of another.
 """
 
 from itertools import pairwise
@@ -42,7 +43,7 @@ class NF4(NamedTuple):
     codes: Any
     """uint8 [..., N/2]: the first half of each block in the low four bits, the second half in the high ones."""
     scales: Any
-    """uint8 [..., N/b]: each block's scale, in 255ths of its row's."""
+    """uint8 [..., N/b]: the root of each block's scale, in 255ths of that of its row's."""
     rows: Any
     """f32 [...]: the largest scale of the row."""
 
@@ -70,7 +71,7 @@ def quantize(weight: jax.Array) -> NF4:
     code = sum((unit > midpoint).astype(jnp.uint8) for midpoint in midpoints)
     low, high = jnp.split(code, 2, axis=-1)
     packed = (low | (high << 4)).reshape(*weight.shape[:-1], size // 2)
-    scales = jnp.round(scale / jnp.where(row > 0, row, 1.0)[..., None] * 255).astype(jnp.uint8)
+    scales = jnp.round(jnp.sqrt(scale / jnp.where(row > 0, row, 1.0)[..., None]) * 255).astype(jnp.uint8)
     return NF4(packed, scales, row)
 
 
@@ -80,7 +81,7 @@ def dequantize(weight: NF4, dtype: Any) -> jax.Array:
     half = weight.codes.shape[-1] // blocks
     packed = weight.codes.reshape(*weight.codes.shape[:-1], blocks, half)
     code = jnp.concatenate([packed & 15, packed >> 4], axis=-1)
-    scale = weight.scales.astype(jnp.float32) * (weight.rows[..., None] / 255)
+    scale = jnp.square(weight.scales.astype(jnp.float32)) * (weight.rows[..., None] / 255**2)
     return (_value(code) * scale[..., None]).astype(dtype).reshape(weight.shape)
 
 

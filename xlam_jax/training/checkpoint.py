@@ -4,7 +4,8 @@ A run folder, and a converted model alike, look so:
 
     config.json            the Hugging Face config of the model
     tokenizer/             the tokenizer with its chat template
-    checkpoints/<step>/    Orbax: the items params, opt and data, with the run's configuration as metadata
+    checkpoints/<step>/    Orbax: the items params, opt and data, and ema where a run keeps an average of its params;
+                           with the run's configuration as metadata
 
 A step folder gets its name only once it is whole (Orbax writes beside and renames), so a folder with a number for a
 name can be trusted.
@@ -12,6 +13,7 @@ name can be trusted.
 
 import json
 import logging
+import math
 import shutil
 import threading
 from pathlib import Path
@@ -23,6 +25,7 @@ from orbax.checkpoint import v1 as ocp
 
 from xlam_jax.errors import UserError
 from xlam_jax.models.params import Params
+from xlam_jax.outputs import write_text
 
 # Orbax logs every phase of every save, and every error once a thread; what fails is raised by `save` and `wait`.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -33,15 +36,25 @@ HF_CONFIG = "config.json"
 
 
 class Checkpoints:
-    """The checkpoints of one run: saved in the background, the newest `keep` of them kept."""
+    """The checkpoints of one run: saved in the background, the newest `keep` of them kept, and the one whose `best`
+    metric is the best."""
 
-    def __init__(self, run: Path, *, keep: int, metadata: dict[str, Any]):
+    def __init__(self, run: Path, *, keep: int, metadata: dict[str, Any], best: str | None = None):
         _let_wait_tell()
         self._folder = run / STEPS
         self._metadata = metadata
+        self._best = best
+        policies = ocp.training.preservation_policies
+        kept: list[Any] = [policies.LatestN(n=keep)]
+        if best:
+            kept.append(
+                policies.BestN(
+                    get_metric_fn=lambda metrics: _rank(metrics, best), n=1, keep_checkpoints_without_metrics=False
+                )
+            )
         self._orbax = ocp.training.Checkpointer(
             str(self._folder.absolute()),
-            preservation_policy=ocp.training.preservation_policies.LatestN(n=keep),  # pyright: ignore[reportArgumentType]
+            preservation_policy=policies.AnyPreservationPolicy(kept),  # pyright: ignore[reportArgumentType]
             cleanup_tmp_directories=True,
         )
 
@@ -50,11 +63,26 @@ class Checkpoints:
         newest = self._orbax.latest
         return None if newest is None else newest.step
 
-    def save(self, step: int, params: Params, opt: Any, data: dict[str, Any]) -> None:
-        """Starts saving; returns as soon as the arrays are copied. Raises `UserError` when an earlier save failed."""
-        items = {"params": params, "opt": opt, "data": {"states": _encode(data)}}
+    def steps(self) -> list[int]:
+        """The steps that are kept, whole, in order."""
+        return sorted(one.step for one in self._orbax.checkpoints)
+
+    def best(self) -> tuple[int, float] | None:
+        """The step with the best metric, and the metric; None where no kept step has it."""
+        name = self._best or ""
+        values: dict[int, Any] = {one.step: one.metrics for one in self._orbax.checkpoints}
+        ranked = [(_rank(metrics, name), step) for step, metrics in values.items() if name in (metrics or {})]
+        step = max(ranked)[1] if ranked else None
+        return None if step is None else (step, values[step][name])
+
+    def save(self, step: int, items: dict[str, Any], data: dict[str, Any], metrics: Any = None) -> None:
+        """Starts saving trees of arrays by name; returns as soon as they are copied. Raises `UserError` when an earlier
+        save failed."""
+        items = {**items, "data": {"states": _encode(data)}}
         try:
-            self._orbax.save_checkpointables_async(step, items, force=True, custom_metadata=self._metadata)
+            self._orbax.save_checkpointables_async(
+                step, items, force=True, metrics=metrics, custom_metadata=self._metadata
+            )
         except Exception as error:
             raise self._explain(error) from error
 
@@ -65,10 +93,10 @@ class Checkpoints:
         except Exception as error:
             raise self._explain(error) from error
 
-    def restore(self, step: int, params: Any, opt: Any) -> tuple[Params, Any, dict[str, Any]]:
-        """Loads a step; `params` and `opt` are trees of `jax.ShapeDtypeStruct`s that say shapes and shardings."""
-        return_items = self._orbax.load_checkpointables(step, {"params": params, "opt": opt, "data": None})
-        return return_items["params"], return_items["opt"], _decode(return_items["data"]["states"])
+    def restore(self, step: int, items: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Loads a step; `items` are trees of `jax.ShapeDtypeStruct`s that say shapes and shardings."""
+        loaded = self._orbax.load_checkpointables(step, {**items, "data": None})
+        return loaded, _decode(loaded.pop("data")["states"])
 
     def saved_metadata(self, step: int) -> dict[str, Any]:
         """What was saved beside a step."""
@@ -91,6 +119,18 @@ class Checkpoints:
             f"{self._folder}: the disk is full ({free / 1e6:.1f} MB free), the checkpoint could not be written; "
             f"{kept}. Free some space and run the same command again to continue from there."
         )
+
+
+def better(metric: str, value: float, than: float) -> bool:
+    """Whether a value of a metric is better than another: losses and divergences are to be low, all else high."""
+    return value < than if metric.endswith(("loss", "kl")) else value > than
+
+
+def _rank(metrics: Any, name: str) -> float:
+    """Grows as the metric gets better; the least for a step that was saved without it."""
+    if name not in (metrics or {}):
+        return -math.inf
+    return metrics[name] if better(name, 1.0, 0.0) else -metrics[name]
 
 
 def _let_wait_tell() -> None:
@@ -154,23 +194,36 @@ def is_checkpoint(path: Path) -> bool:
 
 def load_params(step_dir: Path, target: Any = None) -> Params:
     """Loads the parameters of a step; `target` (shapes with shardings) places them, else they come as numpy arrays.
+    Where the run kept a moving average of them, it is that.
 
     Raises `UserError` when they can't be read or are those of a model of other shapes than `target`.
     """
     path = str(step_dir.absolute())
     try:
-        stored = ocp.checkpointables_metadata(path).metadata["params"]
+        item, stored = _stored(step_dir)
         if target is None:
             # Arrays that take no memory: for Orbax an abstract numpy array is a numpy array.
             target = jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), stored)
         else:
             same_shapes(step_dir, stored, target)
-        return ocp.load_checkpointables(path, {"params": target})["params"]
+        return ocp.load_checkpointables(path, {item: target})[item]
     except (ValueError, OSError, KeyError) as error:
         raise UserError(
             f"{step_dir}: the parameters can't be read ({str(error).strip().splitlines()[0][:300]}); "
             "the folder is damaged or not a checkpoint of this project; use another step"
         ) from error
+
+
+def check_params(step_dir: Path, like: Any) -> None:
+    """Raises `UserError` when the parameters of a step are not those of a model of these shapes; reads none of them."""
+    same_shapes(step_dir, _stored(step_dir)[1], like)
+
+
+def _stored(step_dir: Path) -> tuple[str, Any]:
+    """The item that holds a step's parameters, and their shapes."""
+    items: Any = ocp.checkpointables_metadata(str(step_dir.absolute())).metadata
+    item = "ema" if "ema" in items else "params"
+    return item, items[item]
 
 
 def same_shapes(step_dir: Path, stored: Any, wanted: Any) -> None:
@@ -213,9 +266,7 @@ def write_model(folder: Path, params: Params, hf_config: dict[str, Any], tokeniz
 
 def write_hf_config(folder: Path, hf_config: dict[str, Any]) -> None:
     """Writes `config.json` into a folder, beside and renamed."""
-    part = folder / f"{HF_CONFIG}.part"
-    part.write_text(json.dumps(hf_config, indent=2) + "\n", encoding="utf-8")
-    part.replace(folder / HF_CONFIG)
+    write_text(folder / HF_CONFIG, json.dumps(hf_config, indent=2) + "\n")
 
 
 def abstract(tree: Any) -> Any:

@@ -1,117 +1,248 @@
-"""What a run tells: lines on the terminal, one JSON line a step, TensorBoard events, and a plot of the losses."""
+"""What a run tells: lines or a panel for people, one JSON line a step for machines, trackers, and a plot of the losses.
+
+`metrics.jsonl` is the record; everything else shows it. Each line is valid JSON: a number that is not finite is null
+there, and `not_finite` says by its path what it was: {"loss": null, …, "not_finite": {"loss": "nan"}}.
+"""
 
 import json
-import sys
+import math
 import time
 from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, Literal, Self
 
-from tensorboardX import SummaryWriter
+from xlam_jax.training.progress import Progress, Status, duration
+from xlam_jax.training.trackers import METRICS, Trackers, flat
 
-METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
 RATE_WINDOW = 20
-"""Steps over which tokens a second are averaged."""
-
-
-def duration(seconds: float) -> str:
-    """`1:02:03`, or `2:03` below an hour."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-class Progress:
-    """Lines for a log; on a terminal one line that is rewritten, with finished lines above it."""
-
-    def __init__(self, out: IO[str] | None = None):
-        self._out = out or sys.stderr
-        self._live = self._out.isatty()
-
-    def line(self, text: str) -> None:
-        """A line that stays."""
-        print(f"\r\x1b[K{text}" if self._live else text, file=self._out, flush=True)
-
-    def step(self, text: str, keep: bool) -> None:
-        """The state of the run: rewritten in place on a terminal, and kept when `keep` says so."""
-        if keep:
-            self.line(text)
-        elif self._live:
-            print(f"\r\x1b[K{text}", end="", file=self._out, flush=True)
+"""Steps over which tokens a second, and the loss that is shown first, are averaged."""
+Kind = Literal["train", "heldout", "requests"]
 
 
 class Metrics:
     """Writes what happens at each step into the run folder.
 
-    Steps after `start`, left by a run that was killed, are taken out of the file: every step stands there once.
+    What stands there of steps after `start` is left by a run that was killed and comes again: it is taken out, so that
+    every step stands there once. With `start` 0 nothing was saved, and everything is.
+
+    A context manager: leaving it ends the trackers, which on an error are told that the run failed.
     """
 
-    def __init__(self, run: Path, *, start: int, steps: int, progress: Progress, log_every: int):
-        self._path = run / METRICS
-        self._start, self._steps, self._log_every, self._progress = start, steps, log_every, progress
-        kept = [record for record in read(run) if record["step"] <= start]
-        part = self._path.with_suffix(".part")
-        part.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        part.replace(self._path)
-        self._file = self._path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)
-        self._clock = time.monotonic()
+    def __init__(
+        self,
+        run: Path,
+        *,
+        start: int,
+        steps: int,
+        places: int = 0,  # TODO
+        progress: Progress,
+        log_every: int,
+        trackers: Trackers | None = None,
+        writes: bool = True,
+    ):
+        """`places`: tokens of a batch, padding included. `writes`: whether this host is the one that writes."""
+        self._run, self._writes = run, writes
+        self._steps, self._places, self._log_every = steps, places, log_every
+        self._progress, self._trackers = progress, trackers
         # A step's metrics arrive when they are asked for, not when it ends: a rate is only true over several steps.
         self._recent: deque[tuple[float, float]] = deque(maxlen=RATE_WINDOW)
+        self._losses: deque[float] = deque(maxlen=RATE_WINDOW)
+        self._shown: dict[str, str] = {}
+        self._status: Status | None = None
+        if writes:
+            _keep_until(start, run / METRICS)
+            _keep_until(start, run / SAMPLES)
+            for record in read(run):
+                self._remember(record)
+            self._file = (run / METRICS).open("a", encoding="utf-8")
+        if writes and trackers is None:  # TODO: until train.py opens them
+            from xlam_jax.config import Track
+            from xlam_jax.training.trackers import open_trackers
+
+            self._trackers = open_trackers(Track(), run, {}, progress.line, after=start)
+        self._clock = time.monotonic()
         self._first = (start, self._clock)
+
+    def record(self, step: int, kind: Kind, values: Mapping[str, Any]) -> None:
+        """Records what became known after a step; values may be nested, by source and by kind of span.
+
+        train: at least loss, grad_norm, tokens, trained_tokens and learning_rate; tokens_per_second and trained_share
+        are added. heldout: at least loss and trained_tokens. requests: their number, and the shares parsable,
+        schema_valid, right_function and exact.
+        """
+        if not self._writes:
+            return
+        if kind == "train":
+            values = {**values, **self._rates(values)}
+        record = {"step": step, "kind": kind, **values}
+        not_finite = {path: str(value) for path, value in flat(record).items() if not _is_finite(value)}
+        written = _nulled(record) | {"not_finite": not_finite} if not_finite else record
+        self._file.write(json.dumps(written, allow_nan=False) + "\n")
+        self._file.flush()
+        if self._trackers:
+            numbers = {path: value for path, value in flat(values).items() if isinstance(value, (int, float))}
+            self._trackers.log(step, {f"{kind}/{path}": value for path, value in numbers.items()})
+        self._remember(record)
+        if kind == "train":
+            self._status = self._state(step, values)
+            self._progress.step(self._status, keep=step % self._log_every == 0 or step == self._steps)
+        else:
+            tell = _heldout_line if kind == "heldout" else _requests_line
+            self._progress.line(f"step {step}/{self._steps}  {tell(values)}")
+
+    def step(self, step: int, values: dict[str, Any], *, places: int) -> None:  # TODO: until train.py calls record
+        self._places = places
+        self.record(step, "train", values)
+
+    def heldout(self, step: int, values: dict[str, Any]) -> None:  # TODO: until train.py calls record
+        self.record(step, "heldout", values)
+
+    def append_samples(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Appends what the model answered to requests to samples.jsonl; each line has its `step`."""
+        if self._writes:
+            with (self._run / SAMPLES).open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
 
     def exclude(self, seconds: float) -> None:
         """Takes time that was not spent on steps (evaluation, compiling) out of the rates."""
         self._clock += seconds
         self._first = (self._first[0], self._first[1] + seconds)
 
-    def step(self, step: int, values: dict[str, float], *, places: int) -> None:
-        """Records a step; `places` is the batch's size in tokens, padding included."""
+    @contextmanager
+    def paused(self, what: str) -> Iterator[None]:
+        """Around what is no step, such as `evaluating`: named in the panel, and taken out of the rates."""
+        began = time.monotonic()
+        self._progress.doing(what)
+        try:
+            yield
+        finally:
+            self._progress.doing("")
+            self.exclude(time.monotonic() - began)
+
+    def close(self, failed: bool = False) -> None:
+        """Ends the files, the panel (its last state stays as a line) and the trackers."""
+        if not self._writes:
+            return
+        self._file.close()
+        if self._progress.live:
+            self._progress.close()
+            if self._status:
+                self._progress.line(self._status.line)
+                self._status = None
+        if self._trackers:
+            self._trackers.close(failed)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(failed=kind is not None)
+
+    def _rates(self, values: Mapping[str, Any]) -> dict[str, float]:
         now = time.monotonic()
         self._recent.append((now - self._clock, values["tokens"]))
         self._clock = now
         rate = sum(tokens for _, tokens in self._recent) / max(sum(seconds for seconds, _ in self._recent), 1e-9)
-        share = values["trained_tokens"] / places
-        self._write({"step": step, "kind": "train", **values, "tokens_per_second": rate, "trained_share": share})
-        left = (self._steps - step) * (now - self._first[1]) / (step - self._first[0])
-        self._progress.step(
-            f"step {step}/{self._steps}  loss {values['loss']:.4f}  {rate:,.0f} tok/s  trained {share:.0%}  "
-            f"lr {values['learning_rate']:.2e}  grad norm {values['grad_norm']:.3f}  left {duration(left)}",
-            keep=step % self._log_every == 0 or step == self._steps,
-        )
+        return {"tokens_per_second": rate, "trained_share": values["trained_tokens"] / self._places}
 
-    def heldout(self, step: int, values: dict[str, float]) -> None:
-        """Records the held-out loss after a step."""
-        self._write({"step": step, "kind": "heldout", **values})
-        self._progress.line(
-            f"step {step}/{self._steps}  held-out loss {values['loss']:.4f} over {values['trained_tokens']:,.0f} tokens"
-        )
+    def _remember(self, record: Mapping[str, Any]) -> None:
+        """Keeps what later steps show of it."""
+        if record["kind"] == "train":
+            if record["loss"] is not None and _is_finite(record["loss"]):
+                self._losses.append(record["loss"])
+        elif record["kind"] == "heldout":
+            self._shown["held-out"] = f"{_number(record['loss'])} at {record['step']}"
+        elif record["kind"] == "requests":
+            self._shown["exact"] = f"{_percent(record['exact'])} at {record['step']}"
 
-    def _write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        for name, value in record.items():
-            if name not in ("step", "kind"):
-                self._board.add_scalar(f"{record['kind']}/{name}", value, record["step"])
-
-    def close(self) -> None:
-        """Ends the files."""
-        self._file.close()
-        self._board.close()
+    def _state(self, step: int, values: Mapping[str, Any]) -> Status:
+        taken = step - self._first[0]
+        left = (self._steps - step) * (self._clock - self._first[1]) / taken
+        mean = sum(self._losses) / len(self._losses) if self._losses else math.nan
+        last = _number(values["loss"])
+        fields = {
+            **_of_pairs(values),
+            "": f"{values['tokens_per_second']:,.0f} tok/s",
+            "trained": _percent(values["trained_share"]),
+            "lr": f"{values['learning_rate']:.2e}",
+            "grad norm": f"{values['grad_norm']:.3f}",
+        }
+        line = f"step {step}/{self._steps}  " + _joined({"loss": last} | fields | {"left": duration(left)})
+        shown = {"loss": f"{_number(mean)} (last {last})"} | self._shown | fields
+        return Status(step=step, steps=self._steps, left=left, fields=tuple(shown.items()), line=line)
 
 
 def read(run: Path) -> list[dict[str, Any]]:
     """The records of a run so far; a last line that a kill cut short is left out."""
-    path = run / METRICS
+    return list(_lines(run / METRICS))
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
     if not path.exists():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
+        return
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                return
+
+
+def _keep_until(step: int, path: Path) -> None:
+    """Takes lines after a step out of a file, and all of them where the step is 0."""
+    if not path.exists():
+        return
+    part = path.with_suffix(".part")
+    with part.open("w", encoding="utf-8") as kept:
+        kept.writelines(json.dumps(line) + "\n" for line in _lines(path) if line["step"] <= step and step)
+    part.replace(path)
+
+
+def _is_finite(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _nulled(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with None where a number is not finite."""
+    return {
+        name: _nulled(value) if isinstance(value, Mapping) else value if _is_finite(value) else None
+        for name, value in values.items()
+    }
+
+
+def _number(value: float | None) -> str:
+    return "nan" if value is None else f"{value:.4f}"
+
+
+def _percent(value: float | None) -> str:
+    return "nan" if value is None else f"{value:.0%}"
+
+
+def _joined(fields: Mapping[str, str]) -> str:
+    return "  ".join(f"{name} {value}".strip() for name, value in fields.items())
+
+
+def _of_pairs(values: Mapping[str, Any]) -> dict[str, str]:
+    return (
+        {"accuracy": _percent(values["accuracy"]), "margin": _number(values["margin"])} if "accuracy" in values else {}
+    )
+
+
+def _heldout_line(values: Mapping[str, Any]) -> str:
+    sources = ", ".join(f"{name} {of['loss']:.2f}" for name, of in values.get("sources", {}).items())
+    told = f"held-out loss {values['loss']:.4f} over {values['trained_tokens']:,.0f} tokens" + (
+        sources and f" ({sources})"
+    )
+    return "  ".join([told, *([_joined(pairs)] if (pairs := _of_pairs(values)) else [])])
+
+
+def _requests_line(values: Mapping[str, Any]) -> str:
+    names = ("parsable", "schema_valid", "right_function", "exact")
+    shares = _joined({name.replace("_", " "): _percent(values[name]) for name in names})
+    return f"{values['requests']} held-out requests  {shares}"
 
 
 def plot(run: Path) -> Path:
@@ -119,10 +250,12 @@ def plot(run: Path) -> Path:
     from matplotlib.figure import Figure
 
     records = read(run)
+    pairs = any("accuracy" in record for record in records)
+    unit = "a pair" if pairs else "nats per trained token"
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per trained token)", title=run.name)
+    axes = figure.add_subplot(xlabel="step", ylabel=f"loss ({unit})", title=run.name)
     train, heldout = (
-        [(record["step"], record["loss"]) for record in records if record["kind"] == kind]
+        [(one["step"], one["loss"]) for one in records if one["kind"] == kind and one["loss"] is not None]
         for kind in ("train", "heldout")
     )
     if train:

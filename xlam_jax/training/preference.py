@@ -53,6 +53,13 @@ def by_side(values_BT: jax.Array, segments_BT: jax.Array, pairs: int) -> Sides:
     return Sides(sums_BS[:, ::2], sums_BS[:, 1::2])
 
 
+def firsts(values_BT: jax.Array, segments_BT: jax.Array, pairs: int) -> jax.Array:
+    """The value at the first place of each pair, [B, P]; 0 for pairs that do not exist."""
+    chosen_BTP = segments_BT[:, :, None] == 2 * jnp.arange(pairs) + 1
+    first_BTP = chosen_BTP & (jnp.cumsum(chosen_BTP, axis=1) == 1)
+    return jnp.sum(jnp.where(first_BTP, values_BT[:, :, None], 0), axis=1)
+
+
 def count_pairs(segments_BT: jax.Array) -> jax.Array:
     """How many pairs these rows hold, f32."""
     return jnp.sum(jnp.max(segments_BT, axis=1) // 2).astype(jnp.float32)
@@ -105,8 +112,8 @@ def preference_sums(
     weights_BT: jax.Array,
     segments_BT: jax.Array,
     pairs: int,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """This device's sum of the pairs' losses, differentiable, and its sums of what to watch.
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    """The pairs' losses [B, P], 0 for those that do not exist; which do; and this device's sums of what to watch.
 
     log-probabilities are those of labels, 0 where nothing counts; `reference_BT` those of the reference policy (0
     without one).
@@ -121,8 +128,8 @@ def preference_sums(
     if sft_weight:
         losses_BP += sft_weight * -policy.chosen / jnp.maximum(tokens.chosen, 1.0)
 
-    def total(values_BP: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(real_BP, values_BP, 0.0))
+    def real(values_BP: jax.Array) -> jax.Array:
+        return jnp.where(real_BP, values_BP, 0.0)
 
     moved = Sides(*(ours - theirs for ours, theirs in zip(policy, reference, strict=True)))
     scale = Sides(*(jnp.where(how.kind in PER_TOKEN, jnp.maximum(side, 1.0), 1.0) for side in tokens))
@@ -136,4 +143,5 @@ def preference_sums(
         policy.rejected,
         (moved.chosen + moved.rejected) / jnp.maximum(tokens.chosen + tokens.rejected, 1.0),
     )
-    return total(losses_BP), {name: total(value) for name, value in zip(WATCHED, watched, strict=True)}
+    sums = {name: jnp.sum(real(value)) for name, value in zip(WATCHED, watched, strict=True)}
+    return real(losses_BP), real_BP, sums

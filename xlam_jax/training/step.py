@@ -21,7 +21,7 @@ from xlam_jax.models.decoder import Decoder
 from xlam_jax.models.params import Params, binder, freeze, frozen_axes, join, logical_axes, shapes, trainable
 from xlam_jax.parallel import mesh as meshes
 from xlam_jax.training.objectives import load_balancing, token_log_probabilities
-from xlam_jax.training.preference import WATCHED, Preference, count_pairs, preference_sums
+from xlam_jax.training.preference import WATCHED, Preference, Sides, by_side, count_pairs, firsts, preference_sums
 
 EVERYWHERE = PartitionSpec()
 """Of what is the same on all devices."""
@@ -35,6 +35,8 @@ class State(NamedTuple):
     opt: Any
     step: Any
     """Steps taken so far, an int32 scalar."""
+    ema: Params | None = None
+    """The moving average of `params`, where one is kept."""
 
 
 class Batch(NamedTuple):
@@ -47,8 +49,11 @@ class Batch(NamedTuple):
     """Weight of each place's loss: 0 where nothing is learned, f32."""
     positions_BT: Any
     segments_BT: Any
+    groups_BT: Any = None
+    """What the loss is also told apart by: an index below `Objective.groups`, of each place."""
     reference_BT: Any = None
-    """log p of each label under the reference policy, f32, where it was computed beforehand."""
+    """log p of the labels under the reference policy, f32, where it was computed beforehand; only its sum over a side
+    of a pair counts."""
 
 
 class Objective(NamedTuple):
@@ -59,9 +64,22 @@ class Objective(NamedTuple):
     """Pairs that a row holds at most."""
     adapters_off: bool = False
     """The reference policy is the model without its adapters."""
+    groups: int = 0
+    """How many groups the loss is told apart by; a pair belongs to the group of its first place."""
 
 
 SFT = Objective()
+
+
+class Groups(NamedTuple):
+    """Sums over a batch, for each group: [G]."""
+
+    loss_G: jax.Array
+    """Of weight × −log p, or of the losses of pairs."""
+    weight_G: jax.Array
+    """What it is divided by."""
+    count_G: jax.Array
+    """Tokens that carry loss, or pairs."""
 
 
 class Sums(NamedTuple):
@@ -81,9 +99,13 @@ class Sums(NamedTuple):
     """Over those, the squared log of the softmax's normalizer."""
     watched: dict[str, jax.Array]
     """Of pairs: what else to watch, to be divided by `weight`."""
+    groups: Groups
+    """The loss, told apart."""
 
 
-def abstract_state(model: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh) -> State:
+def abstract_state(
+    model: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh, *, averaged: bool = False
+) -> State:
     """Shapes, dtypes and shardings of the state: moments lie as their parameters do, what has another shape (counters,
     factored moments, scales) on every device."""
     placed = jax.tree.map(_placed, trainable(model, shapes(model))[0], meshes.shardings(param_specs(model, mesh), mesh))
@@ -98,7 +120,7 @@ def abstract_state(model: ModelConfig, tx: optax.GradientTransformation, mesh: M
         return _placed(leaf, param.sharding if same else everywhere)  # pyright: ignore[reportOptionalMemberAccess]
 
     opt = jax.tree_util.tree_map_with_path(beside, jax.eval_shape(tx.init, placed))
-    return State(placed, opt, jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere))
+    return State(placed, opt, jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere), placed if averaged else None)
 
 
 def abstract_frozen(model: ModelConfig, mesh: Mesh, *, dtype: Any, quantized: bool) -> Params:
@@ -116,7 +138,9 @@ def init_state(abstract: State, tx: optax.GradientTransformation, params: Callab
     compiled so that each is born where it lies."""
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     placed = place(params, abstract.params)
-    return State(placed, jax.jit(tx.init, out_shardings=places.opt)(placed), jax.device_put(jnp.int32(0), places.step))
+    opt = jax.jit(tx.init, out_shardings=places.opt)(placed)
+    ema = None if abstract.ema is None else jax.tree.map(jnp.copy, placed)
+    return State(placed, opt, jax.device_put(jnp.int32(0), places.step), ema)
 
 
 def place(params: Callable[[], Params] | Params, abstract: Params) -> Params:
@@ -166,18 +190,36 @@ def _sums(
         aux = load_balancing(_everywhere(router), model.config.layers, tokens) * tokens
     watched: dict[str, jax.Array] = {}
     if objective.preference is None:
-        loss = -jnp.sum(log_p_BT * batch.weights_BT)
+        losses_BT = -log_p_BT * batch.weights_BT
+        loss = jnp.sum(losses_BT)
+        told_apart = (losses_BT, batch.weights_BT, batch.weights_BT != 0, batch.groups_BT)
     else:
         reference_BT = jnp.zeros_like(log_p_BT) if batch.reference_BT is None else batch.reference_BT
         if reference is not None:
             reference_BT = jax.lax.stop_gradient(_scored(reference, batch, None)[0])
-        loss, watched = preference_sums(
+        losses_BP, real_BP, watched = preference_sums(
             objective.preference, log_p_BT, reference_BT, batch.weights_BT, batch.segments_BT, objective.pairs
         )
+        loss = jnp.sum(losses_BP)
+        groups_BP = None if batch.groups_BT is None else firsts(batch.groups_BT, batch.segments_BT, objective.pairs)
+        told_apart = (losses_BP, real_BP, real_BP, groups_BP)
     trained = _everywhere(jnp.sum(batch.weights_BT != 0).astype(jnp.float32))
     weight = _everywhere(_weight(objective, batch))
     z = _everywhere(jnp.sum(log_z_BT**2))
-    return Sums(_everywhere(loss), weight, tokens, aux, trained, z, _everywhere(watched))
+    groups = _everywhere(_by_group(objective.groups, *told_apart))
+    return Sums(_everywhere(loss), weight, tokens, aux, trained, z, _everywhere(watched), groups)
+
+
+def _by_group(size: int, losses: jax.Array, weights: jax.Array, counted: jax.Array, groups: jax.Array | None) -> Groups:
+    """Sums of places or pairs, [B, T] or [B, P], over each group."""
+
+    def total(values: jax.Array) -> jax.Array:
+        if groups is None or not size:
+            return jnp.zeros((0,))
+        mine = groups[..., None] == jnp.arange(size)
+        return jnp.sum(jnp.where(mine, values.astype(jnp.float32)[..., None], 0.0), axis=(0, 1))
+
+    return Groups(total(jax.lax.stop_gradient(losses)), total(weights), total(counted))
 
 
 def _binders(
@@ -206,12 +248,14 @@ def make_train_step(
     neftune: float = 0.0,
     objective: Objective = SFT,
     quantized: bool = False,
+    ema: float = 0.0,
     seed: int = 0,
-) -> Callable[[State, Params, Batch], tuple[State, dict[str, jax.Array]]]:
+) -> Callable[[State, Params, Batch], tuple[State, dict[str, Any]]]:
     """Builds the step `(state, frozen, batch) -> (state, metrics)`; `frozen` is what does not train, maybe {}.
 
-    Metrics: loss (mean over weighted tokens, or over pairs), aux_loss, grad_norm, tokens, trained_tokens, and what is
-    watched of pairs.
+    Metrics: loss (mean over weighted tokens, or over pairs), aux_loss, grad_norm, tokens, trained_tokens, what is
+    watched of pairs, and `groups`, the sums of each group. `ema` is the decay of the average that the state keeps, if
+    it does; the first steps average over fewer.
     """
     models = _binders(model, objective, compute_dtype, remat, neftune)
     specs = param_specs(model, mesh)
@@ -240,7 +284,17 @@ def make_train_step(
         keys = jax.random.split(key, microbatches)
         watched = WATCHED if objective.preference else ()
         nothing = jnp.zeros(())
-        none = Sums(nothing, nothing, nothing, nothing, nothing, nothing, dict.fromkeys(watched, nothing))
+        apart = jnp.zeros((objective.groups if batch.groups_BT is not None else 0,))
+        none = Sums(
+            loss=nothing,
+            weight=nothing,
+            tokens=nothing,
+            aux=nothing,
+            trained=nothing,
+            z=nothing,
+            watched=dict.fromkeys(watched, nothing),
+            groups=Groups(apart, apart, apart),
+        )
         zero = (jax.tree.map(jnp.zeros_like, params), none)
         return jax.lax.scan(add, zero, (parts, keys))[0]
 
@@ -251,12 +305,14 @@ def make_train_step(
         out_specs=(specs, EVERYWHERE),
     )
 
-    def step(state: State, frozen: Params, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+    def step(state: State, frozen: Params, batch: Batch) -> tuple[State, dict[str, Any]]:
         grads, sums = sharded(state.params, frozen, batch, jax.random.fold_in(jax.random.key(seed), state.step))
         updates, opt = tx.update(grads, state.opt, state.params)
         metrics = means(sums) | {"grad_norm": optax.tree.norm(grads)}
         params: Any = optax.apply_updates(state.params, updates)
-        return State(params, opt, state.step + 1), metrics
+        decay = jnp.minimum(ema, (1 + state.step) / (10 + state.step))
+        average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, params if ema else None)
+        return State(params, opt, state.step + 1, average), metrics
 
     return step
 
@@ -283,11 +339,27 @@ def make_eval_step(
     )
 
 
-def means(sums: Sums) -> dict[str, jax.Array]:
-    """Metrics from sums."""
+def make_reference_step(
+    model: ModelConfig, mesh: Mesh, *, compute_dtype: Any, pairs: int, quantized: bool = False
+) -> Callable[[Params, Params, Batch], Sides]:
+    """Builds the scoring of one batch of pairs by what trains and what does not: log p summed over each side."""
+    models = _binders(model, SFT, compute_dtype, "none")
+
+    def score(params: Params, frozen: Params, batch: Batch) -> Sides:
+        log_p_BT = _scored(models(params, frozen)[0], batch, None)[0]
+        return by_side(log_p_BT, batch.segments_BT, pairs)
+
+    batches = meshes.batch_spec(mesh)
+    specs = (param_specs(model, mesh), frozen_specs(model, mesh, quantized=quantized), batches)
+    return jax.shard_map(score, mesh=mesh, in_specs=specs, out_specs=batches)
+
+
+def means(sums: Sums) -> dict[str, Any]:
+    """Metrics from sums; `groups` stay sums."""
     return {
         "loss": sums.loss / jnp.maximum(sums.weight, 1e-9),
         "aux_loss": sums.aux / jnp.maximum(sums.tokens, 1.0),
         "tokens": sums.tokens,
         "trained_tokens": sums.trained,
+        "groups": sums.groups,
     } | {name: value / jnp.maximum(sums.weight, 1e-9) for name, value in sums.watched.items()}

@@ -35,6 +35,20 @@ def read_base(resolved: Resolved) -> Params | None:
     return params
 
 
+def check_init(resolved: Resolved) -> None:
+    """Raises `UserError` when `model.init_from` holds no weights of this model, as `read_base` does, reading none."""
+    from converters.hf_to_orbax import check_hf
+
+    if resolved.config.model.init_from is None:
+        return
+    folder = Path(resolved.config.model.init_from)
+    like = shapes(replace(resolved.model, lora=None))
+    if checkpoint.is_checkpoint(folder):
+        checkpoint.check_params(checkpoint.resolve(folder), like)
+    else:
+        checkpoint.same_shapes(folder, shapes(check_hf(folder)), like)
+
+
 def read_adapters(resolved: Resolved) -> Params | None:
     """The adapters that `lora.init_from` names; None for new ones. Raises `UserError` when they do not fit."""
     from converters.peft import read_peft

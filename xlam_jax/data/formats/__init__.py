@@ -1,12 +1,12 @@
 """Formats: how a conversation becomes text. Each says which pieces of the text belong to which turn."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from xlam_jax.data.codec import Codec, Segment
-from xlam_jax.data.trajectory import InvalidTrajectory, Message, Trajectory
+from xlam_jax.data.codec import Codec, Segment, to_json
+from xlam_jax.data.trajectory import InvalidTrajectory, Message, ToolCall, Trajectory
 from xlam_jax.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -92,6 +92,21 @@ def read_template(name: str, **variables: bool) -> str:
         f"{{%- set {variable} = {'true' if value else 'false'} -%}}\n" for variable, value in variables.items()
     )
     return header + (files("serving") / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+def written_calls(
+    calls: Iterable[ToolCall], turn: int, front: str = "", back: str = "", ids: bool = False
+) -> Iterator[Segment]:
+    """The calls of a turn as the array that servers parse, between `front` and `back`; its text is one-line JSON.
+
+    With `ids`, those of the calls that have one stand behind the arguments.
+    """
+    between = front + "["
+    for call in calls:
+        yield Segment(f'{between}{{"name": {to_json(call.name)}, "arguments":', "tool_call", turn)
+        yield Segment(" " + to_json(call.arguments), "arguments", turn)
+        between = f', "id": {to_json(call.id)}}}, ' if ids and call.id else "}, "
+    yield Segment(between.removesuffix(", ") + "]" + back, "tool_call", turn)
 
 
 def not_representable(detail: str) -> InvalidTrajectory:

@@ -11,8 +11,8 @@ from itertools import groupby
 from typing import Any
 
 from xlam_jax.data.codec import TOOL_CALLS, Codec, Segment, to_json
-from xlam_jax.data.formats import PLAIN, Layout, Variant, not_representable, read_template, without_loss
-from xlam_jax.data.trajectory import Message, Trajectory, system_text
+from xlam_jax.data.formats import PLAIN, Layout, Variant, not_representable, read_template, without_loss, written_calls
+from xlam_jax.data.trajectory import Message, ToolCall, Trajectory, system_text
 
 ID_LENGTH = 9
 _ASCII_ALNUM = frozenset("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
@@ -166,12 +166,12 @@ def _answer(turns: Turns) -> Iterator[Segment]:
             else f"turns {turns[0][0]} and {turns[1][0]} are both by the assistant, which Mistral's v3 format cannot "
             "write where one of them calls tools; use the format xlam"
         )
-    calls = []
-    for call in message.tool_calls:
-        identity = {"id": _id(call.id)} if call.id and call.id != "null" else {}
-        calls.append({"name": call.name, "arguments": call.arguments} | identity)
+    calls = (
+        ToolCall(_id(call.id) if call.id and call.id != "null" else None, call.name, call.arguments)
+        for call in message.tool_calls
+    )
     yield Segment(TOOL_CALLS, "tool_call", turn, control=True)
-    yield Segment(to_json(calls), "tool_call", turn)
+    yield from written_calls(calls, turn, ids=True)
 
 
 def _tool(tool: dict[str, Any]) -> dict[str, Any]:

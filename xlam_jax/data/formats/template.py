@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
+_JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[][{}:,]|[^][{}:,"\s]+')
+
+
 class _Answer(NamedTuple):
     turn: int
     start: int
@@ -175,19 +178,50 @@ class _Chat:
         self._check(text, answers)
         segments: list[Segment] = []
         position, turn = 0, -1
-        for answer in answers:
-            self._add(segments, text[position : answer.start], "prompt", turn)
-            written, message = text[answer.start : answer.end], self._turns[answer.turn]
-            ends = [(found.start(), found.end()) for found in self._codec.special_pattern.finditer(written)]
-            stop = ends[-1][0] if ends and not written[ends[-1][1] :].strip() else len(written)
-            content = message.content.strip()
-            spoken = written.find(content) + len(content) if message.tool_calls and content in written else 0
-            self._add(segments, written[:spoken], "thought", answer.turn)
-            self._add(segments, written[spoken:stop], "tool_call" if message.tool_calls else "answer", answer.turn)
-            self._add(segments, written[stop:], "eos", answer.turn)
-            position, turn = answer.end, answer.turn + 1
-        self._add(segments, text[position:], "prompt", min(turn, len(self._turns) - 1))
+
+        def add(end: int, kind: Kind, turn: int) -> None:
+            nonlocal position
+            self._add(segments, text[position:end], kind, turn)
+            position = end
+
+        for own, parts in groupby(answers, key=lambda answer: answer.turn):
+            mains = [(part, self._main(text, part)) for part in parts]
+            arguments = self._arguments(text, own, [main for _, main in mains])
+            for part, (start, stop) in mains:
+                add(part.start, "prompt", turn)
+                add(start, "thought", own)
+                for first, last in arguments:
+                    if start <= first and last <= stop:
+                        add(first, "tool_call", own)
+                        add(last, "arguments", own)
+                add(stop, "tool_call" if self._turns[own].tool_calls else "answer", own)
+                add(part.end, "eos", own)
+                turn = own + 1
+        add(len(text), "prompt", min(turn, len(self._turns) - 1))
         return segments
+
+    def _main(self, text: str, answer: _Answer) -> tuple[int, int]:
+        """From where to where an answer is neither thought nor end."""
+        written, message = text[answer.start : answer.end], self._messages[answer.turn + self._offset]
+        ends = [(found.start(), found.end()) for found in self._codec.special_pattern.finditer(written)]
+        stop = ends[-1][0] if ends and not written[ends[-1][1] :].strip() else len(written)
+        content = message["content"].strip()
+        spoken = written.find(content) + len(content) if message.get("tool_calls") and content in written else 0
+        return answer.start + spoken, answer.start + stop
+
+    def _arguments(self, text: str, turn: int, mains: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """From where to where the arguments of a turn's calls stand; nothing unless all are there as JSON, in order."""
+        found: list[tuple[int, int]] = []
+        position = 0
+        for call in self._messages[turn + self._offset].get("tool_calls", []):
+            tokens = _JSON_TOKEN.findall(to_json(call["function"]["arguments"]))
+            spans = (_find_json(tokens, text, max(start, position), stop) for start, stop in mains)
+            span = next((one for one in spans if one), None)
+            if span is None:
+                return []
+            found.append(span)
+            position = span[1]
+        return found
 
     def _add(self, segments: list[Segment], text: str, kind: Kind, turn: int) -> None:
         for at, piece in enumerate(self._codec.special_pattern.split(text)):
@@ -285,3 +319,20 @@ def _find(content: str, squeezed: str, position: int) -> int:
     """Where a text begins, whatever the white space, as it is or as JSON writes it; -1 if it does not."""
     found = squeezed.find(_squeeze(content), position)
     return found if found >= 0 else squeezed.find(_squeeze(to_json(content)[1:-1]), position)
+
+
+def _find_json(tokens: Sequence[str], text: str, start: int, stop: int) -> tuple[int, int] | None:
+    """Where the tokens of a JSON value stand, whatever the white space between them, and the space in front of it."""
+    begin = text.find(tokens[0], start, stop)
+    while begin >= 0:
+        at = begin
+        for token in tokens:
+            while text[at : at + 1].isspace():
+                at += 1
+            if not text.startswith(token, at, stop):
+                break
+            at += len(token)
+        else:
+            return begin - (begin > start and text[begin - 1] == " "), at
+        begin = text.find(tokens[0], begin + 1, stop)
+    return None

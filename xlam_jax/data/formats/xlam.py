@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from xlam_jax.data.codec import TOOL_CALLS, Codec, Kind, Segment, to_json
-from xlam_jax.data.formats import PLAIN, Layout, Variant, read_template
+from xlam_jax.data.formats import PLAIN, Layout, Variant, read_template, written_calls
 from xlam_jax.data.trajectory import Message, Trajectory, system_text
 
 # where no token marks a call, the model is told in words; the template says the first
@@ -79,14 +79,14 @@ class Xlam:
         previous = ""
         for turn, message in enumerate(messages):
             if message.role == "assistant":
-                calls = calls_json(message)
+                calls = message.tool_calls
                 if message.content:
                     add(space + message.content, "thought" if calls else "answer", turn)
                 if calls and self._codec.tool_calls_token:
                     add(TOOL_CALLS, "tool_call", turn, control=True)
-                    add(calls, "tool_call", turn)
+                    segments += written_calls(calls, turn)
                 elif calls:
-                    add(("\n" if message.content else " ") + calls, "tool_call", turn)
+                    segments += written_calls(calls, turn, front="\n" if message.content else " ")
                 add(eos, "eos", turn, control=True)
             elif message.role in ("user", "tool"):
                 if previous in ("user", "tool"):
@@ -95,9 +95,3 @@ class Xlam:
                 front = ""
             previous = message.role
         return segments
-
-
-def calls_json(message: Message) -> str:
-    """The calls of a turn as the array that servers parse; empty without calls."""
-    calls = [{"name": call.name, "arguments": call.arguments} for call in message.tool_calls]
-    return to_json(calls) if calls else ""

@@ -12,8 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from xlam_jax.data.codec import Codec, Segment, to_json
-from xlam_jax.data.formats import PLAIN, Layout, Variant, read_template, without_loss
-from xlam_jax.data.formats.xlam import calls_json
+from xlam_jax.data.formats import PLAIN, Layout, Variant, read_template, without_loss, written_calls
 from xlam_jax.data.trajectory import Message, Trajectory, system_text
 
 TASK_INSTRUCTION = (
@@ -66,13 +65,16 @@ class XlamV1:
             if message.loss is False:
                 continue
             main = "tool_call" if message.tool_calls else "answer"
-            answer = [
+            segments = self._prompt(front, steps[: done - 1])
+            segments += [
                 Segment(space + '{"thought": ', main, turn),
                 Segment(to_json(message.content), "thought" if message.tool_calls and message.content else main, turn),
-                Segment(f', "tool_calls": {calls_json(message) or "[]"}}}', main, turn),
-                Segment(self._codec.eos, "eos", turn, control=True),
             ]
-            segments = self._prompt(front, steps[: done - 1]) + answer
+            if message.tool_calls:
+                segments += written_calls(message.tool_calls, turn, front=', "tool_calls": ', back="}")
+            else:
+                segments.append(Segment(', "tool_calls": []}', main, turn))
+            segments.append(Segment(self._codec.eos, "eos", turn, control=True))
             yield Layout(replace(trajectory, conversation=(*context[:turn], message)), segments)
 
     def prompt(self, system: str, tools: list[dict[str, Any]], messages: Sequence[Message]) -> list[Segment]:

@@ -1,0 +1,207 @@
+"""Pairs from file to batch: what is trained of them, what is refused, how they lie in a row."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from xlam_jax.config import Data
+from xlam_jax.data import cache, corpus, pipeline
+from xlam_jax.data.tokenizer import load_tokenizer
+from xlam_jax.data.trajectory import InvalidTrajectory
+from xlam_jax.errors import UserError
+
+QUICKSTART = Path(__file__).parents[2] / "examples/quickstart"
+TOOLS = [
+    {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": {}}}}
+    for name in ("look", "take")
+]
+
+
+SORRY = {"role": "assistant", "content": "Sorry."}
+
+
+def call(name: str, **arguments: Any) -> dict[str, Any]:
+    function = {"name": name, "arguments": arguments}
+    return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "id": "c", "function": function}]}
+
+
+def result(text: str) -> dict[str, Any]:
+    return {"role": "tool", "tool_call_id": "c", "content": text}
+
+
+def pair(number: int, **changes: Any) -> dict[str, Any]:
+    """Both sides look first, then one takes the right thing."""
+    return {
+        "unique_trajectory_id": f"pair {number}",
+        "tools": TOOLS,
+        "conversation": [{"role": "user", "content": f"Take thing {number}."}],
+        "chosen": [call("look"), result("a, b"), call("take", thing=number)],
+        "rejected": [call("look"), result("a, b"), call("take", thing=-1), result("no"), SORRY],
+        "chosen_score": 1.0,
+        "rejected_score": 0.0,
+    } | changes  # fmt: skip
+
+
+def data(path: Path, **changes: Any) -> Data:
+    values = {
+        "sources": [{"name": "pairs", "files": [str(path)], "format": "pairs"}],
+        "tokenizer": str(QUICKSTART / "tokenizer"),
+        "sequence_length": 512,
+        "streams": 2,
+        "heldout": 0.3,
+        "max_pairs": 3,
+    }
+    return Data.model_validate(values | changes)
+
+
+@pytest.fixture(scope="module")
+def codec() -> Any:
+    return load_tokenizer(str(QUICKSTART / "tokenizer"))
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(pair(number)) + "\n" for number in range(40)), encoding="utf-8")
+    return file
+
+
+def write(path: Path, *rows: Any) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def text_of(codec: Any, example: corpus.Example, side: int) -> str:
+    counts = (example.get("sides", np.zeros(0)) == side) & (example["weights"] > 0)
+    return codec.decode(example["labels"][counts])
+
+
+def test_only_what_differs_counts(path, codec):
+    (one,) = corpus.load(data(path, heldout=0.0), codec)
+    assert one.ids[7] == "pair 7"
+    example = one.train[7]
+    assert text_of(codec, example, 1) == '[TOOL_CALLS][{"name": "take", "arguments": {"thing": 7}}]</s>'
+    assert text_of(codec, example, 2) == '[TOOL_CALLS][{"name": "take", "arguments": {"thing": -1}}]</s>Sorry.</s>'
+    assert corpus.lengths(one.train)[7] == len(example["tokens"])
+    assert corpus.trained(one.train)[7] == (example["weights"] > 0).sum()
+
+
+def test_both_sides_lie_in_one_row_each_on_its_own(path, codec):
+    loaded = corpus.load(data(path), codec)
+    loader = pipeline.Loader(loaded, data(path), batch_size=4, seed=0)
+    seen = 0
+    for _ in range(6):
+        rows = next(loader)
+        assert rows.reference is None
+        drawn = loader.origins()
+        for tokens, _, weights, positions, segments, _ in zip(*rows[:6], strict=True):
+            assert segments.max() % 2 == 0
+            assert segments.max() <= 2 * 3
+            assert not weights[segments == 0].any()
+            for number in range(1, segments.max() // 2 + 1):
+                source, row = drawn.pop(0)
+                whole = loaded[source].train[row]
+                for side, segment in ((1, 2 * number - 1), (2, 2 * number)):
+                    mine, theirs = segments == segment, whole.get("sides") == side
+                    assert tokens[mine].tolist() == whole["tokens"][theirs].tolist()
+                    assert weights[mine].tolist() == whole["weights"][theirs].tolist()
+                    assert positions[mine].tolist() == list(range(mine.sum()))
+                seen += 1
+        assert not drawn
+    assert seen > 24  # several pairs a row
+
+
+def test_no_task_is_trained_and_held_out(tmp_path, codec):
+    """Pairs of one task differ in their ids and answers; where one is held out, all are."""
+    rows = [pair(number, unique_trajectory_id=f"{number}-{again}", chosen=[call("take", thing=again)])
+            for number in range(30) for again in (1, 2, 3)]  # fmt: skip
+    (one,) = corpus.load(data(write(tmp_path / "p.jsonl", *rows)), codec)
+    assert len(one.train) + len(one.heldout) == 90
+    assert 0 < len(one.heldout) < 90
+    trained = {name.split("-")[0] for name in one.ids}
+    held = {sample.id.split("-")[0] for sample in one.samples}
+    assert not trained & held
+    assert len(trained) + len(held) == 30
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rejected": pair(1)["chosen"]}, "equal-sides: chosen equals rejected"),
+        ({"rejected": pair(1)["chosen"][:1]}, "one-is-the-others-beginning"),
+        ({"rejected": [call("look"), result("other")]}, "first-differs-at-a-user-or-tool-turn"),
+        ({"rejected": None}, "no-pair: a pair has conversation, chosen and rejected, lists of turns; rejected is none"),
+        ({"rejected": [call("fly")]}, "undeclared-tool: rejected: turn 1 calls 'fly'"),
+    ],
+)
+def test_what_is_no_pair_is_told_with_its_line(tmp_path, codec, changes, message):
+    rows = [pair(number) for number in range(12)] + [pair(1, **changes)]
+    path = write(tmp_path / "p.jsonl", *rows)
+    with pytest.raises(UserError) as error:
+        corpus.load(data(path), codec)
+    assert f"{path}:13: {message}" in str(error.value)
+    (one,) = corpus.load(data(path, on_invalid="drop"), codec)
+    assert one.dropped == {message.partition(":")[0]: 1}
+
+
+def test_a_pair_that_does_not_fit_is_dropped_or_an_error(path, codec):
+    whole = corpus.load(data(path, heldout=0.0), codec)[0]
+    longest = int(corpus.lengths(whole.train).max())
+    (one,) = corpus.load(data(path, heldout=0.0, sequence_length=longest), codec)
+    assert len(one.train) == 40
+    (one,) = corpus.load(data(path, heldout=0.0, sequence_length=longest - 1), codec)
+    assert one.dropped["too-long"] > 0
+    with pytest.raises(UserError, match="both sides take"):
+        corpus.load(data(path, sequence_length=longest - 1, on_long="error"), codec)
+
+
+def test_filters_judge_the_chosen_side(path, codec):
+    source = {
+        "name": "pairs",
+        "files": [str(path)],
+        "format": "pairs",
+        "filters": {"min_score": 0.5, "exclude": ["pair 3"]},
+    }
+    (one,) = corpus.load(data(path, sources=[source]), codec)
+    assert one.dropped == {"excluded": 1}
+
+
+def test_a_cache_gives_the_same_pairs(path, codec, tmp_path):
+    cache.write(tmp_path / "cache", data(path), codec)
+    (one,), (other,) = corpus.load(data(path), codec), cache.open(tmp_path / "cache", data(path), codec)
+    for part in ("train", "heldout"):
+        first, second = getattr(one, part), getattr(other, part)
+        assert len(first) == len(second) > 0
+        for mine, theirs in zip(first, second, strict=True):
+            assert mine.keys() == theirs.keys()
+            assert all(np.array_equal(mine[key], theirs[key]) for key in mine)
+    assert list(other.ids) == one.ids
+    assert other.samples == one.samples
+
+
+def test_a_reference_stands_at_the_first_place_that_counts(path, codec):
+    (one,) = corpus.load(data(path), codec)
+    log_p_P2 = -np.arange(1, 2 * len(one.train) + 1, dtype=np.float32).reshape(-1, 2)
+    with_reference = one._replace(train=corpus.Referenced(one.train, log_p_P2))
+    loader = pipeline.Loader([with_reference], data(path), batch_size=4, seed=0)
+    rows = next(loader)
+    assert rows.reference is not None
+    drawn = loader.origins()
+    for weights, segments, reference in zip(rows.weights, rows.segments, rows.reference, strict=True):
+        for number in range(1, segments.max() // 2 + 1):
+            _, row = drawn.pop(0)
+            for side in (0, 1):
+                mine = (segments == 2 * number - 1 + side) & (weights > 0)
+                assert reference[mine].tolist() == [log_p_P2[row, side]] + [0.0] * (mine.sum() - 1)
+    with pytest.raises(ValueError, match="shape"):
+        corpus.Referenced(one.train, log_p_P2[1:])
+
+
+def test_rows_that_are_no_objects_are_no_pairs():
+    from xlam_jax.data.pair import parse_pair
+
+    with pytest.raises(InvalidTrajectory, match="not-an-object"):
+        parse_pair([], "x", lambda reason, detail: None)

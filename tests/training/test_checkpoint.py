@@ -1,0 +1,50 @@
+"""Which checkpoints are kept."""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+from xlam_jax.training.checkpoint import Checkpoints, better, load_params
+
+
+def steps_of(run: Path) -> list[int]:
+    return sorted(int(entry.name) for entry in (run / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(("metric", "best"), [("heldout.loss", 2), ("requests.exact", 4)])
+def test_the_best_is_kept_beside_the_newest(tmp_path: Path, metric: str, best: int):
+    values = {1: 0.5, 2: 0.1, 3: None, 4: 0.9, 5: 0.5, 6: 0.6}
+
+    def opened() -> Checkpoints:
+        return Checkpoints(tmp_path, keep=1, metadata={}, best=metric)
+
+    saves = opened()
+    for step, value in values.items():
+        if step == 4:  # a run that is continued still knows the best
+            saves.close()
+            saves = opened()
+        saves.save(step, {"params": {"w": jnp.full(3, step)}}, {}, None if value is None else {metric: value})
+        saves.wait()
+    assert saves.best() == (best, values[best])
+    assert saves.latest() == 6
+    saves.close()
+    assert steps_of(tmp_path) == [best, 6]
+
+
+def test_losses_are_to_be_low_and_shares_high():
+    assert better("heldout.sources.webshop.loss", 1.0, 2.0)
+    assert better("heldout.kl", 1.0, 2.0)
+    assert better("requests.exact", 0.5, 0.4)
+    assert not better("heldout.loss", 1.0, 1.0)
+
+
+def test_an_average_is_what_is_loaded(tmp_path: Path):
+    saves = Checkpoints(tmp_path, keep=1, metadata={})
+    saves.save(1, {"params": {"w": jnp.zeros(2)}, "ema": {"w": jnp.ones(2)}}, {"s": "place"})
+    saves.wait()
+    items, data = saves.restore(1, {"params": {"w": jnp.zeros(2)}, "ema": {"w": jnp.zeros(2)}})
+    saves.close()
+    assert data == {"s": "place"}
+    assert items["params"]["w"].tolist() == [0, 0]
+    assert load_params(tmp_path / "checkpoints" / "1")["w"].tolist() == [1, 1]

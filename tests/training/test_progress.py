@@ -1,0 +1,295 @@
+"""The panel on a real pseudo-terminal, seen through a terminal emulator; plain lines where there is none."""
+
+import fcntl
+import io
+import os
+import select
+import shutil
+import struct
+import subprocess
+import sys
+import termios
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pyte
+import pytest
+from support import ROOT
+
+from xlam_jax.training import progress as module
+from xlam_jax.training.progress import Progress, Status, duration
+
+FIELDS = (
+    ("loss", "0.8123 (last 0.7911)"),
+    ("held-out", "0.8850 at 400"),
+    ("", "123,456 tok/s"),
+    ("trained", "34%"),
+    ("lr", "2.90e-04"),
+    ("grad norm", "0.912"),
+)
+
+
+def status(step: int, steps: int = 1000, left: float = 3723.0) -> Status:
+    return Status(step=step, steps=steps, left=left, fields=FIELDS, line=f"step {step}")
+
+
+class Out(io.TextIOWrapper):
+    """What a program writes to; what it flushes is read at once, for a pseudo-terminal holds only a little."""
+
+    def __init__(self, slave: int, encoding: str, read: Callable[[], None]):
+        super().__init__(os.fdopen(slave, "wb"), encoding=encoding)
+        self._read = read
+
+    def flush(self) -> None:
+        super().flush()
+        self._read()
+
+
+class Terminal:
+    """A pseudo-terminal and what stands on its screen."""
+
+    def __init__(self, columns: int, rows: int = 24, encoding: str = "utf-8"):
+        self._master, slave = os.openpty()
+        self._lock = threading.Lock()
+        self._screen = pyte.HistoryScreen(columns, rows, history=1000)
+        self._stream = pyte.ByteStream(self._screen)
+        self.out = Out(slave, encoding, self._read)
+        self.resize(columns, rows)
+
+    def resize(self, columns: int, rows: int = 24) -> None:
+        fcntl.ioctl(self.out, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+        self._screen.resize(rows, columns)
+
+    def rows(self) -> list[str]:
+        """The rows that have something on them, top to bottom, with those that scrolled away."""
+        with self._lock:
+            top = self._screen.history.top
+            gone = ["".join(row[column].data for column in range(self._screen.columns)) for row in top]
+            return [row.rstrip() for row in [*gone, *self._screen.display] if row.strip()]
+
+    def _read(self) -> None:
+        with self._lock:
+            while select.select([self._master], [], [], 0.01)[0]:
+                self._stream.feed(os.read(self._master, 65536))
+
+    def __enter__(self) -> "Terminal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.out.close()
+        os.close(self._master)
+
+
+@pytest.fixture(autouse=True)
+def always_drawn(monkeypatch: pytest.MonkeyPatch):
+    """Each step at once, and never from the other thread: what stands on the screen is known."""
+    monkeypatch.setattr(module, "REST", 0.0)
+    monkeypatch.setattr(module, "TICK", 1000.0)
+    monkeypatch.delenv("TERM", raising=False)
+
+
+@pytest.mark.parametrize("columns", [40, 57, 80, 120, 200])
+def test_the_panel_fits_below_the_lines_that_stay(columns: int):
+    with Terminal(columns) as terminal:
+        progress = Progress(terminal.out)
+        progress.line("weights from the seed")
+        for step in range(1, 31):
+            progress.step(status(step), keep=True)
+            if step % 10 == 0:
+                progress.line(f"step {step}/1000  held-out loss 0.9")
+        lines, panel = (rows := terminal.rows())[:4], rows[4:]
+        progress.close()
+        after = terminal.rows()
+    assert lines == ["weights from the seed", *(f"step {step}/1000  held-out loss 0.9" for step in (10, 20, 30))]
+    assert all(len(row) < columns for row in panel)
+    assert "━━━━━━━━" in panel[0]
+    assert panel[0].endswith("30/1,000 left 1:02:03")
+    shown = "   ".join(panel[1:])
+    assert shown == "   ".join(f"{name} {value}".strip() for name, value in FIELDS)
+    assert (len(panel) == 2) == (columns >= 120)
+    assert after == lines
+
+
+def test_narrower_and_wider_there_is_one_panel():
+    with Terminal(120) as terminal:
+        progress = Progress(terminal.out)
+        for columns in (120, 40, 200, 60, 41, 100):
+            terminal.resize(columns)
+            progress.step(status(1), keep=True)
+            progress.line(f"at {columns}")
+            progress.step(status(2), keep=True)
+            rows = terminal.rows()
+            assert [row for row in rows if "1,000" in row] == [row for row in rows if "2/1,000 left" in row]
+            assert len([row for row in rows if "2/1,000 left" in row]) == 1
+            assert len([row for row in rows if "grad norm" in row]) == 1
+            assert len(rows[rows.index(f"at {columns}") + 1]) == columns - 1
+        progress.close()
+        assert terminal.rows() == [f"at {columns}" for columns in (120, 40, 200, 60, 41, 100)]
+
+
+@pytest.mark.skipif(not shutil.which("tmux"), reason="needs tmux, a terminal that wraps lines anew when it is resized")
+def test_a_terminal_that_wraps_lines_anew_keeps_one_panel(tmp_path: Path):
+    tmux = ["tmux", "-S", str(tmp_path / "socket"), "-f", os.devnull]
+    drawn, go, script = tmp_path / "drawn", tmp_path / "go", tmp_path / "draw.py"
+    script.write_text(
+        f"""
+import sys, time
+from pathlib import Path
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+from training.test_progress import Progress, module, status
+module.REST, module.TICK = 0.0, 1000.0
+progress = Progress()
+for step in range(1, 9):
+    progress.line(f"line {{step}}")
+    progress.step(status(step), keep=True)
+    Path({str(drawn)!r}).write_text(str(step))
+    while not Path({str(go)!r} + str(step)).exists():
+        time.sleep(0.02)
+""",
+        encoding="utf-8",
+    )
+
+    def wait_for(step: int) -> None:
+        until = time.monotonic() + 60
+        while not drawn.exists() or drawn.read_text() != str(step):
+            assert time.monotonic() < until
+            time.sleep(0.05)
+
+    fill = "for i in $(seq 30); do echo before; done"
+    subprocess.run(
+        [*tmux, "new-session", "-d", "-x", "120", "-y", "20", f"{fill}; {sys.executable} {script}"], check=True
+    )
+    try:
+        for step, columns in enumerate((120, 60, 40, 50, 200, 45, 120), start=1):
+            wait_for(step)
+            subprocess.run([*tmux, "resize-window", "-x", str(columns), "-y", "20"], check=True)
+            time.sleep(0.4)  # it tells the program of the new width a quarter of a second later
+            Path(f"{go}{step}").touch()
+        wait_for(8)
+        time.sleep(0.2)
+        seen = subprocess.run([*tmux, "capture-pane", "-p", "-S", "-"], check=True, capture_output=True, text=True)
+    finally:
+        subprocess.run([*tmux, "kill-server"], check=False)
+    rows = [row.rstrip() for row in seen.stdout.splitlines() if row.strip()]
+    assert rows[:30] == ["before"] * 30
+    assert rows[30:38] == [f"line {step}" for step in range(1, 9)]
+    assert len(rows) == 40
+    assert rows[38].endswith("8/1,000 left 1:02:03")
+
+
+def test_what_others_write_is_not_lost():
+    with Terminal(80) as terminal:
+        progress = Progress(terminal.out)
+        progress.step(status(1), keep=True)
+        terminal.out.write("a warning of a library\n")
+        terminal.out.flush()
+        progress.step(status(2), keep=True)
+        rows = terminal.rows()
+        progress.close()
+    assert rows[0] == "a warning of a library"
+    assert rows[1].endswith("2/1,000 left 1:02:03")
+    assert rows[-1].endswith("grad norm 0.912")
+    assert len([row for row in rows if "1,000" in row]) == 1
+
+
+def test_a_line_longer_than_the_terminal_and_several_at_once():
+    with Terminal(40) as terminal:
+        progress = Progress(terminal.out)
+        progress.step(status(1), keep=True)
+        progress.line("x" * 39 + "y" + "z" * 10)
+        progress.line("q" * 40)
+        progress.line("one\ntwo")
+        rows = terminal.rows()
+        progress.close()
+    assert rows[:5] == ["x" * 39 + "y", "z" * 10, "q" * 40, "one", "two"]
+    assert rows[5].endswith("1/1,000 left 1:02:03")
+
+
+def test_a_low_terminal_shows_what_fits():
+    with Terminal(40, rows=4) as terminal:
+        progress = Progress(terminal.out)
+        for step in (1, 2, 3):
+            progress.step(status(step), keep=True)
+        assert terminal.rows()[0].endswith("3/1,000 left 1:02:03")
+        assert len(terminal.rows()) == 2
+        progress.close()
+
+
+def test_the_time_left_runs_on_between_steps(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "TICK", 0.05)
+    with Terminal(80) as terminal:
+        progress = Progress(terminal.out)
+        progress.step(status(1, left=100.0), keep=True)
+        assert "left 1:40" in terminal.rows()[0]
+        until = time.monotonic() + 30
+        while "left 1:38" not in terminal.rows()[0]:
+            assert time.monotonic() < until
+        progress.doing("evaluating")
+        assert terminal.rows()[0].endswith("1/1,000 evaluating")
+        progress.doing("")
+        assert "left" in terminal.rows()[0]
+        progress.close()
+
+
+def test_a_terminal_that_knows_only_ascii():
+    with Terminal(60, encoding="ascii") as terminal:
+        progress = Progress(terminal.out)
+        progress.step(status(500), keep=True)
+        assert terminal.rows()[0].startswith("-----")
+        progress.close()
+
+
+def test_an_error_leaves_the_screen_to_what_follows():
+    with Terminal(80) as terminal:
+
+        def run() -> None:
+            with Progress(terminal.out) as progress:
+                progress.line("kept")
+                progress.step(status(1), keep=True)
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run()
+        print("Traceback …", file=terminal.out, flush=True)
+        assert terminal.rows() == ["kept", "Traceback …"]
+
+
+def test_without_a_terminal_there_are_plain_lines():
+    out = io.StringIO()
+    with Progress(out) as progress:
+        progress.line("first")
+        progress.step(status(1), keep=False)
+        progress.doing("saving")
+        progress.step(status(2), keep=True)
+    assert out.getvalue() == "first\nstep 2\n"
+
+
+def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TERM", "dumb")
+    with Terminal(80) as terminal:
+        progress = Progress(terminal.out)
+        progress.step(status(1), keep=False)
+        progress.step(status(2), keep=True)
+        progress.close()
+        assert terminal.rows() == ["step 2"]
+
+
+def test_a_quiet_one_says_nothing():
+    with Terminal(80) as terminal:
+        with Progress(terminal.out, quiet=True) as progress:
+            progress.line("no")
+            progress.step(status(1), keep=True)
+            progress.doing("saving")
+        assert terminal.rows() == []
+
+
+def test_durations():
+    assert [duration(seconds) for seconds in (0, 59.6, 3599, 3600, 90061)] == [
+        "0:00",
+        "1:00",
+        "59:59",
+        "1:00:00",
+        "25:01:01",
+    ]

@@ -1,0 +1,349 @@
+"""Trackers: the real packages without a network, and what happens when one fails, hangs or is missing."""
+
+import json
+import struct
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from xlam_jax.config import Track
+from xlam_jax.errors import UserError
+from xlam_jax.training import trackers as module
+from xlam_jax.training.metrics import Metrics
+from xlam_jax.training.progress import Progress
+from xlam_jax.training.trackers import KNOWN, Run, check_trackers, flat, open_trackers
+
+CONFIG = {"model": {"config": "model.json"}, "train": {"steps": 10}, "data": {"sources": [{"name": "shop"}]}}
+
+
+def told_loss(step: int) -> float:
+    return 1 / step
+
+
+def live(run: Path, name: str, after: int, to: int, *, failed: bool = False, project: str = "mine") -> list[str]:
+    """One life of a run: steps after `after` to `to`, evaluated at every fifth. Returns what people are told."""
+    said: list[str] = []
+    trackers = open_trackers(
+        Track.model_validate({"to": [name], "project": project}), run, CONFIG, said.append, after=after
+    )
+    for step in range(after + 1, to + 1):
+        trackers.log(step, {"train/loss": told_loss(step), "train/sources/shop (a)/loss": 2.0})
+        if step % 5 == 0:
+            trackers.log(step, {"heldout/loss": 3.0})
+    trackers.close(failed)
+    return said
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "my run"
+    folder.mkdir()
+    return folder
+
+
+def test_tensorboard_shows_each_step_once_after_a_kill(run: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert live(run, "tensorboard", 0, 8) == []
+    assert live(run, "tensorboard", 0, 7) == []  # killed before the first checkpoint
+    assert live(run, "tensorboard", 5, 10) == []
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    points = {point.step: point.value for point in events.Scalars("train/loss")}
+    assert [point.step for point in events.Scalars("train/loss")] == list(range(1, 11))
+    assert points[8] == pytest.approx(told_loss(8))
+    assert [point.step for point in events.Scalars("heldout/loss")] == [5, 10]
+
+
+def test_wandb_continues_its_run(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "elsewhere"))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    assert live(run, "wandb", 0, 8, failed=True) == []
+    known = json.loads((run / KNOWN).read_text(encoding="utf-8"))["wandb"]["run"]
+    assert live(run, "wandb", 5, 10) == []
+    folders = sorted((run / "wandb").glob(f"offline-run-*-{known}"))
+    assert len(folders) == 2
+    (first, first_end), (second, second_end) = (wandb_history(folder / f"run-{known}.wandb") for folder in folders)
+    assert first == {step: told_loss(step) for step in range(1, 9)}
+    assert second == {step: told_loss(step) for step in range(6, 11)}
+    assert (first_end, second_end) == (1, 0)
+
+
+def wandb_history(path: Path) -> tuple[dict[int, float], int]:
+    """The losses by step of a W&B file, which is a log in LevelDB's format, and the exit code."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, at, parts, losses, code = path.read_bytes(), 7, b"", {}, -1
+    while at + 7 <= len(content):
+        if at // 32768 != (at + 6) // 32768:  # a block's end too short for a header
+            at += -at % 32768
+            continue
+        length, kind = struct.unpack("<HB", content[at + 4 : at + 7])
+        parts += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            record = Record.FromString(parts)
+            parts = b""
+            values = {
+                "/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item
+            }
+            if "train/loss" in values:
+                losses[int(values["_step"])] = values["train/loss"]
+            if record.HasField("exit"):
+                code = record.exit.exit_code
+    return losses, code
+
+
+def test_wandb_without_a_key_says_what_to_do_and_asks_nothing(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    started, *rest = live(run, "wandb", 0, 2)
+    assert "tracker wandb failed to start, the run goes on: PermissionError: no API key: run `wandb login`" in started
+    assert rest == ["tracker wandb did not get 2 of 2 records; metrics.jsonl has them all"]
+
+
+@pytest.fixture
+def mlflow_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/mlruns")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+
+
+@pytest.mark.usefixtures("mlflow_store")
+def test_mlflow_continues_its_run(run: Path):
+    assert live(run, "mlflow", 0, 8, failed=True) == []
+    import mlflow
+
+    client = mlflow.MlflowClient()
+    known = json.loads((run / KNOWN).read_text(encoding="utf-8"))["mlflow"]["run"]
+    assert client.get_run(known).info.status == "FAILED"
+    assert live(run, "mlflow", 5, 10) == []
+    found = client.get_run(known)
+    assert (found.info.status, found.info.run_name) == ("FINISHED", "my run")
+    assert found.data.params["train.steps"] == "10"
+    history = client.get_metric_history(known, "train/loss")
+    assert [(point.step, point.value) for point in history] == [(step, told_loss(step)) for step in range(1, 11)]
+    assert [point.step for point in client.get_metric_history(known, "train/sources/shop _a_/loss")] == [*range(1, 11)]
+    assert [point.step for point in client.get_metric_history(known, "heldout/loss")] == [5, 10]
+    assert live(run, "mlflow", 5, 10, project="another") == []  # a run belongs to one project
+    assert json.loads((run / KNOWN).read_text(encoding="utf-8"))["mlflow"]["run"] != known
+
+
+@pytest.mark.usefixtures("mlflow_store")
+def test_mlflow_that_lost_the_run_says_so(run: Path):
+    (run / KNOWN).write_text(json.dumps({"mlflow": {"project": "mine", "run": "0" * 32}}), encoding="utf-8")
+    started, missing = live(run, "mlflow", 5, 7)
+    assert "tracker mlflow failed to start, the run goes on: MlflowException: Run '000" in started
+    assert missing == "tracker mlflow did not get 2 of 2 records; metrics.jsonl has them all"
+
+
+def test_trackio_continues_its_run(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert "trackio" not in sys.modules, "it reads where to write when it is imported"
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    assert live(run, "trackio", 0, 8) == []
+    assert live(run, "trackio", 5, 10) == []
+    from trackio.sqlite_storage import SQLiteStorage
+
+    known = json.loads((run / KNOWN).read_text(encoding="utf-8"))["trackio"]["run"]
+    assert known.startswith("my run-")
+    logs = SQLiteStorage.get_logs("mine", known)
+    losses = [(entry["step"], entry["train/loss"]) for entry in logs if "train/loss" in entry]
+    assert losses == [(step, told_loss(step)) for step in range(1, 11)]
+
+
+class Good:
+    """Remembers what it is told."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, Any]] = []
+        self.begun: list[Run] = []
+        self.closed: list[bool] = []
+
+    def start(self, run: Run) -> str | None:
+        self.begun.append(run)
+        return "own name"
+
+    def log(self, step: int, values: Any) -> None:
+        self.seen.append((step, dict(values)))
+
+    def close(self, failed: bool) -> None:
+        self.closed.append(failed)
+
+
+class Raising(Good):
+    """Fails at what `at` names; at log only at some of the steps."""
+
+    def __init__(self, at: str, steps: range = range(1000)) -> None:
+        super().__init__()
+        self._at, self._steps = at, steps
+
+    def start(self, run: Run) -> str | None:
+        if self._at == "start":
+            raise ConnectionError("no\nserver")
+        return super().start(run)
+
+    def log(self, step: int, values: Any) -> None:
+        if self._at == "log" and step in self._steps:
+            raise SystemExit("no " + "space " * 200)
+        super().log(step, values)
+
+    def close(self, failed: bool) -> None:
+        if self._at == "close":
+            raise ValueError("not now")
+        super().close(failed)
+
+
+class Hanging(Good):
+    """Waits for ever at what `at` names, or until the test is over."""
+
+    over = threading.Event()
+
+    def __init__(self, at: str) -> None:
+        super().__init__()
+        self._at = at
+
+    def _wait(self, at: str) -> None:
+        if at == self._at:
+            self.over.wait()
+
+    def start(self, run: Run) -> str | None:
+        self._wait("start")
+        return super().start(run)
+
+    def log(self, step: int, values: Any) -> None:
+        self._wait("log")
+        super().log(step, values)
+
+    def close(self, failed: bool) -> None:
+        self._wait("close")
+        super().close(failed)
+
+
+@pytest.fixture
+def hanging_ends() -> Iterator[None]:
+    Hanging.over.clear()
+    yield
+    Hanging.over.set()
+
+
+def metrics_run(run: Path, monkeypatch: pytest.MonkeyPatch, tracker: Good, *, steps: int = 10) -> list[str]:
+    """Runs `Metrics` with a good tracker and this one; returns what people are told of trackers."""
+    good, said = Good(), []
+    monkeypatch.setitem(module.TRACKERS, "wandb", lambda: tracker)
+    monkeypatch.setitem(module.TRACKERS, "tensorboard", lambda: good)
+    progress = Progress(quiet=True)
+    monkeypatch.setattr(progress, "line", said.append)
+    track = Track(to=["wandb", "tensorboard"])
+    values = {"loss": 1.5, "grad_norm": 1.0, "tokens": 10.0, "trained_tokens": 5.0, "learning_rate": 0.1}
+    trackers = open_trackers(track, run, CONFIG, progress.line, after=0)
+    with Metrics(run, start=0, steps=steps, places=10, progress=progress, log_every=1000, trackers=trackers) as metrics:
+        for step in range(1, steps + 1):
+            metrics.record(step, "train", values | {"sources": {"shop": {"loss": 1.0}}})
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, steps + 1))
+    assert [step for step, _ in good.seen] == list(range(1, steps + 1))
+    assert good.seen[0][1]["train/sources/shop/loss"] == 1.0
+    assert good.closed == [False]
+    return [line for line in said if "tracker" in line]
+
+
+def test_what_a_good_tracker_is_told(run: Path, monkeypatch: pytest.MonkeyPatch):
+    tracker = Good()
+    assert metrics_run(run, monkeypatch, tracker) == []
+    (begun,) = tracker.begun
+    assert (begun.folder, begun.name, begun.project, begun.after, begun.known) == (run, "my run", "xlam_jax", 0, None)
+    assert begun.config == CONFIG
+    assert json.loads((run / KNOWN).read_text(encoding="utf-8"))["wandb"] == {"project": "xlam_jax", "run": "own name"}
+
+
+def test_one_that_fails_to_start(run: Path, monkeypatch: pytest.MonkeyPatch):
+    assert metrics_run(run, monkeypatch, Raising("start")) == [
+        "tracker wandb failed to start, the run goes on: ConnectionError: no server",
+        "tracker wandb did not get 10 of 10 records; metrics.jsonl has them all",
+    ]
+
+
+def test_one_that_fails_at_every_record(run: Path, monkeypatch: pytest.MonkeyPatch):
+    tracker = Raising("log")
+    first, left_alone, missing = metrics_run(run, monkeypatch, tracker)
+    assert first.startswith("tracker wandb failed to take step 1, the run goes on: SystemExit: no space space")
+    assert len(first) < 400
+    assert left_alone == "tracker wandb failed 3 times in a row and gets nothing more after step 3"
+    assert missing == "tracker wandb did not get 10 of 10 records; metrics.jsonl has them all"
+    assert tracker.closed == [False]
+
+
+def test_one_that_fails_now_and_then(run: Path, monkeypatch: pytest.MonkeyPatch):
+    tracker = Raising("log", range(0, 1000, 2))
+    first, missing = metrics_run(run, monkeypatch, tracker)
+    assert first.startswith("tracker wandb failed to take step 2")
+    assert missing == "tracker wandb did not get 5 of 10 records; metrics.jsonl has them all"
+    assert [step for step, _ in tracker.seen] == [1, 3, 5, 7, 9]
+
+
+def test_one_that_fails_at_the_end(run: Path, monkeypatch: pytest.MonkeyPatch):
+    assert metrics_run(run, monkeypatch, Raising("close")) == [
+        "tracker wandb failed to end, the run goes on: ValueError: not now"
+    ]
+
+
+@pytest.mark.usefixtures("hanging_ends")
+@pytest.mark.parametrize("at", ["start", "log", "close"])
+def test_one_that_hangs(at: str, run: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "START_SECONDS", 0.2)
+    monkeypatch.setattr(module, "CLOSE_SECONDS", 0.2)
+    monkeypatch.setattr(module, "QUEUE", 50)
+    steps = 10 if at == "close" else 100
+    began = time.monotonic()
+    said = metrics_run(run, monkeypatch, Hanging(at), steps=steps)
+    assert time.monotonic() - began < 30
+    not_ready = ["tracker wandb is not ready yet; the run goes on without waiting for it"] if at == "start" else []
+    assert said[: len(not_ready)] == not_ready
+    if at != "close":
+        assert said[len(not_ready)].startswith("tracker wandb does not keep up: from step 5")
+        assert said[-1] == "tracker wandb did not get 100 of 100 records; metrics.jsonl has them all"
+    assert said.count("tracker wandb does not come to an end and is left behind") == 1
+
+
+def test_a_failed_run_is_told(run: Path, monkeypatch: pytest.MonkeyPatch):
+    tracker = Good()
+    monkeypatch.setitem(module.TRACKERS, "wandb", lambda: tracker)
+    trackers = open_trackers(Track(to=["wandb"]), run, CONFIG, print, after=0)
+
+    def fail() -> None:
+        with Metrics(run, start=0, steps=1, places=1, progress=Progress(quiet=True), log_every=1, trackers=trackers):
+            raise UserError("NaN")
+
+    with pytest.raises(UserError):
+        fail()
+    assert tracker.closed == [True]
+
+
+@pytest.mark.parametrize("folder", [False, True], ids=["nothing", "only a folder of its name"])
+def test_a_missing_package_stops_the_run_before_it_starts(
+    folder: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    if folder:
+        (tmp_path / "wandb").mkdir()  # as W&B leaves it where it has run
+    with pytest.raises(UserError, match=r"track\.to\.1: wandb needs its package.*pip install 'xlam_jax\[wandb\]'"):
+        check_trackers(Track(to=["tensorboard", "wandb"]))
+    check_trackers(Track())
+
+
+def test_flat():
+    assert flat({"a": 1, "b": {"c": {"d": 2}, "e": 3}, "f": {}}) == {"a": 1, "b/c/d": 2, "b/e": 3}
+    assert flat({"b": {"c": 1}}, ".") == {"b.c": 1}

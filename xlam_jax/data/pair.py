@@ -1,0 +1,116 @@
+"""A preference pair: two continuations of one conversation, a chosen and a rejected one.
+
+Turns are equal when a model could not tell them apart: calls are compared by name and arguments, results by the call
+they answer, and ids not at all. A task is what stands before the first assistant turn: tools, instruction, system and
+user turns.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from xlam_jax.data.trajectory import ROW_KEYS, InvalidTrajectory, Message, Note, Trajectory, parse_trajectory
+
+PAIR_KEYS = (*sorted(ROW_KEYS - {"score"}), "chosen", "rejected", "chosen_score", "rejected_score")
+TURN = 9
+"""Bytes of a turn's fingerprint: its role and a hash."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Both sides as whole conversations. Assistant turns that both sides share have `loss: false`."""
+
+    id: str
+    chosen: Trajectory
+    """Its id is the pair's, its score the chosen side's."""
+    rejected: Trajectory
+
+
+def parse_pair(row: object, default_id: str, repaired: Note) -> Pair:
+    """Checks a row as `python -m xlam_jax.data pairs` writes it.
+
+    `conversation` holds the turns that both sides share, `chosen` and `rejected` what follows. Each side is checked and
+    mended as a trajectory is. Raises `InvalidTrajectory`; equal-sides where there is nothing to prefer.
+    """
+    if not isinstance(row, dict):
+        raise InvalidTrajectory("not-an-object", f"a row is a JSON object, got a {type(row).__name__}")
+    missing = [key for key in ("conversation", "chosen", "rejected") if not isinstance(row.get(key), list)]
+    if missing:
+        raise InvalidTrajectory(
+            "no-pair", f"a pair has conversation, chosen and rejected, lists of turns; {', '.join(missing)} is none"
+        )
+    unknown = sorted(row.keys() - set(PAIR_KEYS))
+    if unknown:
+        repaired("unknown-key", f"a pair has no key {', '.join(unknown)}")
+    shared = {key: row[key] for key in ROW_KEYS & row.keys()}
+    notes: dict[tuple[str, str], None] = {}  # the turns that both sides share are mended twice, and told once
+
+    def side(name: str) -> Trajectory:
+        whole = shared | {"conversation": [*row["conversation"], *row[name]], "score": row.get(f"{name}_score")}
+        try:
+            return parse_trajectory(whole, default_id, lambda reason, detail: notes.update({(reason, detail): None}))
+        except InvalidTrajectory as invalid:
+            raise InvalidTrajectory(invalid.reason, f"{name}: {invalid.detail}") from None
+
+    chosen, rejected = side("chosen"), side("rejected")
+    for reason, detail in notes:
+        repaired(reason, detail)
+    first = first_difference(fingerprint(chosen.conversation), fingerprint(rejected.conversation))
+    if first == "identical":
+        turns = len(chosen.conversation) - len(row["conversation"])
+        raise InvalidTrajectory("equal-sides", f"chosen equals rejected ({turns} turns); a pair has two answers")
+    if isinstance(first, str):
+        raise InvalidTrajectory(first, "chosen and rejected first differ where neither side's assistant answered worse")
+    return Pair(chosen.id, _trained_from(chosen, first), _trained_from(rejected, first))
+
+
+def _trained_from(side: Trajectory, first: int) -> Trajectory:
+    """The side with no loss on the assistant's turns before `first`."""
+    turns = (
+        replace(turn, loss=False) if turn.role == "assistant" and at < first else turn
+        for at, turn in enumerate(side.conversation)
+    )
+    return replace(side, conversation=tuple(turns))
+
+
+def first_difference(one: bytes, other: bytes) -> int | str:
+    """Returns the first assistant turn at which two fingerprints differ, or why there is none."""
+    for at in range(0, min(len(one), len(other)), TURN):
+        if one[at : at + TURN] != other[at : at + TURN]:
+            if one[at] == other[at] == ord("a"):
+                return at // TURN
+            return "first-differs-at-a-user-or-tool-turn"
+    return "identical" if len(one) == len(other) else "one-is-the-others-beginning"
+
+
+def fingerprint(turns: Sequence[Message]) -> bytes:
+    """Returns 9 bytes a turn, equal where the turns are: the role's initial and a hash."""
+    parts: list[bytes] = []
+    calls: dict[str, int] = {}
+    for turn in turns:
+        link: object = None
+        if turn.role == "assistant":
+            calls = {call.id: at for at, call in enumerate(turn.tool_calls) if call.id is not None}
+        elif turn.role == "tool":
+            link = calls.get(turn.tool_call_id or "", turn.name)
+        said = [turn.content, [[call.name, call.arguments] for call in turn.tool_calls], link]
+        parts.append(turn.role[:1].encode() + _digest(said, 8))
+    return b"".join(parts)
+
+
+def context(trajectory: Trajectory) -> int:
+    """How many turns stand before the first assistant turn."""
+    return next(at for at, turn in enumerate(trajectory.conversation) if turn.role == "assistant")
+
+
+def task(trajectory: Trajectory) -> bytes:
+    """A digest of the task, 16 bytes."""
+    # the key order of tools is part of the prompt
+    before = fingerprint(trajectory.conversation[: context(trajectory)]).hex()
+    return _digest([json.dumps(trajectory.tools), trajectory.task_instruction, before], 16)
+
+
+def _digest(value: object, size: int) -> bytes:
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=size).digest()

@@ -1,0 +1,170 @@
+"""What a run needs before its first weight is read: data, devices, objective, and the compiled step."""
+
+import json
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from xlam_jax import config as configs
+from xlam_jax.config import Resolved
+from xlam_jax.errors import UserError
+
+if TYPE_CHECKING:
+    import optax
+    from jax.sharding import Mesh
+
+    from xlam_jax.data.corpus import Loaded
+    from xlam_jax.data.pipeline import Row
+    from xlam_jax.training.progress import Progress
+    from xlam_jax.training.step import Batch, Objective, State
+
+RUN = "run.json"
+
+
+class Setup(NamedTuple):
+    """What stands before any weight is read."""
+
+    tokenizer: Any
+    loaded: "list[Loaded]"
+    mesh: "Mesh"
+    tx: "optax.GradientTransformation"
+    objective: "Objective"
+    state: "State"
+    """Abstract: shapes, dtypes, shardings."""
+    frozen: Any
+    """Abstract too."""
+    dtype: Any
+    quantized: bool
+    hosts: dict[str, int]
+
+    def batch(self, rows: "Row") -> "Batch":
+        """This host's rows, as its part of the batch on the devices."""
+        import jax
+
+        from xlam_jax.parallel.mesh import batch_spec
+        from xlam_jax.training.step import Batch
+
+        placed = jax.sharding.NamedSharding(self.mesh, batch_spec(self.mesh))
+        return Batch(*(None if one is None else jax.make_array_from_process_local_data(placed, one) for one in rows))
+
+
+def set_up(resolved: Resolved, progress: "Progress") -> Setup:
+    """Reads the data, then lays out the devices. Nothing is written, no weight is read."""
+    config = resolved.config
+
+    # ---- data: before any device is touched, so that a bad row costs seconds ------------------------------------
+    from xlam_jax.data import corpus
+    from xlam_jax.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    if len(tokenizer) > resolved.model.vocab_size:
+        raise UserError(
+            f"data.tokenizer: {config.data.tokenizer} has {len(tokenizer)} tokens, more than the model's vocab_size, "
+            f"{resolved.model.vocab_size}; use the model's own tokenizer, or a model with a larger vocabulary"
+        )
+    loaded = corpus.load(config.data, tokenizer, progress.line)
+
+    # ---- devices --------------------------------------------------------------------------------------------------
+    import jax
+    import jax.numpy as jnp
+
+    if config.mesh.cpu_devices > 1:
+        jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
+
+    from xlam_jax.data.codec import KINDS
+    from xlam_jax.parallel.mesh import make_mesh
+    from xlam_jax.training import step as steps
+    from xlam_jax.training.cost import trainable_sizes
+    from xlam_jax.training.optimizer import optimizer
+    from xlam_jax.training.preference import Preference
+
+    mesh = make_mesh({"data": config.mesh.data, "fsdp": config.mesh.fsdp, "tensor": config.mesh.tensor})
+    configs.check_divisible(config, resolved.model, {f"mesh.{axis}": size for axis, size in mesh.shape.items()})
+    trained = sum(trainable_sizes(resolved.model).values())
+    progress.line(
+        f"{resolved.model.parameters():,} parameters"
+        + (f" and {trained:,} of adapters, which train," if resolved.model.lora else "")
+        + f" on {len(jax.devices())} {jax.default_backend()} device(s): "
+        + ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    )
+    aim, dtype, quantized = config.objective, jnp.dtype(config.model.compute_dtype), config.train.trainable == "qlora"
+    objective = steps.Objective(groups=len(config.data.sources) * len(KINDS))
+    if aim.kind != "sft":
+        objective = objective._replace(
+            preference=Preference(aim.kind, aim.beta, aim.label_smoothing, aim.margin, aim.sft_weight),
+            pairs=config.data.max_pairs,
+            adapters_off=configs.reference(config) == "adapters_off",
+        )
+    tx = optimizer(config.train, resolved.model)
+    return Setup(
+        tokenizer,
+        loaded,
+        mesh,
+        tx,
+        objective,
+        steps.abstract_state(resolved.model, tx, mesh, averaged=config.train.ema > 0),
+        steps.abstract_frozen(resolved.model, mesh, dtype=dtype, quantized=quantized),
+        dtype,
+        quantized,
+        {"host": jax.process_index(), "hosts": jax.process_count()},
+    )
+
+
+def compiled_step(resolved: Resolved, made: Setup, state: Any, frozen: Any, batch: Any, progress: "Progress") -> Any:
+    """The training step, compiled for these shapes: once in a run."""
+    import jax
+
+    from xlam_jax.training.step import make_train_step
+
+    config = resolved.config
+    train_step = make_train_step(
+        resolved.model,
+        made.tx,
+        made.mesh,
+        compute_dtype=made.dtype,
+        remat=config.model.remat,
+        microbatches=config.train.microbatches,
+        router_aux_weight=config.train.router_aux_weight,
+        z_loss=config.train.z_loss,
+        neftune=config.train.neftune,
+        objective=made.objective,
+        quantized=made.quantized,
+        ema=config.train.ema,
+        seed=config.seed,
+    )
+    began = time.monotonic()
+    compiled = jax.jit(train_step, donate_argnums=0).lower(state, frozen, batch).compile()
+    progress.line(f"compiled the step in {time.monotonic() - began:.1f} s")
+    return compiled
+
+
+def about(resolved: Resolved, made: Setup, run: Path) -> dict[str, Any]:
+    """What a report needs to know of a run besides its metrics; `started` gains this start."""
+    import jax
+
+    from xlam_jax.data import corpus
+    from xlam_jax.data.mixture import shares
+    from xlam_jax.training import cost
+
+    config, device = resolved.config, jax.devices()[0]
+    before = json.loads((run / RUN).read_text(encoding="utf-8"))["started"] if (run / RUN).exists() else []
+    trained = sum(cost.trainable_sizes(resolved.model).values())
+    return {
+        "parameters": resolved.model.parameters() + (trained if resolved.model.lora else 0),
+        "trainable_parameters": trained,
+        "devices": len(jax.devices()),
+        "device_kind": device.device_kind,
+        "flops_per_token": cost.flops_per_token(resolved.model, config.data.sequence_length),
+        "peak_flops_per_device": cost.peak_flops(device.device_kind),
+        "batch_places": config.train.batch_size * config.data.sequence_length,
+        "sources": {
+            one.source.name: {
+                "target_share": float(share),
+                "trajectories": len(one.train),
+                "trained_tokens": int(corpus.trained(one.train).sum()),
+            }
+            for one, share in zip(made.loaded, shares(made.loaded, config.data), strict=True)
+        },
+        "started": [*before, datetime.now(UTC).isoformat(timespec="seconds")],
+    }
