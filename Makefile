@@ -6,7 +6,11 @@ RUN := runs/quickstart
 QUICKSTART := examples/quickstart
 PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart test test-slow lint bench clean
+# Processes that share the tests; each takes 2 to 3 GB.
+WORKERS ?= 2
+PYTEST := $(PY) -m pytest --numprocesses $(WORKERS) --dist worksteal
+
+.PHONY: quickstart test test-slow test-browser lint bench clean
 
 quickstart: $(VENV)/.core
 	$(PY) -m xlam_jax.train --config configs/quickstart.yaml
@@ -14,10 +18,13 @@ quickstart: $(VENV)/.core
 	$(PY) -m examples.quickstart.show --model $(RUN)/hf --config configs/quickstart.yaml
 
 test: $(VENV)/.test
-	$(PY) -m pytest -m "not slow"
+	$(PYTEST) -m "not slow and not browser"
 
 test-slow: $(VENV)/.test
-	$(PY) -m pytest -m slow
+	$(PYTEST) -m "slow and not browser"
+
+test-browser: $(VENV)/.test
+	$(PY) -m pytest -m browser tests/browser
 
 lint: $(VENV)/.dev
 	$(PY) -m ruff format --check .

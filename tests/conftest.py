@@ -1,24 +1,61 @@
 """Fixtures of all tests: a tiny run, and a way to start the commands as a user does."""
 
+import fcntl
+import json
 import os
+import shutil
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from support import ROOT, Commands
 
+COMPILED = "JAX_COMPILATION_CACHE_DIR"
+Once = Callable[[str, Callable[[Path], str]], tuple[Path, str]]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compiled programs are shared by all tests of a session, by its workers and by the commands that they start."""
+    if hasattr(config, "workerinput"):
+        return
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ |= {
+        COMPILED: tempfile.mkdtemp(prefix="compiled-"),
+        "JAX_COMPILATION_CACHE_MAX_SIZE": str(10**10),  # with a limit, processes lock the folder when they write to it
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+        # Programs are compiled for seconds and run for milliseconds: the last passes do not pay.
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=1".strip(),
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ[COMPILED], ignore_errors=True)
+
 
 @pytest.fixture(scope="session")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment of commands that tests start: compiled programs are shared between them."""
-    cache = tmp_path_factory.mktemp("compiled")
-    return {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONUNBUFFERED": "1",
-    }
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """Has a folder made by the first worker that asks for it: `once(name, make)` gives it, and what `make` said."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def once(name: str, make: Callable[[Path], str]) -> tuple[Path, str]:
+        folder, said = shared / name, shared / f"{name}.json"
+        with (shared / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not said.exists():
+                said.write_text(json.dumps(make(folder)), encoding="utf-8")
+        return folder, json.loads(said.read_text(encoding="utf-8"))
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def environment() -> dict[str, str]:
+    """The environment of commands that tests start."""
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
 
 
 @pytest.fixture(scope="session")
@@ -52,10 +89,23 @@ checkpoint: {{every: 3}}
 
 
 @pytest.fixture(scope="session")
-def trained(commands: Commands, tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def trained(commands: Commands, tiny_config: Path, once: Once) -> tuple[Path, str]:
     """The folder of a finished run of the tiny config, and what the command said. To read, not to write."""
-    run = tmp_path_factory.mktemp("trained") / "run"
-    return run, commands.run("xlam_jax.train", "--config", tiny_config, f"output_dir={run}").stderr
+    return once(
+        "trained",
+        lambda run: (
+            commands.run("xlam_jax.train", "--config", tiny_config, f"output_dir={run}", JAX_LOG_COMPILES="1").stderr
+        ),
+    )
+
+
+@pytest.fixture(scope="session")
+def exported(commands: Commands, trained: tuple[Path, str], once: Once) -> Path:
+    """The finished run as a Hugging Face folder. To read, not to write."""
+    return once(
+        "exported",
+        lambda folder: commands.run("converters.orbax_to_hf", "--checkpoint", trained[0], "--out", folder).stderr,
+    )[0]
 
 
 @pytest.fixture(autouse=True)

@@ -1,11 +1,37 @@
 """What tests share that is no fixture: starting commands, reading runs, comparing arrays."""
 
+import contextlib
+import importlib
+import io
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from xlam_jax import errors
 
 ROOT = Path(__file__).parent.parent
+
+
+class Watched(io.StringIO):
+    """Keeps what is written to it, and does something as soon as a certain text is."""
+
+    def __init__(self, at: Mapping[str, Callable[[], object]]):
+        super().__init__()
+        self._at = dict(at)
+
+    def write(self, text: str) -> int:
+        written = super().write(text)
+        for due in [awaited for awaited in self._at if awaited in text]:
+            self._at.pop(due)()
+        return written
 
 
 class Commands:
@@ -32,13 +58,40 @@ class Commands:
         assert process.returncode == code, f"exit {process.returncode}\n{out}\n{err}"
         return subprocess.CompletedProcess(process.args, code, out, err)
 
-    def fails(self, module: str, *arguments: object, **extra: str) -> str:
-        """Runs a command that must end with code 2, one message and no traceback; returns the message."""
-        result = self.run(module, *arguments, code=2, **extra)
-        assert "Traceback" not in result.stderr
-        message = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-        assert len(message) == 1, result.stderr
-        return result.stderr[result.stderr.index("error: ") :]
+    def call(
+        self,
+        module: str,
+        *arguments: object,
+        code: int = 0,
+        at: Mapping[str, Callable[[], object]] | None = None,
+        folder: Path = ROOT,
+    ) -> subprocess.CompletedProcess[str]:
+        """Runs a command to its end inside this process: spares its imports, where a process is not the point.
+
+        `at` maps texts of its stderr to what is done when they are written, the command waiting for it.
+        """
+        argv = [module, *map(str, arguments)]
+        out, err = io.StringIO(), Watched(at or {})
+        terminates = signal.getsignal(signal.SIGTERM)
+        with (
+            contextlib.chdir(folder),
+            # a training run starts itself again where this is missing
+            mock.patch.dict(os.environ, GLIBC_TUNABLES="glibc.malloc.hugetlb=1"),
+            mock.patch.object(sys, "argv", argv),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            pytest.raises(SystemExit) as ended,
+        ):
+            errors.run(importlib.import_module(module).main)
+        signal.signal(signal.SIGTERM, terminates)
+        assert ended.value.code == code, f"exit {ended.value.code}\n{out.getvalue()}\n{err.getvalue()}"
+        return subprocess.CompletedProcess(argv, code, out.getvalue(), err.getvalue())
+
+    def fails(self, module: str, *arguments: object) -> str:
+        """Calls a command that must end with code 2 and one message; returns the message."""
+        said = self.call(module, *arguments, code=2).stderr
+        assert [line.startswith("error: ") for line in said.splitlines()].count(True) == 1, said
+        return said[said.index("error: ") :]
 
 
 def train_losses(run: Path) -> dict[int, float]:
@@ -50,6 +103,17 @@ def train_losses(run: Path) -> dict[int, float]:
             assert record["step"] not in losses
             losses[record["step"]] = record["loss"]
     return losses
+
+
+def as_killed(run: Path, to: Path) -> None:
+    """Copies a run that goes on as it lies there now: what a kill at this moment would leave."""
+
+    def copy(source: str, target: str) -> None:
+        with contextlib.suppress(FileNotFoundError):  # renamed by a save in the background
+            shutil.copy2(source, target)
+
+    with contextlib.suppress(shutil.Error):  # a folder, likewise
+        shutil.copytree(run, to, copy_function=copy)
 
 
 def same_arrays(first: object, second: object) -> bool:

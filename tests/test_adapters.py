@@ -1,56 +1,44 @@
 """Training with adapters as a user meets it: kill and resume, export, another base, wrong input."""
 
 import json
+import re
 import shutil
-import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
-from support import Commands, same_arrays, train_losses
-from test_train import TRAIN, wait_for_step
+from support import Commands, as_killed, same_arrays, train_losses
+from test_train import TRAIN, terminate
 
 from converters.hf_to_orbax import load_hf
 from xlam_jax.training import checkpoint, weights
 
-LORA = ("train.trainable=lora", "lora.rank=4", "lora.alpha=8", "train.learning_rate=0.005")
+LORA = (
+    "train.trainable=lora", "lora.rank=4", "lora.alpha=8", "lora.dropout=0.2", "train.neftune=5", "train.moments=8bit",
+    "train.learning_rate=0.005",
+)  # fmt: skip
+QLORA = (
+    "train.trainable=qlora", "lora.rank=4", "lora.targets=[q,v,w1,w2,w3,router,head]", "model.compute_dtype=bfloat16",
+)  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def base(commands: Commands, trained: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The weights of a finished run, as a Hugging Face folder."""
-    folder = tmp_path_factory.mktemp("base") / "hf"
-    commands.run("converters.orbax_to_hf", "--checkpoint", trained[0], "--out", folder)
-    return folder
-
-
-@pytest.mark.parametrize(
-    "method",
-    [
-        ("train.trainable=lora", "lora.targets=[q,k,v,o]", "lora.dropout=0.2", "train.neftune=5", "train.moments=8bit"),
-        ("train.trainable=qlora", "lora.targets=[q,v,w1,w2,w3,router,head]", "model.compute_dtype=bfloat16"),
-    ],
-    ids=["lora", "qlora"],
-)
+@pytest.mark.parametrize("method", [LORA, QLORA], ids=["lora", "qlora"])
 def test_killed_runs_end_with_the_same_bits(commands: Commands, tiny_config: Path, tmp_path: Path, method):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    common = ("--config", tiny_config, "lora.rank=4", *method)
-    commands.run(TRAIN, *common, f"output_dir={whole}")
-    process = commands.start(TRAIN, *common, f"output_dir={killed}")
-    wait_for_step(killed, 5, process)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert "continuing" in commands.run(TRAIN, *common, f"output_dir={killed}").stderr
+    common = ("--config", tiny_config, *method)
+    commands.call(TRAIN, *common, f"output_dir={whole}", at={"step 7/10  loss": lambda: as_killed(whole, killed)})
+    resumed = commands.call(TRAIN, *common, f"output_dir={killed}").stderr
+    assert re.search(r"continuing \S+ after step [36]\n", resumed)
     assert train_losses(whole) == train_losses(killed)
     assert same_arrays(*(checkpoint.load_params(checkpoint.resolve(run)) for run in (whole, killed)))
 
 
-def test_adapters_train_beside_a_base_that_stays(commands: Commands, tiny_config: Path, base: Path, tmp_path: Path):
+def test_adapters_train_beside_a_base_that_stays(commands: Commands, tiny_config: Path, exported: Path, tmp_path: Path):
     run, merged, adapter = tmp_path / "run", tmp_path / "merged", tmp_path / "adapter"
     mine = tmp_path / "mine"
-    shutil.copytree(base, mine)
+    shutil.copytree(exported, mine)
     common = ("--config", tiny_config, f"output_dir={run}", f"model.init_from={mine}", *LORA)
-    said = commands.run(TRAIN, *common).stderr
+    said = commands.call(TRAIN, *common).stderr
     assert f"weights from {mine}" in said
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     heldout = [record["loss"] for record in records if record["kind"] == "heldout"]
@@ -58,17 +46,17 @@ def test_adapters_train_beside_a_base_that_stays(commands: Commands, tiny_config
     step = checkpoint.resolve(run)
     names = {name for name in checkpoint.load_params(step)["blocks"]}
     assert names == {f"{target}_{factor}" for target in "qkvo" for factor in "ab"}  # the base is not saved again
-    commands.run("converters.orbax_to_hf", "--checkpoint", run, "--out", merged)
-    commands.run("converters.orbax_to_hf", "--checkpoint", run, "--out", adapter, "--lora", "adapter")
+    commands.call("converters.orbax_to_hf", "--checkpoint", run, "--out", merged)
+    commands.call("converters.orbax_to_hf", "--checkpoint", run, "--out", adapter, "--lora", "adapter")
     assert (adapter / "adapter_config.json").is_file()
-    before, after, whole = load_hf(base)[1], load_hf(merged)[1], weights.load_whole(step)
+    before, after, whole = load_hf(exported)[1], load_hf(merged)[1], weights.load_whole(step)
     assert same_arrays(after, whole)
     for name in before["blocks"]:
         assert np.array_equal(before["blocks"][name], after["blocks"][name]) == (name not in "qkvo")
     # the adapters go on from a PEFT folder in a run of their own
     again = tmp_path / "again"
     fresh = ("--config", tiny_config, f"model.init_from={mine}", f"lora.init_from={adapter}", *LORA)
-    commands.run(TRAIN, *fresh, f"output_dir={again}", "train.steps=3")
+    commands.call(TRAIN, *fresh, f"output_dir={again}", at={"step 1/10  loss": terminate})
     assert train_losses(again)[1] < train_losses(run)[1]
     # beside another base they mean nothing
     other = load_hf(mine)[1]

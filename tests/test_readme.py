@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from support import ROOT, Commands
 
 from converters.trajectories.__main__ import convert
+from xlam_jax import config as configs
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {"README.md": README} | {
@@ -28,6 +30,15 @@ def commands_of(page: str) -> list[str]:
 
 
 TINY = ("train.steps=3", "train.warmup_steps=0", "model.overrides.num_hidden_layers=1", "data.sequence_length=512")
+
+
+@pytest.fixture(scope="module")
+def quickstart(commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `make quickstart` leaves in runs/quickstart, but for its size."""
+    run = tmp_path_factory.mktemp("quickstart") / "run"
+    commands.run("xlam_jax.train", "--config", "configs/quickstart.yaml", f"output_dir={run}", *TINY)
+    commands.run("converters.orbax_to_hf", "--checkpoint", run, "--out", run / "hf")
+    return run
 
 
 @pytest.fixture
@@ -55,8 +66,8 @@ def run_page(page: str, commands: Commands, folder: Path) -> int:
             continue
         if "mixtral_8x7b_sft" in line:  # the real run, checked up to the devices
             words.append("--print-config")
-        if "runs/mesh" in line:
-            words += [*TINY, "train.steps=1"]
+        elif "xlam_jax.train" in line and "--print-config" not in line:
+            words += TINY
         result = subprocess.run(
             [sys.executable, *words[1:]], cwd=folder, capture_output=True, text=True, check=False,
             env={**commands.environment, "PYTHONPATH": os.pathsep.join([str(ROOT)])},
@@ -66,16 +77,27 @@ def run_page(page: str, commands: Commands, folder: Path) -> int:
     return ran
 
 
-def test_commands_of_the_readme_run(commands: Commands, clone: Path):
-    commands.run("xlam_jax.train", "--config", "configs/quickstart.yaml", f"output_dir={clone}/runs/quickstart", *TINY)
-    weights = clone / "weights/Mixtral-8x7B-v0.1"
-    commands.run("converters.orbax_to_hf", "--checkpoint", clone / "runs/quickstart", "--out", weights)
+def test_commands_of_the_readme_run(commands: Commands, clone: Path, quickstart: Path):
+    shutil.copytree(quickstart, clone / "runs/quickstart")
+    shutil.copytree(quickstart / "hf", clone / "weights/Mixtral-8x7B-v0.1")
     assert run_page("README.md", commands, clone) >= 8
 
 
 @pytest.mark.parametrize("page", sorted(PAGES.keys() - {"README.md"}))
-def test_commands_of_the_pages_run(commands: Commands, clone: Path, page: str):
+def test_commands_of_the_pages_run(commands: Commands, clone: Path, quickstart: Path, page: str):
+    shutil.copytree(quickstart, clone / "runs/quickstart")
     assert run_page(page, commands, clone)
+
+
+def test_snippets_of_the_training_page_are_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Each resolves over a preset."""
+    monkeypatch.chdir(ROOT)
+    blocks = re.findall(r"^```yaml\n(.*?)^```$", PAGES["docs/training.md"], re.DOTALL | re.MULTILINE)
+    for at, block in enumerate(blocks):
+        path = tmp_path / f"{at}.yaml"
+        path.write_text(f"extends: {ROOT}/configs/mistral_7b_sft.yaml\n{block}", encoding="utf-8")
+        configs.load(path)
+    assert len(blocks) >= 3
 
 
 def test_make_targets_exist():
@@ -84,6 +106,7 @@ def test_make_targets_exist():
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
-def test_every_config_is_in_the_table():
+def test_every_config_is_in_a_table():
+    tables = "".join(line for page in PAGES.values() for line in page.splitlines() if line.startswith("|"))
     for path in (ROOT / "configs").glob("*.yaml"):
-        assert f"`configs/{path.name}`" in README
+        assert f"`configs/{path.name}`" in tables

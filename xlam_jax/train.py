@@ -17,6 +17,7 @@ from xlam_jax import config as configs
 from xlam_jax import errors
 from xlam_jax.config import Resolved
 from xlam_jax.errors import UserError
+from xlam_jax.training.trackers import check_trackers
 
 if TYPE_CHECKING:
     from xlam_jax.data.corpus import Loaded
@@ -52,6 +53,7 @@ def main() -> int:
         print(configs.describe(resolved))
         return 0
     run = Path(resolved.config.output_dir)
+    check_trackers(resolved.config.track)
     check_run_folder(run, resolved)
     with_huge_pages()
     if arguments.dry_run:

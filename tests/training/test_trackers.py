@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import ROOT
 
+from xlam_jax import train
 from xlam_jax.config import Track
 from xlam_jax.errors import UserError
 from xlam_jax.training import trackers as module
@@ -31,6 +33,8 @@ def live(run: Path, name: str, after: int, to: int, *, failed: bool = False, pro
     trackers = open_trackers(
         Track.model_validate({"to": [name], "project": project}), run, CONFIG, said.append, after=after
     )
+    if not after:
+        trackers.log(0, {"heldout/loss": 3.0})
     for step in range(after + 1, to + 1):
         trackers.log(step, {"train/loss": told_loss(step), "train/sources/shop (a)/loss": 2.0})
         if step % 5 == 0:
@@ -49,22 +53,35 @@ def run(tmp_path: Path) -> Path:
 def test_tensorboard_shows_each_step_once_after_a_kill(run: Path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    assert live(run, "tensorboard", 0, 8) == []
-    assert live(run, "tensorboard", 0, 7) == []  # killed before the first checkpoint
-    assert live(run, "tensorboard", 5, 10) == []
+    # the second was killed before its first checkpoint
+    for after, to in ((0, 8), (0, 7), (5, 10)):
+        assert live(run, "tensorboard", after, to) == []
+        time.sleep(1.01)  # a file is named by the second in which it is begun
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
-    points = {point.step: point.value for point in events.Scalars("train/loss")}
-    assert [point.step for point in events.Scalars("train/loss")] == list(range(1, 11))
-    assert points[8] == pytest.approx(told_loss(8))
-    assert [point.step for point in events.Scalars("heldout/loss")] == [5, 10]
+    points = [(point.step, point.value) for point in events.Scalars("train/loss")]
+    assert points == [(step, pytest.approx(told_loss(step))) for step in range(1, 11)]
+    assert [point.step for point in events.Scalars("heldout/loss")] == [0, 5, 10]
 
 
-def test_wandb_continues_its_run(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
-        monkeypatch.setenv(name, str(tmp_path / "elsewhere"))
-    monkeypatch.setenv("WANDB_MODE", "offline")
+@pytest.fixture
+def wandb_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """W&B knows nothing of who runs the tests, and nothing of it stays."""
+    for name in ("CACHE", "CONFIG", "DATA"):
+        monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / "elsewhere"))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    yield
+    import wandb
+
+    wandb.teardown()
+
+
+@pytest.mark.usefixtures("wandb_apart")
+def test_wandb_continues_its_run(run: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
     assert live(run, "wandb", 0, 8, failed=True) == []
     known = json.loads((run / KNOWN).read_text(encoding="utf-8"))["wandb"]["run"]
     assert live(run, "wandb", 5, 10) == []
@@ -101,17 +118,13 @@ def wandb_history(path: Path) -> tuple[dict[int, float], int]:
     return losses, code
 
 
-def test_wandb_without_a_key_says_what_to_do_and_asks_nothing(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+@pytest.mark.usefixtures("wandb_apart")
+def test_wandb_without_a_key_says_what_to_do_and_asks_nothing(run: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WANDB_MODE", "online")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("wandb.errors.term.can_use_terminput", lambda: True)
     started, *rest = live(run, "wandb", 0, 2)
     assert "tracker wandb failed to start, the run goes on: PermissionError: no API key: run `wandb login`" in started
-    assert rest == ["tracker wandb did not get 2 of 2 records; metrics.jsonl has them all"]
+    assert rest == ["tracker wandb did not get 3 of 3 records; metrics.jsonl has them all"]
 
 
 @pytest.fixture
@@ -136,7 +149,7 @@ def test_mlflow_continues_its_run(run: Path):
     history = client.get_metric_history(known, "train/loss")
     assert [(point.step, point.value) for point in history] == [(step, told_loss(step)) for step in range(1, 11)]
     assert [point.step for point in client.get_metric_history(known, "train/sources/shop _a_/loss")] == [*range(1, 11)]
-    assert [point.step for point in client.get_metric_history(known, "heldout/loss")] == [5, 10]
+    assert [point.step for point in client.get_metric_history(known, "heldout/loss")] == [0, 5, 10]
     assert live(run, "mlflow", 5, 10, project="another") == []  # a run belongs to one project
     assert json.loads((run / KNOWN).read_text(encoding="utf-8"))["mlflow"]["run"] != known
 
@@ -251,6 +264,8 @@ def metrics_run(run: Path, monkeypatch: pytest.MonkeyPatch, tracker: Good, *, st
     with Metrics(run, start=0, steps=steps, places=10, progress=progress, log_every=1000, trackers=trackers) as metrics:
         for step in range(1, steps + 1):
             metrics.record(step, "train", values | {"sources": {"shop": {"loss": 1.0}}})
+            while len(good.seen) < step:
+                time.sleep(0.001)
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, steps + 1))
     assert [step for step, _ in good.seen] == list(range(1, steps + 1))
@@ -342,6 +357,17 @@ def test_a_missing_package_stops_the_run_before_it_starts(
     with pytest.raises(UserError, match=r"track\.to\.1: wandb needs its package.*pip install 'xlam_jax\[wandb\]'"):
         check_trackers(Track(to=["tensorboard", "wandb"]))
     check_trackers(Track())
+
+
+def test_the_command_says_so_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config, out = ROOT / "configs/quickstart.yaml", tmp_path / "run"
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["train", "--config", str(config), "track.to=[mlflow]", f"output_dir={out}"])
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(train, "with_huge_pages", lambda: pytest.fail("the run begins"))
+    with pytest.raises(UserError, match=r"track\.to\.0: mlflow needs its package"):
+        train.main()
+    assert not out.exists()
 
 
 def test_flat():

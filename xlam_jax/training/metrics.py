@@ -37,7 +37,7 @@ class Metrics:
         *,
         start: int,
         steps: int,
-        places: int = 0,  # TODO
+        places: int,
         progress: Progress,
         log_every: int,
         trackers: Trackers | None = None,
@@ -58,11 +58,6 @@ class Metrics:
             for record in read(run):
                 self._remember(record)
             self._file = (run / METRICS).open("a", encoding="utf-8")
-        if writes and trackers is None:  # TODO: until train.py opens them
-            from xlam_jax.config import Track
-            from xlam_jax.training.trackers import open_trackers
-
-            self._trackers = open_trackers(Track(), run, {}, progress.line, after=start)
         self._clock = time.monotonic()
         self._first = (start, self._clock)
 
@@ -92,13 +87,6 @@ class Metrics:
         else:
             tell = _heldout_line if kind == "heldout" else _requests_line
             self._progress.line(f"step {step}/{self._steps}  {tell(values)}")
-
-    def step(self, step: int, values: dict[str, Any], *, places: int) -> None:  # TODO: until train.py calls record
-        self._places = places
-        self.record(step, "train", values)
-
-    def heldout(self, step: int, values: dict[str, Any]) -> None:  # TODO: until train.py calls record
-        self.record(step, "heldout", values)
 
     def append_samples(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Appends what the model answered to requests to samples.jsonl; each line has its `step`."""

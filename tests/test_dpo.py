@@ -1,0 +1,207 @@
+"""Training on pairs: the reference policy, kill and resume, wrong input; and what a run tells of itself."""
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support import ROOT, Commands, same_arrays, train_losses
+from test_train import TRAIN, wait_for_step
+
+from xlam_jax import config as configs
+from xlam_jax import train
+from xlam_jax.errors import UserError
+from xlam_jax.training import checkpoint
+from xlam_jax.training.dry_run import dry_run
+from xlam_jax.training.progress import Progress
+
+TOOLS = [
+    {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": {}}}}
+    for name in ("look", "take", "leave")
+]
+LORA = ("train.trainable=lora", "lora.rank=4")
+
+
+def row(number: int) -> dict[str, Any]:
+    def call(name: str) -> dict[str, Any]:
+        function = {"name": name, "arguments": {"thing": number}}
+        return {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"type": "function", "id": "c", "function": function}],
+        }
+
+    return {
+        "unique_trajectory_id": f"pair {number}",
+        "tools": TOOLS,
+        "conversation": [{"role": "user", "content": f"Take thing {number}."}],
+        "chosen": [call("take")],
+        "rejected": [call("leave"), {"role": "tool", "tool_call_id": "c", "content": "gone"}, call("look")],
+    }
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row(number)) + "\n" for number in range(60)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def config(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny dense model on pairs that differ in the function that is called."""
+    path = tmp_path_factory.mktemp("config") / "dpo.yaml"
+    model = {"architectures": ["MistralForCausalLM"], "vocab_size": 2048, "hidden_size": 32, "intermediate_size": 48,
+             "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": None,
+             "max_position_embeddings": 512}  # fmt: skip
+    (path.parent / "config.json").write_text(json.dumps(model), encoding="utf-8")
+    path.write_text(
+        f"""
+output_dir: {path.parent}/unused
+model: {{config: {path.parent}/config.json, compute_dtype: float32, remat: none}}
+data:
+  tokenizer: {ROOT}/examples/quickstart/tokenizer
+  sequence_length: 384
+  sources: [{{name: things, files: ["{pairs}"], format: pairs}}]
+  heldout: 0.2
+  streams: 2
+  max_pairs: 2
+objective: {{kind: sigmoid}}
+train: {{steps: 8, batch_size: 4, learning_rate: 3.0e-3}}
+eval: {{every: 4}}
+checkpoint: {{every: 3}}
+""",
+        encoding="utf-8",
+    )
+    return path
+
+
+def started(config: Path, run: Path, *overrides: str, profiled: range | None = None) -> list[dict[str, Any]]:
+    """Trains in this process and returns the records."""
+    resolved = configs.load(config, [f"output_dir={run}", *overrides])
+    train.check_run_folder(run, resolved)
+    with Progress(quiet=True) as progress:
+        assert train.train(resolved, run, progress, profiled) == 0
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_adapters_off_and_precomputed_are_one_reference(config: Path, tmp_path: Path):
+    """Adapters start as nothing, so the model without them is what the run starts from."""
+    resident = started(config, tmp_path / "off", *LORA)
+    computed = started(config, tmp_path / "computed", *LORA, "objective.reference=precomputed")
+    assert len(resident) == len(computed) == 8 + 3
+    for one, other in zip(resident, computed, strict=True):
+        assert one.keys() == other.keys()
+        for name in ("loss", "margin", "rewards_chosen", "rewards_rejected", "kl"):
+            np.testing.assert_allclose(one[name], other[name], atol=1e-6, rtol=1e-6)
+    first, *_, last = [record for record in resident if record["kind"] == "heldout"]
+    np.testing.assert_allclose(first["loss"], np.log(2), rtol=1e-6)
+    assert first["accuracy"] == first["margin"] == 0
+    assert last["accuracy"] > 0.9
+    assert last["sources"]["things"]["tokens"] > 5  # pairs
+
+
+def test_killed_runs_end_with_the_same_bits(commands: Commands, config: Path, tmp_path: Path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    started(config, whole)
+    process = commands.start(TRAIN, "--config", config, f"output_dir={killed}")
+    wait_for_step(killed, 5, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    started(config, killed)
+    assert train_losses(whole) == train_losses(killed)
+    assert list(train_losses(killed)) == list(range(1, 9))
+    assert same_arrays(*(checkpoint.load_params(checkpoint.resolve(run)) for run in (whole, killed)))
+    assert len(json.loads((killed / "run.json").read_text(encoding="utf-8"))["started"]) == 2
+
+
+def test_a_reference_of_something_else_is_refused(config: Path, pairs: Path, tmp_path: Path):
+    cache = tmp_path / "reference"
+    kept = (f"objective.reference_cache={cache}", "train.steps=1")
+    started(config, tmp_path / "first", *kept)
+    before = {path.name: path.read_bytes() for path in cache.iterdir()}
+    started(config, tmp_path / "second", *kept, "train.learning_rate=0.1")  # reads it
+    fewer = tmp_path / "fewer.jsonl"
+    fewer.write_text("".join(pairs.read_text(encoding="utf-8").splitlines(keepends=True)[:50]), encoding="utf-8")
+    sources = f"data.sources=[{{name: things, files: [{fewer}], format: pairs}}]"
+    for at, (override, message) in enumerate(((sources, "things, train: "), ("seed=1", "weights: "))):
+        with pytest.raises(UserError, match=message):
+            started(config, tmp_path / f"refused{at}", *kept, override)
+    (cache / "0.train.npy").unlink()
+    with pytest.raises(UserError, match=r"0\.train\.npy is missing; name another folder"):
+        started(config, tmp_path / "fourth", *kept)
+    assert {path.name: path.read_bytes() for path in cache.iterdir()} == {
+        name: content for name, content in before.items() if name != "0.train.npy"
+    }
+
+
+def test_a_loss_that_is_no_number_stops_the_run(config: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    with pytest.raises(UserError) as error:
+        started(config, run, "train.learning_rate=1e30", "train.clip_norm=1e9", "checkpoint.every=1")
+    said = str(error.value)
+    step = max(train_losses(run)) + 1
+    assert said.startswith(f"step {step}: the loss is ")
+    assert f"checkpoint {run}/checkpoints/{step - 1} is what this step started from" in said
+    assert "things: pair " in said
+    kept = sorted(int(path.name) for path in (run / "checkpoints").iterdir())
+    assert kept[-1] == step - 1
+    for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_a_dry_run_tells_the_costs_and_writes_nothing(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = tmp_path / "run"
+    assert dry_run(configs.load(config, [f"output_dir={run}", *LORA])) == 0
+    said = capsys.readouterr().out
+    assert not run.exists()
+    for name in ("parameters", "memory a device", "tokens a step", "model FLOPs", "time", "the whole run"):
+        assert f"\n{name}" in f"\n{said}"
+    with pytest.raises(UserError, match="no such folder"):
+        dry_run(configs.load(config, [f"output_dir={run}", f"model.init_from={tmp_path}/weights"]))
+
+
+def test_the_best_checkpoint_the_average_and_the_answers_of_a_run(config: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    records = started(
+        config, run, "checkpoint.best=heldout.log_p_rejected", "checkpoint.keep=1", "train.ema=0.9", "eval.requests=3",
+        "eval.max_new_tokens=8", "train.steps=9", "eval.every=2", profiled=range(2, 4),
+    )  # fmt: skip
+    asked = [record for record in records if record["kind"] == "requests"]
+    assert [record["step"] for record in asked] == [0, 2, 4, 6, 8, 9]
+    assert all(record["requests"] == 3 for record in asked)
+    lines = [json.loads(line) for line in (run / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["step"] for line in lines] == [step for step in (0, 2, 4, 6, 8, 9) for _ in range(3)]
+    assert lines[0]["expected"][0]["name"] == "take"
+    steps = sorted(int(path.name) for path in (run / "checkpoints").iterdir())
+    assert steps == [2, 9]  # it falls from the first step on; and the newest
+    import orbax.checkpoint.v1 as ocp
+
+    saved = ocp.load_checkpointables(str(run / "checkpoints" / "9"), {"params": None, "ema": None})
+    assert same_arrays(checkpoint.load_params(run / "checkpoints" / "9"), saved["ema"])
+    assert not same_arrays(saved["params"], saved["ema"])
+    assert list((run / "profile").rglob("*.xplane.pb"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["objective.kind=sft"], "data.sources.0 (things): format is pairs, and objective.kind sft learns from whole"),
+        (["objective.reference=adapters_off"], "train.trainable is full, which has no adapters"),
+        (["objective.kind=orpo", "objective.reference=precomputed"], "and orpo has none"),
+        (["objective.margin=1.0"], "objective.margin is 1.0 and objective.kind is sigmoid; it is for simpo"),
+        (["data.on_long=split"], "a pair stays whole"),
+        (["data.loss.thought=0.5"], "set it to 0 or 1"),
+        (
+            ["checkpoint.best=heldout.los"],
+            "checkpoint.best is heldout.los, which no evaluation of this run gives; did you",
+        ),
+        (["checkpoint.best=requests.exact"], "which no evaluation of this run gives"),
+    ],
+)
+def test_wrong_combinations_are_told_before_anything_starts(config: Path, overrides: list[str], message: str):
+    with pytest.raises(UserError) as error:
+        configs.load(config, overrides)
+    assert message in str(error.value)

@@ -1,0 +1,101 @@
+"""Training on pairs is the same on each mesh: losses and all that is watched, over some steps of 8 devices."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny_batches
+
+from xlam_jax.models.config import Lora, ModelConfig
+from xlam_jax.models.params import shapes, trainable
+from xlam_jax.parallel.mesh import make_mesh
+from xlam_jax.training import step as steps
+from xlam_jax.training.preference import UNREFERENCED, WATCHED, Kind, Preference
+
+ROWS, LENGTH, STEPS = 8, 72, 4
+MESHES = {
+    "alone": (1, 1, 1),
+    "fsdp": (1, 8, 1),
+    "fsdp-tensor": (1, 4, 2),
+    "data-fsdp": (2, 4, 1),
+    "data-fsdp-tensor": (2, 2, 2),
+}
+MODEL = ModelConfig(
+    family="mixtral",
+    vocab_size=96,
+    hidden_size=32,
+    mlp_size=48,
+    layers=1,
+    heads=4,
+    kv_heads=2,
+    head_dim=8,
+    experts=4,
+    experts_per_token=2,
+    lora=Lora(targets=("q", "v", "w1"), rank=4, alpha=8.0),
+)
+
+
+def trained(kind: Any, layout: str) -> list[list[float]]:
+    """Of each step the loss and what is watched."""
+    sizes = MESHES[layout]
+    mesh = make_mesh(dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)), jax.devices()[: int(np.prod(sizes))])
+    model, tx = replace(MODEL, family="mistral", experts=0) if kind in UNREFERENCED else MODEL, optax.adam(1e-2)
+    rng = np.random.default_rng(0)
+    params, frozen = trainable(
+        model, jax.tree.map(lambda leaf: rng.normal(scale=0.2, size=leaf.shape).astype(np.float32), shapes(model))
+    )
+    how = Preference(kind, 0.3, label_smoothing=0.1 * (kind == "sigmoid"), margin=0.4, sft_weight=0.2)
+    step = jax.jit(
+        steps.make_train_step(
+            model,
+            tx,
+            mesh,
+            compute_dtype=jnp.float32,
+            remat="minimal",
+            microbatches=1,
+            router_aux_weight=0.01,
+            objective=steps.Objective(how, pairs=tiny_batches.PAIRS, adapters_off=kind not in UNREFERENCED),
+        )
+    )
+    state = steps.init_state(steps.abstract_state(model, tx, mesh), tx, params)
+    frozen = steps.place(frozen, steps.abstract_frozen(model, mesh, dtype=jnp.float32, quantized=False))
+    values = []
+    for at in range(STEPS):
+        state, metrics = step(state, frozen, tiny_batches.pairs(ROWS, LENGTH, model.vocab_size, seed=at))
+        values.append([float(metrics[name]) for name in ("loss", "grad_norm", *WATCHED)])
+    return values
+
+
+if __name__ == "__main__":
+    print(json.dumps([trained(sys.argv[1], layout) for layout in sys.argv[2:]]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "layouts"),
+    [
+        # the loss that looks at all pairs of a batch, on all axes at once
+        ("kto_pair", ["alone", "data-fsdp-tensor"]),
+        *(pytest.param(kind, list(MESHES), marks=pytest.mark.slow) for kind in get_args(Kind)),
+    ],
+)
+def test_every_mesh_trains_alike(environment: dict[str, str], kind: str, layouts: list[str]):
+    env = environment | {"JAX_NUM_CPU_DEVICES": "8", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    env["PYTHONPATH"] = os.pathsep.join(sys.path)
+    command = [sys.executable, str(Path(__file__)), kind, *layouts]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    alone, *others = np.array(json.loads(done.stdout.splitlines()[-1]))
+    assert alone[0, 0] != alone[-1, 0]
+    assert len(others) == len(layouts) - 1
+    print(kind, [float(np.abs(other - alone).max()) for other in others])
+    for layout, values in zip(layouts[1:], others, strict=True):
+        np.testing.assert_allclose(values, alone, rtol=1e-5, atol=1e-5, err_msg=layout)
