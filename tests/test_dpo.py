@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from orbax.checkpoint import v1 as ocp
 from support import ROOT, Commands, same_arrays, train_losses
 from test_train import TRAIN, wait_for_step
 
@@ -177,11 +178,8 @@ def test_the_best_checkpoint_the_average_and_the_answers_of_a_run(config: Path, 
     assert lines[0]["expected"][0]["name"] == "take"
     steps = sorted(int(path.name) for path in (run / "checkpoints").iterdir())
     assert steps == [2, 9]  # it falls from the first step on; and the newest
-    import orbax.checkpoint.v1 as ocp
-
-    saved = ocp.load_checkpointables(str(run / "checkpoints" / "9"), {"params": None, "ema": None})
-    assert same_arrays(checkpoint.load_params(run / "checkpoints" / "9"), saved["ema"])
-    assert not same_arrays(saved["params"], saved["ema"])
+    held = ocp.checkpointables_metadata(str(run / "checkpoints" / "9")).metadata
+    assert set(held) == {"params", "ema", "opt", "data"}
     assert list((run / "profile").rglob("*.xplane.pb"))
 
 

@@ -192,7 +192,6 @@ def train(resolved: Resolved, run: Path, progress: "Progress", profiled: range |
     if not (run / checkpoint.TOKENIZER).exists():
         save(made.tokenizer, run / f"{checkpoint.TOKENIZER}.part", config.data.format)
         (run / f"{checkpoint.TOKENIZER}.part").replace(run / checkpoint.TOKENIZER)
-    write_text(run / RUN, json.dumps(about(resolved, made, run), indent=1) + "\n")
 
     # ---- state: 1. this run's newest checkpoint; 2. model.init_from; 3. random -------------------------------------
     metadata = {"config": config.model_dump(mode="json"), "model": resolved.hf_config, "base": beside}
@@ -213,6 +212,7 @@ def train(resolved: Resolved, run: Path, progress: "Progress", profiled: range |
     if start >= config.train.steps:
         progress.line(f"{run} is finished: {start} of {config.train.steps} steps")
         return 0
+    write_text(run / RUN, json.dumps(about(resolved, made, run), indent=1) + "\n")
     loaded = made.loaded
     if configs.reference(config) == "precomputed":
         from xlam_jax.training import reference

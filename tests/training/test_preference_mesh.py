@@ -96,6 +96,5 @@ def test_every_mesh_trains_alike(environment: dict[str, str], kind: str, layouts
     alone, *others = np.array(json.loads(done.stdout.splitlines()[-1]))
     assert alone[0, 0] != alone[-1, 0]
     assert len(others) == len(layouts) - 1
-    print(kind, [float(np.abs(other - alone).max()) for other in others])
     for layout, values in zip(layouts[1:], others, strict=True):
         np.testing.assert_allclose(values, alone, rtol=1e-5, atol=1e-5, err_msg=layout)
