@@ -66,6 +66,9 @@ def run_page(page: str, commands: Commands, folder: Path) -> int:
             continue
         if "mixtral_8x7b_sft" in line:  # the real run, checked up to the devices
             words.append("--print-config")
+        elif "quickstart_dpo" in line:  # the shorter of its two sources
+            pairs = "[{name: hotpotqa, files: [examples/dpo/hotpotqa.jsonl], format: pairs}]"
+            words += ["train.steps=3", "data.sequence_length=1024", f"data.sources={pairs}"]
         elif "xlam_jax.train" in line and "--print-config" not in line:
             words += TINY
         result = subprocess.run(

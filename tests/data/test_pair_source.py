@@ -14,10 +14,8 @@ from xlam_jax.data.trajectory import InvalidTrajectory
 from xlam_jax.errors import UserError
 
 QUICKSTART = Path(__file__).parents[2] / "examples/quickstart"
-TOOLS = [
-    {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": {}}}}
-    for name in ("look", "take")
-]
+PARAMETERS = {"type": "object", "properties": {"thing": {"type": "integer"}}}
+TOOLS = [{"type": "function", "function": {"name": name, "parameters": PARAMETERS}} for name in ("look", "take")]
 
 
 SORRY = {"role": "assistant", "content": "Sorry."}
@@ -49,7 +47,7 @@ def data(path: Path, **changes: Any) -> Data:
     values = {
         "sources": [{"name": "pairs", "files": [str(path)], "format": "pairs"}],
         "tokenizer": str(QUICKSTART / "tokenizer"),
-        "sequence_length": 512,
+        "sequence_length": 768,
         "streams": 2,
         "heldout": 0.3,
         "max_pairs": 3,
@@ -205,3 +203,16 @@ def test_rows_that_are_no_objects_are_no_pairs():
 
     with pytest.raises(InvalidTrajectory, match="not-an-object"):
         parse_pair([], "x", lambda reason, detail: None)
+
+
+def test_validate_knows_pairs(tmp_path):
+    from xlam_jax.data.validate import validate
+
+    rows = [pair(0), pair(1, rejected=pair(1)["chosen"]), pair(2, chosen=[call("fly")]), pair(3, rejected="none")]
+    found = [finding for of_row in validate(write(tmp_path / "p.jsonl", *rows)) for finding in of_row]
+    told = {(finding.line, finding.reason, finding.detail.partition(" ")[0]) for finding in found}
+    assert told == {
+        (2, "equal-sides", "chosen"),
+        (3, "undeclared-tool", "chosen:"),
+        (4, "no-pair", "a"),
+    }

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TextIO
 from xlam_jax.config import Source
 from xlam_jax.data import sources
 from xlam_jax.data import trajectory as reader
+from xlam_jax.data.pair import parse_pair
 from xlam_jax.data.schemas import Parameters, Problem, compiled
 from xlam_jax.data.trajectory import InvalidTrajectory, Message, ToolCall, Trajectory, parse_trajectory
 from xlam_jax.errors import UserError, nearest
@@ -66,7 +67,13 @@ def validate(path: Path, limit: Limit | None = None) -> Iterator[list[Finding]]:
 
 
 def check_row(row: object, limit: Limit | None = None) -> Iterator[Problem]:
-    """Yields everything that is wrong with one row, but for ids that another row has."""
+    """Yields everything that is wrong with one row, but for ids that another row has.
+
+    A row with `chosen` and `rejected` is a pair.
+    """
+    if isinstance(row, dict) and {"chosen", "rejected"} <= row.keys():
+        yield from _check_pair(row, limit)
+        return
     found: list[Problem] = []
 
     def note(reason: str, detail: str) -> None:
@@ -86,6 +93,24 @@ def check_row(row: object, limit: Limit | None = None) -> Iterator[Problem]:
     yield from check_calls(trajectory)
     if limit:
         yield from limit(trajectory)
+
+
+def _check_pair(row: dict[str, Any], limit: Limit | None) -> Iterator[Problem]:
+    """Yields what is wrong with each side, taken for itself, and with the two together."""
+    found = False
+    shared = {key: row[key] for key in reader.ROW_KEYS & row.keys()}
+    for side in ("chosen", "rejected"):
+        turns = [row.get("conversation"), row[side]]
+        if not all(isinstance(part, list) for part in turns):
+            break  # said below
+        for problem in check_row(shared | {"conversation": [*turns[0], *turns[1]]}, limit):
+            found = True
+            yield Problem(problem.reason, f"{side}: {problem.detail}")
+    try:
+        parse_pair(row, "", lambda reason, detail: None)
+    except InvalidTrajectory as invalid:
+        if not found:
+            yield Problem(invalid.reason, invalid.detail)
 
 
 def check_calls(trajectory: Trajectory) -> Iterator[Problem]:
