@@ -164,9 +164,8 @@ def train(resolved: Resolved, run: Path, progress: "Progress", profiled: range |
     from xlam_jax.training.metrics import Metrics, plot
     from xlam_jax.training.progress import duration
     from xlam_jax.training.setup import RUN, about, compiled_step, set_up
-    from xlam_jax.training.trackers import check_trackers, flat, open_trackers
+    from xlam_jax.training.trackers import flat, open_trackers
 
-    check_trackers(config.track)
     made = set_up(resolved, progress)
 
     import jax

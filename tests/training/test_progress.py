@@ -132,51 +132,53 @@ def test_narrower_and_wider_there_is_one_panel():
 @pytest.mark.skipif(not shutil.which("tmux"), reason="needs tmux, a terminal that wraps lines anew when it is resized")
 def test_a_terminal_that_wraps_lines_anew_keeps_one_panel(tmp_path: Path):
     tmux = ["tmux", "-S", str(tmp_path / "socket"), "-f", os.devnull]
-    drawn, go, script = tmp_path / "drawn", tmp_path / "go", tmp_path / "draw.py"
+    drawn, script = tmp_path / "drawn", tmp_path / "draw.py"
+    widths = (120, 60, 40, 50, 200, 45, 120)
     script.write_text(
         f"""
-import sys, time
+import os, sys, time
 from pathlib import Path
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 from training.test_progress import Progress, module, status
 module.REST, module.TICK = 0.0, 1000.0
 progress = Progress()
-for step in range(1, 9):
+for step, columns in enumerate({widths}, start=1):
+    while os.get_terminal_size(2).columns != columns:
+        time.sleep(0.02)
     progress.line(f"line {{step}}")
     progress.step(status(step), keep=True)
     Path({str(drawn)!r}).write_text(str(step))
-    while not Path({str(go)!r} + str(step)).exists():
-        time.sleep(0.02)
+time.sleep(1000)
 """,
         encoding="utf-8",
     )
 
-    def wait_for(step: int) -> None:
+    def seen() -> list[str]:
+        pane = subprocess.run([*tmux, "capture-pane", "-p", "-S", "-"], check=True, capture_output=True, text=True)
+        return [row.rstrip() for row in pane.stdout.splitlines() if row.strip()]
+
+    def wait_for(what: Callable[[], bool]) -> None:
         until = time.monotonic() + 60
-        while not drawn.exists() or drawn.read_text() != str(step):
+        while not what():
             assert time.monotonic() < until
             time.sleep(0.05)
 
-    fill = "for i in $(seq 30); do echo before; done"
-    subprocess.run(
-        [*tmux, "new-session", "-d", "-x", "120", "-y", "20", f"{fill}; {sys.executable} {script}"], check=True
-    )
+    full = "for i in $(seq 30); do echo before; done"
+    start = ["new-session", "-d", "-x", str(widths[0]), "-y", "20", f"{full}; exec {sys.executable} {script}"]
+    subprocess.run([*tmux, *start], check=True)
     try:
-        for step, columns in enumerate((120, 60, 40, 50, 200, 45, 120), start=1):
-            wait_for(step)
+        for step, columns in enumerate(widths, start=1):
             subprocess.run([*tmux, "resize-window", "-x", str(columns), "-y", "20"], check=True)
-            time.sleep(0.4)  # it tells the program of the new width a quarter of a second later
-            Path(f"{go}{step}").touch()
-        wait_for(8)
-        time.sleep(0.2)
-        seen = subprocess.run([*tmux, "capture-pane", "-p", "-S", "-"], check=True, capture_output=True, text=True)
+            wait_for(lambda step=step: drawn.exists() and drawn.read_text() == str(step))
+        wait_for(lambda: any(row.endswith("7/1,000 left 1:02:03") for row in seen()))
+        rows = seen()
     finally:
         subprocess.run([*tmux, "kill-server"], check=False)
-    rows = [row.rstrip() for row in seen.stdout.splitlines() if row.strip()]
     assert rows[:30] == ["before"] * 30
-    assert rows[30:38] == [f"line {step}" for step in range(1, 9)]
-    assert len(rows) == 40
-    assert rows[38].endswith("8/1,000 left 1:02:03")
+    assert rows[30:37] == [f"line {step}" for step in range(1, 8)]
+    assert rows[37].endswith("7/1,000 left 1:02:03")
+    assert rows[38].endswith("grad norm 0.912")
+    assert len(rows) == 39
 
 
 def test_what_others_write_is_not_lost():

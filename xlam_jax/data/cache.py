@@ -1,8 +1,10 @@
 """Rendered trajectories on disk, and the key that says what they were made of.
 
-A cache is a folder: `meta.json`, and for each source the examples to train on and the held-out ones as ArrayRecord. A
-record holds the n+1 ids of an example, int32, then the n weights of its labels, float32. Opening reads no example; each
-is read when it is drawn, by its index.
+A cache is a folder: `meta.json`, and for each source the examples to train on and the held-out ones as ArrayRecord,
+with the lengths of each (.npy), the trajectories' ids, and those held-out trajectories that stay readable. A record has
+the n+1 ids of an example, int32, the n weights of its labels, float32, and their kinds, int8. That of a pair has the
+length of the chosen side's record, uint32, and both sides' records. Opening reads no example; each is read when it is
+drawn, by its index.
 
 The key keeps its parts, so that a stale cache is refused with the names of those that changed: the content of every
 source file, how the source is read, tokenizer, template, format and loss, the held-out share, the code that renders,
@@ -209,7 +211,6 @@ class CachedExamples(Sequence[Example]):
 
 
 def _record(example: Example) -> bytes:
-    """n+1 ids, n weights, n kinds; of a pair the length of the chosen side's record in front of both sides' records."""
     sides = example.get("sides")
     if sides is not None:
         chosen, rejected = (

@@ -231,7 +231,10 @@ def trained(examples: Sequence[Example]) -> np.ndarray:
 
 
 def is_heldout(source: str, trajectory_id: str, share: float) -> bool:
-    """Whether a trajectory belongs to the held-out part: a matter of its id alone, never of its place in a file."""
+    """Whether a trajectory belongs to the held-out part: a matter of its id alone, never of its place in a file.
+
+    For a pair the digest of its task (`pair.task`, hex) stands in place of an id, so that no task is in both parts.
+    """
     return _drawn(source, trajectory_id) < share * 2**64
 
 
@@ -307,7 +310,6 @@ def _load_source(source: Source, data: Data, renderer: "_Renderer", progress: Pr
                     dropped[reason] += 1
             case whole:
                 changed.update(fitted.reasons)
-                # of a task that is held out, no pair is trained
                 name = task(whole.chosen).hex() if isinstance(whole, Pair) else whole.id
                 if is_heldout(source.name, name, data.heldout):
                     heldout.add(whole.id, fitted.rendered)

@@ -12,7 +12,7 @@ from xlam_jax.config import Data
 from xlam_jax.data.codec import Codec, Segment
 from xlam_jax.data.formats import Format, Layout
 from xlam_jax.data.pair import Pair
-from xlam_jax.data.render import Rendered, encode, known, render_all, with_flags
+from xlam_jax.data.render import Rendered, encode, known, with_flags
 from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory
 
 if TYPE_CHECKING:
@@ -76,10 +76,15 @@ def fit_pair(pair: Pair, tokenizer: "PreTrainedTokenizerFast", data: Data) -> Fi
 
     Raises `UserError` when tokenizer and format do not go together.
     """
+    codec, format_ = known(tokenizer, data.format)
     sides: list[Rendered] = []
     try:
         for name, side in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-            rendered = render_all(side, tokenizer, data.format, data.loss)
+            layouts = list(format_.layouts(with_flags(side, data.loss)))
+            if any(codec.too_long(layout.segments, data.sequence_length + 1) for layout in layouts):
+                detail = f"{name} alone does not fit into a row of {data.sequence_length}"
+                return Fitted([], ["too-long"], [], detail=detail)
+            rendered = [one for layout in layouts if (one := encode(layout, codec, data.loss)).weights.any()]
             if not rendered:
                 return Fitted([], ["no-loss"], [], detail=f"{name}: no turn that differs carries loss")
             if len(rendered) > 1:

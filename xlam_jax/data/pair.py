@@ -30,8 +30,9 @@ class Pair:
 def parse_pair(row: object, default_id: str, repaired: Note) -> Pair:
     """Checks a row as `python -m xlam_jax.data pairs` writes it.
 
-    `conversation` holds the turns that both sides share, `chosen` and `rejected` what follows. Each side is checked and
-    mended as a trajectory is. Raises `InvalidTrajectory`; equal-sides where there is nothing to prefer.
+    `conversation` holds the turns that both sides share, `chosen` and `rejected` what follows; turns with which both
+    begin are shared too. Each side is checked and mended as a trajectory is. Raises `InvalidTrajectory`; equal-sides
+    where there is nothing to prefer.
     """
     if not isinstance(row, dict):
         raise InvalidTrajectory("not-an-object", f"a row is a JSON object, got a {type(row).__name__}")
@@ -57,12 +58,23 @@ def parse_pair(row: object, default_id: str, repaired: Note) -> Pair:
     for reason, detail in notes:
         repaired(reason, detail)
     first = first_difference(fingerprint(chosen.conversation), fingerprint(rejected.conversation))
-    if first == "identical":
-        turns = len(chosen.conversation) - len(row["conversation"])
-        raise InvalidTrajectory("equal-sides", f"chosen equals rejected ({turns} turns); a pair has two answers")
     if isinstance(first, str):
-        raise InvalidTrajectory(first, "chosen and rejected first differ where neither side's assistant answered worse")
+        raise InvalidTrajectory(*_no_pair(first, chosen.conversation, rejected.conversation, len(row["conversation"])))
     return Pair(chosen.id, _trained_from(chosen, first), _trained_from(rejected, first))
+
+
+def _no_pair(reason: str, chosen: Sequence[Message], rejected: Sequence[Message], conversation: int) -> tuple[str, str]:
+    """Reason and detail for what `first_difference` says of two sides that are no pair."""
+    if reason == "identical":
+        turns = len(chosen) - conversation
+        return "equal-sides", f"chosen equals rejected ({turns} turns); a pair has two answers"
+    if reason == "one-is-the-others-beginning":
+        counts = f"chosen has {len(chosen)} turns and rejected {len(rejected)}"
+        return reason, f"{counts}, the same as far as both go; no turn has two answers"
+    one, other = fingerprint(chosen), fingerprint(rejected)
+    at = next(at for at, (mine, theirs) in enumerate(zip(one, other, strict=False)) if mine != theirs) // TURN
+    roles = " and ".join(dict.fromkeys((chosen[at].role, rejected[at].role)))
+    return reason, f"chosen and rejected first differ at turn {at} ({roles}), before any answer of theirs does"
 
 
 def _trained_from(side: Trajectory, first: int) -> Trajectory:

@@ -138,7 +138,7 @@ def _look(row: dict[str, np.ndarray], sources: int) -> tuple[np.ndarray, np.ndar
 
 
 def _held(one: Loaded, parts: bool) -> tuple[int, int, Counter[str], Counter[str], Counter[str], int, int]:
-    """Trajectories to train on and held out, what was dropped, repaired and changed, turns and calls.
+    """Trajectories or pairs to train on and held out, what was dropped, repaired and changed, turns and calls.
 
     One that gives several examples stands there once for each; or its `parts` do, for augmentation, the whole last.
     """
@@ -165,9 +165,10 @@ def _by_kind(one: Loaded) -> tuple[float, np.ndarray]:
 def _tables(stats: Stats) -> Iterator[tuple[str, list[str], list[list[str]]]]:
     """The figures, as titled tables of texts."""
     sources = stats.sources
+    what = "pairs" if stats.run.data.pairs else "trajectories"
     yield (
         "to train on",
-        ["source", "trajectories", "held out", "turns", "calls", "tokens", "trained", "share", "weighted"],
+        ["source", what, "held out", "turns", "calls", "tokens", "trained", "share", "weighted"],
         [
             [
                 one.name,
