@@ -661,6 +661,11 @@ def _check_objective(config: Config) -> None:
             "objective.reference is adapters_off and train.trainable is full, which has no adapters; set the first to "
             "precomputed, or the second to lora"
         )
+    if config.lora.init_from is not None and objective.reference == "auto" and reference(config) == "adapters_off":
+        raise UserError(
+            f"lora.init_from is {config.lora.init_from}, and without the adapters the model is not what the run starts "
+            "from; set objective.reference to precomputed, or to adapters_off if the base is meant"
+        )
     if data.augment.active:
         raise UserError(f"data.augment is on, and objective.kind is {kind}; variants are drawn for sft alone")
     if data.on_long in ("cut", "split"):

@@ -1,14 +1,19 @@
 """Pairs from file to batch: what is trained of them, what is refused, how they lie in a row."""
 
 import json
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from xlam_jax.config import Data
-from xlam_jax.data import cache, corpus, pipeline
+from xlam_jax.data import cache, corpus, lengths, pipeline
+from xlam_jax.data.mixture import shares
+from xlam_jax.data.pair import parse_pair
 from xlam_jax.data.tokenizer import load_tokenizer
 from xlam_jax.data.trajectory import InvalidTrajectory
 from xlam_jax.errors import UserError
@@ -95,7 +100,7 @@ def test_both_sides_lie_in_one_row_each_on_its_own(path, codec):
         rows = next(loader)
         assert rows.reference is None
         drawn = loader.origins()
-        for tokens, _, weights, positions, segments, _ in zip(*rows[:6], strict=True):
+        for tokens, _, weights, positions, segments, groups in zip(*rows[:6], strict=True):
             assert segments.max() % 2 == 0
             assert segments.max() <= 2 * 3
             assert not weights[segments == 0].any()
@@ -106,6 +111,7 @@ def test_both_sides_lie_in_one_row_each_on_its_own(path, codec):
                     mine, theirs = segments == segment, whole.get("sides") == side
                     assert tokens[mine].tolist() == whole["tokens"][theirs].tolist()
                     assert weights[mine].tolist() == whole["weights"][theirs].tolist()
+                    assert groups[mine].tolist() == whole["kinds"][theirs].tolist()
                     assert positions[mine].tolist() == list(range(mine.sum()))
                 seen += 1
         assert not drawn
@@ -129,8 +135,18 @@ def test_no_task_is_trained_and_held_out(tmp_path, codec):
     ("changes", "message"),
     [
         ({"rejected": pair(1)["chosen"]}, "equal-sides: chosen equals rejected"),
-        ({"rejected": pair(1)["chosen"][:1]}, "one-is-the-others-beginning"),
-        ({"rejected": [call("look"), result("other")]}, "first-differs-at-a-user-or-tool-turn"),
+        (
+            {"rejected": pair(1)["chosen"][:1]},
+            "one-is-the-others-beginning: chosen has 4 turns and rejected 2, the same as far as both go",
+        ),
+        (
+            {"rejected": [call("look"), result("other"), SORRY]},
+            "first-differs-at-a-user-or-tool-turn: chosen and rejected first differ at turn 2 (tool)",
+        ),
+        (
+            {"rejected": [call("look"), {"role": "user", "content": "No."}, SORRY]},
+            "first-differs-at-a-user-or-tool-turn: chosen and rejected first differ at turn 2 (tool and user)",
+        ),
         ({"rejected": None}, "no-pair: a pair has conversation, chosen and rejected, lists of turns; rejected is none"),
         ({"rejected": [call("fly")]}, "undeclared-tool: rejected: turn 1 calls 'fly'"),
     ],
@@ -154,6 +170,90 @@ def test_a_pair_that_does_not_fit_is_dropped_or_an_error(path, codec):
     assert one.dropped["too-long"] > 0
     with pytest.raises(UserError, match="both sides take"):
         corpus.load(data(path, sequence_length=longest - 1, on_long="error"), codec)
+
+
+def test_a_side_far_too_long_is_not_tokenized(tmp_path, codec, monkeypatch):
+    long = pair(1, rejected=[call("take", thing=-1), result("no " * 10**6), SORRY])
+    monkeypatch.setattr(lengths, "encode", None)
+    fitted = lengths.fit_pair(parse_pair(long, "x", told := []), codec, data(tmp_path))  # pyright: ignore
+    assert (fitted.reasons, fitted.detail, told) == (["too-long"], "rejected alone does not fit into a row of 768", [])
+
+
+def test_a_side_is_one_sequence(tmp_path, codec):
+    """xlam_v1 writes a sequence for every answer, so that a side has one answer that differs."""
+    one = {"chosen": [call("take", thing=1)], "rejected": [SORRY]}
+    path = write(tmp_path / "p.jsonl", *(pair(number, **one) for number in range(5)), pair(6))
+    v1 = data(path, format="xlam_v1", sequence_length=2048, heldout=0.0)
+    with pytest.raises(UserError, match=r"p\.jsonl:6: not-one-sequence: rejected: the format xlam_v1 .* 2 sequences"):
+        corpus.load(v1, codec)
+    (loaded,) = corpus.load(v1.model_copy(update={"on_invalid": "drop"}), codec)
+    assert (len(loaded.train), loaded.dropped) == (5, {"not-one-sequence": 1})
+    assert text_of(codec, loaded.train[0], 2).endswith("</s>")
+
+
+def test_a_side_on_which_nothing_counts_is_no_pair(tmp_path, codec):
+    path = write(tmp_path / "p.jsonl", *(pair(number) for number in range(5)),
+                 pair(6, chosen=[call("take", thing=6) | {"loss": False}]))  # fmt: skip
+    (one,) = corpus.load(data(path, heldout=0.0), codec)
+    assert one.dropped == {"no-loss": 1}
+
+
+def test_columns_and_texts_of_json(tmp_path, codec):
+    """Parquet with turns as JSON texts gives what JSON lines do; a key of no use is told once, not once a side."""
+    rows = [pair(number, source="made", tag="x") for number in range(12)]
+    lines = write(tmp_path / "p.jsonl", *rows)
+    texts = {key: [json.dumps(row[key]) if isinstance(row[key], list) else row[key] for row in rows] for key in rows[0]}
+    pyarrow.parquet.write_table(pyarrow.table(texts), tmp_path / "p.parquet")
+    told = []
+    (one,), (other,) = (
+        corpus.load(data(file, sources=[{"name": "p", "files": [str(file)], "format": "pairs"}]), codec, told.append)
+        for file in (lines, tmp_path / "p.parquet")
+    )
+    assert one.repaired == {"unknown-key": 12}
+    assert other.ids == one.ids
+    assert [example["tokens"].tolist() for example in other.train] == [
+        example["tokens"].tolist() for example in one.train
+    ]
+    assert one.samples[0].source == "made"
+    assert told[0].startswith(f"p: {len(one.train)} pairs to train on (")
+
+
+def test_processes_change_nothing(path, codec, monkeypatch):
+    whole = corpus.load(data(path), codec, annotate=True)
+    monkeypatch.setattr(corpus, "ALONE", 5)
+    monkeypatch.setattr(corpus, "PROCESSES", 2)
+    spread = corpus.load(data(path), codec, annotate=True)
+    for part in ("train", "heldout"):
+        for mine, theirs in zip(getattr(whole[0], part), getattr(spread[0], part), strict=True):
+            assert mine.keys() == theirs.keys()
+            assert all(np.array_equal(mine[key], theirs[key]) for key in mine)
+    assert (spread[0].ids, spread[0].samples) == (whole[0].ids, whole[0].samples)
+
+
+def test_tokens_of_both_sides_are_shared_out(tmp_path, codec):
+    long = [call("look"), result("a"), *[call("take", thing=-1), result("no")] * 5, SORRY]
+    files = {
+        "short": write(tmp_path / "short.jsonl", *map(pair, range(20))),
+        "long": write(tmp_path / "long.jsonl", *(pair(number, rejected=long) for number in range(30))),
+    }
+    sources = [{"name": name, "files": [str(file)], "format": "pairs"} for name, file in files.items()]
+    config = data(tmp_path, sources=sources, share="tokens", heldout=0.0)
+    loaded = corpus.load(config, codec)
+    trained = [sum(int((pair["weights"] > 0).sum()) for pair in one.train) / len(one.train) for one in loaded]
+    assert trained[1] > 1.5 * trained[0]
+    by_tokens = shares(loaded, config)
+    assert float(by_tokens[0]) * trained[0] == pytest.approx(float(by_tokens[1]) * trained[1])
+    assert shares(loaded, config.model_copy(update={"share": "examples"})) == [Fraction(1, 2)] * 2
+
+
+def test_the_samples_are_the_same_in_any_order(tmp_path, codec, monkeypatch):
+    monkeypatch.setattr(corpus, "SAMPLES", 4)
+    rows = [pair(number) for number in range(60)]
+    (one,) = corpus.load(data(write(tmp_path / "p.jsonl", *rows)), codec)
+    (other,) = corpus.load(data(write(tmp_path / "q.jsonl", *rows[::-1])), codec)
+    assert len(one.samples) == 4 < len(one.heldout)
+    assert one.samples == other.samples
+    assert all(sample.conversation[-1].tool_calls[0].arguments["thing"] >= 0 for sample in one.samples)  # chosen
 
 
 def test_filters_judge_the_chosen_side(path, codec):
@@ -199,8 +299,6 @@ def test_a_reference_stands_at_the_first_place_that_counts(path, codec):
 
 
 def test_rows_that_are_no_objects_are_no_pairs():
-    from xlam_jax.data.pair import parse_pair
-
     with pytest.raises(InvalidTrajectory, match="not-an-object"):
         parse_pair([], "x", lambda reason, detail: None)
 

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xlam_jax.config import Data, Source
+from xlam_jax.config import PAIRS, Data, Source
 from xlam_jax.data import corpus, pipeline
+from xlam_jax.data.codec import KINDS
 from xlam_jax.data.corpus import Example, Loaded
 from xlam_jax.data.mixture import shares
 from xlam_jax.data.tokenizer import load_tokenizer
@@ -20,18 +21,24 @@ from xlam_jax.errors import UserError
 QUICKSTART = Path(__file__).parents[2] / "examples/quickstart"
 
 
-def loaded(sizes: dict[str, int], weights: dict[str, float], longest: int = 20) -> list[Loaded]:
-    """Sources of made-up trajectories, each a run of one token that names it."""
+def loaded(
+    sizes: dict[str, int], weights: dict[str, float], longest: int = 20, format: str = "unified"
+) -> list[Loaded]:
+    """Sources of made-up trajectories or pairs, each a run of one token that names it."""
     rng = np.random.default_rng(0)
     sources, token = [], 1
     for name, size in sizes.items():
         examples = []
         for _ in range(size):
             tokens = np.full(rng.integers(3, longest), token, np.int32)
-            ones, kinds = np.ones(len(tokens), np.float32), np.full(len(tokens), 1, np.int8)
-            examples.append(Example(tokens=tokens, labels=tokens, weights=ones, kinds=kinds))
+            ones, kinds = np.ones(len(tokens), np.float32), rng.integers(0, len(KINDS), len(tokens), np.int8)
+            one = Example(tokens=tokens, labels=tokens, weights=ones, kinds=kinds)
+            if format == PAIRS:
+                one["sides"] = np.where(np.arange(len(tokens)) < rng.integers(1, len(tokens)), 1, 2).astype(np.int8)
+                one["reference"] = rng.normal(size=len(tokens)).astype(np.float32)
+            examples.append(one)
             token += 1
-        source = Source(name=name, files=["x"], weight=weights[name])
+        source = Source(name=name, files=["x"], weight=weights[name], format=format)
         ids = [f"{name}{row}" for row in range(size)]
         sources.append(Loaded(source, examples, [], ids, [], None, Counter(), Counter(), Counter()))
     return sources
@@ -65,22 +72,24 @@ def segments(batch: pipeline.Row) -> list[int]:
 
 
 @st.composite
-def mixtures(draw: st.DrawFn) -> tuple[list[Loaded], Data, int]:
+def mixtures(draw: st.DrawFn, formats: tuple[str, ...] = ("unified",)) -> tuple[list[Loaded], Data, int]:
     """Sources of drawn sizes and weights, a config with a drawn number of streams, and a batch size."""
     count = draw(st.integers(1, 5))
     sizes = {f"s{i}": draw(st.integers(1, 30)) for i in range(count)}
     weights = {name: draw(st.floats(0.05, 20)) for name in sizes}
     streams = draw(st.sampled_from([1, 2, 4, 8]))
     bins = draw(st.integers(1, 6))
-    data = DATA.model_copy(update={"streams": streams, "packing_bins": bins})
-    return loaded(sizes, weights), data, streams * draw(st.integers(1, 2))
+    sources = loaded(sizes, weights, format=draw(st.sampled_from(formats)))
+    of_sources = {"sources": [one.source for one in sources], "max_pairs": draw(st.integers(1, 3))}
+    data = DATA.model_copy(update={"streams": streams, "packing_bins": bins, **of_sources})
+    return sources, data, streams * draw(st.integers(1, 2))
 
 
 SEARCH = settings(deadline=None, derandomize=True, max_examples=12)
 
 
 @SEARCH
-@given(mixtures(), st.integers(0, 6), st.data())
+@given(mixtures(("unified", PAIRS)), st.integers(0, 6), st.data())
 def test_global_batches_are_the_same_on_any_hosts_and_after_any_resume(drawn, at: int, data: st.DataObject):
     sources, config, batch_size = drawn
     counts = [hosts for hosts in (1, 2, 4, 8) if config.streams % hosts == 0]
@@ -95,11 +104,40 @@ def test_global_batches_are_the_same_on_any_hosts_and_after_any_resume(drawn, at
     (whole,) = loaders(1)
     for _ in range(at):
         assert same(next(whole), joined([next(part) for part in before]))
+        assert whole.origins() == [origin for part in before for origin in part.origins()]
     states = json.loads(json.dumps({name: place for part in before for name, place in part.state().items()}))
     for part in after:
         part.restore(states)
     for _ in range(3):
-        assert same(next(whole), joined([next(part) for part in after]))
+        batch = next(whole)
+        assert same(batch, joined([next(part) for part in after]))
+        assert whole.origins() == [origin for part in after for origin in part.origins()]
+        as_packed(batch, whole.origins(), sources, config)
+
+
+def as_packed(batch: pipeline.Row, origins: list[pipeline.Origin], sources: list[Loaded], config: Data) -> None:
+    """Fails unless the rows hold the examples that they are said to hold, in order, and nothing else."""
+    sides = 2 if config.pairs else 1
+    told = iter(origins)
+    columns = (batch.tokens, batch.positions, batch.segments, batch.groups)
+    references = batch.tokens if batch.reference is None else batch.reference
+    for tokens, positions, segments, groups, reference in zip(*columns, references, strict=True):
+        count = segments.max() // sides
+        assert not config.pairs or 1 <= count <= config.max_pairs
+        at = 0
+        for number, (source, row) in enumerate((next(told) for _ in range(count)), start=1):
+            one = sources[source].train[row]
+            place = slice(at, at := at + len(one["tokens"]))
+            assert tokens[place].tolist() == one["tokens"].tolist()
+            assert groups[place].tolist() == (source * len(KINDS) + one["kinds"]).tolist()
+            which = one["sides"] - 1 if "sides" in one else np.zeros(len(one["tokens"]), int)
+            assert segments[place].tolist() == (sides * (number - 1) + 1 + which).tolist()
+            lengths = np.bincount(which)
+            assert positions[place].tolist() == [*range(lengths[0]), *(range(lengths[1]) if config.pairs else ())]
+            assert "reference" not in one or reference[place].tolist() == one["reference"].tolist()
+        assert not segments[at:].any()
+        assert not groups[at:].any()
+    assert next(told, None) is None
 
 
 @SEARCH
@@ -250,3 +288,20 @@ def test_heldout_batches_hold_each_trajectory_once():
         float(example["weights"].sum()) for example in source.heldout
     )
     assert len(list(pipeline.heldout_batches([source], quickstart(), rows=4, limit=1))) == 1
+
+
+def test_heldout_batches_read_no_more_than_they_give():
+    reads: list[int] = []
+
+    class Counted(list):
+        def __getitem__(self, at):  # type: ignore[override]
+            reads.append(at)
+            return super().__getitem__(at)
+
+    sources = loaded({"a": 5000}, {"a": 1})
+    (held,) = (one._replace(train=[], heldout=Counted(one.train)) for one in sources)
+    batches = list(pipeline.heldout_batches([held], DATA, rows=2, limit=2))
+    assert len(batches) == 2
+    assert max(reads) < 200
+    halves = [list(pipeline.heldout_batches([held], DATA, rows=2, limit=2, host=at, hosts=2)) for at in (0, 1)]
+    assert all(same(whole, joined(list(parts))) for whole, *parts in zip(batches, *halves, strict=True))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from xlam_jax import config as configs
 from xlam_jax.data import corpus, pipeline, preview
-from xlam_jax.data.render import KINDS, render
+from xlam_jax.data.render import KINDS, known, render
 from xlam_jax.data.tokenizer import load_tokenizer
 from xlam_jax.data.trajectory import read_jsonl
 from xlam_jax.errors import UserError
@@ -76,6 +76,25 @@ def test_shows_augmented_rows_too(config):
     rows = list(preview.rows(config, overrides, count=5))
     as_trained(rows, *loaded(config, overrides))
     assert {token.kind for row in rows for segment in row.segments for token in segment.tokens} == set(KINDS)
+
+
+def test_both_sides_of_pairs_are_shown_as_they_are_trained(config):
+    files = ROOT / "examples" / "dpo" / "hotpotqa.jsonl"
+    overrides = (
+        f"data.sources=[{{name: pairs, files: [{files}], format: pairs}}]",
+        "objective.kind=sigmoid",
+        "data.loss.thought=1",
+    )
+    rows = list(preview.rows(config, overrides, count=3))
+    as_trained(rows, *loaded(config, overrides))
+    for row in rows:
+        for chosen, rejected in zip(row.segments[::2], row.segments[1::2], strict=True):
+            pair, _, side = chosen.id.rpartition(", ")
+            assert (side, rejected.id) == ("chosen", f"{pair}, rejected")
+            texts = ["".join(token.text for token in one.tokens if token.weight > 0) for one in (chosen, rejected)]
+            assert texts[0] != texts[1]
+    text = "\n".join(preview.terminal(rows, color=False))
+    assert re.search(r"^pairs: .*, rejected \(places \d+ to \d+, \d+ tokens carry loss\)$", text, re.MULTILINE)
 
 
 def test_names_each_segment_and_marks_its_tokens_as_rendered(config, shown):
@@ -205,7 +224,8 @@ def test_the_texts_of_tokens_are_exactly_the_text(text):
         shown = preview.texts(tokenizer)
         # text that looks like ours for single bytes would not be told apart
         clean = text.replace("⟨", "(").replace("▁", "_")
-        pieces = [shown(token) for token in tokenizer.backend_tokenizer.encode(clean, add_special_tokens=False).ids]
+        plain = known(tokenizer, "xlam")[0].plain  # a control token written out is text
+        pieces = [shown(token) for token in plain.encode(clean, add_special_tokens=False).ids]
         assert not any(special for _, special in pieces)
         raw = re.sub(
             rb"((?:\xe2\x9f\xa8[0-9a-f]{2}\xe2\x9f\xa9)+)",

@@ -1,3 +1,4 @@
+import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -125,6 +126,31 @@ def test_a_split_trajectory_is_counted_once(config):
 def test_augmentation_can_be_looked_at(config):
     found = stats.collect(config, ["data.augment.tools=true", "data.augment.negatives=0.3"], rows=40)
     assert found.sources[2].drawn.sum() > found.sources[0].drawn.sum() > 0
+
+
+def test_pairs_are_counted_with_both_sides(config):
+    path = ROOT / "examples" / "dpo" / "hotpotqa.jsonl"
+    overrides = [
+        f"data.sources=[{{name: pairs, files: [{path}], format: pairs}}]",
+        "objective.kind=sigmoid",
+        "data.loss.thought=1",
+        "data.sequence_length=1024",
+    ]
+    found = stats.collect(config, overrides, rows=16)
+    (one,) = found.sources
+    run = configs.load(config, overrides).config
+    (loaded,) = corpus.load(run.data, load_tokenizer(run.data.tokenizer))
+    assert one.trajectories == len(one.lengths) == len(loaded.train)
+    assert one.trajectories + one.heldout == 30
+    trained = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    trained = [row for row in trained if row["unique_trajectory_id"] in set(loaded.ids)]
+    assert one.turns == sum(2 * len(row["conversation"]) + len(row["chosen"]) + len(row["rejected"]) for row in trained)
+    assert one.trained == sum(int((example["weights"] > 0).sum()) for example in loaded.train)
+    assert one.kinds.sum() == one.tokens
+    loader = pipeline.Loader(loaded=[loaded], data=run.data, batch_size=8, seed=run.seed)
+    batches = [next(loader), next(loader)]
+    assert one.drawn.tolist() == [int(row.max()) // 2 for batch in batches for row in batch.segments]
+    assert re.search(r"^  source +pairs +held out", stats.table(found), re.MULTILINE)
 
 
 def test_the_table_says_it_all_in_narrow_lines(collected):

@@ -36,7 +36,7 @@ def schedule(train: Train) -> optax.Schedule:
 
 def optimizer(train: Train, model: ModelConfig) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter, 1711.05101), Adafactor (Shazeer & Stern, 1804.04235), Lion (Chen et al., 2302.06675)
-    or Muon (Jordan et al., 2024; AdamW for what is no matrix of a block). The norms' scales are not decayed."""
+    or Muon (Jordan et al., 2024; Adam with Nesterov's momentum for what is no matrix of a block). The norms' scales are not decayed."""
     return optax.chain(optax.clip_by_global_norm(train.clip_norm), _rule(train, model))
 
 
@@ -47,31 +47,33 @@ def _rule(train: Train, model: ModelConfig) -> optax.GradientTransformation:
         return optax.adamw(rate, train.beta1, train.beta2, train.epsilon, **decay)
     if train.optimizer == "adamw":
         adam = optax.scale_by_adam(train.beta1, train.beta2, train.epsilon)
-        return optax.chain(
-            _kept_small(adam, dtype),
-            optax.add_decayed_weights(train.weight_decay, _decayed),
-            optax.scale_by_learning_rate(rate),
-        )
+        return optax.chain(_kept_small(adam, dtype), *_decay_and_scale(train, rate))
     if train.optimizer == "lion":
         return optax.lion(rate, train.beta1, train.beta2, mu_dtype=dtype, **decay)
     if train.optimizer == "adafactor":
-        return optax.adafactor(rate, weight_decay_rate=train.weight_decay or None, weight_decay_mask=_decayed)
+        # optax.adafactor would scale steps by a parameter's own size, which is none for a factor of an adapter that
+        # starts at zero, and decay weights by the whole of `weight_decay` a step, whatever the learning rate.
+        return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), *_decay_and_scale(train, rate))
     axes = matrix_axes(model)
-    return optax.contrib.muon(
-        rate,
+    direction = optax.contrib.muon(
+        1.0,
         beta=train.beta1,
-        weight_decay=train.weight_decay,
-        weight_decay_mask=_decayed,
         mu_dtype=dtype,
         adam_b1=train.beta1,
         adam_b2=train.beta2,
-        adam_weight_decay=train.weight_decay,
         # so that a learning rate made for AdamW does (Liu et al., 2502.16982)
         consistent_rms=0.2,
         muon_weight_dimension_numbers=jax.tree.map(
             lambda one: one and optax.contrib.MuonDimensionNumbers(*one), axes, is_leaf=_is_axes
         ),
     )
+    # Its own decay of what is no matrix would be that of norms too.
+    return optax.chain(direction, optax.scale(-1.0), *_decay_and_scale(train, rate))
+
+
+def _decay_and_scale(train: Train, rate: optax.Schedule) -> tuple[optax.GradientTransformation, ...]:
+    """What ends a rule: the decay of weights, and the learning rate for both."""
+    return optax.add_decayed_weights(train.weight_decay, _decayed), optax.scale_by_learning_rate(rate)
 
 
 def _is_axes(node: Any) -> bool:
