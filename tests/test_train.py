@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from support import ROOT, Commands, same_arrays, train_losses
 
-from xlam_jax.training import checkpoint
+from xlam_jax import config as configs
+from xlam_jax.training import checkpoint, weights
 
 TRAIN = "xlam_jax.train"
 
@@ -102,6 +103,9 @@ def test_meshes_agree(
     ours, theirs = train_losses(on_mesh), train_losses(whole)
     assert ours.keys() == theirs.keys()
     np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=1e-5)
+    # its weights are a start for any other devices
+    other = configs.load(tiny_config, [f"model.init_from={on_mesh}"])
+    assert same_arrays(weights.read_base(other), final_state(on_mesh))
 
 
 def test_one_compilation_of_the_step(trained: tuple[Path, str]):
@@ -270,7 +274,8 @@ def test_full_disk_keeps_the_previous_checkpoint(commands: Commands, tiny_config
         echo "train ended with $?"
         {sys.executable} -c "
 from pathlib import Path
-from xlam_jax.training import checkpoint
+from xlam_jax import config as configs
+from xlam_jax.training import checkpoint, weights
 step = checkpoint.resolve(Path('{disk}/run'))
 checkpoint.load_params(step)
 print('loadable step', step.name)"

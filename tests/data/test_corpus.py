@@ -144,7 +144,8 @@ def test_what_is_cut_is_counted(mixed, codec):
 
 
 def test_processes_change_nothing(mixed, quickstart, codec, monkeypatch):
-    bundled = data(quickstart / "hammer.jsonl", quickstart / "webshop.jsonl").sources
+    pairs = {"name": "pairs", "files": [str(quickstart.parent / "dpo" / "hotpotqa.jsonl")], "format": "pairs"}
+    bundled = data(quickstart / "hammer.jsonl", pairs, quickstart / "webshop.jsonl").sources
     config = mixture(mixed).model_copy(update={"sources": [*mixture(mixed).sources, *bundled]})
     alone = corpus.load(config, codec, annotate=True)
     monkeypatch.setattr(corpus, "ALONE", 5)

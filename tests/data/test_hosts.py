@@ -38,7 +38,8 @@ loader = pipeline.Loader(
 if state is not None:
     loader.restore(state)
 rows = [next(loader) for _ in range(batches)]
-np.savez(out, **{f"{at}.{name}": column for at, row in enumerate(rows) for name, column in row._asdict().items()})
+columns = {f"{at}.{name}": column for at, row in enumerate(rows) for name, column in row._asdict().items()}
+np.savez(out, **{name: column for name, column in columns.items() if column is not None})
 with open(out + ".json", "w") as file:
     json.dump(loader.state(), file)
 """

@@ -12,6 +12,7 @@ import pytest
 
 from xlam_jax.config import Data
 from xlam_jax.data import cache, corpus, lengths, pipeline
+from xlam_jax.data.formats import Layout
 from xlam_jax.data.mixture import shares
 from xlam_jax.data.pair import parse_pair
 from xlam_jax.data.tokenizer import load_tokenizer
@@ -168,15 +169,23 @@ def test_a_pair_that_does_not_fit_is_dropped_or_an_error(path, codec):
     assert len(one.train) == 40
     (one,) = corpus.load(data(path, heldout=0.0, sequence_length=longest - 1), codec)
     assert one.dropped["too-long"] > 0
-    with pytest.raises(UserError, match="both sides take"):
+    with pytest.raises(UserError, match=r"both sides take .* leave such pairs out with data.on_long=drop"):
         corpus.load(data(path, sequence_length=longest - 1, on_long="error"), codec)
 
 
 def test_a_side_far_too_long_is_not_tokenized(tmp_path, codec, monkeypatch):
-    long = pair(1, rejected=[call("take", thing=-1), result("no " * 10**6), SORRY])
-    monkeypatch.setattr(lengths, "encode", None)
-    fitted = lengths.fit_pair(parse_pair(long, "x", told := []), codec, data(tmp_path))  # pyright: ignore
-    assert (fitted.reasons, fitted.detail, told) == (["too-long"], "rejected alone does not fit into a row of 768", [])
+    def encode(layout: Layout, *rest: Any) -> Any:
+        assert sum(len(segment.text) for segment in layout.segments) < 10**5
+        return whole(layout, *rest)
+
+    whole = lengths.encode
+    monkeypatch.setattr(lengths, "encode", encode)
+    long, short = [call("take", thing=-1), result("no " * 10**6), SORRY], [call("take", thing=1)]
+    for sides in ({"chosen": short, "rejected": long}, {"chosen": long, "rejected": short}):
+        one = parse_pair(pair(1, **sides), "x", lambda reason, detail: None)
+        fitted = lengths.fit_pair(one, codec, data(tmp_path))
+        (side,) = (name for name, turns in sides.items() if turns is long)
+        assert (fitted.reasons, fitted.detail) == (["too-long"], f"{side} alone does not fit into a row of 768")
 
 
 def test_a_side_is_one_sequence(tmp_path, codec):
@@ -199,8 +208,9 @@ def test_a_side_on_which_nothing_counts_is_no_pair(tmp_path, codec):
 
 
 def test_columns_and_texts_of_json(tmp_path, codec):
-    """Parquet with turns as JSON texts gives what JSON lines do; a key of no use is told once, not once a side."""
-    rows = [pair(number, source="made", tag="x") for number in range(12)]
+    """Parquet with turns as JSON texts gives what JSON lines do; what is mended is told once, not once a side."""
+    bare = [{"function": tool["function"]} for tool in TOOLS]
+    rows = [pair(number, source="made", tag="x", tools=bare) for number in range(12)]
     lines = write(tmp_path / "p.jsonl", *rows)
     texts = {key: [json.dumps(row[key]) if isinstance(row[key], list) else row[key] for row in rows] for key in rows[0]}
     pyarrow.parquet.write_table(pyarrow.table(texts), tmp_path / "p.parquet")
@@ -209,7 +219,8 @@ def test_columns_and_texts_of_json(tmp_path, codec):
         corpus.load(data(file, sources=[{"name": "p", "files": [str(file)], "format": "pairs"}]), codec, told.append)
         for file in (lines, tmp_path / "p.parquet")
     )
-    assert one.repaired == {"unknown-key": 12}
+    assert one.repaired == {"unknown-key": 12, "missing-tool-type": 24}
+    assert other.repaired == {"missing-tool-type": 24}  # of Parquet only the columns of use are read
     assert other.ids == one.ids
     assert [example["tokens"].tolist() for example in other.train] == [
         example["tokens"].tolist() for example in one.train
@@ -218,20 +229,8 @@ def test_columns_and_texts_of_json(tmp_path, codec):
     assert told[0].startswith(f"p: {len(one.train)} pairs to train on (")
 
 
-def test_processes_change_nothing(path, codec, monkeypatch):
-    whole = corpus.load(data(path), codec, annotate=True)
-    monkeypatch.setattr(corpus, "ALONE", 5)
-    monkeypatch.setattr(corpus, "PROCESSES", 2)
-    spread = corpus.load(data(path), codec, annotate=True)
-    for part in ("train", "heldout"):
-        for mine, theirs in zip(getattr(whole[0], part), getattr(spread[0], part), strict=True):
-            assert mine.keys() == theirs.keys()
-            assert all(np.array_equal(mine[key], theirs[key]) for key in mine)
-    assert (spread[0].ids, spread[0].samples) == (whole[0].ids, whole[0].samples)
-
-
 def test_tokens_of_both_sides_are_shared_out(tmp_path, codec):
-    long = [call("look"), result("a"), *[call("take", thing=-1), result("no")] * 5, SORRY]
+    long = [call("look"), result("a, b"), *[call("take", thing=-1), result("no")] * 5, SORRY]
     files = {
         "short": write(tmp_path / "short.jsonl", *map(pair, range(20))),
         "long": write(tmp_path / "long.jsonl", *(pair(number, rejected=long) for number in range(30))),

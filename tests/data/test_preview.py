@@ -1,3 +1,4 @@
+import json
 import re
 from functools import cache
 from html.parser import HTMLParser
@@ -87,12 +88,18 @@ def test_both_sides_of_pairs_are_shown_as_they_are_trained(config):
     )
     rows = list(preview.rows(config, overrides, count=3))
     as_trained(rows, *loaded(config, overrides))
+    pairs = {pair["unique_trajectory_id"]: pair for pair in map(json.loads, files.read_text("utf-8").splitlines())}
     for row in rows:
         for chosen, rejected in zip(row.segments[::2], row.segments[1::2], strict=True):
             pair, _, side = chosen.id.rpartition(", ")
             assert (side, rejected.id) == ("chosen", f"{pair}, rejected")
-            texts = ["".join(token.text for token in one.tokens if token.weight > 0) for one in (chosen, rejected)]
-            assert texts[0] != texts[1]
+            for side, segment in (("chosen", chosen), ("rejected", rejected)):
+                text = "".join(token.text for token in segment.tokens if token.weight > 0)
+                answers = [turn for turn in pairs[pair][side] if turn["role"] == "assistant"]
+                assert text.count("</s>") == len(answers)
+                assert all(json.dumps(turn["content"], ensure_ascii=False)[1:9] in text for turn in answers)
+                last = answers[-1]["tool_calls"][0]["function"]["arguments"]
+                assert text.endswith(f'"arguments": {json.dumps(last, ensure_ascii=False)}}}]</s>')
     text = "\n".join(preview.terminal(rows, color=False))
     assert re.search(r"^pairs: .*, rejected \(places \d+ to \d+, \d+ tokens carry loss\)$", text, re.MULTILINE)
 

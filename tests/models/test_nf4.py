@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import norm
-from support import ROOT
+from support import ROOT, Commands
 
 from xlam_jax.models import nf4
 from xlam_jax.models.config import Lora, ModelConfig
@@ -109,3 +110,27 @@ def test_products_and_their_gradients_are_those_of_the_dense_weight():
     )
     assert np.array_equal(one[0], two[0])
     assert np.array_equal(one[1], two[1])
+
+
+@pytest.mark.slow
+def test_qlora_learns_as_lora_does(commands: Commands, tmp_path: Path):
+    """A hundred steps of adapters in bf16 beside the same trained weights, in sixteen bits and in four."""
+    common = ("xlam_jax.train", "--config", ROOT / "configs/quickstart.yaml")
+    commands.run(
+        *common, f"output_dir={tmp_path / 'base'}", "train.steps=300", "eval.every=300", "checkpoint.every=300"
+    )
+    heldout, train = {}, {}
+    for method in ("lora", "qlora"):
+        run = tmp_path / method
+        commands.run(
+            *common, f"output_dir={run}", f"model.init_from={tmp_path / 'base'}", "model.compute_dtype=bfloat16",
+            f"train.trainable={method}", "lora.targets=[q,k,v,o,w1,w2,w3]", "lora.rank=16", "lora.alpha=32",
+            "train.steps=100", "train.learning_rate=1e-3", "train.warmup_steps=5", "eval.every=100",
+            "checkpoint.every=100",
+        )  # fmt: skip
+        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        heldout[method] = next(one["loss"] for one in records if one["kind"] == "heldout" and one["step"] == 100)
+        last = [one for one in records if one["kind"] == "train" and one["step"] > 80]
+        train[method] = np.average([one["loss"] for one in last], weights=[one["trained_tokens"] for one in last])
+    assert heldout["qlora"] <= 1.02 * heldout["lora"]
+    assert train["qlora"] <= 1.02 * train["lora"]

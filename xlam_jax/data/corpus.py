@@ -352,9 +352,11 @@ def _leave_out(where: str, reason: str, detail: str, data: Data) -> None:
     if reason == "no-loss":  # nothing is wrong with it, there is only nothing to learn from it
         return
     if reason == "too-long" and data.on_long == "error":
+        instead = "say with data.on_long what becomes of such trajectories: drop, cut or split"
+        if data.pairs:  # they stay whole
+            instead = "leave such pairs out with data.on_long=drop"
         raise UserError(
-            f"{where}: {reason}: {detail}; data.sequence_length is {data.sequence_length}: raise it, or say with "
-            "data.on_long what becomes of such trajectories: drop, cut or split"
+            f"{where}: {reason}: {detail}; data.sequence_length is {data.sequence_length}: raise it, or {instead}"
         )
     if reason != "too-long" and data.on_invalid == "error":
         raise UserError(

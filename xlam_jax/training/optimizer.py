@@ -36,26 +36,32 @@ def schedule(train: Train) -> optax.Schedule:
 
 def optimizer(train: Train, model: ModelConfig) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter, 1711.05101), Adafactor (Shazeer & Stern, 1804.04235), Lion (Chen et al., 2302.06675)
-    or Muon (Jordan et al., 2024; Adam with Nesterov's momentum for what is no matrix of a block). The norms' scales are not decayed."""
-    return optax.chain(optax.clip_by_global_norm(train.clip_norm), _rule(train, model))
+    or Muon (Jordan et al., 2024; Adam with Nesterov's momentum for what is no matrix of a block). Each takes the
+    learning rate, and decays weights, as AdamW does; the norms' scales are not decayed."""
+    return optax.chain(
+        optax.clip_by_global_norm(train.clip_norm),
+        _direction(train, model),
+        optax.add_decayed_weights(train.weight_decay, _decayed),
+        optax.scale_by_learning_rate(schedule(train)),
+    )
 
 
-def _rule(train: Train, model: ModelConfig) -> optax.GradientTransformation:
-    rate, dtype = schedule(train), MOMENTS[train.moments]
-    decay: dict[str, Any] = {"weight_decay": train.weight_decay, "mask": _decayed}
-    if train.optimizer == "adamw" and train.moments == "float32":
-        return optax.adamw(rate, train.beta1, train.beta2, train.epsilon, **decay)
+def _direction(train: Train, model: ModelConfig) -> optax.GradientTransformation:
+    """What a step adds at a learning rate of 1, without decay: about as much everywhere as AdamW would.
+
+    optax.adafactor and optax.contrib.muon do not end as AdamW does. The first scales a step by the parameter's own
+    size, which is none for the factor of an adapter that starts at zero, and decays weights whatever the learning rate;
+    the second decays norms.
+    """
+    dtype = MOMENTS[train.moments]
     if train.optimizer == "adamw":
         adam = optax.scale_by_adam(train.beta1, train.beta2, train.epsilon)
-        return optax.chain(_kept_small(adam, dtype), *_decay_and_scale(train, rate))
+        return adam if train.moments == "float32" else _kept_small(adam, dtype)
     if train.optimizer == "lion":
-        return optax.lion(rate, train.beta1, train.beta2, mu_dtype=dtype, **decay)
+        return optax.scale_by_lion(train.beta1, train.beta2, mu_dtype=dtype)
     if train.optimizer == "adafactor":
-        # optax.adafactor would scale steps by a parameter's own size, which is none for a factor of an adapter that
-        # starts at zero, and decay weights by the whole of `weight_decay` a step, whatever the learning rate.
-        return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), *_decay_and_scale(train, rate))
-    axes = matrix_axes(model)
-    direction = optax.contrib.muon(
+        return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+    muon = optax.contrib.muon(
         1.0,
         beta=train.beta1,
         mu_dtype=dtype,
@@ -64,16 +70,10 @@ def _rule(train: Train, model: ModelConfig) -> optax.GradientTransformation:
         # so that a learning rate made for AdamW does (Liu et al., 2502.16982)
         consistent_rms=0.2,
         muon_weight_dimension_numbers=jax.tree.map(
-            lambda one: one and optax.contrib.MuonDimensionNumbers(*one), axes, is_leaf=_is_axes
+            lambda one: one and optax.contrib.MuonDimensionNumbers(*one), matrix_axes(model), is_leaf=_is_axes
         ),
     )
-    # Its own decay of what is no matrix would be that of norms too.
-    return optax.chain(direction, optax.scale(-1.0), *_decay_and_scale(train, rate))
-
-
-def _decay_and_scale(train: Train, rate: optax.Schedule) -> tuple[optax.GradientTransformation, ...]:
-    """What ends a rule: the decay of weights, and the learning rate for both."""
-    return optax.add_decayed_weights(train.weight_decay, _decayed), optax.scale_by_learning_rate(rate)
+    return optax.chain(muon, optax.scale(-1.0))
 
 
 def _is_axes(node: Any) -> bool:

@@ -29,7 +29,9 @@ def read_base(resolved: Resolved) -> Params | None:
     folder = Path(resolved.config.model.init_from)
     like = shapes(replace(resolved.model, lora=None))
     if checkpoint.is_checkpoint(folder):
-        return checkpoint.load_params(checkpoint.resolve(folder), like)
+        step = checkpoint.resolve(folder)
+        checkpoint.check_params(step, like)
+        return checkpoint.load_params(step)  # as numpy arrays: they may have been saved by other devices
     params = load_hf(folder)[1]
     checkpoint.same_shapes(folder, params, like)
     return params
