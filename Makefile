@@ -20,7 +20,7 @@ quickstart: $(VENV)/.core
 test: $(VENV)/.test
 	$(PYTEST) -m "not slow and not browser"
 
-test-slow: $(VENV)/.test
+test-slow: $(VENV)/.slow
 	$(PYTEST) -m "slow and not browser"
 
 test-browser: $(VENV)/.test
@@ -46,6 +46,10 @@ $(VENV)/.core: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/.test: $(VENV)/.core
 	$(PIP_INSTALL) -e ".[test]"
+	@touch $@
+
+$(VENV)/.slow: $(VENV)/.test
+	$(PIP_INSTALL) -e ".[slow]"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.test

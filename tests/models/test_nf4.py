@@ -61,7 +61,8 @@ def test_each_weight_is_the_nearest_code_times_its_blocks_largest(shape: tuple[i
 def test_bits_are_those_of_bitsandbytes(outlier: float):
     """The code book, every code and the scales before they are quantized; after that we are about as near. An outlier
     makes a row's other scales small beside its largest: thirty times here, as in some rows of real models."""
-    functional = pytest.importorskip("bitsandbytes.functional", reason="pip install -e '.[slow]'")
+    import bitsandbytes.functional as functional  # of the extra `slow`
+
     assert np.array_equal(
         np.float32(nf4.CODEBOOK), functional.get_4bit_type("nf4", device="cpu").numpy().astype(np.float32)
     )

@@ -1,8 +1,8 @@
 """Losses on pairs against TRL's own code: the loss and the gradient of every weight, on the same model.
 
-Both sides start from the same weights: TRL pads a batch of sides, we pack pairs into rows and take a real step. TRL
-1.16 has no kto_pair any more; its KTO trainer makes it, called once a side with the other side as what the distance
-to the reference is estimated on, as the paper and TRL's former `kto_pair` have it.
+TRL comes with the extra `slow`. Both sides start from the same weights: TRL pads a batch of sides, we pack pairs into
+rows and take a real step. TRL 1.16 has no kto_pair any more; its KTO trainer makes it, called once a side with the
+other side as what the distance to the reference is estimated on, as the paper and TRL's former `kto_pair` have it.
 """
 
 from collections import defaultdict
@@ -32,7 +32,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
     pytest.mark.filterwarnings("ignore:You are importing from .trl.experimental.:UserWarning"),
 ]
-trl = pytest.importorskip("trl", reason="TRL is not installed: pip install -e '.[slow]'")
 
 ROWS, LENGTH, PAIRS = 2, 96, 3
 Side = tuple[np.ndarray, np.ndarray]
@@ -102,6 +101,8 @@ def trainer(model: Any, reference: Any, **own: Any) -> Any:
 
 
 def dpo(how: Preference, model: Any, reference: Any, pairs: list[tuple[Side, Side]]) -> tuple[torch.Tensor, dict]:
+    from trl import DPOTrainer
+
     terms = {how.kind: 1.0} | ({"sft": how.sft_weight} if how.sft_weight else {})
     it = trainer(
         model,
@@ -116,13 +117,15 @@ def dpo(how: Preference, model: Any, reference: Any, pairs: list[tuple[Side, Sid
     )
     # a pair at a time: TRL's likelihood is a mean over the tokens of a batch, ours over those of each pair
     losses = [
-        trl.DPOTrainer._compute_loss(it, model, padded([chosen, rejected]), return_outputs=False)
+        DPOTrainer._compute_loss(it, model, padded([chosen, rejected]), return_outputs=False)
         for chosen, rejected in pairs
     ]
     return torch.stack(losses).mean(), {name: np.mean(values) for name, values in it._metrics["eval"].items()}
 
 
 def kto(how: Preference, model: Any, reference: Any, pairs: list[tuple[Side, Side]]) -> tuple[torch.Tensor, dict]:
+    from trl import KTOTrainer
+
     it = trainer(
         model,
         reference,
@@ -132,13 +135,13 @@ def kto(how: Preference, model: Any, reference: Any, pairs: list[tuple[Side, Sid
         desirable_weight=1.0,
         undesirable_weight=1.0,
     )
-    it._compute_kl_logps = lambda model, batch: trl.KTOTrainer._compute_kl_logps(it, model, batch)
+    it._compute_kl_logps = lambda model, batch: KTOTrainer._compute_kl_logps(it, model, batch)
     losses = []
     for mine, other, label in ((0, 1, True), (1, 0, False)):
         batch = padded([pair[mine] for pair in pairs])
         estimated = {f"KL_{name}": value for name, value in padded([pair[other] for pair in pairs]).items()}
         batch |= estimated | {"label": torch.full((len(pairs),), label)}
-        losses.append(trl.KTOTrainer._compute_loss(it, model, batch, return_outputs=False))
+        losses.append(KTOTrainer._compute_loss(it, model, batch, return_outputs=False))
     return torch.stack(losses).mean(), {}
 
 

@@ -4,7 +4,6 @@ import fcntl
 import io
 import os
 import select
-import shutil
 import struct
 import subprocess
 import sys
@@ -129,7 +128,7 @@ def test_narrower_and_wider_there_is_one_panel():
         assert terminal.rows() == [f"at {columns}" for columns in (120, 40, 200, 60, 41, 100)]
 
 
-@pytest.mark.skipif(not shutil.which("tmux"), reason="needs tmux, a terminal that wraps lines anew when it is resized")
+@pytest.mark.slow  # not for its time: it needs tmux, a terminal that wraps lines anew when it is resized
 def test_a_terminal_that_wraps_lines_anew_keeps_one_panel(tmp_path: Path):
     tmux = ["tmux", "-S", str(tmp_path / "socket"), "-f", os.devnull]
     drawn, script = tmp_path / "drawn", tmp_path / "draw.py"
