@@ -30,7 +30,7 @@ class Worker:
             beta2=0.999,
             clip_norm=CLIP_NORM,
         )
-        tx, mesh = optimizer(train, model), make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
+        tx, mesh = optimizer(train, model), make_mesh({})
         self._state = steps.init_state(steps.abstract_state(model, tx, mesh), tx, lambda: initialize(model, 0))
         train_step = steps.make_train_step(
             model,

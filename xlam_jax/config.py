@@ -327,10 +327,19 @@ class MeshShape(Section):
     """Copies of the model, each with its share of the batch."""
     fsdp: int = -1
     """Shares of the parameters and of the batch."""
+    expert: int = 1
+    """Shares of the experts, and of the batch."""
+    context: int = 1
+    """Shares of each row's tokens, for long rows."""
     tensor: int = 1
     """Shares of heads, MLP width and vocabulary."""
     cpu_devices: Count = 1
     """Devices that a CPU is split into, to try a mesh without accelerators."""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The devices along each axis."""
+        return {name: getattr(self, name) for name in type(self).model_fields if name != "cpu_devices"}
 
 
 class Config(Section):
@@ -525,7 +534,7 @@ def _section(location: tuple[Any, ...]) -> type[Section] | None:
 def _check(config: Config, model: ModelConfig) -> None:
     """Combinations that no field rules out by itself."""
     train, mesh, data = config.train, config.mesh, config.data
-    sizes = {"mesh.data": mesh.data, "mesh.fsdp": mesh.fsdp, "mesh.tensor": mesh.tensor}
+    sizes = {f"mesh.{axis}": size for axis, size in mesh.sizes.items()}
     for name, size in sizes.items():
         if size < 1 and size != -1:
             raise UserError(f"{name} is {size}; a positive number of devices, or -1 for what is left, is needed")
@@ -680,9 +689,15 @@ def _check_objective(config: Config) -> None:
 
 def check_divisible(config: Config, model: ModelConfig, sizes: dict[str, int]) -> None:
     """Every size that an axis of the mesh splits must be a multiple of it. Called again once -1 is known."""
-    rows = sizes["mesh.data"] * sizes["mesh.fsdp"] * config.train.microbatches
+    rows = sizes["mesh.data"] * sizes["mesh.fsdp"] * sizes["mesh.expert"] * config.train.microbatches
+    by_rows = "mesh.data × mesh.fsdp × mesh.expert × train.microbatches"
+    if sizes["mesh.expert"] > 1 and not model.experts:
+        raise UserError(f"mesh.expert is {sizes['mesh.expert']}, and the model has no experts; set it to 1")
+    pieces = 2 * sizes["mesh.context"] if sizes["mesh.context"] > 1 else 1
     split = [
-        ("train.batch_size", config.train.batch_size, "mesh.data × mesh.fsdp × train.microbatches", rows),
+        ("train.batch_size", config.train.batch_size, by_rows, rows),
+        ("data.sequence_length", config.data.sequence_length, "2 × mesh.context", pieces),
+        ("the model's num_local_experts", model.experts, "mesh.expert", sizes["mesh.expert"]),
         ("the model's hidden_size", model.hidden_size, "mesh.fsdp", sizes["mesh.fsdp"]),
         ("the model's num_key_value_heads", model.kv_heads, "mesh.tensor", sizes["mesh.tensor"]),
         ("the model's intermediate_size", model.mlp_size, "mesh.tensor", sizes["mesh.tensor"]),

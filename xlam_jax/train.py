@@ -227,7 +227,7 @@ def train(resolved: Resolved, run: Path, progress: "Progress", profiled: range |
                 dtype=config.model.compute_dtype,
             ),
             lambda: reference.compute(resolved, made, state.params, frozen, progress),
-            writes=made.hosts["host"] == 0,
+            writes=jax.process_index() == 0,
         )
         progress.line("reference policy: " + ("read" if found else "computed, and kept"))
     loader = pipeline.Loader(
@@ -236,13 +236,13 @@ def train(resolved: Resolved, run: Path, progress: "Progress", profiled: range |
         batch_size=config.train.batch_size,
         seed=config.seed,
         tokenizer=made.tokenizer,
-        **made.hosts,
+        rows=made.rows(config.train.batch_size),
     )
     if data_state is not None:
         loader.restore(data_state)
 
     # ---- compile --------------------------------------------------------------------------------------------------
-    batch, origins = made.batch(next(loader)), loader.origins()
+    batch, origins = made.batch(next(loader), config.train.batch_size), loader.origins()
     began = time.monotonic()
     compiled = compiled_step(resolved, made, state, frozen, batch, progress)
     eval_step = jax.jit(
@@ -251,7 +251,7 @@ def train(resolved: Resolved, run: Path, progress: "Progress", profiled: range |
         )
     )
     rate = schedule(config.train)
-    writes = made.hosts["host"] == 0
+    writes = jax.process_index() == 0
     metrics = Metrics(
         run,
         start=start,
@@ -271,8 +271,10 @@ def train(resolved: Resolved, run: Path, progress: "Progress", profiled: range |
         """Records the evaluation after a step and returns it flat."""
         params = state.params if state.ema is None else state.ema
         rows = config.train.batch_size // config.train.microbatches
-        batches = pipeline.heldout_batches(loaded, config.data, rows=rows, limit=config.eval.batches, **made.hosts)
-        sums = (eval_step(params, frozen, made.batch(rows)) for rows in batches)
+        batches = pipeline.heldout_batches(
+            loaded, config.data, rows=rows, limit=config.eval.batches, mine=made.rows(rows)
+        )
+        sums = (eval_step(params, frozen, made.batch(mine, rows)) for mine in batches)
         told: dict[str, Any] = {}
         if values := evaluation.heldout(sums, names, kinds=kinds):
             metrics.record(step, "heldout", values)
@@ -333,7 +335,7 @@ def train(resolved: Resolved, run: Path, progress: "Progress", profiled: range |
                         saves.save(step, _items(state), merged(loader.state()), metric)
             if ends:
                 break
-            batch, origins = made.batch(next(loader)), loader.origins()
+            batch, origins = made.batch(next(loader), config.train.batch_size), loader.origins()
         saves.wait()
         best = saves.best()
         saves.close()

@@ -33,7 +33,8 @@ from xlam_jax.data.tokenizer import load_tokenizer
 data, host, hosts, batches, out, state = json.loads(sys.argv[1])
 data = Data.model_validate(data)
 loader = pipeline.Loader(
-    corpus.load(data, load_tokenizer(data.tokenizer)), data, batch_size=8, seed=5, host=host, hosts=hosts
+    corpus.load(data, load_tokenizer(data.tokenizer)), data, batch_size=8, seed=5,
+    rows=range(host * 8 // hosts, (host + 1) * 8 // hosts)
 )
 if state is not None:
     loader.restore(state)

@@ -51,7 +51,12 @@ DATA = Data.model_validate(
 
 
 def loader(host: int = 0, hosts: int = 1, seed: int = 0) -> pipeline.Loader:
-    return pipeline.Loader(SOURCES, DATA, batch_size=8, seed=seed, host=host, hosts=hosts)
+    return pipeline.Loader(SOURCES, DATA, batch_size=8, seed=seed, rows=block(8, host, hosts))
+
+
+def block(rows: int, host: int, hosts: int) -> range:
+    """The rows of one of several hosts, each with a block of them."""
+    return range(host * rows // hosts, (host + 1) * rows // hosts)
 
 
 def same(one: pipeline.Row, other: pipeline.Row) -> bool:
@@ -96,7 +101,7 @@ def test_global_batches_are_the_same_on_any_hosts_and_after_any_resume(drawn, at
 
     def loaders(hosts: int) -> list[pipeline.Loader]:
         return [
-            pipeline.Loader(sources, config, batch_size=batch_size, seed=3, host=host, hosts=hosts)
+            pipeline.Loader(sources, config, batch_size=batch_size, seed=3, rows=block(batch_size, host, hosts))
             for host in range(hosts)
         ]
 
@@ -211,9 +216,16 @@ def test_weights_by_epochs_sizes_and_tokens():
     assert tokens[0] == 3 * tokens[1]  # trained tokens of a, three times those of b
 
 
-def test_streams_must_fit_the_hosts():
-    with pytest.raises(UserError, match=r"data\.streams is 4, which the number of hosts, 3, does not divide"):
-        loader(0, 3)
+def test_hosts_may_share_a_stream_and_need_rows_in_any_place():
+    """Devices of a host need not be neighbours in the mesh, nor a stream's rows be all of one host."""
+    (whole,) = (loader(),)
+    parts = [pipeline.Loader(SOURCES, DATA, batch_size=8, seed=0, rows=rows) for rows in ([0, 3, 4], [1, 2, 7], [5, 6])]
+    for _ in range(3):
+        batch, shares = next(whole), [next(part) for part in parts]
+        for share, rows in zip(shares, ([0, 3, 4], [1, 2, 7], [5, 6]), strict=True):
+            assert same(share, pipeline.Row(*(None if column is None else column[rows] for column in batch)))
+    states = {name: place for part in parts for name, place in part.state().items()}
+    assert states == whole.state()
 
 
 def test_packing_wastes_little_on_the_bundled_mixture():
@@ -303,5 +315,5 @@ def test_heldout_batches_read_no_more_than_they_give():
     batches = list(pipeline.heldout_batches([held], DATA, rows=2, limit=2))
     assert len(batches) == 2
     assert max(reads) < 200
-    halves = [list(pipeline.heldout_batches([held], DATA, rows=2, limit=2, host=at, hosts=2)) for at in (0, 1)]
+    halves = [list(pipeline.heldout_batches([held], DATA, rows=2, limit=2, mine=block(2, at, 2))) for at in (0, 1)]
     assert all(same(whole, joined(list(parts))) for whole, *parts in zip(batches, *halves, strict=True))

@@ -39,7 +39,7 @@ def gradients(
     config: ModelConfig, batch: steps.Batch, objective: steps.Objective, microbatches: int
 ) -> tuple[Params, dict[str, Any]]:
     """What a step gives to the optimizer, and its metrics."""
-    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    mesh = make_mesh({}, jax.devices()[:1])
     tx = optax.trace(decay=0.0)  # one whose state is the gradient
     params, frozen = weights(config)
     step = steps.make_train_step(

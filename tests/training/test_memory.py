@@ -50,7 +50,7 @@ def optimized() -> Iterator[None]:
 
 def compiled(objective: steps.Objective, remat: str, quantized: bool):
     """The step, its compiled form, and the state and frozen parameters that it wants."""
-    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    mesh = make_mesh({}, jax.devices()[:1])
     tx = optimizer(Train(steps=10, batch_size=ROWS, learning_rate=1e-3, warmup_steps=0), MODEL)
     state = steps.abstract_state(MODEL, tx, mesh)
     frozen = steps.abstract_frozen(MODEL, mesh, dtype=jnp.bfloat16, quantized=quantized)

@@ -251,7 +251,7 @@ def log_p(config: ModelConfig, params: Params, batch: steps.Batch) -> jax.Array:
 
 def ours(how: Preference, config: ModelConfig, params: Params, batch: steps.Batch) -> tuple[Params, Params, dict]:
     """Weights before and after a step that subtracts the gradient, and its metrics."""
-    mesh, tx = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1]), optax.sgd(1.0)
+    mesh, tx = make_mesh({}, jax.devices()[:1]), optax.sgd(1.0)
     step = steps.make_train_step(
         config,
         tx,

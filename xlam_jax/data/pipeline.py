@@ -3,7 +3,7 @@
 Batch t depends on the seed and t alone. Each source is one endless sequence, shuffled anew every epoch; it is dealt to
 a fixed number of streams, stream s taking every S-th trajectory from the s-th on, so that no two streams see the same
 trajectory in an epoch. Each stream mixes and packs on its own, and gives the same number of rows to every batch. A host
-reads its share of the streams, so that the number of hosts changes nothing.
+reads the streams that give the rows its devices need, so that the number of hosts changes nothing.
 """
 
 import hashlib
@@ -21,7 +21,6 @@ from xlam_jax.data.augment import augmented
 from xlam_jax.data.codec import KINDS
 from xlam_jax.data.corpus import Example, Loaded, columns, example
 from xlam_jax.data.mixture import shares, stream_mixture
-from xlam_jax.errors import UserError
 
 
 class Row(NamedTuple):
@@ -114,10 +113,10 @@ def stack(rows: Sequence[Row]) -> Row:
 
 
 class Loader:
-    """Endless batches of one host. `state()` is what to save beside a checkpoint, `restore` what undoes a crash.
+    """Endless batches, or of each batch the `rows` that one host needs.
 
-    The state names each stream's place, so a run may go on with another number of hosts: give every host all states.
-    Augmentation renders with `tokenizer`. Raises `UserError` when the streams cannot be dealt to the hosts.
+    `state()` is what to save beside a checkpoint, `restore` what undoes a crash. The state names each stream's place,
+    so a run may go on with another number of hosts: give every host all states. Augmentation renders with `tokenizer`.
     """
 
     def __init__(
@@ -128,22 +127,17 @@ class Loader:
         batch_size: int,
         seed: int,
         tokenizer: Any = None,
-        host: int = 0,
-        hosts: int = 1,
+        rows: Sequence[int] | None = None,
     ):
-        if data.streams % hosts:
-            raise UserError(
-                f"data.streams is {data.streams}, which the number of hosts, {hosts}, does not divide; "
-                "every host reads the same number of streams"
-            )
-        self._rows = batch_size // data.streams
+        of_stream = batch_size // data.streams
+        self._mine = [divmod(row, of_stream) for row in (range(batch_size) if rows is None else rows)]
+        self._rows = of_stream
         weights = shares(loaded, data)
         sequences = [_endless(at, one, data, seed, tokenizer) for at, one in enumerate(loaded)]
         keys = (*loaded[0].train[0], "origin")
-        share = data.streams // hosts
         self._streams: dict[str, Any] = {}
         self._last: list[dict[str, np.ndarray]] = []
-        for stream in range(host * share, (host + 1) * share):
+        for stream in sorted({stream for stream, _ in self._mine}):
             mixed = grain.MapDataset.select_from_datasets(
                 [sequence.slice(slice(stream, None, data.streams)) for sequence in sequences],
                 stream_mixture(weights, stream, data.streams),
@@ -159,7 +153,8 @@ class Loader:
     def packed(self) -> list[dict[str, np.ndarray]]:
         """The same rows as Grain packs them: every key of the examples, with `tokens_segment_ids` and
         `tokens_positions`; and `origin`, two numbers an example."""
-        self._last = [next(stream) for stream in self._streams.values() for _ in range(self._rows)]
+        drawn = {name: [next(stream) for _ in range(self._rows)] for name, stream in self._streams.items()}
+        self._last = [drawn[str(stream)][at] for stream, at in self._mine]
         return self._last
 
     def origins(self) -> list[Origin]:
@@ -202,15 +197,14 @@ def packed_rows(
 
 
 def heldout_batches(
-    loaded: list[Loaded], data: Data, *, rows: int, limit: int | None, host: int = 0, hosts: int = 1
+    loaded: list[Loaded], data: Data, *, rows: int, limit: int | None, mine: Sequence[int] | None = None
 ) -> Iterator[Row]:
     """The held-out part, packed in file order, once; the last batch is filled up with padding.
 
-    A host gets its block of each batch's `rows`.
+    A host gets those that are `mine` of each batch's `rows`; default: all.
     """
-    mine = slice(host * rows // hosts, (host + 1) * rows // hosts)
     batches = ordered(loaded, "heldout", data, rows=rows)
-    yield from (stack(batch[mine]) for batch, _ in islice(batches, limit))
+    yield from (stack([batch[row] for row in mine or range(rows)]) for batch, _ in islice(batches, limit))
 
 
 def ordered(

@@ -71,10 +71,10 @@ def attend(
 
 
 def _chunks(tokens: int, keys: int, window: int | None) -> list[tuple[slice, slice]]:
-    if tokens != keys:
-        return [(slice(0, tokens), slice(0, keys))]
     ends = [min(start + QUERY_CHUNK, tokens) for start in range(0, tokens, QUERY_CHUNK)]
     starts = range(0, tokens, QUERY_CHUNK)
+    if tokens != keys:
+        return [(slice(start, end), slice(0, keys)) for start, end in zip(starts, ends, strict=True)]
     return [
         (slice(start, end), slice(max(0, start - window + 1) if window else 0, end))
         for start, end in zip(starts, ends, strict=True)

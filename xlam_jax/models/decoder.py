@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from xlam_jax.models.attention import Places, attend, rope_frequencies, rotate
 from xlam_jax.models.config import ModelConfig
 from xlam_jax.models.linear import Adapter, adapted, dot, project
-from xlam_jax.models.moe import Linear, experts_mlp, route
+from xlam_jax.models.moe import Linear, experts_mlp, route, route_rounds
 from xlam_jax.parallel import mesh
 
 REMAT = {
@@ -135,7 +135,7 @@ def _dropped(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
 
 def _of_shard(key: jax.Array) -> jax.Array:
     """Another key on each shard of the batch, the same along the other axes."""
-    for axis in mesh.BATCH_AXES:
+    for axis in mesh.TOKEN_AXES:
         key = jax.random.fold_in(key, mesh.index(axis))
     return key
 
@@ -159,7 +159,7 @@ class Block(nnx.Module):
         new.matrix(self, "o", [layers], [kv_heads, q_group, head_dim], [embed])
         self.mlp_norm = new.ones(layers, norm)
         if config.experts:
-            new.matrix(self, "router", [layers], [embed], [experts])
+            new.matrix(self, "router", [layers], [embed], [("routes", config.experts)])
         stacked = [layers, experts] if config.experts else [layers]
         new.matrix(self, "w1", stacked, [embed], [mlp])
         new.matrix(self, "w3", stacked, [embed], [mlp])
@@ -216,12 +216,14 @@ class Block(nnx.Module):
         q_BTNGK = checkpoint_name(rotate(q_BTNGK, positions_BT, frequency), "qkv")
         k_BTNK = checkpoint_name(rotate(k_BTNK[:, :, :, None], positions_BT, frequency)[:, :, :, 0], "qkv")
         v_BTNK = checkpoint_name(v_BTNK, "qkv")
-        k_BSNK, v_BSNK, positions_BS, segments_BS = k_BTNK, v_BTNK, positions_BT, segments_BT
         if cache is not None:
             at = (0, cache.length, 0, 0)
             k_BSNK = jax.lax.dynamic_update_slice(cache.k_LBSNK, k_BTNK.astype(cache.k_LBSNK.dtype), at)
             v_BSNK = jax.lax.dynamic_update_slice(cache.v_LBSNK, v_BTNK.astype(cache.v_LBSNK.dtype), at)
             positions_BS, segments_BS = cache.positions_BS, cache.segments_BS
+        else:
+            k_BSNK, v_BSNK = mesh.gather_tokens(k_BTNK), mesh.gather_tokens(v_BTNK)
+            positions_BS, segments_BS = mesh.gather_tokens(positions_BT), mesh.gather_tokens(segments_BT)
         places = Places(positions_BT, segments_BT, positions_BS, segments_BS)
         out_BTNGK = attend(q_BTNGK, k_BSNK, v_BSNK, places, window=self.config.sliding_window)
         y_BTD = mesh.psum(self._linear("o", "BTNGK,NGKD->BTD", out_BTNGK, key), "tensor")
@@ -248,7 +250,8 @@ class Block(nnx.Module):
             Linear(self._weight(name), _adapter(self, name, self.config, 1, self.dtype)) for name in ("w1", "w3", "w2")
         )
         frozen = self.config.lora is not None
-        y_SKD = experts_mlp(x_SD, w1, w3, w2, route(expert_SK, experts), self.dtype, frozen=frozen)
+        where = (route_rounds if mesh.splits("expert") else route)(expert_SK, experts)
+        y_SKD = experts_mlp(x_SD, w1, w3, w2, where, self.dtype, frozen=frozen)
         y_SD = mesh.psum(jnp.einsum("SKD,SK->SD", y_SKD.astype(jnp.float32), gate_SK), "tensor")
         sums = RouterSums(
             jnp.sum(expert_SK.reshape(-1)[:, None] == jnp.arange(experts), axis=0).astype(jnp.float32),
@@ -353,7 +356,7 @@ class Decoder(nnx.Module):
 
 def _noise(alpha: float, x_BTD: jax.Array, segments_BT: jax.Array, key: jax.Array) -> jax.Array:
     """NEFTune (Jain et al., 2310.05914): uniform noise, smaller the longer a sequence is; none on padding."""
-    length_BT = jnp.sum(segments_BT[:, :, None] == segments_BT[:, None, :], axis=-1)
+    length_BT = jnp.sum(segments_BT[:, :, None] == mesh.gather_tokens(segments_BT)[:, None, :], axis=-1)
     size_BT = jnp.where(segments_BT > 0, alpha * jax.lax.rsqrt((length_BT * x_BTD.shape[-1]).astype(jnp.float32)), 0.0)
     noise_BTD = jax.random.uniform(_of_shard(key), x_BTD.shape, jnp.float32, -1.0, 1.0)
     return (noise_BTD * size_BT[:, :, None]).astype(x_BTD.dtype)

@@ -62,9 +62,9 @@ class Generate:
     def __init__(self, model: ModelConfig, mesh: Mesh, *, dtype: Any, quantized: bool = False):
         """Of a model that computes in `dtype`; `quantized` says that what does not train is kept in four bits."""
         self._model, self._mesh = model, mesh
-        self._by_row = meshes.batch_spec(mesh)
+        self._by_row = meshes.row_spec(mesh)
         bind = binder(model, dtype=dtype)
-        split = [axis for axis in meshes.AXES if mesh.shape[axis] > 1]
+        split = [axis for axis in meshes.AXES if mesh.shape[axis] > 1 and axis != "context"]
         specs = param_specs(model, mesh), frozen_specs(model, mesh, quantized=quantized), self._by_row, EVERYWHERE
 
         # Whole answers on every device, and so on every host.
@@ -162,7 +162,7 @@ def _continue(
     model: Decoder, split: Sequence[str], rows: _Rows, options: _Options, *, room: int, sample: bool
 ) -> tuple[jax.Array, jax.Array]:
     """New tokens [B, room] of this device's rows, and how many of them each has. `split` are the axes of the mesh that
-    have more than one device."""
+    have more than one device, but for context, along which everything is the same."""
     height, slots = rows.tokens_BP.shape
     width = _width(slots)
     by_row = [axis for axis in split if axis in meshes.BATCH_AXES]

@@ -5,9 +5,14 @@ so that a balanced batch fits; what is left over runs in tiles, in a loop that i
 token is dropped and no expert computes a token that was not sent to it. The combine is an ordered gather, never a
 scatter-add, so that it is the same bits each time on every backend.
 
+With experts on several devices the batched product's slots are exchanged: each device sends every expert the same
+number of them, so that the exchange has a fixed shape, and what does not fit goes in further, smaller rounds, as many
+as the fullest expert needs.
+
 Axes: S tokens, A assignments (S × k), E experts, C capacity, R rows of a tile, D model, F expert width.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,6 +25,8 @@ from xlam_jax.parallel import mesh
 
 TILE = 128
 """Rows of an overflow tile at most."""
+ROUNDS = 8
+"""A further exchange is so many times smaller than the first."""
 
 
 class Route(NamedTuple):
@@ -36,26 +43,58 @@ class Route(NamedTuple):
     """Row of the slots, then tiles, laid end to end, that holds each assignment's result; -1 for no result."""
 
 
-def route(expert_SK: jax.Array, experts: int) -> Route:
-    """Lays assignments out; `expert_SK` equal to `experts` means that the token goes nowhere (padding)."""
-    tokens, per_token = expert_SK.shape
-    assignments = tokens * per_token
-    capacity = -(-assignments // experts // 8) * 8
-    rows = min(TILE, capacity)
-    tile_slots = assignments // rows + experts  # the most that any imbalance can need
+class _Sorted(NamedTuple):
+    """Assignments in the order of their experts; those of an expert in the order of tokens."""
 
+    order_A: jax.Array
+    """The assignment at each place."""
+    start_E: jax.Array
+    """The place of each expert's first assignment."""
+    count_E: jax.Array
+    rank_A: jax.Array
+    """Of each assignment, its rank among those of its expert."""
+    expert_A: jax.Array
+    """Of each assignment; `experts` where it goes nowhere."""
+
+    def at(self, expert: jax.Array, rank: jax.Array) -> jax.Array:
+        """An expert's assignment of this rank; the number of assignments where there is none."""
+        last = self.order_A.size - 1
+        place = jnp.minimum(self.start_E[expert] + rank, last)
+        return jnp.where(rank < self.count_E[expert], self.order_A[place], last + 1)
+
+
+def _sort(expert_SK: jax.Array, experts: int) -> _Sorted:
     expert_A = expert_SK.reshape(-1)
     order_A = jnp.argsort(expert_A, stable=True)
     count_E = jnp.sum(expert_A[None, :] == jnp.arange(experts)[:, None], axis=1)
     start_E = jnp.cumsum(count_E) - count_E
-    sorted_token_A = order_A // per_token
+    # The inverse of the sort gives each assignment's rank among those of its expert.
+    place_A = (
+        jnp.zeros_like(order_A).at[order_A].set(jnp.arange(order_A.size, dtype=order_A.dtype), unique_indices=True)
+    )
+    rank_A = place_A - start_E[jnp.minimum(expert_A, experts - 1)]
+    return _Sorted(order_A, start_E, count_E, rank_A, expert_A)
+
+
+def _capacity(assignments: int, experts: int) -> int:
+    """Slots of an expert: those that a balanced batch fills, in whole eights."""
+    return -(-assignments // experts // 8) * 8
+
+
+def route(expert_SK: jax.Array, experts: int) -> Route:
+    """Lays assignments out; `expert_SK` equal to `experts` means that the token goes nowhere (padding)."""
+    tokens, per_token = expert_SK.shape
+    assignments = tokens * per_token
+    capacity = _capacity(assignments, experts)
+    rows = min(TILE, capacity)
+    tile_slots = assignments // rows + experts  # the most that any imbalance can need
+    by_expert = _sort(expert_SK, experts)
 
     def token_at(expert: jax.Array, rank: jax.Array) -> jax.Array:
-        place = jnp.minimum(start_E[expert] + rank, assignments - 1)
-        return jnp.where(rank < count_E[expert], sorted_token_A[place], tokens)
+        return by_expert.at(expert, rank) // per_token  # the number of tokens where there is none
 
     token_EC = token_at(jnp.arange(experts)[:, None], jnp.arange(capacity)[None, :])
-    over_E = jnp.maximum(count_E - capacity, 0)
+    over_E = jnp.maximum(by_expert.count_E - capacity, 0)
     tiles_E = -(-over_E // rows)
     tile_end_E = jnp.cumsum(tiles_E)
     tile_A = jnp.arange(tile_slots)
@@ -64,15 +103,47 @@ def route(expert_SK: jax.Array, experts: int) -> Route:
     tile_token_AR = token_at(tile_expert_A[:, None], tile_rank_A[:, None] + jnp.arange(rows)[None, :])
     tile_token_AR = jnp.where((tile_A < tile_end_E[-1])[:, None], tile_token_AR, tokens)
 
-    # The inverse of the sort gives each assignment's rank among those of its expert.
-    rank_A = jnp.zeros_like(order_A).at[order_A].set(jnp.arange(assignments, dtype=order_A.dtype), unique_indices=True)
-    known_A = jnp.minimum(expert_A, experts - 1)
-    rank_A = rank_A - start_E[known_A]
-    over_A = rank_A - capacity
+    known_A, rank_A = jnp.minimum(by_expert.expert_A, experts - 1), by_expert.rank_A
     first_tile_row = experts * capacity + (tile_end_E - tiles_E)[known_A] * rows
-    row_A = jnp.where(rank_A < capacity, known_A * capacity + rank_A, first_tile_row + over_A)
-    row_A = jnp.where(expert_A < experts, row_A, -1)
+    row_A = jnp.where(rank_A < capacity, known_A * capacity + rank_A, first_tile_row + rank_A - capacity)
+    row_A = jnp.where(by_expert.expert_A < experts, row_A, -1)
     return Route(token_EC, tile_token_AR, tile_expert_A, tile_end_E[-1], row_A.reshape(tokens, per_token))
+
+
+class Rounds(NamedTuple):
+    """Where each assignment goes when the experts are on several devices. Integers only."""
+
+    assignment_EC: jax.Array
+    """The assignment in each slot of the first exchange; their number in an unused slot."""
+    sorted: _Sorted
+    rounds: jax.Array
+    """Further exchanges; the same number on all devices that share the experts."""
+    row_SK: jax.Array
+    """The slot of each assignment in the first exchange; -1 for none."""
+
+    @property
+    def height(self) -> int:
+        """Slots of an expert in a further exchange."""
+        return -(-self.assignment_EC.shape[1] // ROUNDS // 8) * 8
+
+    def later(self, turn: jax.Array) -> jax.Array:
+        """The assignments of a further exchange, [E, C']."""
+        experts, capacity = self.assignment_EC.shape
+        rank_C = capacity + turn * self.height + jnp.arange(self.height)
+        return self.sorted.at(jnp.arange(experts)[:, None], rank_C[None, :])
+
+
+def route_rounds(expert_SK: jax.Array, experts: int) -> Rounds:
+    """`route` for experts on several devices."""
+    tokens, per_token = expert_SK.shape
+    capacity = _capacity(tokens * per_token, experts)
+    by_expert = _sort(expert_SK, experts)
+    assignment_EC = by_expert.at(jnp.arange(experts)[:, None], jnp.arange(capacity)[None, :])
+    row_A = jnp.where(by_expert.rank_A < capacity, by_expert.expert_A * capacity + by_expert.rank_A, -1)
+    row_A = jnp.where(by_expert.expert_A < experts, row_A, -1)
+    made = Rounds(assignment_EC, by_expert, jnp.zeros((), jnp.int32), row_A.reshape(tokens, per_token))
+    over = jnp.max(jnp.maximum(by_expert.count_E - capacity, 0))
+    return made._replace(rounds=mesh.pmax(-(-over // made.height), "expert"))
 
 
 class Linear(NamedTuple):
@@ -88,7 +159,7 @@ def experts_mlp(
     w1_EDF: Linear,
     w3_EDF: Linear,
     w2_EFD: Linear,
-    where: Route,
+    where: Route | Rounds,
     dtype: jnp.dtype,
     *,
     frozen: bool = False,
@@ -98,6 +169,8 @@ def experts_mlp(
     With `frozen` weights only adapters have gradients: those of the weights are never made.
     """
     x_SD, w1_EDF, w3_EDF, w2_EFD = mesh.alike(x_SD, w1_EDF, w3_EDF, w2_EFD)
+    if isinstance(where, Rounds):
+        return _exchanged_mlp(dtype, frozen, x_SD, w1_EDF, w3_EDF, w2_EFD, where)
     return _experts_mlp(dtype, frozen, x_SD, w1_EDF, w3_EDF, w2_EFD, where)
 
 
@@ -232,15 +305,94 @@ def _experts_backward(dtype, frozen, saved, dy_SKD: jax.Array):
     dx_AD, dws = _loop(where.tiles, overflow, (dx_AD, dws))
     dx_SKD = dx_AD.at[where.row_SK].get(mode="fill", fill_value=0, wrap_negative_indices=False)
     dx_SD = jnp.sum(dx_SKD.astype(jnp.float32), axis=1)
-    # None where nothing trains; what trains is f32 or the dtype that it came in.
-    of_weights = tuple(
+    return dx_SD.astype(x_SD.dtype), *_as_given(frozen, dws, (w1_EDF, w3_EDF, w2_EFD)), None
+
+
+def _as_given(frozen: bool, dws: Sequence[Linear], linears: Sequence[Linear]) -> tuple[Linear, ...]:
+    """Gradients of what trains, in the dtype that it came in; None where nothing trains."""
+    return tuple(
         Linear(
             None if frozen else dw.weight.astype(linear.weight.dtype),
             jax.tree.map(lambda total, like: total.astype(like.dtype), dw.adapter, linear.adapter),
         )
-        for dw, linear in zip(dws, (w1_EDF, w3_EDF, w2_EFD), strict=True)
+        for dw, linear in zip(dws, linears, strict=True)
     )
-    return dx_SD.astype(x_SD.dtype), *of_weights, None
 
 
 _experts_mlp.defvjp(_experts_forward, _experts_backward)
+
+
+# ---- experts on several devices -------------------------------------------------------------------------------------
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _exchanged_mlp(dtype, frozen, x_SD, w1_EDF, w3_EDF, w2_EFD, where: Rounds) -> jax.Array:
+    return _exchanged_forward(dtype, frozen, x_SD, w1_EDF, w3_EDF, w2_EFD, where)[0]
+
+
+def _sent(rows_AD: jax.Array, assignment_EC: jax.Array, per_row: int) -> jax.Array:
+    """The rows of these assignments, `per_row` of which share one, at the devices that have their experts."""
+    return mesh.exchange(_rows(rows_AD, assignment_EC // per_row))
+
+
+def _hidden(x_ECD: jax.Array, w1: Linear, w3: Linear, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    return _apply(x_ECD, w1, "E").astype(dtype), _apply(x_ECD, w3, "E").astype(dtype)
+
+
+def _put(rows_AD: jax.Array, assignment_EC: jax.Array, slots_ECD: jax.Array) -> jax.Array:
+    """Writes each slot where its assignment's row is; no two slots have the same."""
+    flat = slots_ECD.reshape(-1, slots_ECD.shape[-1])
+    return rows_AD.at[assignment_EC.reshape(-1)].set(flat, mode="drop")
+
+
+def _exchanged_forward(dtype, frozen, x_SD, w1_EDF, w3_EDF, w2_EFD, where: Rounds):
+    x_SD = x_SD.astype(dtype)
+    w1, w3, w2 = _ready(dtype, w1_EDF, w3_EDF, w2_EFD)
+    tokens, per_token = where.row_SK.shape
+
+    def result(hidden: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return mesh.exchange(_apply(_swiglu(*hidden, dtype), w2, "E").astype(dtype), back=True)
+
+    hidden = _hidden(_sent(x_SD, where.assignment_EC, per_token), w1, w3, dtype)
+    y_SKD = _rows_or_nothing(result(hidden), where.row_SK)
+
+    def further(turn: jax.Array, y_AD: jax.Array) -> jax.Array:
+        assignment_EC = where.later(turn)
+        return _put(y_AD, assignment_EC, result(_hidden(_sent(x_SD, assignment_EC, per_token), w1, w3, dtype)))
+
+    y_AD = _loop(where.rounds, further, y_SKD.reshape(tokens * per_token, -1))
+    return y_AD.reshape(y_SKD.shape), (x_SD, w1_EDF, w3_EDF, w2_EFD, where, hidden)
+
+
+def _rows_or_nothing(slots_ECD: jax.Array, row_SK: jax.Array) -> jax.Array:
+    flat = slots_ECD.reshape(-1, slots_ECD.shape[-1])
+    return flat.at[row_SK].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+
+
+def _exchanged_backward(dtype, frozen, saved, dy_SKD: jax.Array):
+    x_SD, w1_EDF, w3_EDF, w2_EFD, where, hidden = saved
+    w1, w3, w2 = _ready(dtype, w1_EDF, w3_EDF, w2_EFD)
+    tokens, per_token = where.row_SK.shape
+    dy_AD = dy_SKD.astype(dtype).reshape(tokens * per_token, -1)
+
+    def gradients(assignment_EC: jax.Array, hidden: tuple[jax.Array, jax.Array] | None) -> tuple[jax.Array, Any]:
+        x_ECD, dy_ECD = _sent(x_SD, assignment_EC, per_token), _sent(dy_AD, assignment_EC, 1)
+        gate, up = hidden or _hidden(x_ECD, w1, w3, dtype)
+        dx_ECD, dws = _slot_gradients(dtype, frozen, x_ECD, dy_ECD, gate, up, w1, w3, w2, "E")
+        return mesh.exchange(dx_ECD, back=True), dws
+
+    dx_ECD, dws = gradients(where.assignment_EC, hidden)
+    dx_SKD = _rows_or_nothing(dx_ECD, where.row_SK)
+
+    def further(turn: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        dx_AD, dws = carry
+        assignment_EC = where.later(turn)
+        dx_ECD, more = gradients(assignment_EC, None)
+        return _put(dx_AD, assignment_EC, dx_ECD), jax.tree.map(jnp.add, dws, more)
+
+    dx_AD, dws = _loop(where.rounds, further, (dx_SKD.reshape(tokens * per_token, -1), dws))
+    dx_SD = jnp.sum(dx_AD.reshape(dx_SKD.shape).astype(jnp.float32), axis=1)
+    return dx_SD.astype(x_SD.dtype), *_as_given(frozen, dws, (w1_EDF, w3_EDF, w2_EFD)), None
+
+
+_exchanged_mlp.defvjp(_exchanged_forward, _exchanged_backward)

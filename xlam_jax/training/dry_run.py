@@ -27,12 +27,12 @@ def dry_run(resolved: Resolved) -> int:
         batch_size=config.train.batch_size,
         seed=config.seed,
         tokenizer=made.tokenizer,
-        **made.hosts,
+        rows=made.rows(config.train.batch_size),
     )
     rows = next(loader)
     if configs.reference(config) == "precomputed":
         rows = rows._replace(reference=np.zeros_like(rows.weights))
-    batch = made.batch(rows)
+    batch = made.batch(rows, config.train.batch_size)
     compiled = compiled_step(resolved, made, made.state, made.frozen, batch, progress)
     needs, model = cost.memory(compiled), resolved.model
     places = config.train.batch_size * config.data.sequence_length

@@ -89,9 +89,9 @@ def pair_losses(how: Preference, policy: Sides, reference: Sides, tokens: Sides,
         return -jax.nn.log_sigmoid(lead - how.margin)
     if how.kind == "kto_pair":
         # How far the policy has moved, over all pairs of the (micro)batch: a baseline that no gradient flows into.
-        pairs = jnp.maximum(_everywhere(jnp.sum(real_BP)), 1)
+        pairs = jnp.maximum(mesh.total(jnp.sum(real_BP)), 1)
         moved_chosen, moved_rejected = (
-            jax.lax.stop_gradient(jnp.maximum(_everywhere(jnp.sum(jnp.where(real_BP, side, 0.0))) / pairs, 0.0))
+            jax.lax.stop_gradient(jnp.maximum(mesh.total(jnp.sum(jnp.where(real_BP, side, 0.0))) / pairs, 0.0))
             for side in (chosen, rejected)
         )
         gain = jax.nn.sigmoid(how.beta * (chosen - moved_rejected))
@@ -99,10 +99,6 @@ def pair_losses(how: Preference, policy: Sides, reference: Sides, tokens: Sides,
         return (1 - gain + 1 - loss) / 2
     odds = [log_p - jnp.log1p(-jnp.exp(jnp.minimum(log_p, -1e-6))) for log_p in policy]
     return -how.beta * jax.nn.log_sigmoid(odds[0] - odds[1])
-
-
-def _everywhere(value: jax.Array) -> jax.Array:
-    return mesh.psum(value, *mesh.BATCH_AXES)
 
 
 def preference_sums(

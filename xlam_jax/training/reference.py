@@ -96,14 +96,13 @@ def compute(resolved: Resolved, made: Setup, params: Params, frozen: Params, pro
         )
     )
     rows = config.train.batch_size // config.train.microbatches
-    host, hosts = made.hosts["host"], made.hosts["hosts"]
-    mine = slice(host * rows // hosts, (host + 1) * rows // hosts)
+    mine = made.rows(rows)
     scores = [{part: np.zeros((len(getattr(one, part)), 2), np.float32) for part in PARTS} for one in loaded]
     pairs, done = sum(len(one.train) + len(one.heldout) for one in loaded), 0
     began = told = time.monotonic()
     for part in PARTS:
         for batch, origins in pipeline.ordered(loaded, part, config.data, rows=rows):
-            sides = score(params, frozen, made.batch(pipeline.stack(batch[mine])))
+            sides = score(params, frozen, made.batch(pipeline.stack([batch[row] for row in mine]), rows))
             sides_BP2 = np.stack(multihost_utils.process_allgather(tuple(sides), tiled=True), axis=-1)
             for row_P2, held in zip(sides_BP2, origins, strict=True):
                 for (source, row), log_p_2 in zip(held, row_P2, strict=False):

@@ -36,17 +36,19 @@ class Setup(NamedTuple):
     """Abstract too."""
     dtype: Any
     quantized: bool
-    hosts: dict[str, int]
 
-    def batch(self, rows: "Row") -> "Batch":
-        """This host's rows, as its part of the batch on the devices."""
-        import jax
+    def rows(self, count: int) -> list[int]:
+        """Which rows of a batch of so many this host needs."""
+        from xlam_jax.parallel.mesh import rows_here
 
-        from xlam_jax.parallel.mesh import batch_spec
+        return rows_here(self.mesh, count)
+
+    def batch(self, mine: "Row", count: int) -> "Batch":
+        """This host's `rows` of a batch of `count`, as its part of the batch on the devices."""
+        from xlam_jax.parallel.mesh import put_rows
         from xlam_jax.training.step import Batch
 
-        placed = jax.sharding.NamedSharding(self.mesh, batch_spec(self.mesh))
-        return Batch(*(None if one is None else jax.make_array_from_process_local_data(placed, one) for one in rows))
+        return Batch(*(None if one is None else put_rows(self.mesh, one, count) for one in mine))
 
 
 def set_up(resolved: Resolved, progress: "Progress") -> Setup:
@@ -79,7 +81,7 @@ def set_up(resolved: Resolved, progress: "Progress") -> Setup:
     from xlam_jax.training.optimizer import optimizer
     from xlam_jax.training.preference import Preference
 
-    mesh = make_mesh({"data": config.mesh.data, "fsdp": config.mesh.fsdp, "tensor": config.mesh.tensor})
+    mesh = make_mesh(config.mesh.sizes)
     configs.check_divisible(config, resolved.model, {f"mesh.{axis}": size for axis, size in mesh.shape.items()})
     trained = sum(trainable_sizes(resolved.model).values())
     progress.line(
@@ -107,7 +109,6 @@ def set_up(resolved: Resolved, progress: "Progress") -> Setup:
         steps.abstract_frozen(resolved.model, mesh, dtype=dtype, quantized=quantized),
         dtype,
         quantized,
-        {"host": jax.process_index(), "hosts": jax.process_count()},
     )
 
 

@@ -164,10 +164,6 @@ def _specs(axes: Params, mesh: Mesh) -> Any:
     return jax.tree.map(lambda logical: meshes.spec(logical, mesh), axes, is_leaf=lambda node: type(node) is tuple)
 
 
-def _everywhere(value: Any) -> Any:
-    return meshes.psum(value, *meshes.BATCH_AXES)
-
-
 def _scored(model: Decoder, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array, Any]:
     """log p of the labels, log of the softmax's normalizer, router sums."""
     hidden_BTD, router, _ = model(batch.tokens_BT, batch.positions_BT, batch.segments_BT, key=key)
@@ -176,7 +172,9 @@ def _scored(model: Decoder, batch: Batch, key: jax.Array | None) -> tuple[jax.Ar
 
 def _weight(objective: Objective, batch: Batch) -> jax.Array:
     """This device's share of what the loss is divided by."""
-    return jnp.sum(batch.weights_BT) if objective.preference is None else count_pairs(batch.segments_BT)
+    if objective.preference is None:
+        return jnp.sum(batch.weights_BT)
+    return count_pairs(meshes.whole_rows(batch.segments_BT))
 
 
 def _sums(
@@ -184,10 +182,10 @@ def _sums(
 ) -> Sums:
     """The sums over all devices' rows; differentiable in loss, aux and z. `key` draws dropout and noise."""
     log_p_BT, log_z_BT, router = _scored(model, batch, key)
-    tokens = _everywhere(jnp.sum(batch.segments_BT > 0).astype(jnp.float32))
+    tokens = meshes.total(jnp.sum(batch.segments_BT > 0).astype(jnp.float32))
     aux = jnp.zeros(())
     if router is not None:
-        aux = load_balancing(_everywhere(router), model.config.layers, tokens) * tokens
+        aux = load_balancing(meshes.total(router), model.config.layers, tokens) * tokens
     watched: dict[str, jax.Array] = {}
     if objective.preference is None:
         losses_BT = -log_p_BT * batch.weights_BT
@@ -197,17 +195,22 @@ def _sums(
         reference_BT = jnp.zeros_like(log_p_BT) if batch.reference_BT is None else batch.reference_BT
         if reference is not None:
             reference_BT = jax.lax.stop_gradient(_scored(reference, batch, None)[0])
+        log_p_BT, reference_BT, weights_BT, segments_BT = map(
+            meshes.whole_rows, (log_p_BT, reference_BT, batch.weights_BT, batch.segments_BT)
+        )
         losses_BP, real_BP, watched = preference_sums(
-            objective.preference, log_p_BT, reference_BT, batch.weights_BT, batch.segments_BT, objective.pairs
+            objective.preference, log_p_BT, reference_BT, weights_BT, segments_BT, objective.pairs
         )
         loss = jnp.sum(losses_BP)
-        groups_BP = None if batch.groups_BT is None else firsts(batch.groups_BT, batch.segments_BT, objective.pairs)
+        groups_BP = None
+        if batch.groups_BT is not None:
+            groups_BP = firsts(meshes.whole_rows(batch.groups_BT), segments_BT, objective.pairs)
         told_apart = (losses_BP, real_BP, real_BP, groups_BP)
-    trained = _everywhere(jnp.sum(batch.weights_BT != 0).astype(jnp.float32))
-    weight = _everywhere(_weight(objective, batch))
-    z = _everywhere(jnp.sum(log_z_BT**2))
-    groups = _everywhere(_by_group(objective.groups, *told_apart))
-    return Sums(_everywhere(loss), weight, tokens, aux, trained, z, _everywhere(watched), groups)
+    trained = meshes.total(jnp.sum(batch.weights_BT != 0).astype(jnp.float32))
+    weight = meshes.total(_weight(objective, batch))
+    z = meshes.total(jnp.sum(log_z_BT**2))
+    groups = meshes.total(_by_group(objective.groups, *told_apart))
+    return Sums(meshes.total(loss), weight, tokens, aux, trained, z, meshes.total(watched), groups)
 
 
 def _by_group(size: int, losses: jax.Array, weights: jax.Array, counted: jax.Array, groups: jax.Array | None) -> Groups:
@@ -263,9 +266,9 @@ def make_train_step(
 
     def gradients(params: Params, frozen: Params, batch: Batch, key: jax.Array) -> tuple[Params, Sums]:
         # Denominators come from the whole batch before any part of it is computed.
-        weight = jnp.maximum(_everywhere(_weight(objective, batch)), 1e-9)
-        tokens = jnp.maximum(_everywhere(jnp.sum(batch.segments_BT > 0).astype(jnp.float32)), 1.0)
-        trained = jnp.maximum(_everywhere(jnp.sum(batch.weights_BT != 0).astype(jnp.float32)), 1.0)
+        weight = jnp.maximum(meshes.total(_weight(objective, batch)), 1e-9)
+        tokens = jnp.maximum(meshes.total(jnp.sum(batch.segments_BT > 0).astype(jnp.float32)), 1.0)
+        trained = jnp.maximum(meshes.total(jnp.sum(batch.weights_BT != 0).astype(jnp.float32)), 1.0)
 
         def minimized(params: Params, part: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
             policy, reference = models(params, frozen)
@@ -347,11 +350,10 @@ def make_reference_step(
 
     def score(params: Params, frozen: Params, batch: Batch) -> Sides:
         log_p_BT = _scored(models(params, frozen)[0], batch, None)[0]
-        return by_side(log_p_BT, batch.segments_BT, pairs)
+        return by_side(meshes.whole_rows(log_p_BT), meshes.whole_rows(batch.segments_BT), pairs)
 
-    batches = meshes.batch_spec(mesh)
-    specs = (param_specs(model, mesh), frozen_specs(model, mesh, quantized=quantized), batches)
-    return jax.shard_map(score, mesh=mesh, in_specs=specs, out_specs=batches)
+    specs = (param_specs(model, mesh), frozen_specs(model, mesh, quantized=quantized), meshes.batch_spec(mesh))
+    return jax.shard_map(score, mesh=mesh, in_specs=specs, out_specs=meshes.row_spec(mesh))
 
 
 def means(sums: Sums) -> dict[str, Any]:

@@ -119,7 +119,7 @@ def load_base(step_dir: Path, resolved: Resolved) -> Params:
     """The frozen weights of a run with adapters, dense. Raises `UserError` when they are not those of the run."""
     quantized = resolved.config.train.trainable == "qlora"
     dtype = jnp.dtype(resolved.config.model.compute_dtype)
-    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    mesh = make_mesh({}, jax.devices()[:1])
     abstract = abstract_frozen(resolved.model, mesh, dtype=dtype, quantized=quantized)
     kept = frozen(resolved, read_base(resolved), abstract, dtype)
     saved = checkpoint.load_metadata(step_dir).get("base")

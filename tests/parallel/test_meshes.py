@@ -1,0 +1,136 @@
+"""One step is the same on every mesh: loss and every parameter's gradient against a single device."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from xlam_jax.models.config import Lora, ModelConfig
+from xlam_jax.models.params import shapes, trainable
+from xlam_jax.parallel import mesh as meshes
+from xlam_jax.training import step as steps
+
+ROWS, LENGTH = 8, 64
+MESHES = {
+    "alone": {},
+    "expert": {"expert": 8},
+    "expert-fsdp": {"expert": 2, "fsdp": 4},
+    "expert-tensor": {"data": 2, "expert": 2, "tensor": 2},
+    "context": {"context": 8},
+    "context-fsdp": {"context": 4, "fsdp": 2},
+    "context-expert-tensor": {"context": 2, "expert": 2, "tensor": 2},
+    "context-data-fsdp": {"context": 2, "data": 2, "fsdp": 2},
+}
+MODEL = ModelConfig(
+    family="mixtral",
+    vocab_size=96,
+    hidden_size=32,
+    mlp_size=48,
+    layers=2,
+    heads=8,
+    kv_heads=2,
+    head_dim=8,
+    experts=8,
+    experts_per_token=2,
+)
+
+
+def batch() -> steps.Batch:
+    """Packed rows whose sequences end anywhere, in the middle of a context shard too; some rows mostly padding."""
+    rng = np.random.default_rng(0)
+    segments = np.zeros((ROWS, LENGTH), np.int32)
+    positions = np.zeros((ROWS, LENGTH), np.int32)
+    for row in range(ROWS):
+        ends = np.sort(rng.choice(np.arange(3, LENGTH), 3, replace=False)) if row else [5, 9]
+        start = 0
+        for segment, end in enumerate(ends, start=1):
+            segments[row, start:end] = segment
+            positions[row, start:end] = np.arange(end - start)
+            start = end
+    tokens, labels = (rng.integers(3, MODEL.vocab_size, (ROWS, LENGTH)).astype(np.int32) for _ in range(2))
+    weights = np.where(segments > 0, rng.choice([0.0, 0.5, 1.0], (ROWS, LENGTH)), 0).astype(np.float32)
+    groups = np.where(segments > 0, rng.integers(0, 3, (ROWS, LENGTH)), 0).astype(np.int32)
+    return steps.Batch(tokens, labels, weights, positions, segments, groups)
+
+
+def gradient(case: str, layout: str) -> dict[str, list]:
+    """What a step tells, and the gradient of each parameter."""
+    model = MODEL
+    if case == "window":
+        model = replace(model, sliding_window=7)
+    if case == "lora":
+        model = replace(model, lora=Lora(targets=("q", "o", "w1", "w2", "router"), rank=4, alpha=8.0))
+    rng = np.random.default_rng(1)
+    whole = jax.tree.map(lambda leaf: rng.normal(scale=0.2, size=leaf.shape).astype(np.float32), shapes(model))
+    if case == "one expert":  # all tokens prefer the third and then the sixth
+        whole["blocks"]["router"] *= 1e-3
+        whole["blocks"]["mlp_norm"][:] = 0.0
+        whole["blocks"]["mlp_norm"][:, 0] = 1.0
+        whole["embedding"][:, 0] = 4.0
+        whole["blocks"]["router"][:, 0, 2], whole["blocks"]["router"][:, 0, 5] = 0.5, 0.3
+    params, frozen = trainable(model, whole)
+    sizes = MESHES[layout]
+    mesh = meshes.make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values()))) if sizes else 1])
+    tx = optax.chain(optax.trace(0.0), optax.scale(0.0))  # keeps the gradient, moves nothing
+    step = jax.jit(
+        steps.make_train_step(
+            model,
+            tx,
+            mesh,
+            compute_dtype=jnp.float32,
+            remat="minimal",
+            microbatches=1,
+            router_aux_weight=0.05,
+            z_loss=1e-3,
+            objective=steps.Objective(groups=3),
+        )
+    )
+    state = steps.init_state(steps.abstract_state(model, tx, mesh), tx, params)
+    frozen = steps.place(frozen, steps.abstract_frozen(model, mesh, dtype=jnp.float32, quantized=False))
+    placed = steps.Batch(*(None if one is None else meshes.put_rows(mesh, one, ROWS) for one in batch()))
+    state, metrics = step(state, frozen, placed)
+    told = {name: np.asarray(metrics[name]).tolist() for name in ("loss", "aux_loss", "grad_norm", "trained_tokens")}
+    told |= {f"groups.{name}": np.asarray(one).tolist() for name, one in metrics["groups"]._asdict().items()}
+    leaves = jax.tree_util.tree_leaves_with_path(state.opt[0].trace)
+    return told | {jax.tree_util.keystr(path): np.asarray(leaf).ravel().tolist() for path, leaf in leaves}
+
+
+if __name__ == "__main__":
+    print(json.dumps([gradient(sys.argv[1], layout) for layout in MESHES if layout in sys.argv[2:]]))
+
+
+@pytest.mark.parametrize(
+    ("case", "layouts"),
+    [
+        ("plain", ["alone", "expert-fsdp", "context-expert-tensor"]),
+        ("one expert", ["alone", "expert-tensor"]),
+        *(
+            pytest.param(case, list(MESHES), marks=pytest.mark.slow)
+            for case in ("plain", "one expert", "window", "lora")
+        ),
+    ],
+)
+def test_every_mesh_has_the_same_loss_and_gradients(environment: dict[str, str], case: str, layouts: list[str]):
+    env = environment | {"JAX_NUM_CPU_DEVICES": "8", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    env["PYTHONPATH"] = os.pathsep.join(sys.path)
+    command = [sys.executable, str(Path(__file__)), case, *layouts]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    alone, *others = json.loads(done.stdout.splitlines()[-1])
+    assert len(others) == len(layouts) - 1
+    if case == "one expert":
+        assert alone["aux_loss"] > 5  # 2 when balanced, 8 when two experts have everything
+    for layout, told in zip(layouts[1:], others, strict=True):
+        assert told.keys() == alone.keys()
+        for name, value in told.items():
+            expected = np.asarray(alone[name])
+            scale = np.abs(expected).max()
+            np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-5 * scale, err_msg=f"{layout}: {name}")
