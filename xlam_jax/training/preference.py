@@ -134,7 +134,7 @@ def preference_sums(
         rewards.chosen,
         rewards.rejected,
         rewards.chosen - rewards.rejected,
-        (rewards.chosen > rewards.rejected).astype(jnp.float32),
+        0.5 * (jnp.sign(rewards.chosen - rewards.rejected) + 1),  # no preference is half right
         policy.chosen,
         policy.rejected,
         (moved.chosen + moved.rejected) / jnp.maximum(tokens.chosen + tokens.rejected, 1.0),
