@@ -10,6 +10,7 @@ from support import ROOT
 
 from xlam_jax import config as configs
 from xlam_jax.config import check_divisible, flatten, reference
+from xlam_jax.parallel.mesh import AXES
 
 FILES = {path.stem: path for path in sorted((ROOT / "configs").glob("*.yaml"))}
 PUBLISHED = sorted(name for name in FILES if not name.startswith("quickstart"))
@@ -161,7 +162,9 @@ def test_rows_divide_over_the_devices_it_is_made_for(name):
     resolved = configs.load(FILES[name])
     full = next((counts for model, counts in DEVICES["full"].items() if name.startswith(model)), ())
     for count in full if resolved.model.lora is None else (1, 2, 4, 8):
-        check_divisible(resolved.config, resolved.model, {"mesh.data": 1, "mesh.fsdp": count, "mesh.tensor": 1})
+        check_divisible(
+            resolved.config, resolved.model, {f"mesh.{axis}": count if axis == "fsdp" else 1 for axis in AXES}
+        )
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
