@@ -17,15 +17,15 @@ import pytest
 from xlam_jax.models.config import Lora, ModelConfig
 from xlam_jax.models.decoder import UNROLLED
 from xlam_jax.models.generation import Generate
-from xlam_jax.models.params import Params, binder, freeze, join, shapes, trainable
+from xlam_jax.models.params import Params, binder, freeze, frozen_specs, join, param_specs, shapes, trainable
 from xlam_jax.parallel.mesh import make_mesh, shardings
-from xlam_jax.training.step import frozen_specs, param_specs
 
 MESHES = {
     "alone": {"data": 1, "fsdp": 1, "tensor": 1},
     "fsdp": {"data": 1, "fsdp": 8, "tensor": 1},
     "fsdp-tensor": {"data": 1, "fsdp": 4, "tensor": 2},
     "data-fsdp": {"data": 2, "fsdp": 4, "tensor": 1},
+    "expert-context": {"expert": 2, "context": 2, "fsdp": 2},
 }
 DENSE = ModelConfig(
     family="mistral",
@@ -110,7 +110,7 @@ if __name__ == "__main__":
     [
         ("full", ["fsdp-tensor"]),
         ("lora", ["data-fsdp"]),
-        ("qlora", ["fsdp-tensor"]),
+        ("qlora", ["fsdp-tensor", "expert-context"]),
         *(pytest.param(tree, list(MESHES), marks=pytest.mark.slow) for tree in TREES),
     ],
 )

@@ -22,9 +22,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from xlam_jax.models.config import ModelConfig
 from xlam_jax.models.decoder import Cache, Decoder
-from xlam_jax.models.params import Params, binder, join, trainable
+from xlam_jax.models.params import Params, binder, frozen_specs, join, param_specs, trainable
 from xlam_jax.parallel import mesh as meshes
-from xlam_jax.training.step import EVERYWHERE, frozen_specs, param_specs
 
 CHUNK = 256
 """Prompt tokens that are read at a time: bounds the memory of their attention scores."""
@@ -65,10 +64,15 @@ class Generate:
         self._by_row = meshes.row_spec(mesh)
         bind = binder(model, dtype=dtype)
         split = [axis for axis in meshes.AXES if mesh.shape[axis] > 1 and axis != "context"]
-        specs = param_specs(model, mesh), frozen_specs(model, mesh, quantized=quantized), self._by_row, EVERYWHERE
+        specs = (
+            param_specs(model, mesh),
+            frozen_specs(model, mesh, quantized=quantized),
+            self._by_row,
+            meshes.EVERYWHERE,
+        )
 
         # Whole answers on every device, and so on every host.
-        @partial(jax.jit, static_argnames=("room", "sample"), out_shardings=NamedSharding(mesh, EVERYWHERE))
+        @partial(jax.jit, static_argnames=("room", "sample"), out_shardings=NamedSharding(mesh, meshes.EVERYWHERE))
         def run(params: Params, frozen: Params, rows: _Rows, options: _Options, *, room: int, sample: bool):
             def of_a_device(params: Params, frozen: Params, rows: _Rows, options: _Options):
                 return _continue(bind(join(frozen, params)), split, rows, options, room=room, sample=sample)
@@ -128,7 +132,7 @@ class Generate:
                 top_p=np.array(top_p, np.float32),
                 seed=np.array(seed, np.int32),
             )
-            placed = self._place(padded, self._by_row), self._place(options, EVERYWHERE)
+            placed = self._place(padded, self._by_row), self._place(options, meshes.EVERYWHERE)
             new_BN, count_B = self._run(params, frozen, *placed, room=room, sample=temperature > 0)
             each = zip(np.asarray(new_BN), np.asarray(count_B), batch, strict=False)  # there may be more rows
             answers += [row[:count].tolist() for row, count, _ in each]

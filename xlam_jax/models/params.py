@@ -12,10 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from xlam_jax.models.config import ModelConfig
 from xlam_jax.models.decoder import Decoder
 from xlam_jax.models.nf4 import NF4, quantize
+from xlam_jax.parallel import mesh as meshes
 
 Params = dict[str, Any]
 """A nested dictionary whose leaves are arrays (or their shapes, shardings, logical axes)."""
@@ -147,3 +149,20 @@ def frozen_axes(frozen: Params, *, quantized: bool) -> Params:
         else value
         for name, value in frozen.items()
     }
+
+
+# ---- where they lie -------------------------------------------------------------------------------------------------
+
+
+def param_specs(model: ModelConfig, mesh: Mesh) -> Any:
+    """The partition of each parameter that trains."""
+    return _specs(trainable(model, logical_axes(model))[0], mesh)
+
+
+def frozen_specs(model: ModelConfig, mesh: Mesh, *, quantized: bool) -> Any:
+    """The partition of each parameter that does not train, as `freeze` keeps it."""
+    return _specs(frozen_axes(trainable(model, logical_axes(model))[1], quantized=quantized), mesh)
+
+
+def _specs(axes: Params, mesh: Mesh) -> Any:
+    return jax.tree.map(lambda logical: meshes.spec(logical, mesh), axes, is_leaf=lambda node: type(node) is tuple)

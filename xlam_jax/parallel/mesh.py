@@ -27,6 +27,9 @@ BATCH_AXES = ("data", "fsdp", "expert")
 TOKEN_AXES = (*BATCH_AXES, "context")
 """Mesh axes that split the tokens of a batch."""
 
+EVERYWHERE = PartitionSpec()
+"""The partition of what is the same on all devices."""
+
 RULES: Mapping[str, str | None] = {
     "layers": None,
     "embed": "fsdp",

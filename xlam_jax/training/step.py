@@ -14,17 +14,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from xlam_jax.models.config import ModelConfig
 from xlam_jax.models.decoder import Decoder
-from xlam_jax.models.params import Params, binder, freeze, frozen_axes, join, logical_axes, shapes, trainable
+from xlam_jax.models.params import Params, binder, freeze, frozen_specs, join, param_specs, shapes, trainable
 from xlam_jax.parallel import mesh as meshes
 from xlam_jax.training.objectives import load_balancing, token_log_probabilities
 from xlam_jax.training.preference import WATCHED, Preference, Sides, by_side, count_pairs, firsts, preference_sums
-
-EVERYWHERE = PartitionSpec()
-"""Of what is the same on all devices."""
 
 
 class State(NamedTuple):
@@ -109,7 +106,7 @@ def abstract_state(
     """Shapes, dtypes and shardings of the state: moments lie as their parameters do, what has another shape (counters,
     factored moments, scales) on every device."""
     placed = jax.tree.map(_placed, trainable(model, shapes(model))[0], meshes.shardings(param_specs(model, mesh), mesh))
-    everywhere = NamedSharding(mesh, EVERYWHERE)
+    everywhere = NamedSharding(mesh, meshes.EVERYWHERE)
     of_path = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(placed)}
 
     def beside(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
@@ -148,20 +145,6 @@ def place(params: Callable[[], Params] | Params, abstract: Params) -> Params:
     if callable(params):
         return jax.jit(params, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))()
     return jax.tree.map(lambda array, like: jax.device_put(array.astype(like.dtype), like.sharding), params, abstract)
-
-
-def param_specs(model: ModelConfig, mesh: Mesh) -> Any:
-    """The partition of each parameter that trains."""
-    return _specs(trainable(model, logical_axes(model))[0], mesh)
-
-
-def frozen_specs(model: ModelConfig, mesh: Mesh, *, quantized: bool) -> Any:
-    """The partition of each parameter that does not train, as `freeze` keeps it."""
-    return _specs(frozen_axes(trainable(model, logical_axes(model))[1], quantized=quantized), mesh)
-
-
-def _specs(axes: Params, mesh: Mesh) -> Any:
-    return jax.tree.map(lambda logical: meshes.spec(logical, mesh), axes, is_leaf=lambda node: type(node) is tuple)
 
 
 def _scored(model: Decoder, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array, Any]:
@@ -304,8 +287,8 @@ def make_train_step(
     sharded = jax.shard_map(
         gradients,
         mesh=mesh,
-        in_specs=(specs, frozen_specs(model, mesh, quantized=quantized), meshes.batch_spec(mesh), EVERYWHERE),
-        out_specs=(specs, EVERYWHERE),
+        in_specs=(specs, frozen_specs(model, mesh, quantized=quantized), meshes.batch_spec(mesh), meshes.EVERYWHERE),
+        out_specs=(specs, meshes.EVERYWHERE),
     )
 
     def step(state: State, frozen: Params, batch: Batch) -> tuple[State, dict[str, Any]]:
@@ -338,7 +321,7 @@ def make_eval_step(
             frozen_specs(model, mesh, quantized=quantized),
             meshes.batch_spec(mesh),
         ),
-        out_specs=EVERYWHERE,
+        out_specs=meshes.EVERYWHERE,
     )
 
 
