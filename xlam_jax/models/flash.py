@@ -207,9 +207,7 @@ def _triton_backward(how: How, saved, dout_BHTK):
     operands = _triton_operands(q_BHTK, k_BNSK, v_BNSK)
     residuals = (*operands, segments[0], out_BHTK.swapaxes(1, 2), log_BHT)
     options = _triton_options(how, operands[0])
-    dq, dk, dv, _ = triton._mha_backward(
-        res=residuals, do=dout_BHTK.swapaxes(1, 2), return_residuals=False, **options
-    )
+    dq, dk, dv, _ = triton._mha_backward(res=residuals, do=dout_BHTK.swapaxes(1, 2), return_residuals=False, **options)
 
     def of_heads(dkv_BSHK: jax.Array) -> jax.Array:
         """Summed over the queries of each key/value head, in f32."""
