@@ -62,8 +62,12 @@ class Model(Section):
     """Weights to start from: a folder in Hugging Face format or made by converters.hf_to_orbax. None: random."""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision of the matrix products; parameters, optimizer and sums are f32 throughout."""
-    remat: Literal["none", "dots", "minimal", "full"] = "minimal"
-    """What a block keeps for its backward pass: everything, its products' results, only the attention's, nothing."""
+    remat: Literal["none", "dots", "minimal", "full", "offload"] = "minimal"
+    """What a block keeps for its backward pass: everything, its products' results, only the attention's, nothing but
+    its input, or its input and the attention's result in the host's memory."""
+    attention: Literal["auto", "xla", "splash", "pallas"] = Field(default="auto", json_schema_extra=CHANGEABLE)
+    """How attention is computed: by XLA, by the splash kernel (TPU) or by a Pallas kernel (GPU); auto takes the kernel
+    of the devices where it has the model's head size and window, and says which."""
 
 
 class Filters(Section):

@@ -247,7 +247,12 @@ def train(resolved: Resolved, run: Path, progress: "Progress", profiled: range |
     compiled = compiled_step(resolved, made, state, frozen, batch, progress)
     eval_step = jax.jit(
         steps.make_eval_step(
-            resolved.model, made.mesh, compute_dtype=made.dtype, objective=made.objective, quantized=made.quantized
+            resolved.model,
+            made.mesh,
+            compute_dtype=made.dtype,
+            objective=made.objective,
+            quantized=made.quantized,
+            kernels=made.kernels,
         )
     )
     rate = schedule(config.train)

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from xlam_jax.models import flash
 from xlam_jax.models.config import ModelConfig
+from xlam_jax.models.kernels import XLA, Kernels
 from xlam_jax.models.linear import dot
 from xlam_jax.parallel import mesh
 
@@ -55,14 +57,24 @@ class Places(NamedTuple):
 
 
 def attend(
-    q_BTNGK: jax.Array, k_BSNK: jax.Array, v_BSNK: jax.Array, places: Places, *, window: int | None
+    q_BTNGK: jax.Array,
+    k_BSNK: jax.Array,
+    v_BSNK: jax.Array,
+    places: Places,
+    *,
+    window: int | None,
+    kernels: Kernels = XLA,
 ) -> jax.Array:
     """Softmax attention: a query sees keys of its own segment, at or before its position, within `window`.
 
     Weights are not kept for the backward pass but made again from each row's log-sum, so that memory grows with T and
     not with T × S (Dao et al., 2205.14135). When T equals S, queries and keys are the same row, in order, and keys
-    that no query of a chunk can see are skipped: a distance in a row is one in positions within a segment.
+    that no query of a chunk can see are skipped: a distance in a row is one in positions within a segment. The Pallas
+    kernels need that too; what they give for a query of padding is not what XLA gives, and no one reads it.
     """
+    if kernels.attention != "xla":
+        how = flash.How(kernels.attention, window, kernels.interpret)
+        return flash.attend(q_BTNGK, k_BSNK, v_BSNK, places.q_segments_BT, places.k_segments_BS, how)
     q_BNGTK = q_BTNGK.transpose(0, 2, 3, 1, 4)
     k_BNSK, v_BNSK = k_BSNK.transpose(0, 2, 1, 3), v_BSNK.transpose(0, 2, 1, 3)
     q_BNGTK, k_BNSK, v_BNSK = mesh.alike(q_BNGTK, k_BNSK, v_BNSK)

@@ -14,8 +14,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from xlam_jax.models import grouped
 from xlam_jax.models.attention import Places, attend, rope_frequencies, rotate
 from xlam_jax.models.config import ModelConfig
+from xlam_jax.models.kernels import XLA, Kernels
 from xlam_jax.models.linear import Adapter, adapted, dot, project
 from xlam_jax.models.moe import Linear, experts_mlp, route, route_rounds
 from xlam_jax.parallel import mesh
@@ -25,9 +27,15 @@ REMAT = {
     "dots": jax.checkpoint_policies.save_only_these_names("qkv", "attention", "hidden", "output"),
     "minimal": jax.checkpoint_policies.save_only_these_names("attention"),
     "full": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["input", "attention"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 """What a block keeps for its backward pass: everything, the results of its matrix products, the attention's result,
-or only its input."""
+only its input, or its input and the attention's result in the host's memory."""
 
 
 MATRICES = ("q", "k", "v", "o", "router", "w1", "w3", "w2")
@@ -145,9 +153,9 @@ class Block(nnx.Module):
 
     router: nnx.Param
 
-    def __init__(self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, dtype: Any, kernels: Kernels, rngs: nnx.Rngs):
         new = _Parameters(config, rngs)
-        self.config, self.dtype = config, dtype
+        self.config, self.dtype, self.kernels = config, dtype, kernels
         layers, embed = ("layers", config.layers), ("embed", config.hidden_size)
         kv_heads, head_dim = ("kv_heads", config.kv_heads), ("head_dim", config.head_dim)
         q_group, mlp = ("q_group", config.heads // config.kv_heads), ("mlp", config.mlp_size)
@@ -189,6 +197,7 @@ class Block(nnx.Module):
 
         `key` draws the dropout; without one there is none.
         """
+        x_BTD = checkpoint_name(x_BTD, "input")
         attention, kv = self._attention(self._norm("attention_norm", x_BTD), positions_BT, segments_BT, cache, key)
         x_BTD = x_BTD + attention
         y_BTD = self._norm("mlp_norm", x_BTD)
@@ -225,7 +234,8 @@ class Block(nnx.Module):
             k_BSNK, v_BSNK = mesh.gather_tokens(k_BTNK), mesh.gather_tokens(v_BTNK)
             positions_BS, segments_BS = mesh.gather_tokens(positions_BT), mesh.gather_tokens(segments_BT)
         places = Places(positions_BT, segments_BT, positions_BS, segments_BS)
-        out_BTNGK = attend(q_BTNGK, k_BSNK, v_BSNK, places, window=self.config.sliding_window)
+        kernels = XLA if cache is not None else self.kernels
+        out_BTNGK = attend(q_BTNGK, k_BSNK, v_BSNK, places, window=self.config.sliding_window, kernels=kernels)
         y_BTD = mesh.psum(self._linear("o", "BTNGK,NGKD->BTD", out_BTNGK, key), "tensor")
         return y_BTD, None if cache is None else (k_BSNK, v_BSNK)
 
@@ -250,9 +260,14 @@ class Block(nnx.Module):
             Linear(self._weight(name), _adapter(self, name, self.config, 1, self.dtype)) for name in ("w1", "w3", "w2")
         )
         frozen = self.config.lora is not None
-        where = (route_rounds if mesh.splits("expert") else route)(expert_SK, experts)
-        y_SKD = experts_mlp(x_SD, w1, w3, w2, where, self.dtype, frozen=frozen)
-        y_SD = mesh.psum(jnp.einsum("SKD,SK->SD", y_SKD.astype(jnp.float32), gate_SK), "tensor")
+        if self.kernels.experts == "megablox" and not mesh.splits("expert"):
+            how = grouped.How(self.dtype, frozen, self.kernels.interpret)
+            y_SD = grouped.experts_sum(x_SD, gate_SK, w1, w3, w2, grouped.group(expert_SK, experts), how)
+        else:
+            where = (route_rounds if mesh.splits("expert") else route)(expert_SK, experts)
+            y_SKD = experts_mlp(x_SD, w1, w3, w2, where, self.dtype, frozen=frozen)
+            y_SD = jnp.einsum("SKD,SK->SD", y_SKD.astype(jnp.float32), gate_SK)
+        y_SD = mesh.psum(y_SD, "tensor")
         sums = RouterSums(
             jnp.sum(expert_SK.reshape(-1)[:, None] == jnp.arange(experts), axis=0).astype(jnp.float32),
             jnp.sum(jnp.where(real_S[:, None], probability_SE, 0.0), axis=0),
@@ -272,13 +287,14 @@ class Decoder(nnx.Module):
         dtype: Any = jnp.float32,
         remat: str = "none",
         neftune: float = 0.0,
+        kernels: Kernels = XLA,
         rngs: nnx.Rngs,
     ):
         new = _Parameters(config, rngs)
         self.config, self.dtype, self.remat, self.neftune = config, dtype, remat, neftune
         vocab, embed = ("vocab", config.vocab_size), ("embed", config.hidden_size)
         new.matrix(self, "embedding", [], [vocab], [embed])
-        self.blocks = Block(config, dtype, rngs)
+        self.blocks = Block(config, dtype, kernels, rngs)
         self.final_norm = new.ones(("norm", config.hidden_size))
         if not config.tie_embeddings:
             new.matrix(self, "head", [], [vocab], [embed])

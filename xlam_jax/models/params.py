@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from xlam_jax.models.config import ModelConfig
 from xlam_jax.models.decoder import Decoder
+from xlam_jax.models.kernels import XLA, Kernels
 from xlam_jax.models.nf4 import NF4, quantize
 from xlam_jax.parallel import mesh as meshes
 
@@ -73,10 +74,10 @@ def initialize(config: ModelConfig, seed: int) -> Params:
 
 
 def binder(
-    config: ModelConfig, *, dtype: Any, remat: str = "none", neftune: float = 0.0
+    config: ModelConfig, *, dtype: Any, remat: str = "none", neftune: float = 0.0, kernels: Kernels = XLA
 ) -> Callable[[Params], Decoder]:
     """Returns the function that makes a `Decoder`, computing in `dtype`, around a tree of parameters."""
-    return partial(_bind, *_abstract(config, dtype=dtype, remat=remat, neftune=neftune))
+    return partial(_bind, *_abstract(config, dtype=dtype, remat=remat, neftune=neftune, kernels=kernels))
 
 
 def _bind(graphdef: Any, abstract: nnx.State, params: Params) -> Decoder:

@@ -92,7 +92,12 @@ def compute(resolved: Resolved, made: Setup, params: Params, frozen: Params, pro
     config, loaded = resolved.config, made.loaded
     score = jax.jit(
         make_reference_step(
-            resolved.model, made.mesh, compute_dtype=made.dtype, pairs=config.data.max_pairs, quantized=made.quantized
+            resolved.model,
+            made.mesh,
+            compute_dtype=made.dtype,
+            pairs=config.data.max_pairs,
+            quantized=made.quantized,
+            kernels=made.kernels,
         )
     )
     rows = config.train.batch_size // config.train.microbatches

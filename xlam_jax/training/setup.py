@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from xlam_jax.data.corpus import Loaded
     from xlam_jax.data.pipeline import Row
+    from xlam_jax.models.kernels import Kernels
     from xlam_jax.training.progress import Progress
     from xlam_jax.training.step import Batch, Objective, State
 
@@ -36,6 +37,7 @@ class Setup(NamedTuple):
     """Abstract too."""
     dtype: Any
     quantized: bool
+    kernels: "Kernels"
 
     def rows(self, count: int) -> list[int]:
         """Which rows of a batch of so many this host needs."""
@@ -75,6 +77,7 @@ def set_up(resolved: Resolved, progress: "Progress") -> Setup:
         jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
 
     from xlam_jax.data.codec import KINDS
+    from xlam_jax.models.kernels import choose
     from xlam_jax.parallel.mesh import make_mesh
     from xlam_jax.training import step as steps
     from xlam_jax.training.cost import trainable_sizes
@@ -90,6 +93,8 @@ def set_up(resolved: Resolved, progress: "Progress") -> Setup:
         + f" on {len(jax.devices())} {jax.default_backend()} device(s): "
         + ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     )
+    kernels, which = choose(config.model.attention, mesh, resolved.model, config.data.sequence_length)
+    progress.line(which)
     aim, dtype, quantized = config.objective, jnp.dtype(config.model.compute_dtype), config.train.trainable == "qlora"
     objective = steps.Objective(groups=len(config.data.sources) * len(KINDS))
     if aim.kind != "sft":
@@ -109,6 +114,7 @@ def set_up(resolved: Resolved, progress: "Progress") -> Setup:
         steps.abstract_frozen(resolved.model, mesh, dtype=dtype, quantized=quantized),
         dtype,
         quantized,
+        kernels,
     )
 
 
@@ -131,6 +137,7 @@ def compiled_step(resolved: Resolved, made: Setup, state: Any, frozen: Any, batc
         neftune=config.train.neftune,
         objective=made.objective,
         quantized=made.quantized,
+        kernels=made.kernels,
         ema=config.train.ema,
         seed=config.seed,
     )

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from xlam_jax.models.config import ModelConfig
 from xlam_jax.models.decoder import Decoder
+from xlam_jax.models.kernels import XLA, Kernels
 from xlam_jax.models.params import Params, binder, freeze, frozen_specs, join, param_specs, shapes, trainable
 from xlam_jax.parallel import mesh as meshes
 from xlam_jax.training.objectives import load_balancing, token_log_probabilities
@@ -209,11 +210,12 @@ def _by_group(size: int, losses: jax.Array, weights: jax.Array, counted: jax.Arr
 
 
 def _binders(
-    model: ModelConfig, objective: Objective, dtype: Any, remat: str, neftune: float = 0.0
+    model: ModelConfig, objective: Objective, dtype: Any, kernels: Kernels, remat: str = "none", neftune: float = 0.0
 ) -> Callable[[Params, Params], tuple[Decoder, Decoder | None]]:
     """Returns the function that makes the model, and the reference beside it, from what trains and what does not."""
-    bind = binder(model, dtype=dtype, remat=remat, neftune=neftune)
-    bind_reference = binder(replace(model, lora=None), dtype=dtype) if objective.adapters_off else None
+    bind = binder(model, dtype=dtype, remat=remat, neftune=neftune, kernels=kernels)
+    alone = replace(model, lora=None)
+    bind_reference = binder(alone, dtype=dtype, kernels=kernels) if objective.adapters_off else None
 
     def models(params: Params, frozen: Params) -> tuple[Decoder, Decoder | None]:
         return bind(join(frozen, params)), bind_reference(frozen) if bind_reference else None
@@ -236,6 +238,7 @@ def make_train_step(
     quantized: bool = False,
     ema: float = 0.0,
     seed: int = 0,
+    kernels: Kernels = XLA,
 ) -> Callable[[State, Params, Batch], tuple[State, dict[str, Any]]]:
     """Builds the step `(state, frozen, batch) -> (state, metrics)`; `frozen` is what does not train, maybe {}.
 
@@ -243,7 +246,7 @@ def make_train_step(
     watched of pairs, and `groups`, the sums of each group. `ema` is the decay of the average that the state keeps, if
     it does; the first steps average over fewer.
     """
-    models = _binders(model, objective, compute_dtype, remat, neftune)
+    models = _binders(model, objective, compute_dtype, kernels, remat, neftune)
     specs = param_specs(model, mesh)
     noisy = neftune > 0 or (model.lora is not None and model.lora.dropout > 0)
 
@@ -304,10 +307,16 @@ def make_train_step(
 
 
 def make_eval_step(
-    model: ModelConfig, mesh: Mesh, *, compute_dtype: Any, objective: Objective = SFT, quantized: bool = False
+    model: ModelConfig,
+    mesh: Mesh,
+    *,
+    compute_dtype: Any,
+    objective: Objective = SFT,
+    quantized: bool = False,
+    kernels: Kernels = XLA,
 ) -> Callable[[Params, Params, Batch], Sums]:
     """Builds the evaluation of one batch by what trains and what does not: its sums."""
-    models = _binders(model, objective, compute_dtype, "none")
+    models = _binders(model, objective, compute_dtype, kernels)
 
     def evaluate(params: Params, frozen: Params, batch: Batch) -> Sums:
         policy, reference = models(params, frozen)
@@ -326,10 +335,16 @@ def make_eval_step(
 
 
 def make_reference_step(
-    model: ModelConfig, mesh: Mesh, *, compute_dtype: Any, pairs: int, quantized: bool = False
+    model: ModelConfig,
+    mesh: Mesh,
+    *,
+    compute_dtype: Any,
+    pairs: int,
+    quantized: bool = False,
+    kernels: Kernels = XLA,
 ) -> Callable[[Params, Params, Batch], Sides]:
     """Builds the scoring of one batch of pairs by what trains and what does not: log p summed over each side."""
-    models = _binders(model, SFT, compute_dtype, "none")
+    models = _binders(model, SFT, compute_dtype, kernels)
 
     def score(params: Params, frozen: Params, batch: Batch) -> Sides:
         log_p_BT = _scored(models(params, frozen)[0], batch, None)[0]

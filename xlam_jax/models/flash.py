@@ -1,0 +1,219 @@
+"""Attention by the kernels that come with JAX: splash attention on a TPU, a Triton kernel on a GPU.
+
+Both see packed rows: a query sees keys of its own segment that stand at or before it in the row. Their results and
+log-sums carry the name "attention", as those of `attention.attend` do, so that a remat policy can keep them.
+
+Axes: B rows, T queries, S keys, N key/value heads, H query heads (N × G), G queries a key/value head, K head size.
+"""
+
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+from xlam_jax.parallel import mesh, opaque
+
+LANES = 128
+"""Places that a block of either kernel is a multiple of."""
+FUSED_BLOCKS = 8
+"""Blocks of keys up to which one kernel makes all three gradients: it writes the queries' once for each block."""
+
+
+class How(NamedTuple):
+    """Which kernel, and what it must know beforehand."""
+
+    kernel: str
+    """splash or pallas."""
+    window: int | None
+    interpret: bool
+    """Run by the interpreter: for tests, on any machine."""
+
+
+def attend(q_BTNGK: jax.Array, k_BSNK: jax.Array, v_BSNK: jax.Array, q_segments_BT, k_segments_BS, how: How):
+    """[B, T, N, G, K], as `attention.attend`; the row's places must be in order. Queries of a context shard are the two
+    pieces that `mesh.dealt` gives it; keys are whole rows."""
+    rows, tokens, kv_heads, group, size = q_BTNGK.shape
+    q_BHTK = q_BTNGK.transpose(0, 2, 3, 1, 4).reshape(rows, kv_heads * group, tokens, size)
+    k_BNSK, v_BNSK = k_BSNK.transpose(0, 2, 1, 3), v_BSNK.transpose(0, 2, 1, 3)
+    q_BHTK, k_BNSK, v_BNSK = mesh.alike(q_BHTK, k_BNSK, v_BNSK)
+    segments = (q_segments_BT, k_segments_BS)
+    masks = _masks_here(tokens, k_BNSK.shape[2], kv_heads * group, how) if how.kernel == "splash" else None
+    out_BHTK: Any = _attend(how, q_BHTK, k_BNSK, v_BNSK, segments, masks)
+    return out_BHTK.reshape(rows, kv_heads, group, tokens, size).transpose(0, 3, 1, 2, 4)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(how: How, q_BHTK, k_BNSK, v_BNSK, segments, masks) -> jax.Array:
+    return _forward(how, q_BHTK, k_BNSK, v_BNSK, segments, masks)[0]
+
+
+def _forward(how: How, q_BHTK, k_BNSK, v_BNSK, segments, masks):
+    forward = {"splash": _splash_forward, "pallas": _triton_forward}[how.kernel]
+    out_BHTK, log_BHT = opaque.call(partial(forward, how), q_BHTK, k_BNSK, v_BNSK, segments, masks)
+    # Named, so that a remat policy can keep both and spare the backward pass a second forward.
+    out_BHTK, log_BHT = checkpoint_name(out_BHTK, "attention"), checkpoint_name(log_BHT, "attention")
+    return out_BHTK, (q_BHTK, k_BNSK, v_BNSK, segments, masks, out_BHTK, log_BHT)
+
+
+def _backward(how: How, saved, dout_BHTK: jax.Array):
+    backward = {"splash": _splash_backward, "pallas": _triton_backward}[how.kernel]
+    return *opaque.call(partial(backward, how), saved, dout_BHTK), None, None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+# ---- TPU ------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _splash(tokens: int, keys: int, heads: int, how: How) -> Any:
+    """The kernel for all context shards, its masks as NumPy arrays."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    class Mask(masks.LocalMask):
+        """Tells blocks of which all or nothing is seen from their corners, so that long rows take no minutes."""
+
+        def __getitem__(self, at: Any) -> np.ndarray:
+            places, first, last = self.q_sequence[at[0]], at[1].start, at[1].stop - 1
+            oldest, newest, left = places.min(), places.max(), self.window_size[0]
+            if newest < first or (left is not None and oldest - left > last):
+                return np.zeros((1, 1), np.bool_)
+            if oldest >= last and (left is None or newest - left <= first):
+                return np.ones((1, 1), np.bool_)
+            return super().__getitem__(at)
+
+        __hash__ = masks.LocalMask.__hash__
+
+    shards = keys // tokens
+    mask = Mask((keys, keys), (how.window - 1 if how.window else None, 0), 0)
+    if shards > 1:
+        mask.q_sequence = mask.q_sequence.reshape(2 * shards, -1)[mesh.dealt(shards)].reshape(-1)
+    block_q, block_kv, compute = _block(tokens, 512), _block(keys, 1024), _block(keys, 512)
+    backward: dict[str, Any] = {"use_fused_bwd_kernel": True}
+    if keys // block_kv > FUSED_BLOCKS:
+        backward = {"block_q_dq": block_q, "block_kv_dq": compute}
+    blocks = splash.BlockSizes(
+        block_q=block_q,
+        block_kv=block_kv,
+        block_kv_compute=compute,
+        block_q_dkv=block_q,
+        block_kv_dkv=block_kv,
+        block_kv_dkv_compute=compute,
+        **backward,
+    )
+    made = splash.make_splash_mha(
+        masks.MultiHeadMask([mask] * heads),
+        block_sizes=blocks,
+        save_residuals=True,
+        head_shards=1,
+        q_seq_shards=shards,
+        interpret=how.interpret,
+    )
+    infos = (made.fwd_mask_info, made.dq_mask_info, made.dkv_mask_info)
+    return made.kwargs, jax.tree.map(np.asarray, infos)
+
+
+def _block(places: int, most: int) -> int:
+    """The largest block up to `most` of which so many places are a multiple."""
+    return next(size for size in (1024, 512, 256, LANES) if size <= most and places % size == 0)
+
+
+def _masks_here(tokens: int, keys: int, heads: int, how: How) -> Any:
+    """What this context shard's queries see: the kernel's three tables, each cut along its queries."""
+    _, infos = opaque.outside(_splash, tokens, keys, heads, how)
+    shards = keys // tokens
+
+    def cut(table: np.ndarray) -> jax.Array:
+        axis = 0 if table.ndim == 1 else 1  # the places of the queries, or [heads, blocks of queries, blocks of keys]
+        size = table.shape[axis] // shards
+        return jax.lax.dynamic_slice_in_dim(jnp.asarray(table), mesh.index("context") * size, size, axis)
+
+    return infos if shards == 1 else jax.tree.map(cut, infos)
+
+
+def _scaled(q_BHTK: jax.Array) -> jax.Array:
+    return (q_BHTK.astype(jnp.float32) * q_BHTK.shape[-1] ** -0.5).astype(q_BHTK.dtype)
+
+
+def _splash_forward(how: How, q_BHTK, k_BNSK, v_BNSK, segments, masks):
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+
+    kwargs, _ = _splash(q_BHTK.shape[2], k_BNSK.shape[2], q_BHTK.shape[1], how)
+    kernel = splash.SplashAttentionKernel(*masks, **kwargs)
+    out_BHTK, (log_BHT,) = jax.vmap(kernel)(_scaled(q_BHTK), k_BNSK, v_BNSK, splash.SegmentIds(*segments))
+    return out_BHTK, log_BHT
+
+
+def _splash_backward(how: How, saved, dout_BHTK):
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+
+    q_BHTK, k_BNSK, v_BNSK, segments, (_, dq_mask, dkv_mask), out_BHTK, log_BHT = saved
+    kwargs, _ = _splash(q_BHTK.shape[2], k_BNSK.shape[2], q_BHTK.shape[1], how)
+
+    def of_row(q, k, v, segments, out, log, dout):
+        residuals = (q, k, v, splash.SegmentIds(*segments), None, out, log, dq_mask, dkv_mask)
+        # The kernel's own gradient rule; its public form would compute the forward pass again.
+        return splash._splash_attention_bwd(res=residuals, do=dout, **kwargs)[3:6]
+
+    dq, dk, dv = jax.vmap(of_row)(_scaled(q_BHTK), k_BNSK, v_BNSK, segments, out_BHTK, log_BHT, dout_BHTK)
+    return _scaled(dq), dk, dv
+
+
+# ---- GPU ------------------------------------------------------------------------------------------------------------
+
+
+def _triton_options(how: How, q_BTHK: jax.Array) -> dict[str, Any]:
+    from jax.experimental.pallas.ops.gpu import attention as triton
+
+    blocks = triton.BlockSizes(128, 64, block_q_dkv=64, block_kv_dkv=64, block_q_dq=64, block_kv_dq=64)
+    return {
+        "sm_scale": q_BTHK.shape[-1] ** -0.5,
+        "causal": True,
+        "block_sizes": blocks,
+        "backward_pass_impl": "triton",
+        "num_warps": None,
+        "num_stages": 2,
+        "grid": None,
+        "interpret": how.interpret,
+        "debug": False,
+    }
+
+
+def _triton_operands(q_BHTK: jax.Array, *others_BNSK: jax.Array) -> tuple[jax.Array, ...]:
+    """[B, T, H, K]; a key/value head is repeated for each of its queries, as the kernel knows no groups."""
+    group = q_BHTK.shape[1] // others_BNSK[0].shape[1]
+    others = (jnp.repeat(one, group, axis=1).swapaxes(1, 2) for one in others_BNSK)
+    return q_BHTK.swapaxes(1, 2), *others
+
+
+def _triton_forward(how: How, q_BHTK, k_BNSK, v_BNSK, segments, _):
+    from jax.experimental.pallas.ops.gpu import attention as triton
+
+    operands = _triton_operands(q_BHTK, k_BNSK, v_BNSK)
+    options = _triton_options(how, operands[0])
+    both: Any = triton.mha(*operands, segments[0], return_residuals=True, **options)
+    out_BTHK, log_BHT = both
+    return out_BTHK.swapaxes(1, 2), log_BHT
+
+
+def _triton_backward(how: How, saved, dout_BHTK):
+    from jax.experimental.pallas.ops.gpu import attention as triton
+
+    q_BHTK, k_BNSK, v_BNSK, segments, _, out_BHTK, log_BHT = saved
+    operands = _triton_operands(q_BHTK, k_BNSK, v_BNSK)
+    residuals = (*operands, segments[0], out_BHTK.swapaxes(1, 2), log_BHT)
+    options = _triton_options(how, operands[0])
+    dq, dk, dv, _ = triton._mha_backward(res=residuals, do=dout_BHTK.swapaxes(1, 2), return_residuals=False, **options)
+
+    def of_heads(dkv_BSHK: jax.Array) -> jax.Array:
+        """Summed over the queries of each key/value head, in f32."""
+        rows, keys, heads, size = dkv_BSHK.shape
+        grouped = dkv_BSHK.reshape(rows, keys, k_BNSK.shape[1], heads // k_BNSK.shape[1], size)
+        return jnp.sum(grouped.astype(jnp.float32), axis=3).astype(k_BNSK.dtype).swapaxes(1, 2)
+
+    return dq.swapaxes(1, 2), of_heads(dk), of_heads(dv)

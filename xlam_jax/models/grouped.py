@@ -1,0 +1,182 @@
+"""The mixture of experts by a grouped matrix product (megablox, the TPU kernel that comes with JAX).
+
+Assignments lie in the order of their experts, and one kernel multiplies each expert's rows with its weights, however
+many there are: no token is dropped, none is computed twice, and no weight gradient is ever made of all experts' rows.
+The sum over a token's experts is an ordered gather. It is part of the function here, because then the gates' gradient
+follows from what the backward pass has at hand, dy·(h W) = (dy Wᵀ)·h, and nobody needs the experts' results again.
+
+Axes: S tokens, k experts of a token, A rows (S × k, in whole tiles), E experts, D model, F expert width, r rank.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from xlam_jax.models.linear import Adapter
+from xlam_jax.models.moe import Linear, _as_given, _ready, _swiglu
+from xlam_jax.parallel import mesh, opaque
+
+ROWS = 256
+"""Rows of a tile at most. A tile in which an expert's rows end is computed once for each expert in it: shorter tiles
+waste less, and longer ones read the weights less often."""
+
+
+class How(NamedTuple):
+    """What the products must know beforehand."""
+
+    dtype: Any
+    """Of the operands."""
+    frozen: bool
+    """Only adapters have gradients: those of the weights are never made."""
+    interpret: bool
+    """Run by the interpreter: for tests, on any machine."""
+
+
+class Groups(NamedTuple):
+    """Which rows there are. Integers only: no gradient flows here."""
+
+    assignment_A: jax.Array
+    """The assignment of each row; their number in a row that is no one's. Those come last."""
+    rows_E: jax.Array
+    """Rows of each expert."""
+    row_SK: jax.Array
+    """The row of each assignment; -1 for one that goes nowhere."""
+
+
+def group(expert_SK: jax.Array, experts: int) -> Groups:
+    """Sorts assignments by expert, those of an expert by token; `expert_SK` equal to `experts` goes nowhere."""
+    expert_A = expert_SK.reshape(-1)
+    count = expert_A.size
+    order_A = jnp.argsort(expert_A, stable=True).astype(jnp.int32)
+    row_A = jnp.zeros_like(order_A).at[order_A].set(jnp.arange(count, dtype=jnp.int32), unique_indices=True)
+    real_A = jnp.where(expert_A[order_A] < experts, order_A, count)
+    rows_E = jnp.sum(expert_A[None, :] == jnp.arange(experts)[:, None], axis=1, dtype=jnp.int32)
+    padding = -count % _tile(count)
+    row_SK = jnp.where(expert_SK < experts, row_A.reshape(expert_SK.shape), -1)
+    return Groups(jnp.pad(real_A, (0, padding), constant_values=count), rows_E, row_SK)
+
+
+def _tile(count: int) -> int:
+    return min(ROWS, -(-count // 8) * 8)
+
+
+def experts_sum(
+    x_SD: jax.Array, gate_SK: jax.Array, w1_EDF: Linear, w3_EDF: Linear, w2_EFD: Linear, where: Groups, how: How
+) -> jax.Array:
+    """Sum over a token's experts of gate × `w2(silu(w1 x) * w3 x)`, [S, D] in f32."""
+    return _experts_sum(how, *mesh.alike(x_SD, gate_SK, w1_EDF, w3_EDF, w2_EFD), where)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _experts_sum(how: How, x_SD, gate_SK, w1_EDF, w3_EDF, w2_EFD, where: Groups) -> jax.Array:
+    return _forward(how, x_SD, gate_SK, w1_EDF, w3_EDF, w2_EFD, where)[0]
+
+
+def _forward(how: How, x_SD, gate_SK, w1_EDF, w3_EDF, w2_EFD, where: Groups):
+    x_SD = x_SD.astype(how.dtype)
+    w1, w3, w2 = _ready(how.dtype, w1_EDF, w3_EDF, w2_EFD)
+    x_AD = _rows(x_SD, where.assignment_A // gate_SK.shape[1])
+    gate_AF = checkpoint_name(_apply(how, x_AD, w1, where), "hidden")
+    up_AF = checkpoint_name(_apply(how, x_AD, w3, where), "hidden")
+    y_AD = _apply(how, _swiglu(gate_AF, up_AF, how.dtype), w2, where)
+    y_SD = jnp.einsum("SKD,SK->SD", _rows(y_AD, where.row_SK).astype(jnp.float32), gate_SK.astype(jnp.float32))
+    return y_SD, (x_SD, gate_SK, w1_EDF, w3_EDF, w2_EFD, where, gate_AF, up_AF)
+
+
+def _backward(how: How, saved, dy_SD: jax.Array):
+    x_SD, gate_SK, w1_EDF, w3_EDF, w2_EFD, where, gate_AF, up_AF = saved
+    w1, w3, w2 = _ready(how.dtype, w1_EDF, w3_EDF, w2_EFD)
+    token_A = where.assignment_A // gate_SK.shape[1]
+    x_AD, dy_AD = _rows(x_SD, token_A), _rows(dy_SD.astype(how.dtype), token_A)
+    weight_A1 = _rows(gate_SK.reshape(-1, 1), where.assignment_A).astype(jnp.float32)
+
+    gate, up = gate_AF.astype(jnp.float32), up_AF.astype(jnp.float32)
+    sigmoid = jax.nn.sigmoid(gate)
+    silu = gate * sigmoid
+    hidden = silu * up
+    # Of the result before its gate; the gate's own gradient is its product with what the gate was multiplied with.
+    dhidden = _apply_transposed(how, dy_AD, w2, where)
+    dgate_A1 = jnp.sum(dhidden * hidden, axis=1, keepdims=True)
+    dgate_SK = _rows(dgate_A1, where.row_SK)[..., 0]
+    dhidden *= weight_A1
+    dw2 = _weight_gradients(how, (hidden * weight_A1).astype(how.dtype), dy_AD, w2, where)
+    dgate_AF = (dhidden * up * (sigmoid + silu * (1 - sigmoid))).astype(how.dtype)
+    dup_AF = (dhidden * silu).astype(how.dtype)
+    dx_AD = (_apply_transposed(how, dgate_AF, w1, where) + _apply_transposed(how, dup_AF, w3, where)).astype(how.dtype)
+    dx_SD = jnp.sum(_rows(dx_AD, where.row_SK).astype(jnp.float32), axis=1)
+    dw1 = _weight_gradients(how, x_AD, dgate_AF, w1, where)
+    dw3 = _weight_gradients(how, x_AD, dup_AF, w3, where)
+    dws = _as_given(how.frozen, (dw1, dw3, dw2), (w1_EDF, w3_EDF, w2_EFD))
+    return dx_SD.astype(x_SD.dtype), dgate_SK.astype(gate_SK.dtype), *dws, None
+
+
+_experts_sum.defvjp(_forward, _backward)
+
+
+def _rows(rows: jax.Array, at: jax.Array) -> jax.Array:
+    """Rows by their index; zeros for an index that none has."""
+    return rows.at[at].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+
+
+def _apply(how: How, x_AI: jax.Array, linear: Linear, where: Groups) -> jax.Array:
+    """Each row times the weight of its expert, [A, O]. What is in a row that is no one's is not defined."""
+    if linear.adapter is None:
+        return _product(how, x_AI, linear.weight, where, how.dtype)
+    rank_Ar = _product(how, x_AI, linear.adapter.a, where, how.dtype)
+    y_AO = _product(how, x_AI, linear.weight, where, jnp.float32)
+    return (y_AO + _product(how, rank_Ar, linear.adapter.b, where, jnp.float32)).astype(how.dtype)
+
+
+def _apply_transposed(how: How, dy_AO: jax.Array, linear: Linear, where: Groups) -> jax.Array:
+    """The gradient of what `_apply` multiplies, [A, I] in f32."""
+    dx_AI = _product(how, dy_AO, linear.weight, where, jnp.float32, transposed=True)
+    if linear.adapter is None:
+        return dx_AI
+    drank_Ar = _product(how, dy_AO, linear.adapter.b, where, how.dtype, transposed=True)
+    return dx_AI + _product(how, drank_Ar, linear.adapter.a, where, jnp.float32, transposed=True)
+
+
+def _weight_gradients(how: How, x_AI: jax.Array, dy_AO: jax.Array, linear: Linear, where: Groups) -> Linear:
+    """Of what trains, in f32."""
+    dweight = None if how.frozen else _outer(how, x_AI, dy_AO, where)
+    if linear.adapter is None:
+        return Linear(dweight)
+    a, b = linear.adapter
+    drank_Ar = _product(how, dy_AO, b, where, how.dtype, transposed=True)
+    rank_Ar = _product(how, x_AI, a, where, how.dtype)
+    return Linear(dweight, Adapter(_outer(how, x_AI, drank_Ar, where), _outer(how, rank_Ar, dy_AO, where)))
+
+
+def _product(how: How, x_AI, weight, where: Groups, out: Any, *, transposed: bool = False) -> jax.Array:
+    """x [A, I] times weight [E, I, O], or [E, O, I] when transposed."""
+
+    def product(x_AI, weight, rows_E):
+        from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
+
+        inputs, outputs = x_AI.shape[1], weight.shape[1 if transposed else 2]
+        tiling = (_tile(len(x_AI)), _side(inputs, 2048), _side(outputs, 512))
+        return gmm(x_AI, weight, rows_E, out, tiling, transpose_rhs=transposed, interpret=how.interpret)
+
+    return opaque.call(product, x_AI, weight, where.rows_E)
+
+
+def _outer(how: How, x_AI, dy_AO, where: Groups) -> jax.Array:
+    """For each expert its rows' xᵀ dy, [E, I, O] in f32; zeros for an expert without rows."""
+
+    def outer(x_AI, dy_AO, rows_E):
+        from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+
+        tiling = (_tile(len(x_AI)), _side(x_AI.shape[1], 512), _side(dy_AO.shape[1], 1024))
+        return tgmm(x_AI.T, dy_AO, rows_E, jnp.float32, tiling, interpret=how.interpret)
+
+    return opaque.call(outer, x_AI, dy_AO, where.rows_E)
+
+
+def _side(size: int, most: int) -> int:
+    """The side of a tile: all of a short axis, or the most lanes that divide it."""
+    if size <= most:
+        return size
+    return next((side for side in range(most, 0, -128) if size % side == 0), most)
