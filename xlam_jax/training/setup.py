@@ -93,7 +93,7 @@ def set_up(resolved: Resolved, progress: "Progress") -> Setup:
         + f" on {len(jax.devices())} {jax.default_backend()} device(s): "
         + ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     )
-    kernels, which = choose(config.model.attention, mesh, resolved.model, config.data.sequence_length)
+    kernels, which = choose(config.model, mesh, resolved.model, config.data.sequence_length)
     progress.line(which)
     aim, dtype, quantized = config.objective, jnp.dtype(config.model.compute_dtype), config.train.trainable == "qlora"
     objective = steps.Objective(groups=len(config.data.sources) * len(KINDS))
