@@ -78,9 +78,10 @@ def _neighbours(mesh: Mesh) -> int:
     line = mesh.devices[0, :, 0, 0, 0]
     if mesh.size != len(line) * mesh.shape["data"] or not hasattr(line[0], "coords"):
         return 1
-    first = np.array(line[0].coords)
-    along = [int((np.array(device.coords) != first).sum()) <= 1 for device in line]
-    return along.index(False) if False in along else 1
+    coords = np.array([device.coords for device in line])
+    moved = coords != coords[0]
+    straight = [bool((moves <= moved[min(1, len(line) - 1)]).all()) for moves in moved]
+    return straight.index(False) if False in straight else 1
 
 
 def _against_attention(kernel: str, platform: str, model: ModelConfig, tokens: int, context: int) -> str | None:
