@@ -20,9 +20,9 @@ from xlam_jax.models.linear import Adapter
 from xlam_jax.models.moe import Linear, _as_given, _ready, _swiglu
 from xlam_jax.parallel import mesh, opaque
 
-ROWS = 256
-"""Rows of a tile at most. A tile in which an expert's rows end is computed once for each expert in it: shorter tiles
-waste less, and longer ones read the weights less often."""
+ROWS = (512, 256, 128)
+"""Rows of a tile. One in which an expert's rows end is computed once for each expert in it: shorter tiles waste less,
+and longer ones read the weights less often. The longest is taken of which each expert has 4, were they balanced."""
 
 
 class How(NamedTuple):
@@ -57,7 +57,8 @@ def group(expert_SK: jax.Array, experts: int, kernel: str) -> Groups:
     expert_A = expert_SK.reshape(-1)
     count = expert_A.size
     rows_E = jnp.sum(expert_A[None, :] == jnp.arange(experts)[:, None], axis=1, dtype=jnp.int32)
-    rows, size_E = -(-count // _tile(count)) * _tile(count), rows_E
+    tile = _tile(count, experts)
+    rows, size_E = -(-count // tile) * tile, rows_E
     if kernel == "triton":
         rows = (-(-count // triton.ROWS) + experts) * triton.ROWS
         size_E = -(-rows_E // triton.ROWS) * triton.ROWS
@@ -73,8 +74,10 @@ def group(expert_SK: jax.Array, experts: int, kernel: str) -> Groups:
     return Groups(assignment_A, size_E, row_SK)
 
 
-def _tile(count: int) -> int:
-    return min(ROWS, -(-count // 8) * 8)
+def _tile(count: int, experts: int) -> int:
+    """Rows of a megablox tile for so many assignments."""
+    fitting = (rows for rows in ROWS if rows * 4 * experts <= count)
+    return min(next(fitting, ROWS[-1]), -(-count // 8) * 8)
 
 
 def experts_sum(
@@ -173,7 +176,7 @@ def _product(how: How, x_AI, weight, where: Groups, out: Any, *, transposed: boo
         from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
 
         inputs, outputs = x_AI.shape[1], weight.shape[1 if transposed else 2]
-        tiling = (_tile(len(x_AI)), _side(inputs, 2048), _side(outputs, 512))
+        tiling = (_tile(len(x_AI), len(rows_E)), _side(inputs, 2048), _side(outputs, 512))
         return gmm(x_AI, weight, rows_E, out, tiling, transpose_rhs=transposed, interpret=how.interpret)
 
     return opaque.call(product, x_AI, weight, where.rows_E)
@@ -187,7 +190,7 @@ def _outer(how: How, x_AI, dy_AO, where: Groups) -> jax.Array:
             return triton.outer(x_AI, dy_AO, rows_E, interpret=how.interpret)
         from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
-        tiling = (_tile(len(x_AI)), _side(x_AI.shape[1], 512), _side(dy_AO.shape[1], 1024))
+        tiling = (_tile(len(x_AI), len(rows_E)), _side(x_AI.shape[1], 512), _side(dy_AO.shape[1], 1024))
         return tgmm(x_AI.T, dy_AO, rows_E, jnp.float32, tiling, interpret=how.interpret)
 
     return opaque.call(outer, x_AI, dy_AO, where.rows_E)
