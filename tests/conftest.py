@@ -60,6 +60,12 @@ def environment() -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
+def eight_devices(environment: dict[str, str]) -> dict[str, str]:
+    """The same, with the CPU split into 8 devices as `parallel.mesh.split_cpu` does it."""
+    return environment | {"JAX_NUM_CPU_DEVICES": "8", "PJRT_NPROC": "34"}
+
+
+@pytest.fixture(scope="session")
 def commands(environment: dict[str, str]) -> Commands:
     return Commands(environment)
 

@@ -137,7 +137,6 @@ def plan(resolved: Resolved, topology: Topology, *, compiles: bool = True) -> Pl
 
     Raises `UserError` where the mesh does not divide what it splits.
     """
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu would ask the cloud which machine this is
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
     from xlam_jax.parallel.mesh import make_mesh

@@ -114,8 +114,8 @@ if __name__ == "__main__":
         *(pytest.param(tree, list(MESHES), marks=pytest.mark.slow) for tree in TREES),
     ],
 )
-def test_sharded_answers_are_those_of_one_device(environment: dict[str, str], tree: str, layouts: list[str]):
-    env = environment | {"JAX_NUM_CPU_DEVICES": "8", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+def test_sharded_answers_are_those_of_one_device(eight_devices: dict[str, str], tree: str, layouts: list[str]):
+    env = eight_devices | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     env["PYTHONPATH"] = os.pathsep.join(sys.path)
     command = [sys.executable, str(Path(__file__)), tree, *layouts]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)

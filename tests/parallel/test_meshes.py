@@ -126,8 +126,8 @@ if __name__ == "__main__":
         ),
     ],
 )
-def test_every_mesh_has_the_same_loss_and_gradients(environment: dict[str, str], case: str, layouts: list[str]):
-    env = environment | {"JAX_NUM_CPU_DEVICES": "8", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+def test_every_mesh_has_the_same_loss_and_gradients(eight_devices: dict[str, str], case: str, layouts: list[str]):
+    env = eight_devices | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     env["PYTHONPATH"] = os.pathsep.join(sys.path)
     command = [sys.executable, str(Path(__file__)), case, *layouts]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)

@@ -105,8 +105,8 @@ if __name__ == "__main__":
         ),
     ],
 )
-def test_every_mesh_trains_alike(environment: dict[str, str], kind: str, layouts: list[str]):
-    env = environment | {"JAX_NUM_CPU_DEVICES": "8", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+def test_every_mesh_trains_alike(eight_devices: dict[str, str], kind: str, layouts: list[str]):
+    env = eight_devices | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     env["PYTHONPATH"] = os.pathsep.join(sys.path)
     command = [sys.executable, str(Path(__file__)), kind, *layouts]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)

@@ -176,7 +176,7 @@ def _product(how: How, x_AI, weight, where: Groups, out: Any, *, transposed: boo
         from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
 
         inputs, outputs = x_AI.shape[1], weight.shape[1 if transposed else 2]
-        tiling = (_tile(len(x_AI), len(rows_E)), _side(inputs, 2048), _side(outputs, 512))
+        tiling = (_tile(len(x_AI), len(rows_E)), _side(inputs, 4096), _side(outputs, 512))
         return gmm(x_AI, weight, rows_E, out, tiling, transpose_rhs=transposed, interpret=how.interpret)
 
     return opaque.call(product, x_AI, weight, where.rows_E)

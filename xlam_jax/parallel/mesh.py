@@ -6,6 +6,7 @@ split a batch). Nothing is left to a partitioner, and a lost sharding can't go u
 collective have different shapes or different varying axes.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -44,6 +45,17 @@ RULES: Mapping[str, str | None] = {
     "rank": None,
 }
 """Logical axis of a parameter → mesh axis that it is stored along."""
+
+
+def split_cpu(devices: int) -> None:
+    """Splits the CPU into this many devices; has an effect before JAX first looks at them.
+
+    XLA runs all of them on one pool of threads, by default one for each device, and a device that waits for another in
+    a collective keeps its thread. With no thread left, the one that is waited for never runs and XLA ends the process
+    after 40 s; the pool is made large enough that this can't be.
+    """
+    os.environ.setdefault("PJRT_NPROC", str(4 * devices + (os.cpu_count() or 1)))
+    jax.config.update("jax_num_cpu_devices", devices)
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:

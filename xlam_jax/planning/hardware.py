@@ -1,5 +1,6 @@
 """Chips, by their makers' data sheets, and how they are joined; a topology from its name."""
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,6 +56,14 @@ NODE = 8
 BETWEEN_NODES = 50e9
 """Bytes a second of each GPU to other nodes: one 400 Gb/s adapter each."""
 
+OFFLINE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+}
+"""Variables that libtpu reads where it would ask the cloud which machine this is; what is compiled depends on none."""
+
 
 @dataclass(frozen=True)
 class Topology:
@@ -87,11 +96,15 @@ class Topology:
         if self.platform == "gpu":
             return []
         if self.platform == "cpu":
-            jax.config.update("jax_num_cpu_devices", self.count)
+            from xlam_jax.parallel.mesh import split_cpu
+
+            split_cpu(self.count)
             return jax.devices("cpu")
         from jax.experimental import topologies
 
         assert self.chip
+        for name, value in OFFLINE.items():
+            os.environ.setdefault(name, value)
         try:
             described = topologies.get_topology_desc(
                 f"{self.chip.libtpu}:{'x'.join(map(str, self.shape))}",

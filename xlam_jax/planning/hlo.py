@@ -81,7 +81,7 @@ class Totals(NamedTuple):
 
     flops: float
     bytes: float
-    """That its operations read and write; what a fusion keeps to itself is not counted."""
+    """That its operations read and write, each once; what a fusion or a kernel keeps to itself is not counted."""
     collectives: list[Collective]
     kernels: Counter[str]
     """How often each custom kernel runs."""
@@ -146,33 +146,21 @@ class Module:
             elif one.opcode in ("dot", "convolution"):
                 flops += _product_flops(one, inside)
             elif one.opcode == "custom-call":
-                told, estimated = self._custom(one)
-                flops += told
-                moved += estimated
+                known = self._kernel_flops(one)
+                flops += _told_flops(one) if known is None else known
                 if "tpu_custom_call" in one.attributes or "triton" in one.attributes:
                     kernels[re.sub(r"[.\d]+$", "", one.name)] += 1
+                    moved += _once(one, inside)
             if kind in COLLECTIVES:
                 exchanged.append(self._collective(kind, one, inside))
             if one.opcode not in FREE | {"fusion", "custom-call", "dynamic-slice", "dynamic-update-slice"}:
                 if not one.opcode.endswith(("-done", "-update")):
-                    moved += sum(shape.bytes for shape in one.results)
-                    moved += sum(
-                        shape.bytes for name in one.operands if name in inside for shape in inside[name].results
-                    )
+                    moved += _once(one, inside)
             elif one.opcode == "dynamic-slice":
                 moved += 2 * one.results[0].bytes
             elif one.opcode == "dynamic-update-slice" and one.operands[1] in inside:
                 moved += 2 * inside[one.operands[1]].results[0].bytes
         return Totals(flops, moved, exchanged, kernels, unknown)
-
-    def _custom(self, one: Instruction) -> tuple[float, float]:
-        """FLOPs and bytes of a custom call: as we know them, or as it estimates them itself."""
-        estimate = {
-            key: float(found[1]) if (found := re.search(rf'"{key}":"?(\d+)', one.attributes)) else 0.0
-            for key in ("flops", "bytes_accessed")
-        }
-        known = self._kernel_flops(one)
-        return (estimate["flops"] if known is None else known), estimate["bytes_accessed"]
 
     def _trips(self, loop: Instruction, inside: dict[str, Instruction]) -> int | None:
         """How often a loop runs: as it is annotated, or from a condition `i < constant` with i counted from 0."""
@@ -262,6 +250,18 @@ def _closed(text: str, at: int) -> int:
         if depth == 0:
             return place + 1
     return len(text)
+
+
+def _once(one: Instruction, inside: dict[str, Instruction]) -> int:
+    """Bytes of an instruction's operands and results."""
+    operands = [shape for name in one.operands if name in inside for shape in inside[name].results]
+    return sum(shape.bytes for shape in [*one.results, *operands])
+
+
+def _told_flops(one: Instruction) -> float:
+    """What a kernel's author says of it; nothing is 0."""
+    told = re.search(r'"flops":"?(\d+)', one.attributes)
+    return float(told[1]) if told else 0.0
 
 
 def _sides(one: Instruction) -> list[str]:

@@ -82,12 +82,11 @@ def set_up(resolved: Resolved, progress: "Progress") -> Setup:
     # ---- devices --------------------------------------------------------------------------------------------------
     import jax
 
-    if config.mesh.cpu_devices > 1:
-        jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
-
-    from xlam_jax.parallel.mesh import make_mesh
+    from xlam_jax.parallel.mesh import make_mesh, split_cpu
     from xlam_jax.training.cost import trainable_sizes
 
+    if config.mesh.cpu_devices > 1:
+        split_cpu(config.mesh.cpu_devices)
     layout = lay_out(resolved, make_mesh(config.mesh.sizes))
     trained = sum(trainable_sizes(resolved.model).values())
     progress.line(
