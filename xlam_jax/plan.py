@@ -39,6 +39,8 @@ class Plan:
     mesh: dict[str, int]
     remat: str
     microbatches: int
+    batch_size: int
+    sequence_length: int
     kernels: str
     parameters: int
     trainable: int
@@ -105,7 +107,10 @@ def main() -> int:
     resolved = configs.load(arguments.config, overrides)
     if not arguments.json:
         print(f"{arguments.config} on {topology.name}: {topology.count} devices", flush=True)
-    plans = search(resolved, topology, _say(arguments.json)) if arguments.search else [plan(resolved, topology)]
+    if arguments.search:
+        plans = search(resolved, topology, _say(arguments.json))
+    else:
+        plans = [plan(resolved, topology, laid_out(resolved, topology))]
     if arguments.json:
         told = [asdict(one) | {"peak": one.peak, "fits": one.fits, "step_time": one.step_time} for one in plans]
         print(json.dumps(told if arguments.search else told[0], indent=1))
@@ -132,22 +137,23 @@ def _mesh_overrides(text: str | None) -> list[str]:
     return [f"mesh.{axis}={size}" for axis, size in sizes.items()]
 
 
-def plan(resolved: Resolved, topology: Topology, *, compiles: bool = True) -> Plan:
-    """Plans one layout: compiled where a compiler for the topology is here and `compiles`, computed otherwise.
-
-    Raises `UserError` where the mesh does not divide what it splits.
-    """
+def laid_out(resolved: Resolved, topology: Topology) -> "Layout":
+    """The step's parts on a topology. Raises `UserError` where the mesh does not divide what it splits."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
     from xlam_jax.parallel.mesh import make_mesh
+    from xlam_jax.training.setup import lay_out
+
+    return lay_out(resolved, make_mesh(resolved.config.mesh.sizes, topology.devices() or _Gpu.some(topology)))
+
+
+def plan(resolved: Resolved, topology: Topology, layout: "Layout", *, compiles: bool = True) -> Plan:
+    """Plans one layout: compiled where a compiler for the topology is here and `compiles`, computed otherwise."""
     from xlam_jax.planning.estimate import estimate
     from xlam_jax.training import cost
-    from xlam_jax.training.setup import abstract_batch, lay_out
+    from xlam_jax.training.setup import abstract_batch
 
-    config, model = resolved.config, resolved.model
-    devices = topology.devices() or _Gpu.some(topology)
-    mesh = make_mesh(config.mesh.sizes, devices)
-    layout = lay_out(resolved, mesh)
+    config, model, mesh = resolved.config, resolved.model, layout.mesh
     batch = abstract_batch(resolved, layout)
     guess = estimate(resolved, layout, batch)
     trained = sum(cost.trainable_sizes(model).values())
@@ -156,6 +162,8 @@ def plan(resolved: Resolved, topology: Topology, *, compiles: bool = True) -> Pl
         mesh=dict(mesh.shape),
         remat=config.model.remat,
         microbatches=config.train.microbatches,
+        batch_size=config.train.batch_size,
+        sequence_length=config.data.sequence_length,
         kernels=layout.kernels_line,
         parameters=model.parameters() + (trained if model.lora else 0),
         trainable=trained,
@@ -273,11 +281,18 @@ def search(resolved: Resolved, topology: Topology, say: Any) -> list[Plan]:
     """Layouts that fit, the fastest first. All are computed; of a TPU's the most promising are compiled too."""
     tried: list[tuple[Plan, Resolved]] = []
     refused = 0
+    layouts: dict[str, Layout] = {}
     for one in candidates(resolved, topology.count):
+        sizes = {f"mesh.{axis}": size for axis, size in one.config.mesh.sizes.items()}
         try:
-            tried.append((plan(one, topology, compiles=False), one))
+            configs.check_divisible(one.config, one.model, sizes)
         except UserError:
             refused += 1
+            continue
+        mesh = str(sizes)
+        if mesh not in layouts:
+            layouts = {mesh: laid_out(one, topology)}  # those of a mesh come one after the other
+        tried.append((plan(one, topology, layouts[mesh], compiles=False), one))
     if not tried:
         raise UserError(
             f"--search: no mesh of {topology.count} devices divides the model, train.batch_size "
@@ -292,7 +307,7 @@ def search(resolved: Resolved, topology: Topology, say: Any) -> list[Plan]:
     compiled: list[Plan] = []
     for at, (guess, one) in enumerate((fitting or tried)[:COMPILED], start=1):
         say(f"compiling {at} of {min(COMPILED, len(fitting) or len(tried))}: {_layout(guess)}")
-        compiled.append(plan(one, topology))
+        compiled.append(plan(one, topology, laid_out(one, topology)))
     compiled.sort(key=lambda one: (one.fits is False, one.step_time or one.flops))
     return compiled + [one for one, _ in fitting[COMPILED:]]
 
@@ -331,7 +346,8 @@ def _layout(one: Plan) -> str:
 
 
 def _gb(size: float) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"
+    unit, name = next(pair for pair in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (0, "B")) if size >= pair[0] / 10)
+    return f"{size / (unit or 1):.2f} {name}"
 
 
 def _seconds(time: float | None) -> str:
@@ -347,6 +363,7 @@ def _text(one: Plan, topology: Topology) -> str:
         else "computed, not compiled: no compiler for GPUs is at hand; temporaries are a rough guess"
     )
     lines = [f"layout          {_layout(one)}", f"kernels         {one.kernels}", f"figures         {how}"]
+    lines.append(f"batch           {one.batch_size:,} rows of {one.sequence_length:,} tokens a step")
     share = "all of which train" if one.trainable == one.parameters else f"{one.trainable:,} of which train"
     lines.append(f"parameters      {one.parameters:,}, {share}")
     used = f"{_gb(one.arguments)} state, weights and batch, {_gb(one.temporaries or 0)} temporaries"
@@ -374,7 +391,7 @@ def _text(one: Plan, topology: Topology) -> str:
         lines.append(f"utilization     {allowed:.1%} of the chip's peak at most, all but the slowest of these hidden")
     else:
         lines.append(
-            "times           not known: this machine's speed is in no table; --dry-run of xlam_jax.train measures"
+            "times           not known: this machine's speed is in no table; xlam_jax.train --dry-run measures"
         )
     return "\n".join(lines)
 

@@ -14,7 +14,7 @@ import numpy as np
 
 WIDTHS = {"pred": 1, "bf16": 2, "c64": 8, "c128": 16}
 """Bytes of an element; of other types the name tells the bits."""
-SHAPE = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\]")
+SHAPE = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\](\{[^}]*\})?")
 HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
 OPCODE = re.compile(r" ([a-z][a-z0-9\-]*)\(")
@@ -29,6 +29,8 @@ class Shape(NamedTuple):
 
     dtype: str
     sizes: tuple[int, ...]
+    on_chip: bool = False
+    """It lies in the fast memory beside the arithmetic units, whose traffic is not counted."""
 
     @property
     def elements(self) -> int:
@@ -40,6 +42,11 @@ class Shape(NamedTuple):
         """Of memory; a padded layout takes more."""
         bits = re.search(r"\d+", self.dtype)
         return self.elements * (WIDTHS.get(self.dtype) or max(1, int(bits[0] if bits else 32) // 8))
+
+    @property
+    def traffic(self) -> int:
+        """Bytes of main memory that reading or writing it once moves."""
+        return 0 if self.on_chip else self.bytes
 
 
 class Instruction(NamedTuple):
@@ -74,6 +81,11 @@ class Collective(NamedTuple):
     """In a step."""
     shapes: tuple[Shape, ...]
     """What it gives."""
+    traffic: int = 0
+    """Bytes of main memory that a device reads and writes for it each time."""
+    channel: str = ""
+    """Its number in the module. One that a compiler overlaps with other work stands in the fusion that begins it, in
+    those that go on meanwhile and in the one that ends it: with the same number."""
 
 
 class Totals(NamedTuple):
@@ -119,11 +131,16 @@ class Module:
         exchanged: list[Collective] = []
         kernels: Counter[str] = Counter()
         unknown = 0
+        seen: set[str] = set()
 
         def add(totals: Totals, times: int = 1, *, fused: bool = False) -> None:
             nonlocal flops, moved, unknown
             flops, moved = flops + times * totals.flops, moved + (0 if fused else times * totals.bytes)
-            exchanged.extend(one._replace(times=one.times * times) for one in totals.collectives)
+            new = [one for one in totals.collectives if not fused or one.channel not in seen]
+            exchanged.extend(one._replace(times=one.times * times) for one in new)
+            seen.update(one.channel for one in new if one.channel)
+            if fused:
+                moved += sum(one.traffic for one in new)
             kernels.update({kernel: times * count for kernel, count in totals.kernels.items()})
             unknown += totals.unknown_loops
 
@@ -139,7 +156,7 @@ class Module:
             elif one.opcode == "fusion":
                 (called,) = one.called("calls")
                 add(self._of(called), fused=True)
-                moved += self._fusion_bytes(one, called, inside)
+                moved += self._fusion_bytes(one, called)
             elif one.opcode in ("call", "async-start"):
                 for name in one.called("to_apply") + one.called("calls"):
                     add(self._of(name))
@@ -157,7 +174,7 @@ class Module:
                 if not one.opcode.endswith(("-done", "-update")):
                     moved += _once(one, inside)
             elif one.opcode == "dynamic-slice":
-                moved += 2 * one.results[0].bytes
+                moved += 2 * one.results[0].traffic
             elif one.opcode == "dynamic-update-slice" and one.operands[1] in inside:
                 moved += 2 * inside[one.operands[1]].results[0].bytes
         return Totals(flops, moved, exchanged, kernels, unknown)
@@ -175,25 +192,31 @@ class Module:
                 return int(values[0][1])
         return None
 
-    def _fusion_bytes(self, fusion: Instruction, called: str, inside: dict[str, Instruction]) -> float:
-        """What a fusion reads and writes: of an operand that it only takes slices of, those."""
+    def _fusion_bytes(self, fusion: Instruction, called: str) -> float:
+        """What a fusion reads and writes: of an operand that it only takes slices of, those; of a collective that goes
+        on meanwhile nothing, for that is counted by itself."""
         body = self.computations.get(called, {})
         users: dict[str, list[Instruction]] = {}
         for one in body.values():
             for name in one.operands:
                 users.setdefault(name, []).append(one)
-        total = float(sum(shape.bytes for shape in fusion.results))
-        parameters = [one for one in body.values() if one.opcode == "parameter"]
-        for one in parameters:
+        exchanged = [one for one in body.values() if one.opcode in COLLECTIVES]
+        passed = {
+            (shape.dtype, shape.sizes)
+            for one in exchanged
+            for shape in [*one.results, *(shape for name in one.operands for shape in body[name].results)]
+        }
+        total = float(sum(shape.traffic for shape in fusion.results if (shape.dtype, shape.sizes) not in passed))
+        for one in (one for one in body.values() if one.opcode == "parameter"):
             uses = users.get(one.name, [])
-            if uses and all(use.opcode == "dynamic-slice" for use in uses):
-                total += sum(use.results[0].bytes for use in uses)
+            if uses and all(use.opcode in ("dynamic-slice", "slice") for use in uses):
+                total += sum(use.results[0].bytes for use in uses) if one.results[0].traffic else 0
             elif uses and all(use.opcode == "dynamic-update-slice" and use.operands[0] == one.name for use in uses):
                 # written in place: neither is all of it read nor all of the result written
                 updates = [body[use.operands[1]] for use in uses if use.operands[1] in body]
-                total += 2 * sum(update.results[0].bytes for update in updates) - one.results[0].bytes
+                total += 2 * sum(update.results[0].bytes for update in updates) - one.results[0].traffic
             else:
-                total += sum(shape.bytes for shape in one.results)
+                total += sum(shape.traffic for shape in one.results if (shape.dtype, shape.sizes) not in passed)
         return max(total, 0.0)
 
     def _collective(self, kind: str, one: Instruction, inside: dict[str, Instruction]) -> Collective:
@@ -207,7 +230,10 @@ class Module:
         if kind == "all-gather" and one.opcode != kind:  # an asynchronous one has operands among its results
             largest = given * size
         share = 1.0 if kind == "collective-permute" else (size - 1) / size * (2 if kind == "all-reduce" else 1)
-        return Collective(kind, axes, int(largest * share), 1, one.results)
+        channel = re.search(r"channel_id=(\d+)", one.attributes)
+        return Collective(
+            kind, axes, int(largest * share), 1, one.results, _once(one, inside), channel[1] if channel else ""
+        )
 
 
 def _joined(text: str) -> Iterator[str]:
@@ -234,8 +260,8 @@ def _instruction(line: str) -> Instruction | None:
         return None
     end = _closed(rest, opcode.end() - 1)
     shapes = tuple(
-        Shape(dtype, tuple(int(size) for size in sizes.split(",") if size))
-        for dtype, sizes in SHAPE.findall(rest[: opcode.start()])
+        Shape(dtype, tuple(int(size) for size in sizes.split(",") if size), "S(1)" in layout)
+        for dtype, sizes, layout in SHAPE.findall(rest[: opcode.start()])
     )
     inner = rest[opcode.end() : end - 1]
     attributes = rest[opcode.end() - 1 :] if opcode[1] == "constant" else rest[end:]
@@ -253,9 +279,9 @@ def _closed(text: str, at: int) -> int:
 
 
 def _once(one: Instruction, inside: dict[str, Instruction]) -> int:
-    """Bytes of an instruction's operands and results."""
+    """Bytes of main memory that an instruction's operands and results take."""
     operands = [shape for name in one.operands if name in inside for shape in inside[name].results]
-    return sum(shape.bytes for shape in [*one.results, *operands])
+    return sum(shape.traffic for shape in [*one.results, *operands])
 
 
 def _told_flops(one: Instruction) -> float:

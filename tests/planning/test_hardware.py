@@ -1,0 +1,62 @@
+"""Names of topologies, and what their links allow."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from xlam_jax.errors import UserError
+from xlam_jax.planning.hardware import CHIPS, TPU_SHAPES, factorizations, parse
+
+
+def test_every_known_slice_is_parsed():
+    for kind, shapes in TPU_SHAPES.items():
+        for shape in shapes:
+            topology = parse(f"{kind}:{shape}")
+            assert topology.chip == CHIPS[kind]
+            assert "x".join(map(str, topology.shape)) == shape
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("v5p:4x4", "v5p has no slice '4x4'; known are 2x2x1, "),
+        ("v5pp:4x4x4", "did you mean 'v5p:4x4x4'?; known are v4:2x2x1"),
+        ("gpu:h1000:8", "the GPU 'h1000' is not known; known are a100, h100, h200, b200"),
+        ("gpu:h100", "not known"),
+        ("gpu:h100:0", "not known"),
+        ("cpu:0", "not known"),
+        ("", "not known"),
+    ],
+)
+def test_wrong_names(name: str, told: str):
+    with pytest.raises(UserError, match="--topology") as caught:
+        parse(name)
+    assert told in str(caught.value)
+
+
+def test_factorizations():
+    assert factorizations(4, 2) == [(1, 4), (2, 2), (4, 1)]
+    assert len(factorizations(64, 5)) == 210
+
+
+def chips(*coords: tuple[int, ...]) -> list[SimpleNamespace]:
+    return [SimpleNamespace(coords=place) for place in coords]
+
+
+def test_links_of_a_group():
+    """A ring has two ways around, a line one, and each dimension that a group extends along adds its own."""
+    slice_, link = parse("v5p:4x4x4"), CHIPS["v5p"].link
+    line = chips(*((0, 0, z) for z in range(4)))
+    assert slice_.bandwidth(line, 4) == 2 * link
+    assert slice_.bandwidth(chips(*((0, y, z) for y in range(4) for z in range(4))), 16) == 4 * link
+    assert parse("v5p:2x2x2").bandwidth(chips((0, 0, 0), (0, 0, 1)), 2) == link
+    assert parse("v5e:4x4").bandwidth(chips(*((x, 0, 0) for x in range(4))), 4) == CHIPS["v5e"].link
+
+
+def test_links_of_gpus():
+    h100 = parse("gpu:h100:16")
+    inside, between = h100.bandwidth([], 8), h100.bandwidth([], 16)
+    assert inside
+    assert between
+    assert between < inside
+    assert parse("cpu:8").bandwidth([], 8) is None

@@ -1,0 +1,143 @@
+"""`python -m xlam_jax.plan`: what it reads from modules of the TPU's compiler, against what must be at the least."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import ROOT, Commands
+
+from xlam_jax import config as configs
+from xlam_jax.training import cost
+
+PLAN = "xlam_jax.plan"
+LAYERS = 5  # more than are unrolled
+SMALL = (
+    f"model.overrides={{hidden_size: 512, head_dim: 128, intermediate_size: 512, num_hidden_layers: {LAYERS}}}",
+    "model.remat=full",
+    "model.compute_dtype=bfloat16",
+    "data.sequence_length=512",
+    "train.batch_size=8",
+    "train.microbatches=1",
+)
+QUICKSTART = ("--config", "configs/quickstart.yaml")
+ROWS_OF_4096 = ("data.sequence_length=4096", "train.microbatches=1")
+
+
+def planned(commands: Commands, *arguments: object) -> dict[str, Any]:
+    """What a plan says, as JSON."""
+    # The real passes of the compiler, and none of its caches.
+    environment = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "0"}
+    return json.loads(commands.run(PLAN, *arguments, "--json", **environment).stdout)
+
+
+def check(plan: dict[str, Any], config: Path, overrides: Sequence[str], *, remat_overhead: float) -> None:
+    """What holds of every layout whose only axis is fsdp."""
+    assert plan["compiled"]
+    assert plan["fits"]
+    assert plan["unknown_loops"] == 0
+    # computed from the config alone, and read from the module
+    assert plan["estimated_arguments"] == pytest.approx(plan["arguments"], rel=0.05)
+    assert plan["estimated_flops"] == pytest.approx(plan["flops"], rel=0.05)
+    # nothing is computed twice but what remat says: an activation that all devices hold would be
+    assert plan["model_flops"] <= plan["flops"] <= remat_overhead * plan["model_flops"]
+    # weights are gathered forward and backward, gradients scattered once, and nothing else is exchanged
+    resolved = configs.load(config, overrides)
+    trained = sum(cost.trainable_sizes(resolved.model).values())
+    shared = (plan["mesh"]["fsdp"] - 1) / plan["mesh"]["fsdp"]
+    gathered, scattered = (plan["exchanges"].get(f"{kind} fsdp", 0.0) for kind in ("all-gather", "reduce-scatter"))
+    reduced = sum(size for name, size in plan["exchanges"].items() if name.startswith("all-reduce"))
+    assert set(plan["exchanges"]) <= {"all-gather fsdp", "reduce-scatter fsdp", "all-reduce fsdp"}
+    assert gathered + scattered + reduced <= 1.1 * shared * (2 * 2 * plan["parameters"] + 4 * trained)
+    # and a half of it is not lost in reading
+    assert gathered >= 0.9 * shared * 2 * plan["parameters"]
+    assert scattered + reduced >= 0.9 * shared * 4 * trained
+
+
+def test_a_small_step_compiled_for_a_tpu(commands: Commands):
+    mesh = ("--topology", "v5e:2x2", "--mesh", "fsdp=4")
+    plan = planned(commands, *QUICKSTART, *mesh, *SMALL)
+    check(plan, ROOT / "configs/quickstart.yaml", SMALL, remat_overhead=1.45)
+    assert plan["kernels"] == "attention: splash; experts: megablox"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("preset", "topology", "chips", "overrides", "remat_overhead"),
+    [
+        # 4/3 is the floor of full remat with all pairs of attention computed; splash leaves out half of those.
+        ("mixtral_8x7b_sft", "v5p:4x4x4", 64, ["model.remat=full"], 1.36),
+        ("mixtral_8x7b_sft", "v5p:4x4x4", 64, ["model.remat=dots"], 1.15),
+        ("mixtral_8x22b_sft", "v5p:4x8x8", 256, [], 1.36),
+        ("mixtral_8x7b_lora", "v5e:4x4", 16, [], 1.5),
+        ("mixtral_8x7b_lora", "v6e:4x4", 16, [], 1.5),
+        ("mistral_7b_lora", "v5e:2x4", 8, [], 1.5),
+        ("mistral_7b_sft", "v5e:4x4", 16, ["model.remat=full"], 1.36),
+    ],
+)
+def test_presets_compiled_for_slices(
+    commands: Commands, preset: str, topology: str, chips: int, overrides: list[str], remat_overhead: float
+):
+    config = ROOT / f"configs/{preset}.yaml"
+    changed = [*overrides, *ROWS_OF_4096, f"train.batch_size={chips}"]
+    plan = planned(commands, "--config", config, "--topology", topology, "--mesh", f"fsdp={chips}", *changed)
+    check(plan, config, changed, remat_overhead=remat_overhead)
+
+
+def test_a_step_compiled_for_cpus_as_a_person_reads_it(commands: Commands):
+    mesh = ("--topology", "cpu:2", "--mesh", "tensor=2")
+    said = commands.run(PLAN, *QUICKSTART, *mesh, *SMALL, "train.trainable=lora").stdout
+    assert "layout          tensor 2, remat full, 1 microbatch\n" in said
+    assert "figures         compiled in" in said
+    assert "batch           8 rows of 512 tokens a step\n" in said
+    assert "exchange        all-reduce tensor" in said
+    assert "times           not known" in said
+
+
+def test_gpus_are_computed_and_it_says_so(commands: Commands):
+    said = commands.call(PLAN, *QUICKSTART, "--topology", "gpu:h100:16", "--mesh", "data=2,fsdp=8", *SMALL[:-2],
+                         "train.batch_size=16", "train.microbatches=1").stdout  # fmt: skip
+    assert "computed, not compiled" in said
+    assert "all-reduce data" in said
+    assert "all-gather fsdp" in said
+    assert "of 80.00 GB: fits" in said
+
+
+def test_search_ranks_layouts(commands: Commands):
+    said = commands.call(PLAN, *QUICKSTART, "--topology", "gpu:h100:4", "--search", *SMALL[:-1])
+    head, *rows = said.stdout.splitlines()[1:]
+    assert head.split() == ["layout", "memory", "FLOPs", "/", "model", "step", "utilization", "figures"]
+    assert any(row.startswith("fsdp 4, remat none, 1 microbatch ") for row in rows)
+    plans = json.loads(
+        commands.call(PLAN, *QUICKSTART, "--topology", "gpu:h100:4", "--search", "--json", *SMALL[:-1]).stdout
+    )
+    times = [plan["step_time"] for plan in plans]
+    assert times == sorted(times)
+    assert all(plan["fits"] for plan in plans)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--topology", "v5p:4x4"], "--topology v5p:4x4: v5p has no slice '4x4'; known are 2x2x1"),
+        (["--topology", "cpu:2", "--mesh", "fdsp=2"], "--mesh: 'fdsp=2' is not AXIS=N; axes are data, fsdp"),
+        (["--topology", "cpu:2", "--mesh", "fsdp=3", "train.batch_size=3"], "mesh: data 1 × fsdp 3 × expert 1"),
+        (["--topology", "cpu:8", "--mesh", "tensor=8"], "num_attention_heads"),
+        (["--topology", "cpu:8", "--mesh", "expert=8", "train.batch_size=8"], "num_local_experts"),
+        (["--topology", "cpu:2", "--mesh", "fsdp=2", "train.batch_size=3"], "train.batch_size is 3"),
+        (["--topology", "cpu:3", "--mesh", "context=3"], "data.sequence_length"),
+        (["--topology", "gpu:h100:64", "--search", "train.batch_size=1"], "--search: no mesh of 64 devices divides"),
+    ],
+)
+def test_wrong_input(commands: Commands, arguments: list[str], told: str):
+    assert told in commands.fails(PLAN, *QUICKSTART, *arguments, "train.microbatches=1")
+
+
+def test_without_libtpu_it_says_what_to_install(commands: Commands, tmp_path: Path):
+    (tmp_path / "libtpu.py").write_text("raise ImportError('No module named libtpu')\n", encoding="utf-8")
+    hidden = os.pathsep.join([str(tmp_path), str(ROOT)])
+    arguments = (*QUICKSTART, "--topology", "v5e:2x2", "--mesh", "fsdp=4", *SMALL)
+    said = commands.run(PLAN, *arguments, code=2, PYTHONPATH=hidden).stderr
+    assert "the TPU compiler, libtpu, is not installed; pip install 'xlam_jax[plan]'" in said
