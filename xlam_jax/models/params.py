@@ -6,7 +6,7 @@ With adapters each named weight `w` has two factors beside it, `w_a` and `w_b`.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ Params = dict[str, Any]
 """A nested dictionary whose leaves are arrays (or their shapes, shardings, logical axes)."""
 
 
+@cache
 def _abstract(config: ModelConfig, **how: Any) -> tuple[Any, nnx.State]:
     model = nnx.eval_shape(lambda: Decoder(config, **how, rngs=nnx.Rngs(params=0, lora=0)))
     graphdef, state = nnx.split(model)

@@ -70,10 +70,10 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     if -1 in shape:
         known = int(np.prod([size for size in shape if size != -1]))
         if len(devices) % known:
-            raise UserError(_misfit(sizes, len(devices)))
+            raise UserError(_misfit(sizes, devices))
         shape[shape.index(-1)] = len(devices) // known
     if int(np.prod(shape)) != len(devices):
-        raise UserError(_misfit(sizes, len(devices)))
+        raise UserError(_misfit(sizes, devices))
     types = (AxisType.Auto,) * len(AXES)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
@@ -87,12 +87,13 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     return Mesh(mesh_utils.create_hybrid_device_mesh(inside, between, devices), AXES, axis_types=types)
 
 
-def _misfit(sizes: Mapping[str, int], devices: int) -> str:
+def _misfit(sizes: Mapping[str, int], devices: Sequence[Any]) -> str:
     layout = " × ".join(f"{axis} {sizes.get(axis, 1)}" for axis in AXES)
+    platform = devices[0].platform
+    split = ", or mesh.cpu_devices to split a CPU into more" if platform == "cpu" else ""
     return (
-        f"mesh: {layout} does not fit the {devices} {jax.default_backend()} device(s) found; "
-        "set the axes so that their product is that number (-1 fills one), "
-        "or mesh.cpu_devices to split a CPU into more"
+        f"mesh: {layout} does not fit the {len(devices)} {platform} device(s); "
+        f"set the axes so that their product is that number (-1 fills one){split}"
     )
 
 
