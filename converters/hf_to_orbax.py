@@ -1,28 +1,34 @@
 """Hugging Face weights → Orbax: `python -m converters.hf_to_orbax --hf DIR --out DIR`."""
 
 import argparse
+import atexit
 import json
+import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from fnmatch import fnmatch
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from converters.folders import new_folder, refuse_existing
-from converters.hf_map import Tensor, tensors
+from converters.folders import Work, refuse_existing, resumable_folder
+from converters.hf_map import Tensor, parameter, tensors
+from converters.shards import DTYPES, Shard, ahead
+from converters.work import Told, add_arguments, check_finite, compare, dtype_of
 from xlam_jax.errors import UserError, run
 from xlam_jax.models.config import ModelConfig, read_hf_config
 
 if TYPE_CHECKING:
+    import jax
+
     from xlam_jax.models.params import Params
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-FLOATS = {"F32", "BF16", "F16", "F64"}
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -36,45 +42,161 @@ TOKENIZER_FILES = (
 )
 
 
-def load_hf(folder: Path, *, dtype: Any = None) -> "tuple[dict[str, Any], Params]":
-    """Reads a Hugging Face folder: its config, and its weights as numpy arrays in our layout.
+class Parameter:
+    """One of our parameters in a Hugging Face folder: its layers are read when they are asked for."""
 
-    The weights keep the dtype of the file (bfloat16 as `ml_dtypes.bfloat16`) unless `dtype` says another. Files are
-    mapped into memory and read tensor by tensor. Raises one `UserError` that names everything that is missing, extra,
-    twice there, or of another shape than the config says.
-    """
-    with _opened(folder) as (hf_config, where):
-        params: Params = {}
-        for tensor, file in where:
-            value = file.get_tensor(tensor.key)
+    def __init__(self, parts: list[tuple[Tensor, "Source"]], dtype: np.dtype | None = None):
+        self._parts = {tensor.at: (tensor, source) for tensor, source in parts}
+        tensor, source = parts[0]
+        self.shape = tensor.stacked_shape
+        self.stored = source.dtype
+        self.dtype = dtype or source.dtype
+        self.size = prod(self.shape)
+        self.ndim = len(self.shape)
+
+    def astype(self, dtype: Any) -> "Parameter":
+        """The same, its layers converted when they are read."""
+        return Parameter(list(self._parts.values()), np.dtype(dtype))
+
+    def __getitem__(self, at: tuple[int, ...]) -> np.ndarray:
+        """The slice at an index along the leading axes: layer, then expert."""
+        tensor, source = self._parts[at]
+        return tensor.from_hf(source.read()).astype(self.dtype, copy=False)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """All of it."""
+        whole = np.empty(self.shape, dtype or self.dtype)
+        for at in self._parts:
+            whole[at] = self[at]
+        return whole
+
+    def placed(self, sharding: Any) -> "jax.Array":
+        """Laid out over the devices. Each host reads every layer once, and holds only what belongs to its devices."""
+        import jax
+
+        indices = sharding.addressable_devices_indices_map(self.shape)
+        sizes = [tuple(one.indices(size)[:2] for one, size in zip(index, self.shape, strict=True))
+                 for index in indices.values()]  # fmt: skip
+        held = {bounds: np.empty([stop - start for start, stop in bounds], self.dtype) for bounds in sizes}
+        for at in self._parts:
+            lead = len(at)
+            wanted = [
+                bounds for bounds in held if all(lo <= i < hi for i, (lo, hi) in zip(at, bounds[:lead], strict=True))
+            ]
+            if wanted:
+                layer = self[at]
+                for bounds in wanted:
+                    inside = tuple(i - lo for i, (lo, _) in zip(at, bounds[:lead], strict=True))
+                    held[bounds][inside] = layer[tuple(slice(lo, hi) for lo, hi in bounds[lead:])]
+        arrays = [jax.device_put(held[bounds], device) for bounds, device in zip(sizes, indices, strict=True)]
+        return jax.make_array_from_single_device_arrays(self.shape, sharding, arrays)
+
+
+class Source(NamedTuple):
+    """Where a tensor stands."""
+
+    shard: Shard
+    key: str
+    part: tuple[int, tuple[int, ...]] | None = None
+    """Of that tensor only these elements, (how many stand before, shape)."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """As it is stored."""
+        return DTYPES[self.shard.tensors[self.key].dtype]
+
+    def read(self) -> np.ndarray:
+        """The values, as they stand there."""
+        return self.shard.read(self.key, self.part)
+
+
+class HFWeights:
+    """A Hugging Face folder, checked; of its weights only what is asked for is read."""
+
+    def __init__(self, folder: str | Path):
+        """`folder` may be anything that fsspec opens, or a name on the Hugging Face hub, which is downloaded.
+
+        Raises one `UserError` that names everything that is missing, extra, twice there, or of another shape than the
+        config says.
+        """
+        self.name = str(folder)
+        self.files = _small_files(self.name)
+        remote = "://" in self.name
+        self._url = self.name.rstrip("/") if remote else str(self.files)
+        self.hf_config = read_hf_config(self.files / "config.json")
+        self.config = ModelConfig.from_hf(self.hf_config, f"{self.name}/config.json")
+        shards = {name: Shard(f"{self._url}/{name}") for name in _weight_files(self.files, self.name, remote)}
+        self.sources = _locate(self.name, shards, list(tensors(self.config)))
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file with weights."""
+        return {where.shard.url: where.shard.size for _, where in self.sources}
+
+    def params(self, dtype: Any = None) -> "Params":
+        """The parameters, none of them read yet, in the dtype of the file unless `dtype` says another."""
+        by_path: dict[tuple[str, ...], list[tuple[Tensor, Source]]] = {}
+        for tensor, source in self.sources:
+            by_path.setdefault(tensor.path, []).append((tensor, source))
+        params: dict[str, Any] = {}
+        for path, parts in by_path.items():
             node = params
-            for name in tensor.path[:-1]:
+            for name in path[:-1]:
                 node = node.setdefault(name, {})
-            if tensor.path[-1] not in node:
-                node[tensor.path[-1]] = np.empty(tensor.stacked_shape, dtype or value.dtype)
-            node[tensor.path[-1]][tensor.at] = tensor.from_hf(value)
-    return hf_config, params
+            node[path[-1]] = Parameter(parts, None if dtype is None else np.dtype(dtype))
+        return params
 
 
-def check_hf(folder: Path) -> ModelConfig:
-    """Checks a Hugging Face folder as `load_hf` does, without reading the weights, and returns what model it holds."""
-    with _opened(folder) as (hf_config, _):
-        return ModelConfig.from_hf(hf_config)
+def load_hf(folder: str | Path, *, dtype: Any = None) -> "tuple[dict[str, Any], Params]":
+    """Reads a Hugging Face folder: its config, and its weights as numpy arrays in our layout (`HFWeights`).
+
+    The weights keep the dtype of the file (bfloat16 as `ml_dtypes.bfloat16`) unless `dtype` says another.
+    """
+    import jax
+
+    opened = HFWeights(folder)
+    leaf = lambda node: isinstance(node, Parameter)  # noqa: E731
+    return opened.hf_config, jax.tree.map(np.asarray, opened.params(dtype), is_leaf=leaf)
 
 
-@contextmanager
-def _opened(folder: Path) -> Iterator[tuple[dict[str, Any], list[tuple[Tensor, Any]]]]:
-    """Gives the config, and each tensor with the open file that holds it."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; a Hugging Face folder with config.json and safetensors is expected")
-    hf_config = read_hf_config(folder / "config.json")
-    config = ModelConfig.from_hf(hf_config, str(folder / "config.json"))
-    with ExitStack() as open_files:
-        files = {name: open_files.enter_context(_open(folder / name)) for name in _weight_files(folder)}
-        yield hf_config, _locate(folder, files, list(tensors(config)))
+def _small_files(name: str) -> Path:
+    """A local folder with all but the weights (and with those, where there is no other)."""
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if "://" in name:
+        return _fetched(name)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not folder.parent.is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", *TOKENIZER_FILES]))
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise UserError(f"{name}: no such folder, and not to be had from the Hugging Face hub ({reason})") from None
+    raise UserError(f"{name}: no such folder; a Hugging Face folder with config.json and safetensors is expected")
 
 
-def _weight_files(folder: Path) -> list[str]:
+def _fetched(url: str) -> Path:
+    """A local copy of the small files of a remote folder, for as long as this process runs."""
+    from fsspec.core import url_to_fs
+
+    held = tempfile.TemporaryDirectory(prefix="xlam-hf-")
+    atexit.register(held.cleanup)
+    folder = Path(held.name)
+    try:
+        files, path = url_to_fs(url)
+        for found in files.ls(path, detail=False):
+            if not found.endswith(".safetensors"):
+                if any(fnmatch(Path(found).name, pattern) for pattern in ("*.json", *TOKENIZER_FILES)):
+                    files.get_file(found, str(folder / Path(found).name))
+            else:
+                (folder / Path(found).name).touch()  # that it is there
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"{url}: can't be read ({error}); a folder that fsspec opens is expected") from None
+    return folder
+
+
+def _weight_files(folder: Path, name: str, remote: bool) -> list[str]:
     if (folder / SINGLE).is_file():
         return [SINGLE]
     index = folder / INDEX
@@ -82,54 +204,70 @@ def _weight_files(folder: Path) -> list[str]:
         others = sorted(path.name for pattern in ("*.safetensors", "*.bin", "*.pth") for path in folder.glob(pattern))
         found = f"; it holds {', '.join(others[:4])}" + (", …" if len(others) > 4 else "") if others else ""
         raise UserError(
-            f"{folder}: neither {SINGLE} nor {INDEX} is there{found}; download the folder again, or load and save the "
+            f"{name}: neither {SINGLE} nor {INDEX} is there{found}; download the folder again, or load and save the "
             "model with transformers to get them"
         )
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(weight_map.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index}: no weight_map in it ({error!r}); download the file again") from None
+        raise UserError(f"{name}/{INDEX}: no weight_map in it ({error!r}); download the file again") from None
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise UserError(
-            f"{index}: names {len(names)} shards, of which {len(missing)} are not there: {', '.join(missing)}; "
+            f"{name}/{INDEX}: names {len(names)} shards, of which {len(missing)} are not there: {', '.join(missing)}; "
             "download them too"
         )
     return names
 
 
-def _open(path: Path) -> Any:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return safe_open(path, framework="np")
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path}: truncated or damaged, {path.stat().st_size} bytes ({error}); download this file again"
-        ) from None
+FUSED = {"w1": ("gate_up_proj", 0), "w3": ("gate_up_proj", 1), "w2": ("down_proj", 0)}
+"""Where all experts of a layer are kept in two tensors, [expert, gate then up, model] and [expert, model, MLP]: which
+holds a weight, and in which half."""
 
 
-def _locate(folder: Path, files: dict[str, Any], wanted: list[Tensor]) -> list[tuple[Tensor, Any]]:
-    """The file of each tensor; everything that is wrong is told at once."""
+def _fused(tensor: Tensor, config_experts: int, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, Any] | None:
+    """The fused tensor that holds an expert's weight, and where in it; None where there is none."""
+    found = re.fullmatch(r"(model\.layers\.\d+\.)block_sparse_moe\.experts\.(\d+)\.(w[123])\.weight", tensor.key)
+    if not found or not config_experts:
+        return None
+    which, half = FUSED[found[3]]
+    rows, columns = tensor.shape
+    for key in (f"{found[1]}{block}.experts.{which}" for block in ("mlp", "block_sparse_moe")):
+        both = 2 if which == "gate_up_proj" else 1
+        if shapes.get(key) == (config_experts, both * rows, columns):
+            return key, ((int(found[2]) * both + half) * rows * columns, tensor.shape)
+    return None
+
+
+def _locate(folder: str, files: "dict[str, Shard]", wanted: list[Tensor]) -> list[tuple[Tensor, Source]]:
+    """Where each tensor stands; everything that is wrong is told at once."""
     found: dict[str, list[str]] = {}
     for name, file in files.items():
-        for key in file.keys():  # noqa: SIM118 (safe_open has no iterator)
+        for key in file.tensors:
             if not key.endswith("rotary_emb.inv_freq"):  # a buffer that transformers before 4.32 saved
                 found.setdefault(key, []).append(name)
-    keys = {tensor.key for tensor in wanted}
-    wrong = [f"{key} is missing" for key in sorted(keys - found.keys())]
-    wrong += [f"{key} in {found[key][0]} is not part of this model" for key in sorted(found.keys() - keys)]
+    shapes = {key: files[names[0]].tensors[key].shape for key, names in found.items()}
+    experts = 1 + max((tensor.at[1] for tensor in wanted if len(tensor.at) > 1), default=-1)
+    places: dict[str, tuple[str, Any]] = {}
+    for tensor in wanted:
+        other = _other_name(tensor.key)
+        key = tensor.key if tensor.key in found or other not in found else other
+        places[tensor.key] = (_fused(tensor, experts, shapes) if key not in found else None) or (key, None)
+    used = {key for key, _ in places.values()}
+    wrong = [f"{key} is missing" for key in sorted(used - found.keys())]
+    wrong += [f"{key} in {found[key][0]} is not part of this model" for key in sorted(found.keys() - used)]
     wrong += [f"{key} is in {' and in '.join(names)}" for key, names in sorted(found.items()) if len(names) > 1]
     dtypes: dict[tuple[str, ...], Counter[str]] = {}
     for tensor in wanted:
-        if tensor.key in found:
-            stored = files[found[tensor.key][0]].get_slice(tensor.key)
-            dtypes.setdefault(tensor.path, Counter())[stored.get_dtype()] += 1
-            if tuple(stored.get_shape()) != tensor.shape:
-                wrong.append(f"{tensor.key} has shape {tuple(stored.get_shape())}, config.json means {tensor.shape}")
-            if stored.get_dtype() not in FLOATS:
-                wrong.append(f"{tensor.key} is {stored.get_dtype()}; quantized weights are not read")
+        key, part = places[tensor.key]
+        if key in found:
+            stored = files[found[key][0]].tensors[key]
+            dtypes.setdefault(tensor.path, Counter())[stored.dtype] += 1
+            if part is None and stored.shape != tensor.shape:
+                wrong.append(f"{key} has shape {stored.shape}, config.json means {tensor.shape}")
+            if stored.dtype not in DTYPES:
+                wrong.append(f"{key} is {stored.dtype}; quantized weights are not read")
     wrong += [
         f"{path[-1]} of the layers comes in {' and '.join(sorted(kinds))}; one dtype is needed"
         for path, kinds in dtypes.items()
@@ -141,7 +279,14 @@ def _locate(folder: Path, files: dict[str, Any], wanted: list[Tensor]) -> list[t
             f"{folder}: the weights do not fit config.json, {len(wrong)} tensor(s) differ:\n  {shown}\n"
             "config.json and the safetensors files must come from the same model; download the folder again"
         )
-    return [(tensor, files[found[tensor.key][0]]) for tensor in wanted]
+    return [
+        (tensor, Source(files[found[key][0]], key, part)) for tensor in wanted for key, part in [places[tensor.key]]
+    ]
+
+
+def _other_name(key: str) -> str:
+    """The router's, beside fused experts."""
+    return key.replace(".block_sparse_moe.gate.", ".mlp.gate.")
 
 
 def copy_tokenizer(folder: Path, to: Path) -> bool:
@@ -158,22 +303,64 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m converters.hf_to_orbax", description="Converts a Hugging Face folder to an Orbax checkpoint."
     )
-    parser.add_argument("--hf", type=Path, required=True, help="folder with config.json and safetensors")
+    parser.add_argument(
+        "--hf",
+        required=True,
+        help="folder with config.json and safetensors, an address that fsspec opens, or a hub name",
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to make; it must not exist")
+    add_arguments(parser)
     args = parser.parse_args()
     refuse_existing(args.out)
-    hf_config, params = load_hf(args.hf)
+    opened = HFWeights(args.hf)
 
-    from xlam_jax.training.checkpoint import write_model
+    dtype = dtype_of(args.dtype)
+    source = {"hf": opened.name, "dtype": args.dtype, "files": opened.sizes()}
+    with resumable_folder(args.out, source) as work:
+        _convert(opened, dtype, work, args.workers)
+        if args.verify:
+            _verify(opened, dtype, work.folder, args.workers)
+    print(f"{args.out}: {opened.hf_config['architectures'][0]} with {opened.config.parameters():,} parameters")
 
-    with new_folder(args.out) as part, tempfile.TemporaryDirectory() as scratch:
-        tokenizer = Path(scratch) / "tokenizer"
-        write_model(part, params, hf_config, tokenizer if copy_tokenizer(args.hf, tokenizer) else None)
-    print(f"{args.out}: {hf_config['architectures'][0]} with {_count(params):,} parameters")
+
+def _convert(opened: HFWeights, dtype: np.dtype | None, work: Work, workers: int) -> None:
+    from xlam_jax.training.checkpoint import TOKENIZER, NewModel, write_hf_config
+
+    params = opened.params(dtype)
+    leading = {tensor.path: len(tensor.at) for tensor, _ in opened.sources}
+    copy_tokenizer(opened.files, work.folder / TOKENIZER)
+    write_hf_config(work.folder, opened.hf_config)
+    model = NewModel(work.folder, params, leading.__getitem__)
+    for path in leading:
+        model.open(path)
+
+    def move(item: tuple[Tensor, Source]) -> None:
+        tensor, where = item
+        value = tensor.from_hf(where.read()).astype(dtype or where.dtype, copy=False)
+        check_finite(opened.name, tensor.key, value)
+        model.write(tensor.path, tensor.at, value)
+
+    sizes = {tensor.key: prod(tensor.shape) * (dtype or where.dtype).itemsize for tensor, where in opened.sources}
+    left = [pair for pair in opened.sources if pair[0].key not in work.done]
+    with Told("converting", sum(sizes.values())) as told:
+        told.skip(sum(sizes[key] for key in work.done))
+        for (tensor, _), _ in ahead(move, left, workers):
+            work.finish(tensor.key)
+            told.add(sizes[tensor.key])
 
 
-def _count(params: Any) -> int:
-    return sum(_count(node) for node in params.values()) if isinstance(params, dict) else params.size
+def _verify(opened: HFWeights, dtype: np.dtype | None, folder: Path, workers: int) -> None:
+    """Raises `UserError` naming the tensors that can't be got back from a converted folder bit for bit."""
+    from xlam_jax.training.checkpoint import STEPS, open_params
+
+    params = open_params(folder / STEPS / "0")
+
+    def same(item: tuple[Tensor, Source]) -> bool:
+        tensor, where = item
+        source = where.read().astype(dtype or where.dtype, copy=False)
+        return source.tobytes() == tensor.to_hf(parameter(params, tensor.path)).tobytes()
+
+    compare(opened.name, same, opened.sources, workers)
 
 
 if __name__ == "__main__":

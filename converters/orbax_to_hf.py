@@ -2,71 +2,88 @@
 
 import argparse
 import json
-import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from converters.folders import new_folder, refuse_existing
-from converters.hf_map import Tensor, tensors
+from converters.folders import Work, new_folder, output, refuse_existing
+from converters.hf_map import Tensor, parameter, tensors
 from converters.hf_to_orbax import INDEX, SINGLE
+from converters.shards import Place, Shard, ahead, header_of
+from converters.work import Told, add_arguments, check_finite, compare, dtype_of, size_of
 from xlam_jax.errors import UserError, run
 from xlam_jax.models.config import ModelConfig
 
 if TYPE_CHECKING:
     from xlam_jax.models.params import Params
 
-DTYPES = ("bfloat16", "float16", "float32")
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-
 
 def write_hf(
-    folder: Path, hf_config: dict[str, Any], params: "Params", *, dtype: Any = None, max_shard_bytes: int = 5 * 10**9
-) -> None:
-    """Writes config.json, generation_config.json and safetensors into a new folder; one shard is held at a time.
+    work: Work,
+    hf_config: dict[str, Any],
+    params: "Params",
+    *,
+    of: str,
+    dtype: Any = None,
+    max_shard_bytes: int = 5 * 10**9,
+    workers: int = 1,
+) -> dict[str, list[Tensor]]:
+    """Writes config.json, generation_config.json and safetensors; returns the tensors of each file of the latter.
 
-    The weights keep their dtype unless `dtype` says another.
+    `params` are arrays, or what stands for them and is read layer by layer: a few tensors are in memory at a time. The
+    weights keep their dtype unless `dtype` says another. Raises `UserError`, naming `of`, for values that are no
+    numbers.
     """
     config = ModelConfig.from_hf(hf_config)
-    shards = _shards(list(tensors(config)), params, dtype, max_shard_bytes)
-    folder.mkdir(parents=True)
+
+    def place(tensor: Tensor) -> Place:
+        return Place(tensor.key, np.dtype(dtype or parameter(params, tensor.path).dtype), tensor.shape)
+
+    def value(tensor: Tensor) -> np.ndarray:
+        given = tensor.to_hf(parameter(params, tensor.path))
+        check_finite(of, tensor.key, given)
+        return given if dtype is None else given.astype(dtype)
+
+    shards = _shards(list(tensors(config)), place, max_shard_bytes)
     kept = {key: value for key, value in hf_config.items() if key not in ("dtype", "torch_dtype")}
-    _write_json(folder / "config.json", kept | {"dtype": str(np.dtype(dtype or params["embedding"].dtype))})
-    written = []
-    for name, shard in shards.items():
-        written.append(_write_shard(folder / name, shard, params, dtype))
-        shutil.copymode(folder / "config.json", folder / name)  # safetensors makes files that only their owner reads
+    held = str(np.dtype(dtype or params["embedding"].dtype))
+    sizes = {name: [place(tensor).bytes for tensor in shard] for name, shard in shards.items()}
+    total = sum(sum(each) for each in sizes.values())
+    with Told("exporting", total) as told:
+        told.skip(sum(sum(sizes[name]) for name in shards if name in work.done))
+        for name in (one for one in shards if one not in work.done):
+            with work.create(name) as file:
+                file.write(header_of(place(tensor) for tensor in shards[name]))
+                for tensor, array in ahead(value, shards[name], workers):
+                    file.write(array.reshape(-1).view(np.uint8).data)
+                    told.add(place(tensor).bytes)
+            work.finish(name)
     if len(shards) > 1:
         index = {
-            "metadata": {"total_parameters": config.parameters(), "total_size": sum(written)},
+            "metadata": {"total_parameters": config.parameters(), "total_size": total},
             "weight_map": {tensor.key: name for name, shard in shards.items() for tensor in shard},
         }
-        _write_json(folder / INDEX, index)
+        _write_json(work.folder / INDEX, index)
     tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
     generation = {key: hf_config[key] for key in tokens if hf_config.get(key) is not None}
-    _write_json(folder / "generation_config.json", {"_from_model_config": True} | generation)
+    _write_json(work.folder / "generation_config.json", {"_from_model_config": True} | generation)
+    _write_json(work.folder / "config.json", kept | {"dtype": held})
+    return shards
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _parameter(params: "Params", tensor: Tensor) -> np.ndarray:
-    node = params
-    for name in tensor.path:
-        node = node[name]
-    return node  # type: ignore[return-value]
-
-
-def _shards(wanted: list[Tensor], params: "Params", dtype: Any, limit: int) -> dict[str, list[Tensor]]:
+def _shards(wanted: list[Tensor], place: Callable[[Tensor], Place], limit: int) -> dict[str, list[Tensor]]:
     """The tensors of each file, filled in order up to `limit` bytes; a larger tensor has a file to itself."""
     groups: list[list[Tensor]] = [[]]
     size = 0
     for tensor in wanted:
-        item = np.dtype(dtype or _parameter(params, tensor).dtype).itemsize
-        nbytes = int(np.prod(tensor.shape)) * item
+        nbytes = place(tensor).bytes
         if groups[-1] and size + nbytes > limit:
             groups.append([])
             size = 0
@@ -77,46 +94,25 @@ def _shards(wanted: list[Tensor], params: "Params", dtype: Any, limit: int) -> d
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
 
 
-def _write_shard(path: Path, shard: list[Tensor], params: "Params", dtype: Any) -> int:
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
-    values = {}
-    for tensor in shard:
-        value = tensor.to_hf(_parameter(params, tensor))
-        values[tensor.key] = value if dtype is None else value.astype(dtype)
-    try:
-        save_file(values, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # how the package tells of a full disk
-        raise OSError(str(error)) from error
-    return sum(value.nbytes for value in values.values())
-
-
-def _bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]B)", text.strip(), re.IGNORECASE)
-    if not match or not float(match[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write it like 5GB or 500MB")
-    return int(float(match[1]) * UNITS[match[2].upper()])
-
-
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m converters.orbax_to_hf", description="Exports a checkpoint to a Hugging Face folder."
     )
     parser.add_argument("--checkpoint", type=Path, required=True, help="run folder (its newest step) or step folder")
-    parser.add_argument("--out", type=Path, required=True, help="folder to make; it must not exist")
-    parser.add_argument("--dtype", choices=DTYPES, help="dtype to write (default: as the checkpoint holds it)")
-    parser.add_argument("--max-shard-size", type=_bytes, default="5GB", help="largest file, like 500MB (default: 5GB)")
+    parser.add_argument(
+        "--out", required=True, help="folder to make, or an address that fsspec opens; it must not exist"
+    )
+    parser.add_argument("--max-shard-size", type=size_of, default="5GB", help="largest file, like 500MB (default: 5GB)")
+    add_arguments(parser)
     parser.add_argument(
         "--lora",
         choices=("merge", "adapter"),
         help="of a run with adapters: a whole model with them added (the default), or a PEFT folder of them alone",
     )
     args = parser.parse_args()
-    refuse_existing(args.out)
-
-    import ml_dtypes
+    if "://" not in args.out:
+        refuse_existing(Path(args.out))
 
     from converters.peft import write_peft
     from xlam_jax.training import checkpoint, weights
@@ -126,20 +122,46 @@ def main() -> None:
     if args.lora and with_adapters is None:
         raise UserError(f"{step}: holds a whole model without adapters; leave --lora {args.lora} out")
     if args.lora == "adapter" and with_adapters is not None:
-        with new_folder(args.out) as part:
+        with new_folder(Path(args.out)) as part:
             base = with_adapters.config.model.init_from
             write_peft(part, with_adapters.model, checkpoint.load_params(step), base)
         print(f"{args.out}: the adapters of step {step.name} of {args.checkpoint}, for {base or 'a random base'}")
         return
     hf_config = checkpoint.load_hf_config(step)
-    params = weights.load_whole(step)
-    dtype = None if args.dtype is None else np.dtype(getattr(ml_dtypes, args.dtype, args.dtype))
+    # Adapters are added to weights in memory; a whole model is read layer by layer.
+    params = weights.load_whole(step) if with_adapters else checkpoint.open_params(step)
     tokenizer = checkpoint.tokenizer_dir(step)
-    with new_folder(args.out) as part:
-        write_hf(part, hf_config, params, dtype=dtype, max_shard_bytes=args.max_shard_size)
+    dtype = dtype_of(args.dtype)
+    source = {"checkpoint": str(step.absolute()), "dtype": args.dtype, "max_shard_size": args.max_shard_size}
+    with output(args.out, source) as work:
         if tokenizer is not None:
-            shutil.copytree(tokenizer, part, dirs_exist_ok=True)
+            shutil.copytree(tokenizer, work.folder, dirs_exist_ok=True)
+        shards = write_hf(
+            work,
+            hf_config,
+            params,
+            of=str(step),
+            dtype=dtype,
+            max_shard_bytes=args.max_shard_size,
+            workers=args.workers,
+        )
+        if args.verify:
+            _verify(args.out if "://" in args.out else str(work.folder), shards, params, dtype, args.workers)
     print(f"{args.out}: step {step.name} of {args.checkpoint}" + ("" if tokenizer else ", without a tokenizer"))
+
+
+def _verify(
+    folder: str, shards: dict[str, list[Tensor]], params: "Params", dtype: np.dtype | None, workers: int
+) -> None:
+    """Raises `UserError` naming the tensors that do not lie in a folder as they should, bit for bit."""
+
+    def same(item: tuple[Tensor, Shard]) -> bool:
+        tensor, shard = item
+        value = tensor.to_hf(parameter(params, tensor.path))
+        return shard.read(tensor.key).tobytes() == (value if dtype is None else value.astype(dtype)).tobytes()
+
+    opened = {name: Shard(f"{folder.rstrip('/')}/{name}") for name in shards}
+    compare(folder, same, [(tensor, opened[name]) for name, shard in shards.items() for tensor in shard], workers)
 
 
 if __name__ == "__main__":

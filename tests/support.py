@@ -51,10 +51,12 @@ class Commands:
             text=True,
         )
 
-    def run(self, module: str, *arguments: object, code: int = 0, **extra: str) -> subprocess.CompletedProcess[str]:
-        """Runs it to its end and checks the exit code."""
+    def run(
+        self, module: str, *arguments: object, code: int = 0, limit: float = 600, **extra: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Runs it to its end, for `limit` seconds at most, and checks the exit code."""
         process = self.start(module, *arguments, **extra)
-        out, err = process.communicate(timeout=600)
+        out, err = process.communicate(timeout=limit)
         assert process.returncode == code, f"exit {process.returncode}\n{out}\n{err}"
         return subprocess.CompletedProcess(process.args, code, out, err)
 

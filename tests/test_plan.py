@@ -30,7 +30,7 @@ def planned(commands: Commands, *arguments: object) -> dict[str, Any]:
     """What a plan says, as JSON."""
     # The real passes of the compiler, and none of its caches.
     environment = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "0"}
-    return json.loads(commands.run(PLAN, *arguments, "--json", **environment).stdout)
+    return json.loads(commands.run(PLAN, *arguments, "--json", limit=1800, **environment).stdout)
 
 
 def check(plan: dict[str, Any], config: Path, overrides: Sequence[str], *, remat_overhead: float) -> None:
@@ -105,6 +105,23 @@ def test_gpus_are_computed_and_it_says_so(commands: Commands):
     assert "of 80.00 GB: fits" in said
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["fsdp=2"], "attention: pallas; experts: triton"),
+        (["fsdp=2", "model.attention=xla", "model.experts=xla"], "attention: xla; experts: xla"),
+        (["expert=2"], "experts: xla (triton is not used: mesh.expert is 2: it computes experts that are whole on"),
+        (["context=2"], "attention: xla (pallas is not used: it has no queries apart from their keys"),
+        (["fsdp=2", "model.overrides.head_dim=24"], "attention: xla (pallas is not used: the model's head size is 24"),
+        (["fsdp=2", "data.sequence_length=500"], "attention: xla (pallas is not used: data.sequence_length 500 is"),
+    ],
+)
+def test_kernels_are_chosen_and_named(commands: Commands, arguments: list[str], told: str):
+    small = (*QUICKSTART, "--topology", "gpu:h100:2", "train.batch_size=8", "train.microbatches=1")
+    said = commands.call(PLAN, *small, "--mesh", *arguments).stdout
+    assert told in next(line for line in said.splitlines() if line.startswith("kernels "))
+
+
 def test_search_ranks_layouts(commands: Commands):
     said = commands.call(PLAN, *QUICKSTART, "--topology", "gpu:h100:4", "--search", *SMALL[:-1])
     head, *rows = said.stdout.splitlines()[1:]
@@ -135,6 +152,8 @@ def test_search_ranks_layouts(commands: Commands):
         (["--topology", "cpu:8", "--mesh", "expert=8", "train.batch_size=8"], "num_local_experts is 4, which"),
         (["--topology", "cpu:2", "--mesh", "fsdp=2", "train.batch_size=3"], "train.batch_size is 3"),
         (["--topology", "cpu:3", "--mesh", "context=3"], "data.sequence_length"),
+        (["--topology", "gpu:h100:1", "model.attention=splash"], "model.attention is splash, and it runs on"),
+        (["--topology", "cpu:1", "model.experts=triton"], "model.experts is triton, and it runs on"),
         (["--topology", "gpu:h100:64", "--search", "train.batch_size=1"], "--search: no mesh of 64 devices divides"),
     ],
 )

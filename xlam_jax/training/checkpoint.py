@@ -16,6 +16,7 @@ import logging
 import math
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)
 STEPS = "checkpoints"
 TOKENIZER = "tokenizer"
 HF_CONFIG = "config.json"
+CHUNK = 2**25
+"""Bytes of a chunk of a model that is written layer by layer, at most."""
 
 
 class Checkpoints:
@@ -160,6 +163,11 @@ def _decode(states: Any) -> dict[str, Any]:
     return json.loads(np.asarray(states).tobytes().decode())
 
 
+def whole_steps(run: Path) -> list[int]:
+    """The steps of a run folder that are whole, in order."""
+    return sorted(_steps(run / STEPS))
+
+
 def _steps(folder: Path) -> list[int]:
     return [int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()] if folder.is_dir() else []
 
@@ -208,10 +216,7 @@ def load_params(step_dir: Path, target: Any = None) -> Params:
             same_shapes(step_dir, stored, target)
         return ocp.load_checkpointables(path, {item: target})[item]
     except (ValueError, OSError, KeyError) as error:
-        raise UserError(
-            f"{step_dir}: the parameters can't be read ({str(error).strip().splitlines()[0][:300]}); "
-            "the folder is damaged or not a checkpoint of this project; use another step"
-        ) from error
+        raise _unreadable(step_dir, error) from error
 
 
 def check_params(step_dir: Path, like: Any) -> None:
@@ -226,7 +231,7 @@ def _stored(step_dir: Path) -> tuple[str, Any]:
     return item, items[item]
 
 
-def same_shapes(step_dir: Path, stored: Any, wanted: Any) -> None:
+def same_shapes(folder: str | Path, stored: Any, wanted: Any) -> None:
     """Raises `UserError` naming the parameters whose shapes differ from those wanted."""
 
     def by_name(tree: Any) -> dict[str, tuple[int, ...]]:
@@ -240,7 +245,7 @@ def same_shapes(step_dir: Path, stored: Any, wanted: Any) -> None:
         if has.get(name) != needs.get(name)
     ]
     if differences:
-        raise UserError(f"{step_dir}: a checkpoint of another model: " + "; ".join(differences[:5]))
+        raise UserError(f"{folder}: a checkpoint of another model: " + "; ".join(differences[:5]))
 
 
 def load_hf_config(step_dir: Path) -> dict[str, Any]:
@@ -256,12 +261,120 @@ def tokenizer_dir(step_dir: Path) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def write_model(folder: Path, params: Params, hf_config: dict[str, Any], tokenizer: Path | None) -> None:
-    """Writes a model alone, as step 0 of a folder of the same shape as a run's. `folder` must not exist yet."""
-    ocp.save_checkpointables(str((folder / STEPS / "0").absolute()), {"params": params})
-    write_hf_config(folder, hf_config)
-    if tokenizer is not None:
-        shutil.copytree(tokenizer, folder / TOKENIZER)
+class StoredParameter:
+    """One of a step's parameters, read by its layers when they are asked for."""
+
+    def __init__(self, store: Any, dtype: np.dtype | None = None):
+        self._store = store
+        self.shape = tuple(store.shape)
+        self.dtype = dtype or store.dtype.numpy_dtype
+        self.size, self.ndim = math.prod(self.shape), len(self.shape)
+
+    def astype(self, dtype: Any) -> "StoredParameter":
+        """The same, converted when it is read."""
+        return StoredParameter(self._store, np.dtype(dtype))
+
+    def __getitem__(self, at: Any) -> np.ndarray:
+        """A slice."""
+        return self._store[at].read().result().astype(self.dtype, copy=False)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """All of it."""
+        return self[...].astype(dtype or self.dtype, copy=False)
+
+    def placed(self, sharding: jax.sharding.Sharding) -> jax.Array:
+        """Laid out over the devices: each host reads what belongs to its own."""
+        return jax.make_array_from_callback(self.shape, sharding, lambda index: self[index])
+
+
+def open_params(step_dir: Path) -> Params:
+    """The parameters of a step as `load_params` has them, none of them read yet: `StoredParameter`s.
+
+    They are opened by TensorStore, as Orbax lays them out: one zarr array each, in one store of keys or a folder each.
+    Raises `UserError` when they can't be.
+    """
+    import tensorstore
+
+    try:
+        item, stored = _stored(step_dir)
+        folder = (step_dir / item).absolute()
+        form = json.loads((folder / "_METADATA").read_text(encoding="utf-8"))
+
+        def opened(path: Any, _: Any) -> StoredParameter:
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            at = (
+                {"driver": "ocdbt", "base": f"file://{folder}/", "path": f"{name}/"}
+                if form["use_ocdbt"]
+                else {"driver": "file", "path": f"{folder}/{name}/"}
+            )
+            spec = {"driver": "zarr3" if form["use_zarr3"] else "zarr", "kvstore": at, "recheck_cached_data": False}
+            return StoredParameter(tensorstore.open(spec, read=True).result())
+
+        return jax.tree_util.tree_map_with_path(opened, stored)
+    except (ValueError, OSError, KeyError) as error:
+        raise _unreadable(step_dir, error) from error
+
+
+def _unreadable(step_dir: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{step_dir}: the parameters can't be read ({str(error).strip().splitlines()[0][:300]}); "
+        "the folder is damaged or not a checkpoint of this project; use another step"
+    )
+
+
+class NewModel:
+    """A model alone, written layer by layer as step 0 of a folder of the same shape as a run's.
+
+    Orbax makes the step, with arrays of one element; then TensorStore makes each anew in its true shape: a folder of
+    uncompressed zarr chunks with checksums, none of which spans two layers (or experts).
+    """
+
+    def __init__(self, folder: Path, like: Params, split: Callable[[tuple[str, ...]], int]):
+        """Begins one in `folder`, or goes on with it. `like`: shapes and dtypes. `split`: of a parameter's path, how
+        many leading axes index its layers."""
+        self._folder = (folder / STEPS / "0").absolute()
+        if not self._folder.is_dir():
+            context = ocp.Context()
+            context.array.saving.use_ocdbt = False
+            with context:
+                leaf = lambda node: not isinstance(node, dict)  # noqa: E731
+                tiny = jax.tree.map(lambda one: np.zeros((1,), one.dtype), like, is_leaf=leaf)
+                ocp.save_checkpointables(str(self._folder), {"params": tiny})
+        self._split = split
+        self._stores: dict[tuple[str, ...], Any] = {}
+        self._like = like
+
+    def open(self, path: tuple[str, ...]) -> None:
+        """Opens a parameter; made anew where it is not whole in its true shape yet."""
+        import tensorstore
+
+        one: Any = self._like
+        for name in path:
+            one = one[name]
+        lead = self._split(path)
+        rows = max(1, CHUNK // (math.prod(one.shape[lead + 1 :]) * one.dtype.itemsize))
+        chunk = [1] * lead + [min(rows, one.shape[lead]), *one.shape[lead + 1 :]]
+        at = self._folder / "params" / ".".join(path)
+        spec = {
+            "driver": "zarr3",
+            "kvstore": {"driver": "file", "path": f"{at}/"},
+            "metadata": {
+                "shape": list(one.shape),
+                "data_type": str(one.dtype),
+                "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
+                "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+            },
+            "context": {"file_io_sync": False},
+            "store_data_equal_to_fill_value": True,
+        }
+        described = json.loads((at / "zarr.json").read_text(encoding="utf-8"))
+        if described["shape"] != list(one.shape) or described["chunk_grid"]["configuration"]["chunk_shape"] != chunk:
+            shutil.rmtree(at)
+        self._stores[path] = tensorstore.open(spec, create=True, open=True).result()
+
+    def write(self, path: tuple[str, ...], at: tuple[int, ...], layer: np.ndarray) -> None:
+        """Writes a layer; returns when it is in its files."""
+        self._stores[path][at].write(layer).result()
 
 
 def write_hf_config(folder: Path, hf_config: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ def dry_run(resolved: Resolved) -> int:
     from xlam_jax.training import cost, weights
     from xlam_jax.training import step as steps
 
-    weights.check_init(resolved)
+    weights.read_base(resolved)
     loader = pipeline.Loader(
         made.loaded,
         config.data,

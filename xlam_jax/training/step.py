@@ -142,10 +142,15 @@ def init_state(abstract: State, tx: optax.GradientTransformation, params: Callab
 
 
 def place(params: Callable[[], Params] | Params, abstract: Params) -> Params:
-    """Puts parameters where, and in the dtype in which, they belong."""
+    """Puts parameters where, and in the dtype in which, they belong: arrays, or what stands for them in a file."""
     if callable(params):
         return jax.jit(params, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))()
-    return jax.tree.map(lambda array, like: jax.device_put(array.astype(like.dtype), like.sharding), params, abstract)
+
+    def put(array: Any, like: Any) -> jax.Array:
+        array = array.astype(like.dtype)
+        return array.placed(like.sharding) if hasattr(array, "placed") else jax.device_put(array, like.sharding)
+
+    return jax.tree.map(put, params, abstract)
 
 
 def _scored(model: Decoder, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array, Any]:

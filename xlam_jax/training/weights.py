@@ -18,37 +18,24 @@ from xlam_jax.training.step import abstract_frozen, place
 
 
 def read_base(resolved: Resolved) -> Params | None:
-    """The weights that `model.init_from` names, a whole model without adapters; None for random ones.
+    """The weights that `model.init_from` names, a whole model without adapters, none of them read yet: `place` reads
+    what each host's devices hold. None for random ones.
 
     Raises `UserError` when they are those of another model.
     """
-    from converters.hf_to_orbax import load_hf
+    from converters.hf_to_orbax import HFWeights
 
-    if resolved.config.model.init_from is None:
+    named = resolved.config.model.init_from
+    if named is None:
         return None
-    folder = Path(resolved.config.model.init_from)
     like = shapes(replace(resolved.model, lora=None))
-    if checkpoint.is_checkpoint(folder):
-        step = checkpoint.resolve(folder)
+    if checkpoint.is_checkpoint(Path(named)):
+        step = checkpoint.resolve(Path(named))
         checkpoint.check_params(step, like)
-        return checkpoint.load_params(step)  # as numpy arrays: they may have been saved by other devices
-    params = load_hf(folder)[1]
-    checkpoint.same_shapes(folder, params, like)
+        return checkpoint.open_params(step)
+    params = HFWeights(named).params()
+    checkpoint.same_shapes(named, params, like)
     return params
-
-
-def check_init(resolved: Resolved) -> None:
-    """Raises `UserError` when `model.init_from` holds no weights of this model, as `read_base` does, reading none."""
-    from converters.hf_to_orbax import check_hf
-
-    if resolved.config.model.init_from is None:
-        return
-    folder = Path(resolved.config.model.init_from)
-    like = shapes(replace(resolved.model, lora=None))
-    if checkpoint.is_checkpoint(folder):
-        checkpoint.check_params(checkpoint.resolve(folder), like)
-    else:
-        checkpoint.same_shapes(folder, shapes(check_hf(folder)), like)
 
 
 def read_adapters(resolved: Resolved) -> Params | None:
@@ -80,13 +67,14 @@ def frozen(resolved: Resolved, base: Params | None, abstract: Params, dtype: Any
 
     def kept(tree: Params, like: Params) -> Params:
         """One parameter after the other: the whole is never on the devices unquantized."""
-        return {
-            name: kept(value, like[name])
-            if isinstance(value, dict)
-            else place(lambda name=name, value=value: freeze({name: jnp.asarray(value)}, dtype, quantized=quantized),
-                       {name: like[name]})[name]
-            for name, value in tree.items()
-        }  # fmt: skip
+        return {name: one(name, value, like[name]) for name, value in tree.items()}
+
+    def one(name: str, value: Any, like: Any) -> Any:
+        if isinstance(value, dict):
+            return kept(value, like)
+        if not isinstance(like, NF4):
+            return place(value, like)
+        return place(lambda: freeze({name: jnp.asarray(value)}, dtype, quantized=True), {name: like})[name]
 
     return kept(base, abstract)
 

@@ -1,0 +1,109 @@
+"""What a checkpoint is: `python -m converters.inspect DIR`."""
+
+import argparse
+from collections import Counter
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from xlam_jax.errors import run
+from xlam_jax.models.config import ModelConfig
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m converters.inspect",
+        description="Tells what a checkpoint holds: its family, size, dtypes, layout, step and config.",
+    )
+    parser.add_argument("folder", metavar="DIR", help="Hugging Face folder, its address or hub name, run, or step")
+    folder = parser.parse_args().folder
+
+    from xlam_jax.training import checkpoint
+
+    facts = stored(Path(folder)) if checkpoint.is_checkpoint(Path(folder)) else foreign(folder)
+    width = max(map(len, facts))
+    for name, fact in facts.items():
+        print(f"{name:{width}}  {fact}")
+
+
+def foreign(folder: str) -> dict[str, str]:
+    """Of a Hugging Face folder. Raises `UserError` where it is none, or its weights do not fit its config."""
+    from converters.hf_to_orbax import TOKENIZER_FILES, HFWeights
+
+    opened = HFWeights(folder)
+    files = opened.sizes()
+    held = Counter({where.dtype.name: 0 for _, where in opened.sources})
+    for tensor, where in opened.sources:
+        held[where.dtype.name] += prod(tensor.shape)
+    fused = any(where.part for _, where in opened.sources)
+    return {
+        "folder": f"{folder}: Hugging Face, {len(files)} safetensors file(s), {_gb(sum(files.values()))}",
+        **_model(opened.hf_config, opened.config),
+        "dtype": _dtypes(held),
+        "layout": "experts of a layer fused in one tensor" if fused else "one tensor for each matrix",
+        "tokenizer": _tokenizer(opened.files, TOKENIZER_FILES),
+    }
+
+
+def stored(folder: Path) -> dict[str, str]:
+    """Of a run folder or a step of one. Raises `UserError` where it is damaged."""
+    import jax
+
+    from converters.hf_to_orbax import TOKENIZER_FILES
+    from xlam_jax.training import checkpoint
+
+    step = checkpoint.resolve(folder)
+    hf_config = checkpoint.load_hf_config(step)
+    leaves: list[Any] = jax.tree.leaves(checkpoint.open_params(step))
+    held = Counter({leaf.dtype.name: 0 for leaf in leaves})
+    for leaf in leaves:
+        held[leaf.dtype.name] += leaf.size
+    items = sorted(entry.name for entry in step.iterdir() if entry.is_dir() and (entry / "_METADATA").exists())
+    size = sum(path.stat().st_size for path in step.rglob("*") if path.is_file())
+    others = [one for one in checkpoint.whole_steps(step.parent.parent) if one != int(step.name)]
+    also = f"; also there: {', '.join(map(str, others))}" if others else ""
+    facts = {
+        "folder": f"{folder}: Orbax, items {', '.join(items)}, {_gb(size)}",
+        "step": f"{step.name}{also}",
+        **_model(hf_config, ModelConfig.from_hf(hf_config)),
+        "dtype": _dtypes(held),
+        "tokenizer": _tokenizer(checkpoint.tokenizer_dir(step), TOKENIZER_FILES),
+    }
+    run_config = checkpoint.load_metadata(step).get("config")
+    if run_config is None:
+        return facts | {"config": "none: a converted model"}
+    train, model, lora = run_config["train"], run_config["model"], run_config.get("lora") or {}
+    what = train["trainable"]
+    if what != "full":
+        what += f" (rank {lora.get('rank')} on {', '.join(lora.get('targets', []))}): the step holds the adapters alone"
+    kind = run_config.get("objective", {}).get("kind", "sft")
+    start = model.get("init_from") or "random weights"
+    return facts | {"config": f"{kind}, {what}, from {start}, {train['steps']:,} steps of {train['batch_size']} rows"}
+
+
+def _model(hf_config: dict[str, Any], model: ModelConfig) -> dict[str, str]:
+    experts = f", {model.experts} experts of which {model.experts_per_token} see a token" if model.experts else ""
+    window = f", window {model.sliding_window:,}" if model.sliding_window else ""
+    return {
+        "family": f"{hf_config['architectures'][0]}, {model.parameters():,} parameters",
+        "sizes": f"{model.layers} layers, hidden size {model.hidden_size:,}, MLP {model.mlp_size:,}, "
+        f"{model.heads} heads over {model.kv_heads} of keys, head size {model.head_dim}, vocabulary {model.vocab_size:,}{experts}{window}",
+    }
+
+
+def _dtypes(held: Counter[str]) -> str:
+    return ", ".join(f"{name} ({count:,} values)" for name, count in held.most_common())
+
+
+def _tokenizer(folder: Path | None, patterns: tuple[str, ...]) -> str:
+    found = sorted({path.name for pattern in patterns for path in folder.glob(pattern)}) if folder else []
+    return ", ".join(found) or "none"
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
+
+
+if __name__ == "__main__":
+    run(main)

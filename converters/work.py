@@ -1,0 +1,118 @@
+"""What both converters share: arguments, progress, and the check of every tensor."""
+
+import argparse
+import re
+import time
+from collections.abc import Callable, Sequence
+from math import prod
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from converters.hf_map import Tensor
+from converters.shards import ahead
+from xlam_jax.errors import UserError
+
+DTYPE_NAMES = ("bfloat16", "float16", "float32")
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+WORKERS = 2
+EVERY = 10.0
+"""Seconds between lines in a log."""
+INFINITE = {2: {"bfloat16": 0x7F80, "float16": 0x7C00}, 4: {"float32": 0x7F800000}, 8: {"float64": 0x7FF0000000000000}}
+"""Bits of infinity, by the bytes and the name of a dtype; what is larger, the sign aside, is no number."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of both directions."""
+    parser.add_argument("--dtype", choices=DTYPE_NAMES, help="dtype to write (default: that of the source)")
+    parser.add_argument(
+        "--workers", type=int, default=WORKERS, metavar="N", help=f"tensors at work at a time (default: {WORKERS})"
+    )
+    parser.add_argument("--verify", action="store_true", help="read everything back and compare it with the source")
+
+
+def dtype_of(name: str | None) -> np.dtype | None:
+    """The dtype of that name."""
+    import ml_dtypes
+
+    return None if name is None else np.dtype(getattr(ml_dtypes, name, name))
+
+
+def size_of(text: str) -> int:
+    """Bytes of a size such as 5GB."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]B)", text.strip(), re.IGNORECASE)
+    if not match or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write it like 5GB or 500MB")
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+def check_finite(where: str, key: str, value: np.ndarray) -> None:
+    """Raises `UserError` for a tensor with values that are no numbers, or infinite."""
+    infinite = INFINITE[value.dtype.itemsize][value.dtype.name]
+    words = value.view(f"uint{8 * value.dtype.itemsize}")
+    without_sign = words.dtype.type(2 ** (8 * value.dtype.itemsize - 1) - 1)
+    if (words & without_sign).max(initial=0) >= infinite:
+        wrong = int(((words & without_sign) >= infinite).sum())
+        raise UserError(
+            f"{where}: {key} holds {wrong:,} of {value.size:,} values that are infinite or no numbers; "
+            "the training diverged or the file is damaged: use an earlier step, or download it again"
+        )
+
+
+def compare(name: str, same: Callable[[Any], bool], items: Sequence[tuple[Tensor, Any]], workers: int) -> None:
+    """Raises `UserError` naming the tensors for which `same` does not hold."""
+    with Told("verifying", sum(prod(tensor.shape) for tensor, _ in items)) as told:
+        wrong = []
+        for (tensor, _), holds in ahead(same, items, workers):
+            told.add(prod(tensor.shape))
+            wrong += [] if holds else [tensor.key]
+    if wrong:
+        shown = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+        raise UserError(
+            f"{name}: {len(wrong)} tensors are not what was written ({shown}); check the disk, and run again"
+        )
+    print(f"verified: {len(items):,} tensors are the source's, bit for bit")
+
+
+class Told:
+    """Says how far a conversion is: a panel on a terminal, a line every ten seconds in a log."""
+
+    def __init__(self, what: str, total: int):
+        """`total`: bytes."""
+        from xlam_jax.training.progress import Progress
+
+        self._what, self._total, self._moved, self._skipped = what, total, 0, 0
+        self._progress = Progress()
+        self._began = self._said = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        self._progress.close()
+
+    def skip(self, size: int) -> None:
+        """Bytes that an earlier process has done."""
+        self._skipped += size
+        if size:
+            self._progress.line(f"{self._what}: {size / 1e9:.2f} GB are there already")
+
+    def add(self, size: int) -> None:
+        """Bytes that are done."""
+        from xlam_jax.training.progress import Status, duration
+
+        self._moved += size
+        now = time.monotonic()
+        rate = self._moved / max(now - self._began, 1e-9)
+        left = (self._total - self._skipped - self._moved) / max(rate, 1e-9)
+        done = self._skipped + self._moved
+        speed = f"{rate / 1e6:,.0f} MB/s"
+        line = f"{self._what}: {done / 1e9:.2f} of {self._total / 1e9:.2f} GB  {speed}  left {duration(left)}"
+        fields = (("", self._what), ("", speed))
+        status: Any = Status(
+            step=done // 10**6, steps=max(1, self._total // 10**6), left=left, fields=fields, line=line
+        )
+        keep = now - self._said >= EVERY
+        self._said = now if keep else self._said
+        self._progress.step(status, keep=keep)
