@@ -88,7 +88,8 @@ def _model(hf_config: dict[str, Any], model: ModelConfig) -> dict[str, str]:
     return {
         "family": f"{hf_config['architectures'][0]}, {model.parameters():,} parameters",
         "sizes": f"{model.layers} layers, hidden size {model.hidden_size:,}, MLP {model.mlp_size:,}, "
-        f"{model.heads} heads over {model.kv_heads} of keys, head size {model.head_dim}, vocabulary {model.vocab_size:,}{experts}{window}",
+        f"{model.heads} heads over {model.kv_heads} of keys, head size {model.head_dim}, "
+        f"vocabulary {model.vocab_size:,}{experts}{window}",
     }
 
 

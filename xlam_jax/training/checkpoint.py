@@ -264,19 +264,25 @@ def tokenizer_dir(step_dir: Path) -> Path | None:
 class StoredParameter:
     """One of a step's parameters, read by its layers when they are asked for."""
 
-    def __init__(self, store: Any, dtype: np.dtype | None = None):
-        self._store = store
+    def __init__(self, name: str, store: Any, dtype: np.dtype | None = None):
+        self._name, self._store = name, store
         self.shape = tuple(store.shape)
         self.dtype = dtype or store.dtype.numpy_dtype
         self.size, self.ndim = math.prod(self.shape), len(self.shape)
 
     def astype(self, dtype: Any) -> "StoredParameter":
         """The same, converted when it is read."""
-        return StoredParameter(self._store, np.dtype(dtype))
+        return StoredParameter(self._name, self._store, np.dtype(dtype))
 
     def __getitem__(self, at: Any) -> np.ndarray:
-        """A slice."""
-        return self._store[at].read().result().astype(self.dtype, copy=False)
+        """A slice. Raises `UserError` when it is damaged."""
+        try:
+            return self._store[at].read().result().astype(self.dtype, copy=False)
+        except ValueError as error:
+            raise UserError(
+                f"{self._name}: can't be read ({str(error).strip().splitlines()[0][:300]}); the folder is damaged: use "
+                "another step, or convert the weights again"
+            ) from None
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """All of it."""
@@ -308,7 +314,7 @@ def open_params(step_dir: Path) -> Params:
                 else {"driver": "file", "path": f"{folder}/{name}/"}
             )
             spec = {"driver": "zarr3" if form["use_zarr3"] else "zarr", "kvstore": at, "recheck_cached_data": False}
-            return StoredParameter(tensorstore.open(spec, read=True).result())
+            return StoredParameter(f"{folder}/{name}", tensorstore.open(spec, read=True).result())
 
         return jax.tree_util.tree_map_with_path(opened, stored)
     except (ValueError, OSError, KeyError) as error:
