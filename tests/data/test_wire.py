@@ -256,6 +256,9 @@ def test_the_schema_of_calls_takes_calls_of_the_tools_and_nothing_else():
         assert not fits(wrong)
     assert not fits([{"name": "h", "arguments": {}}])
     assert not Draft202012Validator(calls_schema(tools, at_most=1)).is_valid([{"name": "g", "arguments": {}}] * 2)
+    other = {"name": "h", "parameters": city | {"$defs": {"city": {"enum": ["Rome"]}}}}
+    with pytest.raises(ValueError, match="'h' defines"):
+        calls_schema([*tools, {"type": "function", "function": other}])
 
 
 def test_it_needs_only_the_standard_library():

@@ -79,6 +79,7 @@ class CompletionStream:
                 at = mark.start() if mark else len(text)
         self._released += at
         self._held = text[at:]
+        self._holding |= len(self._held) > _LONGEST_FRONT
         return text[:at]
 
     def finish(self) -> tuple[str, tuple[ToolCall, ...] | None]:
@@ -90,14 +91,17 @@ class CompletionStream:
 def calls_schema(tools: Iterable[dict[str, Any]], at_most: int | None = None) -> dict[str, Any]:
     """The JSON Schema of an array of calls of tools in OpenAI form, to make a model write nothing else.
 
-    `$defs` of the tools' own schemas are moved to the top, as references are resolved from there.
+    `$defs` of the tools' own schemas are moved to the top, as references are resolved from there. Raises `ValueError`
+    where two tools define the same name differently.
     """
-    choices: list[dict[str, Any]] = []
+    choices: list[Any] = []
     definitions: dict[str, Any] = {}
     for tool in tools:
         function = tool["function"]
-        parameters = dict(function.get("parameters") or {"type": "object", "properties": {}})
-        definitions |= parameters.pop("$defs", {})
+        parameters: dict[str, Any] = dict(function.get("parameters") or {"type": "object", "properties": {}})
+        for name, definition in parameters.pop("$defs", {}).items():
+            if definitions.setdefault(name, definition) != definition:
+                raise ValueError(f"tool '{function['name']}' defines $defs.{name} unlike a tool before it; rename one")
         choices.append(
             {
                 "type": "object",
@@ -106,11 +110,12 @@ def calls_schema(tools: Iterable[dict[str, Any]], at_most: int | None = None) ->
                 "additionalProperties": False,
             }
         )
-    return (
-        {"type": "array", "minItems": 1, "items": {"anyOf": choices}}
-        | ({} if at_most is None else {"maxItems": at_most})
-        | ({"$defs": definitions} if definitions else {})
-    )
+    schema: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": choices}}
+    if at_most is not None:
+        schema["maxItems"] = at_most
+    if definitions:
+        schema["$defs"] = definitions
+    return schema
 
 
 def arguments_json(call: ToolCall) -> str:
@@ -137,6 +142,9 @@ def _front() -> str:
     return "|".join(map(_beginning, fronts))
 
 
+_LONGEST_FRONT = 1000
+"""Characters. What is longer, by white space, is held to the end like calls: to look through it again with each piece
+would take time that grows with its square."""
 _MARKED = rf"(?:{'|'.join(map(re.escape, _CLOSING))})?+"
 _FRONT = re.compile(_front())
 _ARRAY = re.compile(rf'\s*+(?:{re.escape(TOOL_CALLS)})?+\s*+{_MARKED}\s*+\[\s*+\{{\s*+"')
