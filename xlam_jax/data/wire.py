@@ -56,18 +56,19 @@ class CompletionStream:
         self._pieces: list[str] = []
         self._held = ""
         self._released = 0
-        self._holding = False
+        self.holding = False
+        """Whether what comes is held to the end: it may be calls."""
 
     def feed(self, piece: str) -> str:
         """Takes the next piece; returns the content that is certain now."""
         self._pieces.append(piece)
-        if self._holding or not piece:
+        if self.holding or not piece:
             return ""
         text, at = self._held + piece, 0
         while True:
             at_start = self._released + at == 0
             if _ARRAY.match(text, at) or (at_start and _OBJECT.match(text)):
-                self._holding = True
+                self.holding = True
                 break
             if _FRONT.fullmatch(text, at):
                 break
@@ -79,7 +80,7 @@ class CompletionStream:
                 at = mark.start() if mark else len(text)
         self._released += at
         self._held = text[at:]
-        self._holding |= len(self._held) > _LONGEST_FRONT
+        self.holding |= len(self._held) > _LONGEST_FRONT
         return text[:at]
 
     def finish(self) -> tuple[str, tuple[ToolCall, ...] | None]:
