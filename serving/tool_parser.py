@@ -8,6 +8,7 @@ malformed or cut off come back as content.
 """
 # pyright: reportMissingImports=false
 
+import uuid
 from collections.abc import Sequence
 
 from vllm.entrypoints.generate.base.protocol import (
@@ -20,7 +21,6 @@ from vllm.entrypoints.generate.base.protocol import (
 )
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
-from vllm.renderers.chat_utils import make_tool_call_id
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.tokenizers import TokenizerLike
 from vllm.tool_parsers.abstract_tool_parser import Tool, ToolParser, ToolParserManager
@@ -65,7 +65,7 @@ class XlamJaxToolParser(ToolParser):
             tools_called=bool(calls),
             tool_calls=[
                 ToolCall(
-                    id=call.id or make_tool_call_id(),
+                    id=_id(call.id),
                     function=FunctionCall(name=call.name, arguments=arguments_json(call)),
                 )
                 for call in calls or ()
@@ -98,13 +98,18 @@ class XlamJaxToolParser(ToolParser):
             tool_calls=[
                 DeltaToolCall(
                     index=at,
-                    id=call.id or make_tool_call_id(),
+                    id=_id(call.id),
                     type="function",
                     function=DeltaFunctionCall(name=call.name, arguments=arguments_json(call)),
                 )
                 for at, call in enumerate(calls or ())
             ],
         )
+
+
+def _id(own: str | None) -> str:
+    """The id that the model gave a call, or a new one in vLLM's form."""
+    return own or f"chatcmpl-tool-{uuid.uuid4().hex}"
 
 
 ToolParserManager.register_module("xlam_jax", module=XlamJaxToolParser)
