@@ -9,6 +9,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shlex
 import signal
 import socket
@@ -32,6 +33,7 @@ LONGEST = 32768
 LAST_LINES = 20
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """vLLM's."""
+_ERROR = re.compile(r"(?:^|ERROR .*\] )([\w.]+(?:Error|Exception): .+)")
 INSTALL = (
     "vLLM is not installed here; install it with\n"
     "  pip install -e '.[serve]'    (NVIDIA GPUs)\n"
@@ -117,7 +119,8 @@ def serve(command: Sequence[str], host: str, port: int, name: str, timeout: floa
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     )
     last: deque[str] = deque(maxlen=LAST_LINES)
-    reader = threading.Thread(target=_pass_on, args=(server, last), daemon=True)
+    errors: list[str] = []
+    reader = threading.Thread(target=_pass_on, args=(server, last, errors), daemon=True)
     reader.start()
     stopped: list[int] = []
 
@@ -142,7 +145,8 @@ def serve(command: Sequence[str], host: str, port: int, name: str, timeout: floa
     lines = "".join(f"  {line}\n" for line in last) or "  (nothing)\n"
     if died is None:
         raise UserError(f"vLLM was not ready within {timeout:g} seconds (--timeout); its last lines:\n{lines}".rstrip())
-    raise UserError(f"vLLM ended with code {died}; its last lines:\n{lines}".rstrip())
+    cause = f" ({errors[0]})" if errors else ""
+    raise UserError(f"vLLM ended with code {died}{cause}; its last lines:\n{lines}".rstrip())
 
 
 def _split(words: list[str]) -> tuple[list[str], list[str]]:
@@ -214,6 +218,14 @@ def model_folder(given: str, exported: Path | None, export: bool) -> Path | str:
 
 
 def _check_folder(folder: Path) -> None:
+    """Tells at once what vLLM would tell after minutes."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            safe_open(path, framework="np")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: truncated or damaged, {path.stat().st_size} bytes ({error})") from None
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise UserError(f"{folder}: has no tokenizer; put the model's tokenizer files there")
 
@@ -252,13 +264,15 @@ def _tokenizer_config(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _pass_on(server: "subprocess.Popen[bytes]", last: "deque[str]") -> None:
-    """Shows what the server says, and keeps its last lines."""
+def _pass_on(server: "subprocess.Popen[bytes]", last: "deque[str]", errors: list[str]) -> None:
+    """Shows what the server says, and keeps its last lines and the errors: the first is the cause of the others."""
     assert server.stdout
     for line in server.stdout:
         text = line.decode(errors="replace").rstrip()
         if text:
             last.append(text)
+            if found := _ERROR.search(text):
+                errors.append(found[1])
         print(text, file=sys.stderr, flush=True)
 
 

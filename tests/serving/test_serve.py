@@ -31,6 +31,9 @@ class Health(BaseHTTPRequestHandler):
 def main():
     does = os.environ["DOES"]
     print("I am", importlib.metadata.version("vllm"), "and was told", *sys.argv[1:], flush=True)
+    if does == "die":
+        print("(Worker pid=7) ERROR 11-23 11:49:09 [a.py:953] some.where.SomeError: no cause")
+        print("RuntimeError: see above")
     for n in range(30):
         print("line", n, flush=True)
     if does == "die":
@@ -123,7 +126,7 @@ def test_a_server_that_dies_while_starting(started: Any):
     out, err = process.communicate(timeout=30)
     assert (process.returncode, out) == (2, "")
     message = err[err.index("error: ") :].splitlines()
-    assert message[0] == "error: vLLM ended with code 1; its last lines:"
+    assert message[0] == "error: vLLM ended with code 1 (some.where.SomeError: no cause); its last lines:"
     assert message[-2:] == ["  line 29", "  no memory"]
     assert len(message) == 1 + serve.LAST_LINES
 
@@ -220,6 +223,13 @@ def test_folders_that_are_no_model(commands: Commands, model: Path, gone: str, e
     said = commands.fails("serving.serve", "--model", model, "--port", 0)
     assert expected in said
     assert str(model) in said
+
+
+def test_truncated_weights(commands: Commands, model: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(serve, "package", lambda: "vllm")
+    (model / "model.safetensors").write_bytes(b"\x50\0\0\0\0\0\0\0{")
+    said = commands.fails("serving.serve", "--model", model, "--port", 0)
+    assert f"{model}/model.safetensors: truncated or damaged, 9 bytes" in said
 
 
 def test_no_folder_and_a_name(commands: Commands, monkeypatch: pytest.MonkeyPatch):
