@@ -91,7 +91,10 @@ def main() -> None:
     args = parser.parse_args()
     tools = load_tools(args.tools) if args.tools else []
     connection = {"api_key": args.api_key, "timeout": args.timeout}
-    model = args.model or xLAMChatCompletion(args.base_url, "", **connection).models()[0]
+    model = args.model
+    if model is None:
+        with xLAMChatCompletion(args.base_url, "", **connection) as asked:
+            model = asked.models()[0]
     llm = xLAMChatCompletion.from_config(
         xLAMConfig(
             base_url=args.base_url,
@@ -102,10 +105,15 @@ def main() -> None:
             **connection,
         )
     )
-    chat = Chat(llm, tools, args.system, args.max_turns)
+    with llm:
+        talk(Chat(llm, tools, args.system, args.max_turns), f"{model}, {len(tools)} tools. {HELP}.")
+
+
+def talk(chat: Chat, greeting: str) -> None:
+    """Reads what is typed until it ends."""
     terminal = sys.stdin.isatty()
     if terminal:
-        print(f"{model}, {len(tools)} tools. {HELP}.")
+        print(greeting)
     while True:
         try:
             text = input("> " if terminal else "").strip()
