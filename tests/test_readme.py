@@ -109,7 +109,7 @@ def test_snippets_of_the_training_page_are_configs(tmp_path: Path, monkeypatch: 
 
 def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in re.findall(r"`?make (\w+)", README):
+    for target in re.findall(r"`?make ([\w-]+)", README):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 

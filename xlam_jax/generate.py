@@ -120,7 +120,7 @@ class Completion(NamedTuple):
 
 def read_completion(new: list[int], tokenizer: "PreTrainedTokenizerFast") -> Completion:
     """Reads a model's new tokens."""
-    from xlam_jax.data.render import parse_completion
+    from xlam_jax.data.wire import parse_completion
 
     ended = bool(new) and new[-1] == tokenizer.eos_token_id
     text = str(tokenizer.decode(new[:-1] if ended else new, skip_special_tokens=False))

@@ -187,7 +187,7 @@ def _output(row: dict[str, Any], repairs: list[Repaired]) -> dict[str, Any]:
 
 def _parsed(text: str) -> dict[str, Any]:
     """What a model wrote, as a message."""
-    from xlam_jax.data.render import parse_completion
+    from xlam_jax.data.wire import parse_completion
 
     content, calls = parse_completion(text)
     message: dict[str, Any] = {"role": "assistant", "content": content}

@@ -1,7 +1,5 @@
 import dataclasses
 import json
-import random
-import time
 
 import numpy as np
 import pytest
@@ -9,9 +7,10 @@ import pytest
 from xlam_jax.config import Loss
 from xlam_jax.data.codec import Codec
 from xlam_jax.data.formats import find
-from xlam_jax.data.render import parse_completion, render, render_all, render_prompt, sequences
+from xlam_jax.data.render import render, render_all, render_prompt, sequences
 from xlam_jax.data.tokenizer import load_tokenizer, save
 from xlam_jax.data.trajectory import InvalidTrajectory, Message, ToolCall, Trajectory, parse_trajectory, to_messages
+from xlam_jax.data.wire import parse_completion
 from xlam_jax.errors import UserError
 
 
@@ -290,111 +289,3 @@ def test_runs_after_control_tokens_get_no_sentence_start(row):
 def test_a_bad_request_is_a_user_error(messages, match, tokenizer):
     with pytest.raises(UserError, match=match):
         render_prompt(messages, None, tokenizer, "xlam")
-
-
-CALLS = (ToolCall(None, "f", {"a": [{"b": "]}\n"}]}), ToolCall(None, "g", {}))
-WIRE = json.dumps([{"name": call.name, "arguments": call.arguments} for call in CALLS])
-
-
-@pytest.mark.parametrize(
-    ("text", "content"),
-    [
-        (WIRE, ""),
-        ("[TOOL_CALLS]" + WIRE, ""),
-        ("[TOOL_CALLS] " + WIRE, ""),
-        ("thought\n" + WIRE, "thought"),
-        ("thought\n\n" + WIRE, "thought\n"),
-        ("thought[TOOL_CALLS]" + WIRE, "thought"),
-        ("a [{ b\n[TOOL_CALLS]" + WIRE, "a [{ b\n"),
-        ("thought\n" + json.dumps(json.loads(WIRE), indent=2) + "\n", "thought"),
-        ('a "quote and \\" [[{"name": \n' + WIRE, 'a "quote and \\" [[{"name": '),
-        (json.dumps({"thought": "why?", "tool_calls": json.loads(WIRE)}), "why?"),
-        (json.dumps({"tool_calls": json.loads(WIRE), "thought": ""}, indent=1), ""),
-    ],
-)
-def test_completions_parse_to_content_and_calls(text, content):
-    assert parse_completion(text) == (content, CALLS)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "Oslo: 3 °C [1]",
-        "[]",
-        "[TOOL_CALLS][]",
-        WIRE[:-1],
-        WIRE + " Done.",
-        '[{"name": "f"}]',
-        '[{"name": "f", "arguments": "{}"}]',
-        '[{"name": "f", "arguments": {}, "extra": 1}]',
-        '[{"name": "f", "arguments": {"a": NaN}}, 1]',
-        "[TOOL_CALLS]f{}",
-        "[{" * 2000,
-        '[{"a": ' + "[" * 100_000,
-        '{"thought": "x"}',
-        '{"thought": "x", "tool_calls": ' + WIRE + ', "more": 1}',
-        '{"thought": null, "tool_calls": []}',
-        '{"thought": "x", "tool_calls": [{"name": "f"}]}',
-    ],
-)
-def test_malformed_calls_stay_content(text):
-    assert parse_completion(text) == (text, None)
-
-
-def test_parsing_never_raises_on_noise():
-    random_ = random.Random(0)
-    for _ in range(2000):
-        cut = "".join(random_.choice([*WIRE, "[TOOL_CALLS]", "\\", "\ud800", '"name"']) for _ in range(30))
-        content, calls = parse_completion(WIRE[: random_.randrange(len(WIRE))] + cut)
-        assert calls is None or content is not None
-
-
-def test_the_object_without_calls_is_text():
-    assert parse_completion('{"thought": "It is 3 °C.", "tool_calls": []}') == ("It is 3 °C.", None)
-
-
-def by_trying(text: str) -> tuple[ToolCall, ...] | None:
-    """The calls up to the end of a text, by trying to read JSON from each bracket on."""
-    for start in range(len(text)):
-        if text[start] != "[":
-            continue
-        try:
-            found = json.loads(text[start:])
-        except ValueError:
-            continue
-        if found and all(isinstance(call, dict) and call.keys() == {"name", "arguments"} for call in found):
-            return tuple(ToolCall(None, call["name"], call["arguments"]) for call in found)
-        return None
-    return None
-
-
-def test_calls_are_found_where_trying_every_bracket_finds_them():
-    random_ = random.Random(1)
-    parts = [
-        '[{"name": "f", "arguments": {"a": "',
-        '"}}]',
-        '[{"name": "g", "arguments": {}}]',
-        "[",
-        "]",
-        '"',
-        "\\",
-        "{",
-        "x ",
-    ]
-    hits = 0
-    for _ in range(5000):
-        text = "".join(random_.choice(parts) for _ in range(random_.randint(1, 6)))
-        expected = by_trying(text)
-        hits += expected is not None
-        assert parse_completion(text)[1] == expected, text
-    assert hits > 200
-
-
-@pytest.mark.parametrize("piece", ["[{", '[{"name":', '[{"', "]", '"]', "\\", '[{"name": "f", "arguments": {}}] ', "{"])
-def test_long_noise_is_parsed_in_linear_time(piece):
-    """Trying each bracket in turn takes minutes for this, and hours for ten times as much."""
-    text = piece * (1_000_000 // len(piece)) + "]"
-    start = time.process_time()
-    assert parse_completion(text) == (text, None)
-    assert time.process_time() - start < 20

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
+from xlam_jax.data.wire import TOOL_CALLS
 from xlam_jax.errors import UserError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-TOOL_CALLS = "[TOOL_CALLS]"
 CONTROL_TOKENS = (
     "[INST]",
     "[/INST]",

@@ -1,10 +1,9 @@
-"""From trajectory to token ids and loss weights, and from a completion back to text and tool calls.
+"""From trajectory to token ids and loss weights; `xlam_jax.data.wire` is the way back.
 
 This is the only renderer. What the text looks like is a matter of the format (`xlam_jax.data.formats`); which tokens
 carry loss follows from the piece of the text that each token starts in, never from a search for what the text says.
 """
 
-import re
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,14 +13,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from xlam_jax.config import Loss
-from xlam_jax.data.codec import CONTROL_TOKENS, KINDS, TOOL_CALLS, Codec, Kind, Segment
+from xlam_jax.data.codec import CONTROL_TOKENS, KINDS, Codec, Kind, Segment
 from xlam_jax.data.formats import PLAIN, Format, Layout, Variant, find
 from xlam_jax.data.trajectory import (
     InvalidTrajectory,
     Message,
-    ToolCall,
     Trajectory,
-    parse_json,
     parse_messages,
     parse_tools,
     system_text,
@@ -38,7 +35,6 @@ __all__ = [
     "Rendered",
     "Span",
     "chat_template",
-    "parse_completion",
     "render",
     "render_all",
     "render_prompt",
@@ -190,30 +186,6 @@ def render_prompt(
     return codec.encode(segments)[0].tolist()
 
 
-def parse_completion(text: str) -> tuple[str, tuple[ToolCall, ...] | None]:
-    """Splits what a model wrote (without its end token) into content and tool calls; the inverse of the wire formats.
-
-    Calls are a JSON array up to the end of the text, alone or after a thought, with or without `[TOOL_CALLS]`; or the
-    text is one JSON object `{"thought", "tool_calls"}`. Text whose calls are malformed comes back whole as content,
-    with None; nothing raises.
-    """
-    if text.lstrip().startswith("{"):
-        match _parsed(text):
-            case {"thought": str(thought), "tool_calls": list(found), **rest} if not rest:
-                calls = _calls(found)
-                if calls is not None:
-                    return thought, calls or None
-    start = _last_array(text)
-    calls = None if start is None else _calls(_parsed(text[start:]))
-    if not calls:
-        return text, None
-    content = text[:start]
-    bare = content.rstrip()
-    if bare.endswith(TOOL_CALLS):
-        return bare.removesuffix(TOOL_CALLS), calls
-    return (content[:-1] if content.endswith(("\n", " ")) else content), calls
-
-
 def chat_template(tokenizer: "PreTrainedTokenizerFast", format: str = "xlam") -> str:
     """Returns the jinja text that renders like `render` with this tokenizer (but for `loss: false`).
 
@@ -243,44 +215,3 @@ def known(tokenizer: "PreTrainedTokenizerFast", format: str) -> tuple[Codec, For
     if format not in entry.formats:
         entry.formats[format] = find(format, tokenizer, entry.codec)
     return entry.codec, entry.formats[format]
-
-
-_QUOTE_OR_BRACKET = re.compile(r'"(\\*)|[\[\]{}]')
-
-
-def _last_array(text: str) -> int | None:
-    """Where the JSON array starts that ends with the text, if one does.
-
-    Read backwards there is one place where it can: quotes that no backslash escapes come in pairs from the end on, and
-    the brackets outside them show which one the last `]` closes. That takes linear time, unlike trying each `[`.
-    """
-    backwards = text.rstrip(" \t\n\r")[::-1]
-    if not backwards.startswith("]"):
-        return None
-    depth, quoted = 0, False
-    for found in _QUOTE_OR_BRACKET.finditer(backwards):
-        if found[0][0] == '"':
-            quoted ^= len(found[1]) % 2 == 0
-        elif not quoted:
-            depth += 1 if found[0] in "]}" else -1
-            if depth == 0:
-                return len(backwards) - found.end()
-    return None
-
-
-def _parsed(text: str) -> object:
-    try:
-        return parse_json(text)
-    except InvalidTrajectory:
-        return None
-
-
-def _calls(found: object) -> tuple[ToolCall, ...] | None:
-    parsed = []
-    for call in found if isinstance(found, list) else [None]:
-        match call:
-            case {"name": str(name), "arguments": dict(arguments), **rest} if rest.keys() <= {"id"}:
-                parsed.append(ToolCall(str(rest["id"]) if "id" in rest else None, name, arguments))
-            case _:
-                return None
-    return tuple(parsed)

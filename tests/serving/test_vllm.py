@@ -1,0 +1,224 @@
+"""From training to a served model, asked by OpenAI's client and by ours: a Mixtral, and a Mistral with an adapter."""
+
+import json
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import ROOT, Commands
+
+from serving.client import ServerError, xLAMChatCompletion
+
+pytestmark = [pytest.mark.serve, pytest.mark.filterwarnings("ignore")]
+
+QUICKSTART = ("--config", "configs/quickstart.yaml", "train.warmup_steps=0", "data.sequence_length=512")
+REQUESTS = [[{"role": "user", "content": text}] for text in ("Weather in Oslo?", "Search for shoes.", "Turn it off!")]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "toggle",
+            "parameters": {
+                "type": "object",
+                "properties": {"on": {"type": "boolean"}, "level": {"type": "integer", "minimum": 0, "maximum": 9}},
+                "required": ["on", "level"],
+                "additionalProperties": False,
+            },
+        },
+    },
+    {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"enum": ["Oslo", "Paris"]}, "name": {"$ref": "#/$defs/name"}},
+                "required": ["city", "name"],
+                "additionalProperties": False,
+                "$defs": {"name": {"type": "object", "properties": {"first": {"enum": ["Bo", "}]"]}},
+                                   "required": ["first"], "additionalProperties": False}},
+            },
+        },
+    },
+]  # fmt: skip
+
+
+@contextmanager
+def served(environment: dict[str, str], *arguments: object) -> Iterator[str]:
+    """A server that is ready; gives its address up to /v1."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    command = [sys.executable, "-m", "serving.serve", "--port", str(port), "--timeout", "400", *map(str, arguments)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment | {"VLLM_CPU_KVCACHE_SPACE": "1"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    said: list[str] = []
+    assert process.stdout
+    assert process.stderr
+    reader = threading.Thread(target=said.extend, args=(process.stderr,))
+    reader.start()
+    try:
+        ready = process.stdout.readline()
+        if not ready.startswith("ready: "):
+            process.wait()
+            reader.join()
+            raise AssertionError("".join(said[-60:]))
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.terminate()
+        process.wait(60)
+        reader.join()
+
+
+def generated(commands: Commands, model: Path, folder: Path, tokens: int = 24) -> list[dict[str, Any]]:
+    """What JAX answers to the requests."""
+    (folder / "messages.json").write_text(json.dumps(REQUESTS))
+    (folder / "tools.json").write_text(json.dumps(TOOLS))
+    out = commands.run(
+        "xlam_jax.generate", "--model", model, "--messages", folder / "messages.json",
+        "--tools", folder / "tools.json", "--max-new-tokens", tokens,
+    ).stdout  # fmt: skip
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def answered(url: str, model: str, tokens: int = 24) -> list[dict[str, Any]]:
+    """What the server answers to the requests, in the same form; streamed or not it is the same."""
+    llm = xLAMChatCompletion(url, model, bad_output="mark", max_tokens=tokens)
+    answers = []
+    for messages in REQUESTS:
+        choice = llm.completion(messages, TOOLS)["choices"][0]
+        *_, streamed = llm.stream(messages, TOOLS)
+        assert isinstance(streamed, dict)
+        other = streamed["choices"][0]
+        for one in (choice, other):
+            for call in one["message"]["tool_calls"]:
+                call.pop("id")
+        assert choice == other
+        message = choice["message"]
+        answers.append(
+            {
+                "content": message["content"].strip(),
+                "tool_calls": message["tool_calls"],
+                "finish_reason": choice["finish_reason"],
+            }
+        )
+    return answers
+
+
+@pytest.fixture(scope="module")
+def mixtral(commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a tiny Mixtral."""
+    run = tmp_path_factory.mktemp("mixtral") / "run"
+    commands.run("xlam_jax.train", *QUICKSTART, "train.steps=40", f"output_dir={run}")
+    return run
+
+
+@pytest.fixture(scope="module")
+def url(mixtral: Path, environment: dict[str, str]) -> Iterator[str]:
+    """The run, exported and served under the name tiny."""
+    with served(environment, "--model", mixtral, "--served-model-name", "tiny") as url:
+        yield url
+
+
+def test_the_served_model_answers_as_jax_does(url: str, mixtral: Path, commands: Commands, tmp_path: Path):
+    [exported] = mixtral.glob("served-*")
+    assert answered(url, "tiny") == generated(commands, exported, tmp_path)
+
+
+def both(url: str, **request: Any) -> tuple[list[tuple[str, Any]], str | None]:
+    """Calls by OpenAI's own client, streaming and not, which must be the same; and why it ended."""
+    from openai import OpenAI
+
+    llm = OpenAI(base_url=url, api_key="EMPTY")
+    request = {"model": "tiny", "messages": REQUESTS[0], "tools": TOOLS, "temperature": 0, "max_tokens": 200} | request
+    choice = llm.chat.completions.create(**request).choices[0]
+    calls = [(call.function.name, call.function.arguments) for call in choice.message.tool_calls or ()]
+    found: dict[int, list[str]] = {}
+    content, ended = "", None
+    for chunk in llm.chat.completions.create(**request, stream=True):
+        for piece in chunk.choices:
+            ended = piece.finish_reason or ended
+            content += piece.delta.content or ""
+            for call in piece.delta.tool_calls or ():
+                one = found.setdefault(call.index, ["", ""])
+                one[0] += call.function.name or ""
+                one[1] += call.function.arguments or ""
+    assert [tuple(one) for one in found.values()] == calls
+    assert (content, ended) == (choice.message.content or "", choice.finish_reason)
+    return [(name, json.loads(arguments)) for name, arguments in calls], ended
+
+
+def valid(calls: list[tuple[str, Any]]) -> bool:
+    from jsonschema import Draft202012Validator
+
+    schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in TOOLS}
+    return bool(calls) and all(Draft202012Validator(schemas[name]).is_valid(arguments) for name, arguments in calls)
+
+
+def test_required_and_named_calls(url: str):
+    calls, ended = both(url, tool_choice="required", parallel_tool_calls=False)
+    assert valid(calls)
+    assert (len(calls), ended) == (1, "tool_calls")
+    for name in ("toggle", "get_weather"):
+        calls, _ = both(url, tool_choice={"type": "function", "function": {"name": name}})
+        assert [name] == [called for called, _ in calls]
+        assert valid(calls)
+    assert both(url, tool_choice="none")[0] == []
+
+
+def test_calls_of_the_model_s_own_accord_go_through_the_parser(url: str):
+    """The text is forced, so that it holds calls; the parser finds them in it."""
+    from xlam_jax.data.wire import calls_schema
+
+    forced = {"type": "json_schema", "json_schema": {"name": "calls", "schema": calls_schema(TOOLS, at_most=2)}}
+    calls, ended = both(url, response_format=forced)
+    assert valid(calls)
+    assert ended == "tool_calls"
+    llm = xLAMChatCompletion(url, "tiny", max_tokens=200)
+    ours = llm.completion(REQUESTS[0], TOOLS, response_format=forced)["choices"][0]["message"]["tool_calls"]
+    assert [(call["name"], call["arguments"]) for call in ours] == calls
+    cut, ended = both(url, response_format=forced, max_tokens=12)
+    assert (cut, ended) == ([], "length"), "what was cut off comes back as content"
+
+
+def test_requests_that_the_server_refuses(url: str):
+    llm = xLAMChatCompletion(url, "tiny")
+    with pytest.raises(ServerError, match="shorten the conversation") as error:
+        llm.completion([{"role": "user", "content": "word " * 5000}])
+    assert error.value.status == 400
+    with pytest.raises(ServerError, match="404"):
+        xLAMChatCompletion(url, "other").completion(REQUESTS[0])
+    assert llm.models() == ["tiny"]
+
+
+def test_an_adapter_is_served_by_name(commands: Commands, environment: dict[str, str], tmp_path: Path):
+    config = json.loads((ROOT / "configs/models/tiny_mixtral.json").read_text(encoding="utf-8"))
+    for key in ("num_local_experts", "num_experts_per_tok", "router_aux_loss_coef"):
+        del config[key]
+    config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+    (tmp_path / "mistral.json").write_text(json.dumps(config))
+    mistral = (*QUICKSTART, f"model.config={tmp_path}/mistral.json", "train.steps=30")
+    commands.run("xlam_jax.train", *mistral, f"output_dir={tmp_path}/base-run")
+    commands.run("converters.orbax_to_hf", "--checkpoint", tmp_path / "base-run", "--out", tmp_path / "base")
+    commands.run(
+        "xlam_jax.train", *mistral, f"output_dir={tmp_path}/run", f"model.init_from={tmp_path}/base",
+        "train.trainable=lora", "train.learning_rate=2e-2",
+    )  # fmt: skip
+    commands.run(
+        "converters.orbax_to_hf", "--checkpoint", tmp_path / "run", "--out", tmp_path / "mine", "--lora", "adapter"
+    )
+    commands.run("converters.orbax_to_hf", "--checkpoint", tmp_path / "run", "--out", tmp_path / "merged")
+    base = generated(commands, tmp_path / "base", tmp_path)
+    merged = generated(commands, tmp_path / "merged", tmp_path)
+    assert base != merged
+    with served(environment, "--model", tmp_path / "base", "--lora", f"mine={tmp_path}/mine") as url:
+        assert answered(url, "base") == base
+        assert answered(url, "mine") == merged
