@@ -19,6 +19,8 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 WORKERS = 2
 EVERY = 10.0
 """Seconds between lines in a log."""
+CACHED = 2**18
+"""Values that are looked at together: few enough to stay near the processor."""
 INFINITE = {2: {"bfloat16": 0x7F80, "float16": 0x7C00}, 4: {"float32": 0x7F800000}, 8: {"float64": 0x7FF0000000000000}}
 """Bits of infinity, by the bytes and the name of a dtype; what is larger, the sign aside, is no number."""
 
@@ -49,11 +51,13 @@ def size_of(text: str) -> int:
 
 def check_finite(where: str, key: str, value: np.ndarray) -> None:
     """Raises `UserError` for a tensor with values that are no numbers, or infinite."""
+    bits = 8 * value.dtype.itemsize
     infinite = INFINITE[value.dtype.itemsize][value.dtype.name]
-    words = value.view(f"uint{8 * value.dtype.itemsize}")
-    without_sign = words.dtype.type(2 ** (8 * value.dtype.itemsize - 1) - 1)
-    if (words & without_sign).max(initial=0) >= infinite:
-        wrong = int(((words & without_sign) >= infinite).sum())
+    words = value.reshape(-1).view(f"uint{bits}")
+    without_sign = words.dtype.type(2 ** (bits - 1) - 1)
+    parts = (words[at : at + CACHED] & without_sign for at in range(0, words.size, CACHED))
+    wrong = sum(int((part >= infinite).sum()) for part in parts if part.max() >= infinite)
+    if wrong:
         raise UserError(
             f"{where}: {key} holds {wrong:,} of {value.size:,} values that are infinite or no numbers; "
             "the training diverged or the file is damaged: use an earlier step, or download it again"
