@@ -160,6 +160,11 @@ def _decode(states: Any) -> dict[str, Any]:
     return json.loads(np.asarray(states).tobytes().decode())
 
 
+def whole_steps(run: Path) -> list[int]:
+    """The steps of a run folder that are whole, in order."""
+    return sorted(_steps(run / STEPS))
+
+
 def _steps(folder: Path) -> list[int]:
     return [int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()] if folder.is_dir() else []
 
