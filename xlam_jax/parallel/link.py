@@ -30,6 +30,7 @@ SILENCE = 40.0
 """Seconds after which a host that is not heard of counts as lost."""
 LOST = 3
 """Exit code of a host that ends because another one was lost: starting all of them again continues the run."""
+AGAIN = ", so that all can be started again and continue"
 RETRY = 0.2
 """Seconds between attempts to connect."""
 VERDICT = 5.0
@@ -198,7 +199,7 @@ def _end(text: str, code: int) -> NoReturn:
 
 
 def _gone(who: str, why: str) -> str:
-    return f"{who} {why}; this host ends with code {LOST}, so that all can be started again and continue"
+    return f"{who} {why}; this host ends with code {LOST}{AGAIN}"
 
 
 def connect(address: tuple[str, int], timeout: float) -> socket.socket:
@@ -306,9 +307,9 @@ class Hub:
             self._tell({"stop": self._last}, to=process)
         elif "failed" in message:
             who = host_name(process, self._peers[process].name)
-            code = message["code"]
-            restart = f"; this host ends with code {code}" + ("" if code == 2 else ", the run can be started again")
-            self._end(f"{who} stopped: {message['failed']}{restart}", code if code == 2 else LOST, but=process)
+            code = 2 if message["code"] == 2 else LOST
+            again = "" if code == 2 else AGAIN
+            self._end(f"{who} stopped: {message['failed']}; this host ends with code {code}{again}", code, but=process)
         elif "bye" in message:
             self._peers[process].gone = True
 

@@ -150,8 +150,8 @@ def place(params: Callable[[], Params] | Params, abstract: Params) -> Params:
 
 
 def put(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:
-    """Lays an array out over the devices of all hosts, each of which holds it whole."""
-    if sharding.is_fully_addressable:
+    """Lays an array out over the devices of all hosts: one that each host holds whole, or that lies on all already."""
+    if sharding.is_fully_addressable or (isinstance(array, jax.Array) and not array.is_fully_addressable):
         return jax.device_put(array, sharding)
     whole = np.asarray(array)  # device_put would send all of it around to compare it
     return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
