@@ -214,7 +214,7 @@ def test_wrong_input(commands: Commands, tiny_config: Path, tmp_path: Path):
     assert "nowhere.jsonl" in missing
     assert "no such folder" in commands.fails(TRAIN, *common, "model.init_from=nowhere")
     mesh = commands.fails(TRAIN, *common, "mesh.fsdp=2", "mesh.data=2")
-    assert "data 2 × fsdp 2 × tensor 1 does not fit the 1 cpu device(s)" in mesh
+    assert "data 2 × fsdp 2 × expert 1 × context 1 × tensor 1 does not fit the 1 cpu device(s)" in mesh
     tokens = commands.fails(TRAIN, *common, "model.overrides.vocab_size=100")
     assert "2048 tokens, more than the model's vocab_size, 100" in tokens
     assert not (tmp_path / "run").exists()

@@ -62,12 +62,17 @@ class Model(Section):
     """Weights to start from: a folder in Hugging Face format or made by converters.hf_to_orbax. None: random."""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision of the matrix products; parameters, optimizer and sums are f32 throughout."""
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision in which gradients of weights are summed over mesh.fsdp; bfloat16 halves that traffic."""
     remat: Literal["none", "dots", "minimal", "full", "offload"] = "minimal"
     """What a block keeps for its backward pass: everything, its products' results, only the attention's, nothing but
     its input, or its input and the attention's result in the host's memory."""
     attention: Literal["auto", "xla", "splash", "pallas"] = Field(default="auto", json_schema_extra=CHANGEABLE)
     """How attention is computed: by XLA, by the splash kernel (TPU) or by a Pallas kernel (GPU); auto takes the kernel
     of the devices where it has the model's head size and window, and says which."""
+    experts: Literal["auto", "xla", "megablox", "triton"] = Field(default="auto", json_schema_extra=CHANGEABLE)
+    """How a mixture's experts are computed: by XLA, or by a grouped matrix product (megablox on a TPU, triton on a
+    GPU); auto takes the devices' own where mesh.expert is 1."""
 
 
 class Filters(Section):

@@ -14,11 +14,13 @@ import optax
 import pytest
 
 from xlam_jax.models.config import Lora, ModelConfig
+from xlam_jax.models.kernels import XLA, Kernels
 from xlam_jax.models.params import shapes, trainable
 from xlam_jax.parallel import mesh as meshes
 from xlam_jax.training import step as steps
 
-ROWS, LENGTH = 8, 64
+ROWS = 8
+LENGTHS = {"kernels": 256}
 MESHES = {
     "alone": {},
     "expert": {"expert": 8},
@@ -28,7 +30,9 @@ MESHES = {
     "context-fsdp": {"context": 4, "fsdp": 2},
     "context-expert-tensor": {"context": 2, "expert": 2, "tensor": 2},
     "context-data-fsdp": {"context": 2, "data": 2, "fsdp": 2},
+    "context-fsdp-in-turns": {"context": 2, "fsdp": 4},
 }
+KERNELS = Kernels("splash", "megablox", interpret=True, wire=meshes.Wire(inner=2))
 MODEL = ModelConfig(
     family="mixtral",
     vocab_size=96,
@@ -43,21 +47,21 @@ MODEL = ModelConfig(
 )
 
 
-def batch() -> steps.Batch:
+def batch(length: int) -> steps.Batch:
     """Packed rows whose sequences end anywhere, in the middle of a context shard too; some rows mostly padding."""
     rng = np.random.default_rng(0)
-    segments = np.zeros((ROWS, LENGTH), np.int32)
-    positions = np.zeros((ROWS, LENGTH), np.int32)
+    segments = np.zeros((ROWS, length), np.int32)
+    positions = np.zeros((ROWS, length), np.int32)
     for row in range(ROWS):
-        ends = np.sort(rng.choice(np.arange(3, LENGTH), 3, replace=False)) if row else [5, 9]
+        ends = np.sort(rng.choice(np.arange(3, length), 3, replace=False)) if row else [5, 9]
         start = 0
         for segment, end in enumerate(ends, start=1):
             segments[row, start:end] = segment
             positions[row, start:end] = np.arange(end - start)
             start = end
-    tokens, labels = (rng.integers(3, MODEL.vocab_size, (ROWS, LENGTH)).astype(np.int32) for _ in range(2))
-    weights = np.where(segments > 0, rng.choice([0.0, 0.5, 1.0], (ROWS, LENGTH)), 0).astype(np.float32)
-    groups = np.where(segments > 0, rng.integers(0, 3, (ROWS, LENGTH)), 0).astype(np.int32)
+    tokens, labels = (rng.integers(3, MODEL.vocab_size, (ROWS, length)).astype(np.int32) for _ in range(2))
+    weights = np.where(segments > 0, rng.choice([0.0, 0.5, 1.0], (ROWS, length)), 0).astype(np.float32)
+    groups = np.where(segments > 0, rng.integers(0, 3, (ROWS, length)), 0).astype(np.int32)
     return steps.Batch(tokens, labels, weights, positions, segments, groups)
 
 
@@ -91,11 +95,14 @@ def gradient(case: str, layout: str) -> dict[str, list]:
             router_aux_weight=0.05,
             z_loss=1e-3,
             objective=steps.Objective(groups=3),
+            kernels=KERNELS if case == "kernels" and layout != "alone" else XLA,
         )
     )
     state = steps.init_state(steps.abstract_state(model, tx, mesh), tx, params)
     frozen = steps.place(frozen, steps.abstract_frozen(model, mesh, dtype=jnp.float32, quantized=False))
-    placed = steps.Batch(*(None if one is None else meshes.put_rows(mesh, one, ROWS) for one in batch()))
+    placed = steps.Batch(
+        *(None if one is None else meshes.put_rows(mesh, one, ROWS) for one in batch(LENGTHS.get(case, 64)))
+    )
     state, metrics = step(state, frozen, placed)
     told = {name: np.asarray(metrics[name]).tolist() for name in ("loss", "aux_loss", "grad_norm", "trained_tokens")}
     told |= {f"groups.{name}": np.asarray(one).tolist() for name, one in metrics["groups"]._asdict().items()}
@@ -112,6 +119,7 @@ if __name__ == "__main__":
     [
         ("plain", ["alone", "expert-fsdp", "context-expert-tensor"]),
         ("one expert", ["alone", "expert-tensor"]),
+        ("kernels", ["alone", "context-fsdp-in-turns"]),
         *(
             pytest.param(case, list(MESHES), marks=pytest.mark.slow)
             for case in ("plain", "one expert", "window", "lora")

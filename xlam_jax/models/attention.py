@@ -93,6 +93,13 @@ def _chunks(tokens: int, keys: int, window: int | None) -> list[tuple[slice, sli
     ]
 
 
+def computed_pairs(tokens: int, keys: int, window: int | None) -> int:
+    """Query and key pairs that are computed of a row, for one head."""
+    return sum(
+        (queries.stop - queries.start) * (seen.stop - seen.start) for queries, seen in _chunks(tokens, keys, window)
+    )
+
+
 def _scores(
     q_BNGTK: jax.Array, k_BNSK: jax.Array, places: Places, queries: slice, keys: slice, window: int | None
 ) -> jax.Array:

@@ -175,7 +175,7 @@ class Block(nnx.Module):
 
     def _weight(self, name: str) -> Any:
         param = getattr(self, name)
-        return mesh.gather(param.get_value(), param.logical[1:], self.dtype)
+        return mesh.gather(param.get_value(), param.logical[1:], self.dtype, self.kernels.wire)
 
     def _linear(self, name: str, equation: str, x: jax.Array, key: jax.Array | None) -> jax.Array:
         """The product with a weight and its adapter, in the compute dtype."""
@@ -249,7 +249,7 @@ class Block(nnx.Module):
         experts = self.config.experts
         x_SD, real_S = x_BTD.reshape(-1, x_BTD.shape[-1]), segments_BT.reshape(-1) > 0
         # The router decides in f32: a rounded tie would send a token elsewhere.
-        router_DE = mesh.gather(self.router[...], self.router.logical[1:], jnp.float32)
+        router_DE = mesh.gather(self.router[...], self.router.logical[1:], jnp.float32, self.kernels.wire)
         adapter = _adapter(self, "router", self.config, 1, jnp.float32)
         logits_SE = adapted("SD,DE->SE", x_SD.astype(jnp.float32), router_DE, adapter, jnp.float32, None)
         probability_SE = jax.nn.softmax(logits_SE, axis=-1)
@@ -260,9 +260,9 @@ class Block(nnx.Module):
             Linear(self._weight(name), _adapter(self, name, self.config, 1, self.dtype)) for name in ("w1", "w3", "w2")
         )
         frozen = self.config.lora is not None
-        if self.kernels.experts == "megablox" and not mesh.splits("expert"):
-            how = grouped.How(self.dtype, frozen, self.kernels.interpret)
-            y_SD = grouped.experts_sum(x_SD, gate_SK, w1, w3, w2, grouped.group(expert_SK, experts), how)
+        if self.kernels.experts != "xla" and not mesh.splits("expert"):
+            how = grouped.How(self.kernels.experts, self.dtype, frozen, self.kernels.interpret)
+            y_SD = grouped.experts_sum(x_SD, gate_SK, w1, w3, w2, grouped.group(expert_SK, experts, how.kernel), how)
         else:
             where = (route_rounds if mesh.splits("expert") else route)(expert_SK, experts)
             y_SKD = experts_mlp(x_SD, w1, w3, w2, where, self.dtype, frozen=frozen)
@@ -291,7 +291,7 @@ class Decoder(nnx.Module):
         rngs: nnx.Rngs,
     ):
         new = _Parameters(config, rngs)
-        self.config, self.dtype, self.remat, self.neftune = config, dtype, remat, neftune
+        self.config, self.dtype, self.remat, self.neftune, self.kernels = config, dtype, remat, neftune, kernels
         vocab, embed = ("vocab", config.vocab_size), ("embed", config.hidden_size)
         new.matrix(self, "embedding", [], [vocab], [embed])
         self.blocks = Block(config, dtype, kernels, rngs)
@@ -303,7 +303,7 @@ class Decoder(nnx.Module):
         """The output embedding of this device's share of the vocabulary, its adapter added."""
         name = "embedding" if self.config.tie_embeddings else "head"
         head = getattr(self, name)
-        head_VD = mesh.gather(head[...], head.logical, self.dtype)
+        head_VD = mesh.gather(head[...], head.logical, self.dtype, self.kernels.wire)
         adapter = _adapter(self, name, self.config, 0, self.dtype)
         if adapter is None:
             return head_VD
@@ -352,7 +352,9 @@ class Decoder(nnx.Module):
         return rms_norm(x_BTD, self.final_norm[...], self.config.norm_eps), sums, cache
 
     def _embed(self, tokens_BT: jax.Array) -> jax.Array:
-        table_VD = mesh.gather(self.embedding[...], self.embedding.logical, self.dtype).astype(self.dtype)
+        table_VD = mesh.gather(self.embedding[...], self.embedding.logical, self.dtype, self.kernels.wire).astype(
+            self.dtype
+        )
         local_BT = tokens_BT - mesh.index("tensor") * table_VD.shape[0]
 
         # Each device looks up the tokens of its share of the vocabulary; the others are filled with zero.

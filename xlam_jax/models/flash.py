@@ -118,6 +118,20 @@ def _splash(tokens: int, keys: int, heads: int, how: How) -> Any:
     return made.kwargs, jax.tree.map(np.asarray, infos)
 
 
+def computed_pairs(tokens: int, keys: int, window: int | None) -> dict[str, float]:
+    """Query and key pairs that splash attention computes of a row, for one head and the mean context shard, in each of
+    its kernels, by a part of its name."""
+    kwargs, infos = _splash(tokens, keys, 1, How("splash", window, False))
+    blocks = kwargs["block_sizes"]
+    sides = (
+        ("splash_mha_fwd", infos[0], blocks.block_q * blocks.block_kv),
+        ("splash_mha_dkv", infos[2], blocks.block_q_dkv * blocks.block_kv_dkv),
+        ("splash_mha_dq", infos[1], (blocks.block_q_dq or 0) * (blocks.block_kv_dq or 0)),
+    )
+    shards = keys // tokens
+    return {name: int((info.block_mask > 0).sum()) * side / shards for name, info, side in sides if info is not None}
+
+
 def _block(places: int, most: int) -> int:
     """The largest block up to `most` of which so many places are a multiple."""
     return next(size for size in (1024, 512, 256, LANES) if size <= most and places % size == 0)

@@ -1,4 +1,4 @@
-"""The mixture of experts by a grouped matrix product (megablox, the TPU kernel that comes with JAX).
+"""The mixture of experts by a grouped matrix product: megablox, which comes with JAX, on a TPU, our own on a GPU.
 
 Assignments lie in the order of their experts, and one kernel multiplies each expert's rows with its weights, however
 many there are: no token is dropped, none is computed twice, and no weight gradient is ever made of all experts' rows.
@@ -15,18 +15,21 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from xlam_jax.models import triton
 from xlam_jax.models.linear import Adapter
 from xlam_jax.models.moe import Linear, _as_given, _ready, _swiglu
 from xlam_jax.parallel import mesh, opaque
 
-ROWS = 256
-"""Rows of a tile at most. A tile in which an expert's rows end is computed once for each expert in it: shorter tiles
-waste less, and longer ones read the weights less often."""
+ROWS = (512, 256, 128)
+"""Rows of a tile. One in which an expert's rows end is computed once for each expert in it: shorter tiles waste less,
+and longer ones read the weights less often. The longest is taken of which each expert has 4, were they balanced."""
 
 
 class How(NamedTuple):
     """What the products must know beforehand."""
 
+    kernel: str
+    """megablox or triton."""
     dtype: Any
     """Of the operands."""
     frozen: bool
@@ -39,28 +42,42 @@ class Groups(NamedTuple):
     """Which rows there are. Integers only: no gradient flows here."""
 
     assignment_A: jax.Array
-    """The assignment of each row; their number in a row that is no one's. Those come last."""
+    """The assignment of each row; their number in a row that is no one's."""
     rows_E: jax.Array
-    """Rows of each expert."""
+    """Rows of each expert, one after the other."""
     row_SK: jax.Array
     """The row of each assignment; -1 for one that goes nowhere."""
 
 
-def group(expert_SK: jax.Array, experts: int) -> Groups:
-    """Sorts assignments by expert, those of an expert by token; `expert_SK` equal to `experts` goes nowhere."""
+def group(expert_SK: jax.Array, experts: int, kernel: str) -> Groups:
+    """Sorts assignments by expert, those of an expert by token; `expert_SK` equal to `experts` goes nowhere.
+
+    For triton each expert's rows fill whole tiles, the last with rows that are no one's: a tile has one expert then.
+    """
     expert_A = expert_SK.reshape(-1)
     count = expert_A.size
-    order_A = jnp.argsort(expert_A, stable=True).astype(jnp.int32)
-    row_A = jnp.zeros_like(order_A).at[order_A].set(jnp.arange(count, dtype=jnp.int32), unique_indices=True)
-    real_A = jnp.where(expert_A[order_A] < experts, order_A, count)
     rows_E = jnp.sum(expert_A[None, :] == jnp.arange(experts)[:, None], axis=1, dtype=jnp.int32)
-    padding = -count % _tile(count)
+    tile = _tile(count, experts)
+    rows, size_E = -(-count // tile) * tile, rows_E
+    if kernel == "triton":
+        rows = (-(-count // triton.ROWS) + experts) * triton.ROWS
+        size_E = -(-rows_E // triton.ROWS) * triton.ROWS
+    order_A = jnp.argsort(expert_A, stable=True).astype(jnp.int32)
+    sorted_A = expert_A[order_A]
+    # An expert's rows begin later than its assignments do in their order, by the rows that earlier experts leave empty.
+    shift_E = jnp.cumsum(size_E - rows_E) - (size_E - rows_E)
+    place_A = jnp.arange(count, dtype=jnp.int32) + shift_E.at[sorted_A].get(mode="fill", fill_value=0)
+    place_A = jnp.where(sorted_A < experts, place_A, rows)
+    assignment_A = jnp.full((rows,), count, jnp.int32).at[place_A].set(order_A, mode="drop")
+    row_A = jnp.zeros_like(order_A).at[order_A].set(place_A.astype(jnp.int32), unique_indices=True)
     row_SK = jnp.where(expert_SK < experts, row_A.reshape(expert_SK.shape), -1)
-    return Groups(jnp.pad(real_A, (0, padding), constant_values=count), rows_E, row_SK)
+    return Groups(assignment_A, size_E, row_SK)
 
 
-def _tile(count: int) -> int:
-    return min(ROWS, -(-count // 8) * 8)
+def _tile(count: int, experts: int) -> int:
+    """Rows of a megablox tile for so many assignments."""
+    fitting = (rows for rows in ROWS if rows * 4 * experts <= count)
+    return min(next(fitting, ROWS[-1]), -(-count // 8) * 8)
 
 
 def experts_sum(
@@ -154,10 +171,12 @@ def _product(how: How, x_AI, weight, where: Groups, out: Any, *, transposed: boo
     """x [A, I] times weight [E, I, O], or [E, O, I] when transposed."""
 
     def product(x_AI, weight, rows_E):
+        if how.kernel == "triton":
+            return triton.product(x_AI, weight, rows_E, out, transposed=transposed, interpret=how.interpret)
         from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
 
         inputs, outputs = x_AI.shape[1], weight.shape[1 if transposed else 2]
-        tiling = (_tile(len(x_AI)), _side(inputs, 2048), _side(outputs, 512))
+        tiling = (_tile(len(x_AI), len(rows_E)), _side(inputs, 2048), _side(outputs, 512))
         return gmm(x_AI, weight, rows_E, out, tiling, transpose_rhs=transposed, interpret=how.interpret)
 
     return opaque.call(product, x_AI, weight, where.rows_E)
@@ -167,9 +186,11 @@ def _outer(how: How, x_AI, dy_AO, where: Groups) -> jax.Array:
     """For each expert its rows' xᵀ dy, [E, I, O] in f32; zeros for an expert without rows."""
 
     def outer(x_AI, dy_AO, rows_E):
+        if how.kernel == "triton":
+            return triton.outer(x_AI, dy_AO, rows_E, interpret=how.interpret)
         from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
-        tiling = (_tile(len(x_AI)), _side(x_AI.shape[1], 512), _side(dy_AO.shape[1], 1024))
+        tiling = (_tile(len(x_AI), len(rows_E)), _side(x_AI.shape[1], 512), _side(dy_AO.shape[1], 1024))
         return tgmm(x_AI.T, dy_AO, rows_E, jnp.float32, tiling, interpret=how.interpret)
 
     return opaque.call(outer, x_AI, dy_AO, where.rows_E)

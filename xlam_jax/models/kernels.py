@@ -1,18 +1,24 @@
 """Which kernels a model computes with, chosen for the devices that it runs on."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 from jax.sharding import Mesh
 
+from xlam_jax.config import Model
 from xlam_jax.errors import UserError
 from xlam_jax.models.config import ModelConfig
+from xlam_jax.parallel.mesh import WIRE, Wire
 
-SPLASH, PALLAS = "splash", "pallas"
+SPLASH, PALLAS, MEGABLOX, TRITON = "splash", "pallas", "megablox", "triton"
 HEAD_SIZES = {SPLASH: (64, 128, 256), PALLAS: (16, 32, 64, 128, 256)}
 """Head sizes that each attention kernel has."""
-PLATFORMS = {SPLASH: "tpu", PALLAS: "gpu"}
+PLATFORMS = {SPLASH: "tpu", PALLAS: "gpu", MEGABLOX: "tpu", TRITON: "gpu"}
 PLACES = 128
-"""Both kernels compute in blocks of so many places."""
+"""Both attention kernels compute in blocks of so many places."""
+SMALLEST = 16
+"""The shortest side of a matrix that a GPU's tensor cores multiply."""
 
 
 @dataclass(frozen=True)
@@ -22,36 +28,66 @@ class Kernels:
     attention: str = "xla"
     """xla, splash (TPU) or pallas (GPU)."""
     experts: str = "xla"
-    """xla, or megablox (TPU), where no axis of the mesh splits the experts."""
+    """xla; or megablox (TPU) or triton (GPU), where no axis of the mesh splits the experts."""
     interpret: bool = False
     """Pallas kernels are run by their interpreter, on any machine: for tests."""
+    wire: Wire = WIRE
+    """How gradients are summed over the devices."""
 
 
 XLA = Kernels()
 
 
-def choose(asked: str, mesh: Mesh, model: ModelConfig, tokens: int) -> tuple[Kernels, str]:
-    """The kernels for `model.attention`, the mesh's devices and rows of so many tokens; and a line that says which, and
-    why not another.
+def choose(asked: Model, mesh: Mesh, model: ModelConfig, tokens: int) -> tuple[Kernels, str]:
+    """The kernels for what the config asks, the mesh's devices and rows of so many tokens; and a line that says which,
+    and why not another.
 
-    Raises `UserError` when the kernel that was asked for can't compute this.
+    Raises `UserError` when a kernel that was asked for can't compute this.
     """
-    platform, context = mesh.devices.flat[0].platform, mesh.shape["context"]
+    platform = mesh.devices.flat[0].platform
     platform = "gpu" if platform in ("cuda", "rocm") else platform
-    wanted = {"tpu": SPLASH, "gpu": PALLAS}.get(platform, "xla") if asked == "auto" else asked
-    against = _against(wanted, platform, model, tokens, context) if wanted != "xla" else None
-    if against and asked != "auto":
-        raise UserError(f"model.attention is {asked}, and {against}; set it to xla, or to auto to have it chosen")
-    attention = "xla" if against else wanted
-    experts = "megablox" if platform == "tpu" and model.experts and mesh.shape["expert"] == 1 else "xla"
-    line = f"attention: {attention}" + (f" ({wanted} is not used: {against})" if against else "")
-    return Kernels(attention, experts), line + (f"; experts: {experts}" if model.experts else "")
+    attention, line = _pick(
+        "attention",
+        asked.attention,
+        {"tpu": SPLASH, "gpu": PALLAS}.get(platform, "xla"),
+        lambda kernel: _against_attention(kernel, platform, model, tokens, mesh.shape["context"]),
+    )
+    experts = "xla"
+    if model.experts:
+        experts, further = _pick(
+            "experts",
+            asked.experts,
+            {"tpu": MEGABLOX, "gpu": TRITON}.get(platform, "xla"),
+            lambda kernel: _against_experts(kernel, platform, model, mesh),
+        )
+        line += f"; {further}"
+    wire = Wire(_neighbours(mesh) if platform == "tpu" else 1, asked.reduce_dtype)
+    return Kernels(attention, experts, wire=wire), line
 
 
-def _against(kernel: str, platform: str, model: ModelConfig, tokens: int, context: int) -> str | None:
+def _pick(what: str, asked: str, own: str, against: Callable[[str], str | None]) -> tuple[str, str]:
+    wanted = own if asked == "auto" else asked
+    reason = against(wanted) if wanted != "xla" else None
+    if reason and asked != "auto":
+        raise UserError(f"model.{what} is {asked}, and {reason}; set it to xla, or to auto to have it chosen")
+    return ("xla", f"{what}: xla ({wanted} is not used: {reason})") if reason else (wanted, f"{what}: {wanted}")
+
+
+def _neighbours(mesh: Mesh) -> int:
+    """Devices along fsdp that stand in a line from the first on, where fsdp is all chips of a slice; otherwise 1."""
+    line = mesh.devices[0, :, 0, 0, 0]
+    if mesh.size != len(line) * mesh.shape["data"] or not hasattr(line[0], "coords"):
+        return 1
+    coords = np.array([device.coords for device in line])
+    moved = coords != coords[0]
+    straight = [bool((moves <= moved[min(1, len(line) - 1)]).all()) for moves in moved]
+    return straight.index(False) if False in straight else 1
+
+
+def _against_attention(kernel: str, platform: str, model: ModelConfig, tokens: int, context: int) -> str | None:
     """Why a kernel can't compute this, if it can't."""
     if platform != PLATFORMS[kernel]:
-        return f"it runs on a {PLATFORMS[kernel].upper()}, and the devices are {platform}"
+        return _elsewhere(kernel, platform)
     if model.head_dim not in HEAD_SIZES[kernel]:
         return f"the model's head size is {model.head_dim}, and it has {', '.join(map(str, HEAD_SIZES[kernel]))}"
     if tokens % (PLACES * context):
@@ -62,3 +98,22 @@ def _against(kernel: str, platform: str, model: ModelConfig, tokens: int, contex
     if kernel == PALLAS and model.sliding_window and model.sliding_window < tokens:
         return f"it has no window, and the model's, {model.sliding_window}, is shorter than a row, {tokens}"
     return None
+
+
+def _against_experts(kernel: str, platform: str, model: ModelConfig, mesh: Mesh) -> str | None:
+    if platform != PLATFORMS[kernel]:
+        return _elsewhere(kernel, platform)
+    if mesh.shape["expert"] > 1:
+        return f"mesh.expert is {mesh.shape['expert']}: it computes experts that are whole on a device"
+    width = model.mlp_size // mesh.shape["tensor"]
+    sides = {"hidden_size": model.hidden_size, "intermediate_size / mesh.tensor": width}
+    if model.lora and {"w1", "w2", "w3"} & set(model.lora.targets):
+        sides["lora.rank"] = model.lora.rank
+    for name, size in sides.items():
+        if kernel == TRITON and size % SMALLEST:
+            return f"{name} is {size}, no multiple of {SMALLEST}"
+    return None
+
+
+def _elsewhere(kernel: str, platform: str) -> str:
+    return f"it runs on a {PLATFORMS[kernel].upper()}, and the devices are {platform}"

@@ -8,7 +8,7 @@ collective have different shapes or different varying axes.
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -145,10 +145,23 @@ def splits(axis: str) -> bool:
     return axis in mesh.manual_axes and mesh.shape[axis] > 1
 
 
-def gather(shard: Any, logical: tuple[str, ...], dtype: jnp.dtype) -> Any:
+class Wire(NamedTuple):
+    """How the gradients of weights travel along fsdp."""
+
+    inner: int = 1
+    """They are summed and scattered in two turns: first between groups of so many neighbours, then inside of them. A
+    TPU sums over all chips of a slice at once by an all-reduce, which moves twice as much."""
+    dtype: str = "float32"
+    """The precision that they are summed in."""
+
+
+WIRE = Wire()
+
+
+def gather(shard: Any, logical: tuple[str, ...], dtype: jnp.dtype, wire: Wire = WIRE) -> Any:
     """All-gathers a parameter over fsdp along its `embed` axis, in `dtype` on the wire; its gradient is summed and
-    scattered in the parameter's own precision. A parameter without that axis is whole already; the parts of a quantized
-    one travel as they are."""
+    scattered as `wire` says. A parameter without that axis is whole already; the parts of a quantized one travel as
+    they are."""
     if not splits("fsdp") or "embed" not in logical:
         return shard
     axis = logical.index("embed")
@@ -156,21 +169,31 @@ def gather(shard: Any, logical: tuple[str, ...], dtype: jnp.dtype) -> Any:
         return jax.tree.map(
             lambda part: jax.lax.all_gather(part, "fsdp", axis=axis, tiled=True) if part.ndim > axis else part, shard
         )
-    return _gather("fsdp", axis, dtype, shard)
+    return _gather("fsdp", axis, dtype, wire, shard)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _gather(along: str, axis: int, dtype: jnp.dtype, shard: jax.Array) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _gather(along: str, axis: int, dtype: jnp.dtype, wire: Wire, shard: jax.Array) -> jax.Array:
     whole = jax.lax.all_gather(shard.astype(dtype), along, axis=axis, tiled=True)
     return whole.astype(shard.dtype)  # back up, so that the cotangent is not rounded; the pair of casts cancels
 
 
-def _gather_forward(along: str, axis: int, dtype: jnp.dtype, shard: jax.Array) -> tuple[jax.Array, None]:
-    return _gather(along, axis, dtype, shard), None
+def _gather_forward(along: str, axis: int, dtype: jnp.dtype, wire: Wire, shard: jax.Array) -> tuple[jax.Array, None]:
+    return _gather(along, axis, dtype, wire, shard), None
 
 
-def _gather_backward(along: str, axis: int, dtype: jnp.dtype, _: None, whole: jax.Array) -> tuple[jax.Array]:
-    return (jax.lax.psum_scatter(whole, along, scatter_dimension=axis, tiled=True),)
+def _gather_backward(
+    along: str, axis: int, dtype: jnp.dtype, wire: Wire, _: None, whole: jax.Array
+) -> tuple[jax.Array]:
+    given, whole = whole.dtype, whole.astype(wire.dtype)
+    devices = jax.sharding.get_abstract_mesh().shape[along]
+    turns: list[list[list[int]] | None] = [None]
+    if 1 < wire.inner < devices:
+        groups = np.arange(devices).reshape(-1, wire.inner)
+        turns = [groups.T.tolist(), groups.tolist()]
+    for groups in turns:
+        whole = jax.lax.psum_scatter(whole, along, scatter_dimension=axis, axis_index_groups=groups, tiled=True)
+    return (whole.astype(given),)
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
@@ -184,7 +207,7 @@ def gather_tokens(shard_BT: jax.Array) -> jax.Array:
     shard_BT = vary(shard_BT, ("context",))
     if jnp.issubdtype(shard_BT.dtype, jnp.floating):
         dtype = shard_BT.dtype
-        whole_BT: jax.Array = _gather("context", 1, dtype, shard_BT.astype(jnp.float32))  # pyright: ignore
+        whole_BT: jax.Array = _gather("context", 1, dtype, WIRE, shard_BT.astype(jnp.float32))  # pyright: ignore
         whole_BT = whole_BT.astype(dtype)
     else:
         whole_BT = jax.lax.all_gather(shard_BT, "context", axis=1, tiled=True)

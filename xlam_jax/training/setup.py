@@ -2,9 +2,10 @@
 
 import json
 import time
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from xlam_jax import config as configs
 from xlam_jax.config import Resolved
@@ -23,11 +24,10 @@ if TYPE_CHECKING:
 RUN = "run.json"
 
 
-class Setup(NamedTuple):
-    """What stands before any weight is read."""
+@dataclass(frozen=True)
+class Layout:
+    """What is computed on which devices."""
 
-    tokenizer: Any
-    loaded: "list[Loaded]"
     mesh: "Mesh"
     tx: "optax.GradientTransformation"
     objective: "Objective"
@@ -38,6 +38,16 @@ class Setup(NamedTuple):
     dtype: Any
     quantized: bool
     kernels: "Kernels"
+    kernels_line: str
+    """Which kernels these are, for the log."""
+
+
+@dataclass(frozen=True)
+class Setup(Layout):
+    """What stands before any weight is read."""
+
+    tokenizer: Any
+    loaded: "list[Loaded]"
 
     def rows(self, count: int) -> list[int]:
         """Which rows of a batch of so many this host needs."""
@@ -71,30 +81,41 @@ def set_up(resolved: Resolved, progress: "Progress") -> Setup:
 
     # ---- devices --------------------------------------------------------------------------------------------------
     import jax
-    import jax.numpy as jnp
 
     if config.mesh.cpu_devices > 1:
         jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
 
-    from xlam_jax.data.codec import KINDS
-    from xlam_jax.models.kernels import choose
     from xlam_jax.parallel.mesh import make_mesh
-    from xlam_jax.training import step as steps
     from xlam_jax.training.cost import trainable_sizes
-    from xlam_jax.training.optimizer import optimizer
-    from xlam_jax.training.preference import Preference
 
-    mesh = make_mesh(config.mesh.sizes)
-    configs.check_divisible(config, resolved.model, {f"mesh.{axis}": size for axis, size in mesh.shape.items()})
+    layout = lay_out(resolved, make_mesh(config.mesh.sizes))
     trained = sum(trainable_sizes(resolved.model).values())
     progress.line(
         f"{resolved.model.parameters():,} parameters"
         + (f" and {trained:,} of adapters, which train," if resolved.model.lora else "")
         + f" on {len(jax.devices())} {jax.default_backend()} device(s): "
-        + ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+        + ", ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items())
     )
-    kernels, which = choose(config.model.attention, mesh, resolved.model, config.data.sequence_length)
-    progress.line(which)
+    progress.line(layout.kernels_line)
+    return Setup(**vars(layout), tokenizer=tokenizer, loaded=loaded)
+
+
+def lay_out(resolved: Resolved, mesh: "Mesh") -> Layout:
+    """The step's parts on a mesh, whose devices need not be here. Nothing is computed.
+
+    Raises `UserError` where the mesh does not divide what it splits.
+    """
+    import jax.numpy as jnp
+
+    from xlam_jax.data.codec import KINDS
+    from xlam_jax.models.kernels import choose
+    from xlam_jax.training import step as steps
+    from xlam_jax.training.optimizer import optimizer
+    from xlam_jax.training.preference import Preference
+
+    config = resolved.config
+    configs.check_divisible(config, resolved.model, {f"mesh.{axis}": size for axis, size in mesh.shape.items()})
+    kernels, line = choose(config.model, mesh, resolved.model, config.data.sequence_length)
     aim, dtype, quantized = config.objective, jnp.dtype(config.model.compute_dtype), config.train.trainable == "qlora"
     objective = steps.Objective(groups=len(config.data.sources) * len(KINDS))
     if aim.kind != "sft":
@@ -104,9 +125,7 @@ def set_up(resolved: Resolved, progress: "Progress") -> Setup:
             adapters_off=configs.reference(config) == "adapters_off",
         )
     tx = optimizer(config.train, resolved.model)
-    return Setup(
-        tokenizer,
-        loaded,
+    return Layout(
         mesh,
         tx,
         objective,
@@ -115,11 +134,28 @@ def set_up(resolved: Resolved, progress: "Progress") -> Setup:
         dtype,
         quantized,
         kernels,
+        line,
     )
 
 
-def compiled_step(resolved: Resolved, made: Setup, state: Any, frozen: Any, batch: Any, progress: "Progress") -> Any:
-    """The training step, compiled for these shapes: once in a run."""
+def abstract_batch(resolved: Resolved, layout: Layout) -> "Batch":
+    """Shapes, dtypes and shardings of a batch."""
+    import jax
+    import jax.numpy as jnp
+
+    from xlam_jax.parallel.mesh import batch_spec
+    from xlam_jax.training.step import Batch
+
+    config = resolved.config
+    sharding = jax.sharding.NamedSharding(layout.mesh, batch_spec(layout.mesh))
+    shape = (config.train.batch_size, config.data.sequence_length)
+    whole, real = (jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for dtype in (jnp.int32, jnp.float32))
+    reference = real if configs.reference(config) == "precomputed" else None
+    return Batch(whole, whole, real, whole, whole, whole, reference)
+
+
+def lowered_step(resolved: Resolved, layout: Layout, state: Any, frozen: Any, batch: Any) -> Any:
+    """The training step, traced for these shapes."""
     import jax
 
     from xlam_jax.training.step import make_train_step
@@ -127,22 +163,27 @@ def compiled_step(resolved: Resolved, made: Setup, state: Any, frozen: Any, batc
     config = resolved.config
     train_step = make_train_step(
         resolved.model,
-        made.tx,
-        made.mesh,
-        compute_dtype=made.dtype,
+        layout.tx,
+        layout.mesh,
+        compute_dtype=layout.dtype,
         remat=config.model.remat,
         microbatches=config.train.microbatches,
         router_aux_weight=config.train.router_aux_weight,
         z_loss=config.train.z_loss,
         neftune=config.train.neftune,
-        objective=made.objective,
-        quantized=made.quantized,
-        kernels=made.kernels,
+        objective=layout.objective,
+        quantized=layout.quantized,
+        kernels=layout.kernels,
         ema=config.train.ema,
         seed=config.seed,
     )
+    return jax.jit(train_step, donate_argnums=0).lower(state, frozen, batch)
+
+
+def compiled_step(resolved: Resolved, layout: Layout, state: Any, frozen: Any, batch: Any, progress: "Progress") -> Any:
+    """The training step, compiled for these shapes: once in a run."""
     began = time.monotonic()
-    compiled = jax.jit(train_step, donate_argnums=0).lower(state, frozen, batch).compile()
+    compiled = lowered_step(resolved, layout, state, frozen, batch).compile()
     progress.line(f"compiled the step in {time.monotonic() - began:.1f} s")
     return compiled
 
