@@ -332,17 +332,17 @@ class Track(Section):
 class MeshShape(Section):
     """Devices along each axis of the mesh; -1 takes what the others leave, once."""
 
-    data: int = 1
+    data: int = Field(default=1, json_schema_extra=CHANGEABLE)
     """Copies of the model, each with its share of the batch."""
-    fsdp: int = -1
+    fsdp: int = Field(default=-1, json_schema_extra=CHANGEABLE)
     """Shares of the parameters and of the batch."""
-    expert: int = 1
+    expert: int = Field(default=1, json_schema_extra=CHANGEABLE)
     """Shares of the experts, and of the batch."""
-    context: int = 1
+    context: int = Field(default=1, json_schema_extra=CHANGEABLE)
     """Shares of each row's tokens, for long rows."""
-    tensor: int = 1
+    tensor: int = Field(default=1, json_schema_extra=CHANGEABLE)
     """Shares of heads, MLP width and vocabulary."""
-    cpu_devices: Count = 1
+    cpu_devices: Count = Field(default=1, json_schema_extra=CHANGEABLE)
     """Devices that a CPU is split into, to try a mesh without accelerators."""
 
     @property

@@ -3,7 +3,8 @@ on this machine.
 
 Starts N times `python -m xlam_jax.train` with what stands behind `--`. On a machine with GPUs each process gets its share
 of them, else each splits the CPU into D devices. SIGTERM and SIGINT are passed on. The exit code is that of the first
-process that fails; no process outlives this one.
+process that fails; no process outlives this one. Why a run ended is told once: by process 0 while it can, else by the
+others.
 """
 
 import argparse
@@ -29,6 +30,8 @@ GRACE = SILENCE + 3 * VERDICT
 POLL = 0.05
 """Seconds between looks at the processes."""
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+NOISE = "[Gloo] Rank "
+"""What each process on a CPU writes whenever some of them connect."""
 PR_SET_PDEATHSIG = 1
 """Of prctl(2): a signal that a process gets when its parent dies."""
 
@@ -36,35 +39,53 @@ PR_SET_PDEATHSIG = 1
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(
-        prog="python -m xlam_jax.launch", description="Train with several processes on this machine."
+        prog="python -m xlam_jax.launch",
+        usage="python -m xlam_jax.launch --processes N [--devices-per-process D] -- ARGUMENTS OF xlam_jax.train",
+        description="Train with several processes on this machine.",
     )
-    made.add_argument("--processes", type=int, required=True, metavar="N", help="how many to start")
+    made.add_argument("--processes", type=_count, required=True, metavar="N", help="how many to start")
     made.add_argument(
         "--devices-per-process",
-        type=int,
+        type=_count,
         metavar="D",
         help="GPUs of each (default: all, dealt out), or devices that each splits the CPU into (default: 1)",
     )
-    made.add_argument("train", nargs="+", metavar="…", help="behind --: arguments of python -m xlam_jax.train")
     return made
 
 
+def _count(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+    return int(text)
+
+
 def main() -> int:
-    arguments = parser().parse_args()
-    if arguments.processes < 1 or (arguments.devices_per_process or 1) < 1:
-        raise UserError("--processes and --devices-per-process are numbers from 1 on")
-    of_train = train.parser().parse_intermixed_args(arguments.train)
-    if of_train.coordinator or of_train.num_processes or of_train.process_id is not None:
+    own, of_train = split(sys.argv[1:])
+    arguments = parser().parse_args(own)
+    given = train.parser().parse_intermixed_args(of_train)
+    if given.coordinator or given.num_processes is not None or given.process_id is not None:
         raise UserError("--coordinator, --num-processes and --process-id are set by this command; leave them out")
-    configs.load(of_train.config, of_train.overrides)  # a mistake is told once
+    resolved = train.check(given)  # what is wrong is told once
+    if given.print_config:
+        print(configs.describe(resolved))
+        return 0
     gpus = visible_gpus(os.environ)
     share = arguments.devices_per_process
-    command = [sys.executable, "-m", "xlam_jax.train", *arguments.train]
+    command = [sys.executable, "-m", "xlam_jax.train", *of_train]
     if not gpus and share:
         command.append(f"mesh.cpu_devices={share}")
     command += ["--coordinator", f"localhost:{free_ports()}", "--num-processes", str(arguments.processes)]
     dealt = deal(gpus, arguments.processes, share) if gpus else [None] * arguments.processes
     return Processes([[*command, "--process-id", str(at)] for at in range(arguments.processes)], dealt).wait()
+
+
+def split(words: list[str]) -> tuple[list[str], list[str]]:
+    """The command line before and behind `--`."""
+    if "--" not in words:
+        parser().parse_known_args(words)  # --help, and mistakes of its own
+        parser().error("-- is missing; the arguments of python -m xlam_jax.train stand behind it")
+    at = words.index("--")
+    return words[:at], words[at + 1 :]
 
 
 def visible_gpus(environment: Mapping[str, str]) -> list[str]:
@@ -121,24 +142,25 @@ class Processes:
             signal.signal(one, self._pass_on)
         try:
             for at, (command, visible) in enumerate(zip(commands, gpus, strict=True)):
-                told = {} if at == 0 else {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
                 process = subprocess.Popen(
                     command,
                     stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT if at else None,  # process 0 draws on the terminal
                     env=os.environ | ({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}),
                     process_group=0,  # Ctrl-C comes here, and from here to each once
                     preexec_fn=dies_with_parent,
-                    errors="replace" if at else None,
-                    **told,
+                    text=True,
+                    errors="replace",
                 )
                 self._started.append(process)
         except OSError:
             self._kill()
             raise
+        self._errors: dict[str, int] = {}  # of processes but the first, and who told it first
         self._tellers = [
-            threading.Thread(target=_tell, args=(process.stdout, at), daemon=True)
+            threading.Thread(target=self._tell, args=(process.stdout, at), daemon=True)
             for at, process in enumerate(self._started)
-            if process.stdout
         ]
         for teller in self._tellers:
             teller.start()
@@ -162,6 +184,9 @@ class Processes:
                 self._kill()
         for teller in self._tellers:
             teller.join(timeout=5)
+        if self._started[0].returncode <= 0:  # else it told why
+            for text, process in self._errors.items():
+                print(f"[{process}] {text}", file=sys.stderr, flush=True)
         return 130 if self._interrupted and code else code
 
     def _pass_on(self, number: int, _: object) -> None:
@@ -169,6 +194,17 @@ class Processes:
         for process in self._started:
             if process.poll() is None:
                 process.send_signal(number)
+
+    def _tell(self, said: IO[str], process: int) -> None:
+        """Passes on what a process says, with its number; an error, which is its last word, is kept."""
+        lines = (line for line in said if not line.startswith(NOISE))
+        for line in lines:
+            if process and line.startswith("error: "):
+                self._errors.setdefault((line + "".join(lines)).strip(), process)
+            elif process:
+                print(f"[{process}] {line}", end="", file=sys.stderr, flush=True)
+            else:
+                print(line, end="", flush=True)
 
     def _kill(self) -> None:
         for process in self._started:
@@ -179,12 +215,6 @@ class Processes:
 def _code(process: subprocess.Popen[str]) -> int:
     """The exit code as a shell tells it."""
     return process.returncode if process.returncode >= 0 else 128 - process.returncode
-
-
-def _tell(lines: IO[str], process: int) -> None:
-    """Passes on what a process says, with its number."""
-    for line in lines:
-        print(f"[{process}] {line}", end="", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -57,13 +57,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     arguments = parser().parse_intermixed_args()
-    resolved = configs.load(arguments.config, arguments.overrides)
+    resolved = check(arguments)
     if arguments.print_config:
         print(configs.describe(resolved))
         return 0
     run = Path(resolved.config.output_dir)
-    check_trackers(resolved.config.track)
-    check_run_folder(run, resolved)
     place = distributed.find(arguments, os.environ)
     with_huge_pages()
     with distributed.join(place, arguments.join_timeout, resolved) as hosts:
@@ -75,6 +73,15 @@ def main() -> int:
             return dry_run(resolved, quiet=not hosts.first)
         with Progress(quiet=not hosts.first) as progress:
             return train(resolved, run, progress, hosts, arguments.profile)
+
+
+def check(arguments: argparse.Namespace) -> Resolved:
+    """Loads the config and checks what costs no time. Raises `UserError`."""
+    resolved = configs.load(arguments.config, arguments.overrides)
+    if not arguments.print_config:
+        check_trackers(resolved.config.track)
+        check_run_folder(Path(resolved.config.output_dir), resolved)
+    return resolved
 
 
 def _steps(text: str) -> range:
