@@ -64,7 +64,9 @@ class Model(Section):
     """Precision of the matrix products; parameters, optimizer and sums are f32 throughout."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision in which gradients of weights are summed over mesh.fsdp; bfloat16 halves that traffic."""
-    remat: Literal["none", "dots", "minimal", "full", "offload"] = "minimal"
+    remat: Literal["none", "dots", "minimal", "full", "offload"] = Field(
+        default="minimal", json_schema_extra=CHANGEABLE
+    )
     """What a block keeps for its backward pass: everything, its products' results, only the attention's, nothing but
     its input, or its input and the attention's result in the host's memory."""
     attention: Literal["auto", "xla", "splash", "pallas"] = Field(default="auto", json_schema_extra=CHANGEABLE)
