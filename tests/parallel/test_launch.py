@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +18,16 @@ from xlam_jax.parallel import distributed
 from xlam_jax.training.progress import Progress
 
 STEPS = 20
-SIZES = "{hidden_size: 32, num_attention_heads: 8, num_key_value_heads: 8, head_dim: 8, intermediate_size: 64, " + (
-    "num_local_experts: 8}"
-)
-CONFIG = [
-    f"model.overrides={SIZES}",
-    f"train.steps={STEPS}",
-    "train.batch_size=8",
-    f"checkpoint.every={STEPS}",
-    "data.heldout=0",
-    "track.to=[]",
-]
+MESHES = {axis: {axis: 8} for axis in ("fsdp", "tensor", "expert", "context")}
+DEVICES = [(1, 8), (2, 4), (4, 2)]
+"""Processes × devices of each."""
+OWN = ["model.overrides.num_hidden_layers=2", "train.batch_size=8", f"train.steps={STEPS}", f"checkpoint.every={STEPS}"]
 
 
 def resolve(task: dict[str, Any], run: Path, mesh: dict[str, int]) -> configs.Resolved:
     axes = [f"mesh.{axis}={size}" for axis, size in ({"fsdp": 1} | mesh).items()]
     devices = f"mesh.cpu_devices={task['devices']}"
-    return configs.load(Path(task["config"]), [*CONFIG, f"output_dir={run}", devices, *axes])
+    return configs.load(Path(task["config"]), [*OWN, f"output_dir={run}", devices, *axes])
 
 
 def work(task: dict[str, Any]) -> None:
@@ -97,30 +89,14 @@ def arrays(run: Path) -> dict[str, Any]:
     return ocp.load_checkpointables(path, like)
 
 
-SMALL = {"fsdp-tensor": {"fsdp": 2, "tensor": 2}, "expert-context": {"expert": 2, "context": 2}}
-WHOLE = {axis: {axis: 8} for axis in ("fsdp", "tensor", "expert", "context")}
-
-
-@pytest.mark.parametrize(
-    ("table", "meshes"),
-    [
-        ([(1, 4), (2, 2)], SMALL),
-        pytest.param([(1, 8), (2, 4), (4, 2)], WHOLE, marks=pytest.mark.slow),
-    ],
-)
-def test_any_number_of_processes_trains_alike(
-    environment: dict[str, str],
-    tiny_config: Path,
-    tmp_path: Path,
-    table: Sequence[tuple[int, int]],
-    meshes: dict[str, dict[str, int]],
-):
-    roots = [tmp_path / f"{processes}x{devices}" for processes, devices in table]
-    for at, (processes, devices) in enumerate(table):
+@pytest.mark.slow
+def test_any_number_of_processes_trains_alike(environment: dict[str, str], short_config: Path, tmp_path: Path):
+    roots = [tmp_path / f"{processes}x{devices}" for processes, devices in DEVICES]
+    for at, (processes, devices) in enumerate(DEVICES):
         others = [str(root) for root in roots[:at]]
-        run(environment, tiny_config, roots[at], processes, devices, meshes=meshes, others=others)
+        run(environment, short_config, roots[at], processes, devices, meshes=MESHES, others=others)
     alone, *several = roots
-    for name in meshes:
+    for name in MESHES:
         expected = train_losses(alone / name)
         assert sorted(expected) == list(range(1, STEPS + 1))
         assert expected[STEPS] < expected[1] - 0.5
@@ -131,7 +107,7 @@ def test_any_number_of_processes_trains_alike(
             assert difference <= 1e-6, (root.name, name)
     for at, root in enumerate(roots):
         for other in roots[:at]:
-            for name in meshes:
+            for name in MESHES:
                 saved, again = arrays(other / name), arrays(root / "again" / other.name / name)
                 assert saved.keys() == {"params", "opt", "data"}
                 assert same_arrays(saved, again), (root.name, other.name, name)
