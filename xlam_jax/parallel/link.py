@@ -108,10 +108,14 @@ class Link(Hosts):
         for task in (self._read, self._beat):
             threading.Thread(target=task, name="link", daemon=True).start()
         # the hub says who is missing a moment before
-        if not self._here.wait(max(0.0, began + timeout + VERDICT - time.monotonic())):
-            raise UserError(f"{self.me}: host 0 at {where} took the connection and said nothing for {timeout:.0f} s")
-        if self._refused:
-            raise UserError(self._refused["end"])
+        here = self._here.wait(max(0.0, began + timeout + VERDICT - time.monotonic()))
+        if not here or self._refused:
+            self._failing = True
+            raise UserError(
+                self._refused["end"]
+                if self._refused
+                else f"{self.me}: host 0 at {where} took the connection and said nothing for {timeout:.0f} s"
+            )
 
     def gather(self, value: Any) -> list[Any]:
         self._send(say=value)
