@@ -64,7 +64,7 @@ def run_page(page: str, commands: Commands, folder: Path) -> int:
         if words[:2] != ["python", "-m"]:
             assert words[0] in ("make", "vllm"), f"{line}: no test runs it"
             continue
-        if "mixtral_8x7b_sft" in line:  # the real run, checked up to the devices
+        if "mixtral_8x7b_sft" in line or words[2] == "xlam_jax.launch":  # checked up to the devices
             words.append("--print-config")
         elif "quickstart_dpo" in line:  # the shorter of its two sources
             pairs = "[{name: hotpotqa, files: [examples/dpo/hotpotqa.jsonl], format: pairs}]"

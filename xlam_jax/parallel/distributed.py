@@ -25,6 +25,9 @@ from xlam_jax.parallel.link import Hosts, Hub, Link, connect, host_name, relay
 FLAGS = ("--coordinator", "--num-processes", "--process-id")
 PORT = 8476
 """Of the coordinator, where a launcher leaves the choice."""
+OF_JOBS = 61440
+"""From here on JAX derives ports from the numbers of jobs, one each; ours are two each, so that jobs that follow each
+other can share a node."""
 MAY_DIFFER = re.compile(r"track\.|train\.log_every$|data\.cache$")
 """Fields of a config that need not be the same on all hosts: what host 0 alone reads, and where a copy lies."""
 SHOWN = 10
@@ -158,7 +161,10 @@ def _detected(method: str | None, told_by: str, timeout: float, devices: list[in
     address, count, process, _ = found
     if address is None or count is None or process is None:
         return None
-    return _explicit(told_by, address, count, process)._replace(devices=devices)
+    host, _, port = address.rpartition(":")
+    if port.isdigit() and int(port) >= OF_JOBS:
+        port = OF_JOBS + 2 * ((int(port) - OF_JOBS) % 2047)
+    return _explicit(told_by, f"{host}:{port}", count, process)._replace(devices=devices)
 
 
 def _share(environment: Mapping[str, str], local: int | None) -> list[int] | None:
