@@ -1,10 +1,10 @@
-"""`python -m xlam_jax.launch --processes N [--devices-per-process D] -- --config FILE.yaml …`: a run of several processes
-on this machine.
+"""`python -m xlam_jax.launch --processes N [--devices-per-process D] -- --config FILE.yaml …`: a run of several
+processes on this machine.
 
-Starts N times `python -m xlam_jax.train` with what stands behind `--`. On a machine with GPUs each process gets its share
-of them, else each splits the CPU into D devices. SIGTERM and SIGINT are passed on. The exit code is that of the first
-process that fails; no process outlives this one. Why a run ended is told once: by process 0 while it can, else by the
-others.
+Starts `python -m xlam_jax.train` N times with what stands behind `--`. On a machine with GPUs each process gets its
+share of them, else each splits the CPU into D devices. SIGTERM and SIGINT are passed on. The exit code is that of the
+first process that fails; no process outlives this one. Why a run ended is told once: by process 0 while it can, else by
+the others.
 """
 
 import argparse
@@ -178,7 +178,8 @@ class Processes:
             code = code or next(filter(None, codes), 0)
             if ended and running and until == float("inf"):
                 until = time.monotonic() + GRACE
-            if time.monotonic() > until:
+            if running and time.monotonic() > until:
+                until = float("inf")
                 which = ", ".join(str(self._started.index(process)) for process in running)
                 print(f"launch: process {which} did not end within {GRACE:.0f} s, killed", file=sys.stderr, flush=True)
                 self._kill()
