@@ -1,10 +1,11 @@
 """Where a process is among others, by flags and by what each launcher sets; what hosts compare; the launch files."""
 
+import io
 import re
 import socket
 import subprocess
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from xlam_jax.launch import free_ports
 from xlam_jax.parallel import distributed
 from xlam_jax.parallel.distributed import Place, agree, check_shared, facts, find
 from xlam_jax.parallel.link import Hosts, Hub, Link
+from xlam_jax.training.progress import Progress
 
 JOBSET = {
     "JOBSET_NAME": "xlam",
@@ -256,6 +258,35 @@ def test_a_folder_that_one_host_does_not_see(tmp_path: Path, monkeypatch: pytest
     assert together(list(files), check_shared) == [None] * 3
 
 
+def test_the_newest_checkpoint_that_all_see_is_taken(tmp_path: Path):
+    def seen(steps: Sequence[Sequence[int]]) -> tuple[list[int], list[str], list[str | None]]:
+        runs = [tmp_path / "-".join(map(str, ("run", *own))) for own in steps]
+        for run, own in zip(runs, steps, strict=True):
+            for step in own:
+                (run / "checkpoints" / str(step)).mkdir(parents=True, exist_ok=True)
+            (run / "checkpoints" / "99.orbax-checkpoint-tmp").mkdir(parents=True, exist_ok=True)  # not whole
+        taken, told = [], io.StringIO()
+
+        def ask(hosts: Hosts, run: Path) -> None:
+            taken.append(train.newest_step(run, hosts, Progress(told, quiet=not hosts.first)))
+
+        messages = together(runs, ask)
+        return taken, told.getvalue().splitlines(), messages
+
+    assert seen([[], []]) == ([0, 0], [], [None, None])
+    assert seen([[3, 6], [3, 6]]) == ([6, 6], [], [None, None])
+    taken, told, _ = seen([[3, 6], [3, 6, 9], [3, 6]])
+    name = socket.gethostname()
+    assert taken == [6, 6, 6]
+    assert len(told) == 1
+    assert f"host 1 ({name}) sees 3, 6, 9" in told[0]
+    assert told[0].endswith("continuing from 6, which all of them see")
+    taken, _, messages = seen([[3, 6], []])
+    assert taken == []
+    assert all(message and f"host 1 ({name}) sees none); output_dir must be on a file system" in message
+               for message in messages)  # fmt: skip
+
+
 # ---- the files that users start from --------------------------------------------------------------------------------
 
 FILES = ROOT / "configs/launch"
@@ -335,7 +366,7 @@ def test_the_jobset_sets_what_is_read(monkeypatch: pytest.MonkeyPatch):
             environment[one["name"]] = one["value"]
         else:
             path = one["valueFrom"]["fieldRef"]["fieldPath"]
-            environment[one["name"]] = labels[re.fullmatch(r"metadata\.annotations\['(.*)'\]", path)[1]]
+            environment[one["name"]] = labels[path.removeprefix("metadata.annotations['").removesuffix("']")]
     assert seek(environment, monkeypatch) == Place("JobSet xlam", "xlam-workers-0-0.xlam", 8476, 16, 15)
     assert spec["completions"] == spec["parallelism"] == int(environment["PODS_PER_JOB"])
     assert int(environment["NUM_PROCESSES"]) == job["replicas"] * spec["completions"]
