@@ -26,8 +26,9 @@ from xlam_jax.errors import UserError
 
 BEAT = 2.0
 """Seconds between beats."""
-SILENCE = 40.0
-"""Seconds after which a host that is not heard of counts as lost."""
+SILENCE = 25.0
+"""Seconds after which a host that is not heard of counts as lost; less than the 30 after which collectives on CPUs give
+up, with a message that names no host."""
 LOST = 3
 """Exit code of a host that ends because another one was lost: starting all of them again continues the run."""
 AGAIN = ", so that all can be started again and continue"
