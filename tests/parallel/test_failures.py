@@ -21,13 +21,19 @@ from xlam_jax.parallel.link import LOST, SILENCE
 AT_MOST = 60.0
 """Seconds in which all are to end when one is lost."""
 HOST = """
-import json, signal, sys, time
+import atexit, json, signal, sys, time
 from xlam_jax import errors
 from xlam_jax.parallel.link import Hub, Link
 
 address, port, process, count, timeout = json.loads(sys.argv[1])
 asked = []
 signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+
+def boom(*_):
+    atexit.register(time.sleep, 1000)  # as JAX may wait for the others then
+    raise RuntimeError("boom\\nand more")
+
+signal.signal(signal.SIGUSR1, boom)
 
 def main():
     if process == 0:
@@ -118,6 +124,29 @@ def test_a_lost_host_is_named_by_all_others(group: Group, lost: int, how: signal
     for code, _, err in ended:
         assert code == LOST
         assert [line.startswith(f"error: host {lost} (") and why in line for line in err.splitlines()] == [True], err
+
+
+@pytest.mark.parametrize("heard", [True, False])
+def test_a_host_that_fails_says_why_to_all(group: Group, heard: bool):
+    group.start(3, port=free_ports())
+    group.met()
+    failing = group.started[1]
+    assert failing.stderr
+    if not heard:  # its terminal is gone
+        failing.stderr.close()
+        failing.stderr = None
+    failing.send_signal(signal.SIGUSR1)
+    me = f"host 1 ({socket.gethostname()})"
+    for process, (code, _, err) in enumerate(group.ended()):
+        if process != 1:
+            assert code == LOST
+            assert err.startswith(
+                f"error: {me} stopped: RuntimeError: boom; this host ends with code 3, so that all can"
+            )
+        else:
+            assert code == 1
+            assert not heard or err.startswith("Traceback")
+            assert not heard or err.endswith(f"error: {me}: RuntimeError: boom\n")
 
 
 def test_all_stop_after_the_same_step_when_one_is_asked(group: Group):

@@ -142,7 +142,8 @@ class Link(Hosts):
             self._send(failed=text, code=code)
             self._over.wait(VERDICT)  # the others have been told
         if code == 1:
-            traceback.print_exception(error)
+            with contextlib.suppress(OSError, ValueError):  # a terminal that is gone
+                traceback.print_exception(error)
         _end(f"{self.me}: {text}", code)
 
     def close(self) -> None:
