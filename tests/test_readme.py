@@ -64,11 +64,10 @@ def run_page(page: str, commands: Commands, folder: Path) -> int:
         if words[:2] != ["python", "-m"]:
             assert words[0] in ("make", "vllm"), f"{line}: no test runs it"
             continue
-        if "xlam_jax.plan" in line and "v5p" in line:  # compiled in tests/test_plan.py
-            words[words.index("--topology") + 1] = "gpu:h100:64"
-        elif "xlam_jax.plan" in line:
-            pass
-        elif "mixtral_8x7b_sft" in line:  # the real run, checked up to the devices
+        if words[2] == "xlam_jax.plan":
+            if "v5p:4x4x4" in words:  # compiled in tests/test_plan.py
+                words[words.index("v5p:4x4x4")] = "gpu:h100:64"
+        elif "mixtral_8x7b_sft" in line or words[2] == "xlam_jax.launch":  # checked up to the devices
             words.append("--print-config")
         elif "quickstart_dpo" in line:  # the shorter of its two sources
             pairs = "[{name: hotpotqa, files: [examples/dpo/hotpotqa.jsonl], format: pairs}]"

@@ -64,7 +64,9 @@ class Model(Section):
     """Precision of the matrix products; parameters, optimizer and sums are f32 throughout."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision in which gradients of weights are summed over mesh.fsdp; bfloat16 halves that traffic."""
-    remat: Literal["none", "dots", "minimal", "full", "offload"] = "minimal"
+    remat: Literal["none", "dots", "minimal", "full", "offload"] = Field(
+        default="minimal", json_schema_extra=CHANGEABLE
+    )
     """What a block keeps for its backward pass: everything, its products' results, only the attention's, nothing but
     its input, or its input and the attention's result in the host's memory."""
     attention: Literal["auto", "xla", "splash", "pallas"] = Field(default="auto", json_schema_extra=CHANGEABLE)
@@ -332,17 +334,17 @@ class Track(Section):
 class MeshShape(Section):
     """Devices along each axis of the mesh; -1 takes what the others leave, once."""
 
-    data: int = 1
+    data: int = Field(default=1, json_schema_extra=CHANGEABLE)
     """Copies of the model, each with its share of the batch."""
-    fsdp: int = -1
+    fsdp: int = Field(default=-1, json_schema_extra=CHANGEABLE)
     """Shares of the parameters and of the batch."""
-    expert: int = 1
+    expert: int = Field(default=1, json_schema_extra=CHANGEABLE)
     """Shares of the experts, and of the batch."""
-    context: int = 1
+    context: int = Field(default=1, json_schema_extra=CHANGEABLE)
     """Shares of each row's tokens, for long rows."""
-    tensor: int = 1
+    tensor: int = Field(default=1, json_schema_extra=CHANGEABLE)
     """Shares of heads, MLP width and vocabulary."""
-    cpu_devices: Count = 1
+    cpu_devices: Count = Field(default=1, json_schema_extra=CHANGEABLE)
     """Devices that a CPU is split into, to try a mesh without accelerators."""
 
     @property

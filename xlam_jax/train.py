@@ -17,11 +17,14 @@ from xlam_jax import config as configs
 from xlam_jax import errors
 from xlam_jax.config import Resolved
 from xlam_jax.errors import UserError
+from xlam_jax.parallel import distributed
+from xlam_jax.parallel.link import Hosts, host_name
 from xlam_jax.training.trackers import check_trackers
 
 if TYPE_CHECKING:
     from xlam_jax.data.corpus import Loaded
     from xlam_jax.training.progress import Progress
+    from xlam_jax.training.setup import Setup
     from xlam_jax.training.step import State
 
 CONFIG = "config.yaml"
@@ -29,7 +32,8 @@ SHOWN = 20
 """Trajectories that a message names at most."""
 
 
-def main() -> int:
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m xlam_jax.train",
         description="Train a model as a config says; run again to continue.",
@@ -47,23 +51,37 @@ def main() -> int:
         "--profile", type=_steps, metavar="START:STOP", help="trace these steps for XProf, into output_dir/profile"
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="fields to set")
-    arguments = parser.parse_intermixed_args()
-    resolved = configs.load(arguments.config, arguments.overrides)
+    distributed.add_arguments(parser)
+    return parser
+
+
+def main() -> int:
+    arguments = parser().parse_intermixed_args()
+    resolved = check(arguments)
     if arguments.print_config:
         print(configs.describe(resolved))
         return 0
     run = Path(resolved.config.output_dir)
-    check_trackers(resolved.config.track)
-    check_run_folder(run, resolved)
+    place = distributed.find(arguments, os.environ)
     with_huge_pages()
-    if arguments.dry_run:
-        from xlam_jax.training.dry_run import dry_run
+    with distributed.join(place, arguments.join_timeout, resolved) as hosts:
+        from xlam_jax.training.progress import Progress
 
-        return dry_run(resolved)
-    from xlam_jax.training.progress import Progress
+        if arguments.dry_run:
+            from xlam_jax.training.dry_run import dry_run
 
-    with Progress() as progress:
-        return train(resolved, run, progress, arguments.profile)
+            return dry_run(resolved, quiet=not hosts.first)
+        with Progress(quiet=not hosts.first) as progress:
+            return train(resolved, run, progress, hosts, arguments.profile)
+
+
+def check(arguments: argparse.Namespace) -> Resolved:
+    """Loads the config and checks what costs no time. Raises `UserError`."""
+    resolved = configs.load(arguments.config, arguments.overrides)
+    if not arguments.print_config:
+        check_trackers(resolved.config.track)
+        check_run_folder(Path(resolved.config.output_dir), resolved)
+    return resolved
 
 
 def _steps(text: str) -> range:
@@ -124,6 +142,39 @@ class Stop:
         self.asked = True
 
 
+def facts_of_data(made: "Setup") -> dict[str, Any]:
+    """What hosts must have found alike: the vocabulary and the data."""
+    from xlam_jax.data import corpus
+
+    vocabulary = json.dumps([made.tokenizer.get_vocab(), made.tokenizer.chat_template], sort_keys=True)
+    told: dict[str, Any] = {"the digest of the tokenizer": distributed.digest(vocabulary)}
+    for one in made.loaded:
+        about = f"{len(one.train)} to train, {len(one.heldout)} held out, {corpus.trained(one.train).sum():.0f} tokens"
+        told[f"the trajectories of {one.source.name}"] = f"{about}, ids {distributed.digest(json.dumps(list(one.ids)))}"
+    return told
+
+
+def newest_step(run: Path, hosts: Hosts, progress: "Progress") -> int:
+    """The newest step that all hosts see whole; 0 for none.
+
+    Raises `UserError` when some see steps and no step is seen by all.
+    """
+    from xlam_jax.training.checkpoint import STEPS, whole_steps
+
+    seen = [set(steps) for steps in hosts.gather(whole_steps(run))]
+    common = max(set.intersection(*seen), default=0)
+    if len(set(map(frozenset, seen))) > 1:
+        told = "; ".join(
+            f"{host_name(process, hosts.names[process])} sees {', '.join(map(str, sorted(steps))) or 'none'}"
+            for process, steps in enumerate(seen)
+        )
+        where = f"{run / STEPS}: the hosts see different checkpoints ({told})"
+        if not common:
+            raise UserError(f"{where}; output_dir must be on a file system that all of them share")
+        progress.line(f"{where}; continuing from {common}, which all of them see")
+    return common
+
+
 def _items(state: "State") -> dict[str, Any]:
     """What a checkpoint keeps of the state; the step is its name."""
     items = {"params": state.params, "opt": state.opt}
@@ -153,7 +204,7 @@ def _not_finite(
     )
 
 
-def train(resolved: Resolved, run: Path, progress: "Progress", profiled: range | None = None) -> int:
+def train(resolved: Resolved, run: Path, progress: "Progress", hosts: Hosts, profiled: range | None = None) -> int:
     """The whole run, in the order in which things happen."""
     config = resolved.config
     stop = Stop()
@@ -167,6 +218,7 @@ def train(resolved: Resolved, run: Path, progress: "Progress", profiled: range |
     from xlam_jax.training.trackers import flat, open_trackers
 
     made = set_up(resolved, progress)
+    distributed.agree(hosts, facts_of_data(made))
 
     import jax
     import numpy as np
@@ -176,32 +228,33 @@ def train(resolved: Resolved, run: Path, progress: "Progress", profiled: range |
     from xlam_jax.training import step as steps
     from xlam_jax.training.optimizer import schedule
 
-    resumes = checkpoint.is_checkpoint(run)
+    start = newest_step(run, hosts, progress)
     # read before the run folder is touched: the weights may be missing, or another model's
-    base = weights.read_base(resolved) if made.frozen or not resumes else None
+    base = weights.read_base(resolved) if made.frozen or not start else None
     given = weights.read_adapters(resolved) if resolved.model.lora else base
     frozen = weights.frozen(resolved, base, made.frozen, made.dtype)
     beside = weights.fingerprint(frozen) if frozen else None
 
     # ---- the run folder -------------------------------------------------------------------------------------------
     # The config first: it says whose folder this is, should the run be killed before the rest is written.
-    run.mkdir(parents=True, exist_ok=True)
-    write_text(run / CONFIG, configs.to_yaml(config))
-    checkpoint.write_hf_config(run, resolved.hf_config)
-    if not (run / checkpoint.TOKENIZER).exists():
-        save(made.tokenizer, run / f"{checkpoint.TOKENIZER}.part", config.data.format)
-        (run / f"{checkpoint.TOKENIZER}.part").replace(run / checkpoint.TOKENIZER)
+    if hosts.first:
+        run.mkdir(parents=True, exist_ok=True)
+        write_text(run / CONFIG, configs.to_yaml(config))
+        checkpoint.write_hf_config(run, resolved.hf_config)
+        if not (run / checkpoint.TOKENIZER).exists():
+            save(made.tokenizer, run / f"{checkpoint.TOKENIZER}.part", config.data.format)
+            (run / f"{checkpoint.TOKENIZER}.part").replace(run / checkpoint.TOKENIZER)
+    distributed.check_shared(hosts, run / CONFIG)
 
     # ---- state: 1. this run's newest checkpoint; 2. model.init_from; 3. random -------------------------------------
     metadata = {"config": config.model_dump(mode="json"), "model": resolved.hf_config, "base": beside}
     saves = checkpoint.Checkpoints(run, keep=config.checkpoint.keep, metadata=metadata, best=config.checkpoint.best)
-    start = saves.latest() or 0
     data_state = None
     if start:
         saved = saves.saved_metadata(start)
         weights.check_base(run, saved.get("base"), beside or "", config.model.init_from)
         items, data_state = saves.restore(start, _items(made.state))
-        state = steps.State(step=jax.device_put(np.int32(start), made.state.step.sharding), **items)
+        state = steps.State(step=steps.put(np.int32(start), made.state.step.sharding), **items)
         metadata["reference"] = saved.get("reference")
         progress.line(f"continuing {run} after step {start}")
     else:
@@ -211,7 +264,8 @@ def train(resolved: Resolved, run: Path, progress: "Progress", profiled: range |
     if start >= config.train.steps:
         progress.line(f"{run} is finished: {start} of {config.train.steps} steps")
         return 0
-    write_text(run / RUN, json.dumps(about(resolved, made, run), indent=1) + "\n")
+    if hosts.first:
+        write_text(run / RUN, json.dumps(about(resolved, made, run), indent=1) + "\n")
     loaded = made.loaded
     if configs.reference(config) == "precomputed":
         from xlam_jax.training import reference
@@ -227,7 +281,7 @@ def train(resolved: Resolved, run: Path, progress: "Progress", profiled: range |
                 dtype=config.model.compute_dtype,
             ),
             lambda: reference.compute(resolved, made, state.params, frozen, progress),
-            writes=jax.process_index() == 0,
+            writes=hosts.first,
         )
         progress.line("reference policy: " + ("read" if found else "computed, and kept"))
     loader = pipeline.Loader(
@@ -256,7 +310,6 @@ def train(resolved: Resolved, run: Path, progress: "Progress", profiled: range |
         )
     )
     rate = schedule(config.train)
-    writes = jax.process_index() == 0
     metrics = Metrics(
         run,
         start=start,
@@ -265,9 +318,9 @@ def train(resolved: Resolved, run: Path, progress: "Progress", profiled: range |
         progress=progress,
         log_every=config.train.log_every,
         trackers=open_trackers(config.track, run, config.model_dump(mode="json"), progress.line, after=start)
-        if writes
+        if hosts.first
         else None,
-        writes=writes,
+        writes=hosts.first,
     )
     names, kinds = [source.name for source in config.data.sources], config.objective.kind == "sft"
     asked = evaluation.Requests(resolved, made) if config.eval.requests else None
@@ -296,6 +349,7 @@ def train(resolved: Resolved, run: Path, progress: "Progress", profiled: range |
         told = evaluation.record(values, names, kinds=False)
         if not (math.isfinite(told["loss"]) and math.isfinite(told["grad_norm"])):
             saves.wait()
+            hosts.gather(None)  # the first to end ends all
             raise UserError(_not_finite(run, step, told, loaded, origins, saves.steps()))
         memory = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
         told |= {"learning_rate": float(np.asarray(rate(step - 1)))} | ({"memory": memory} if memory else {})
@@ -317,7 +371,7 @@ def train(resolved: Resolved, run: Path, progress: "Progress", profiled: range |
                 log(*last)
             last = (step, values, origins)
             finished = step == config.train.steps
-            ends = finished or stop.asked
+            ends = hosts.stops(step, stop.asked) or finished
             if profiled and step in profiled and (ends or step == profiled[-1]):
                 jax.block_until_ready(state)
                 jax.profiler.stop_trace()
@@ -344,7 +398,8 @@ def train(resolved: Resolved, run: Path, progress: "Progress", profiled: range |
         saves.wait()
         best = saves.best()
         saves.close()
-    progress.line(f"loss plot: {plot(run)}")
+    if hosts.first:
+        progress.line(f"loss plot: {plot(run)}")
     if best:
         progress.line(f"best {config.checkpoint.best}: {best[1]:.4f}, {run / checkpoint.STEPS / str(best[0])}")
     if step < config.train.steps:

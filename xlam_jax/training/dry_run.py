@@ -8,9 +8,13 @@ from xlam_jax.training.progress import Progress, duration
 from xlam_jax.training.setup import compiled_step, set_up
 
 
-def dry_run(resolved: Resolved) -> int:
-    """Everything up to the first steps, with random weights in place of those that a run would read; writes nothing."""
-    config, progress = resolved.config, Progress()
+def dry_run(resolved: Resolved, *, quiet: bool = False) -> int:
+    """Everything up to the first steps, with random weights in place of those that a run would read; writes nothing.
+
+    `quiet` tells nothing, for all hosts but one.
+    """
+    config, progress = resolved.config, Progress(quiet=quiet)
+    tell = (lambda _: None) if quiet else print
     made = set_up(resolved, progress)
 
     import jax
@@ -41,20 +45,20 @@ def dry_run(resolved: Resolved) -> int:
     total = model.parameters() + (trained if model.lora else 0)
     device = jax.local_devices()[0]
     available = (device.memory_stats() or {}).get("bytes_limit")
-    print(f"parameters         {total:,}, of which {trained:,} ({trained / total:.2%}) train")
-    print(
+    tell(f"parameters         {total:,}, of which {trained:,} ({trained / total:.2%}) train")
+    tell(
         f"memory a device    {needs.peak / 1e9:.2f} GB: {needs.arguments / 1e9:.2f} state, weights and batch, "
         f"{needs.temporaries / 1e9:.2f} temporaries"
         + (f"; the device has {available / 1e9:.2f} GB" if available else "")
     )
     real, carries = int((rows.segments > 0).sum()), int((rows.weights != 0).sum())
-    print(
+    tell(
         f"tokens a step      {places:,} places; the first batch fills {real / rows.segments.size:.1%} of them, "
         f"and {carries / rows.segments.size:.1%} carry loss"
     )
-    print(f"model FLOPs        {flops:.3g} a step")
+    tell(f"model FLOPs        {flops:.3g} a step")
     if available and needs.peak > available:
-        print("time               not measured: the step does not fit the device's memory")
+        tell("time               not measured: the step does not fit the device's memory")
         return 0
     drawn = weights.fresh(resolved, None, made.state.params)
     state = steps.init_state(made.state, made.tx, drawn)
@@ -66,12 +70,12 @@ def dry_run(resolved: Resolved) -> int:
         jax.block_until_ready(values)
         took.append(time.monotonic() - began)
     step = sorted(took[1:])[1]
-    print(
+    tell(
         f"time               {step:.3f} s a step (the middle one of 3, after one to warm up; random weights): "
         f"{places / step:,.0f} tokens/s, {flops / step / 1e12:.3g} TFLOP/s"
     )
-    print(
+    tell(
         f"the whole run      {duration(step * config.train.steps)} for {config.train.steps} steps, without evaluations"
     )
-    print("nothing was written")
+    tell("nothing was written")
     return 0

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
@@ -138,19 +139,25 @@ def init_state(abstract: State, tx: optax.GradientTransformation, params: Callab
     placed = place(params, abstract.params)
     opt = jax.jit(tx.init, out_shardings=places.opt)(placed)
     ema = None if abstract.ema is None else jax.tree.map(jnp.copy, placed)
-    return State(placed, opt, jax.device_put(jnp.int32(0), places.step), ema)
+    return State(placed, opt, put(np.int32(0), places.step), ema)
 
 
 def place(params: Callable[[], Params] | Params, abstract: Params) -> Params:
     """Puts parameters where, and in the dtype in which, they belong: arrays, or what stands for them in a file."""
     if callable(params):
         return jax.jit(params, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))()
+    return jax.tree.map(lambda array, like: put(array.astype(like.dtype), like.sharding), params, abstract)
 
-    def put(array: Any, like: Any) -> jax.Array:
-        array = array.astype(like.dtype)
-        return array.placed(like.sharding) if hasattr(array, "placed") else jax.device_put(array, like.sharding)
 
-    return jax.tree.map(put, params, abstract)
+def put(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+    """Lays an array out over the devices of all hosts: one that each host holds whole, or can read, or that lies on all
+    already."""
+    if hasattr(array, "placed"):
+        return array.placed(sharding)
+    if sharding.is_fully_addressable or (isinstance(array, jax.Array) and not array.is_fully_addressable):
+        return jax.device_put(array, sharding)
+    whole = np.asarray(array)  # device_put would send all of it around to compare it
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
 
 def _scored(model: Decoder, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array, Any]:

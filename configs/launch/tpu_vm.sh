@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Trains on all hosts of a TPU slice (or several) that is up and that gcloud can reach:
+#
+#   configs/launch/tpu_vm.sh NAME ZONE --config configs/mixtral_8x7b_sft.yaml output_dir=/mnt/shared/run
+#
+# Copies this folder to each host, installs it, and starts the same command everywhere; the hosts find each other by the
+# metadata of their slice. output_dir must be on a file system that all hosts have mounted at the same place.
+set -euo pipefail
+
+if [[ $# -lt 3 ]]; then
+    echo "usage: $0 NAME ZONE ARGUMENTS OF xlam_jax.train" >&2
+    exit 2
+fi
+name=$1 zone=$2
+shift 2
+
+# 3 or a signal: a host was lost, the others ended, and the same command goes on from the last checkpoint. Else it is over.
+read -r -d '' remote <<SCRIPT || true
+cd xlam_jax && python3 -m pip install --quiet --user uv \\
+    && ~/.local/bin/uv venv --quiet --allow-existing --python 3.12 .venv && . .venv/bin/activate \\
+    && ~/.local/bin/uv pip install --quiet -c constraints.txt -e '.[tpu]' || exit
+for attempt in {1..20}; do
+    python -m xlam_jax.train$(printf ' %q' "$@") && exit
+    code=\$?
+    [[ \$code == 3 || \$code -gt 130 ]] || exit \$code
+    sleep 10
+done
+exit \$code
+SCRIPT
+
+copy=$(mktemp -d)
+trap 'rm -rf "$copy"' EXIT
+mkdir "$copy/xlam_jax"
+git ls-files -z | xargs -0 cp --parents -t "$copy/xlam_jax"
+gcloud compute tpus tpu-vm scp --recurse "$copy/xlam_jax" "$name": --zone "$zone" --worker=all
+gcloud compute tpus tpu-vm ssh "$name" --zone "$zone" --worker=all --command "bash -c $(printf '%q' "$remote")"

@@ -1,0 +1,398 @@
+"""Where a process is among others, by flags and by what each launcher sets; what hosts compare; the launch files."""
+
+import io
+import re
+import socket
+import subprocess
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from jax._src import cloud_tpu_init
+from jax._src.clusters import cloud_tpu_cluster
+from support import ROOT
+
+from xlam_jax import config as configs
+from xlam_jax import train
+from xlam_jax.errors import UserError
+from xlam_jax.launch import free_ports
+from xlam_jax.parallel import distributed
+from xlam_jax.parallel.distributed import Place, agree, check_shared, facts, find
+from xlam_jax.parallel.link import Hosts, Hub, Link
+from xlam_jax.training.progress import Progress
+
+JOBSET = {
+    "JOBSET_NAME": "xlam",
+    "REPLICATED_JOB_NAME": "workers",
+    "JOB_INDEX": "1",
+    "JOB_COMPLETION_INDEX": "2",
+    "NUM_PROCESSES": "8",
+    "PODS_PER_JOB": "4",
+}
+SLURM = {
+    "SLURM_JOB_ID": "4097",
+    "SLURM_STEP_NODELIST": "gpu[003,007-009],big1",
+    "SLURM_STEP_NUM_NODES": "4",
+    "SLURM_NTASKS": "4",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "0",
+}
+SHARED_NODES = SLURM | {
+    "SLURM_NTASKS": "16",
+    "SLURM_PROCID": "6",
+    "SLURM_LOCALID": "2",
+    "CUDA_VISIBLE_DEVICES": "0,1,2,3",
+}
+MPI = {
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+}
+MPI_4 = MPI | {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911"}
+GKE_TPU = {
+    "JAX_PLATFORMS": "tpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost,host-b",
+    "TPU_WORKER_ID": "1",
+    "MEGASCALE_COORDINATOR_ADDRESS": "localhost",
+    "MEGASCALE_NUM_SLICES": "2",
+    "MEGASCALE_SLICE_ID": "1",
+}
+
+
+def seek(environment: Mapping[str, str], monkeypatch: pytest.MonkeyPatch, *flags: object) -> Place | None:
+    """What is found with these variables and flags alone."""
+    for name in list(distributed.os.environ):
+        if re.match("JOBSET|JOB_|SLURM|OMPI|MASTER|TPU_|CUDA_VIS|MEGASCALE", name):
+            monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    parsed = train.parser().parse_args(["--config", "x", "--join-timeout", "5", *map(str, flags)])
+    return find(parsed, environment)
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        (JOBSET, Place("JobSet xlam", "xlam-workers-0-0.xlam", 8476, 8, 6)),
+        (SLURM, Place("SLURM job 4097", "gpu003", 61442, 4, 3)),
+        (SLURM | {"SLURM_JOB_ID": "4095"}, Place("SLURM job 4095", "gpu003", 61442, 4, 3)),
+        (SHARED_NODES, Place("SLURM job 4097", "gpu003", 61442, 16, 6, [2])),
+        (SHARED_NODES | {"CUDA_VISIBLE_DEVICES": "2"}, Place("SLURM job 4097", "gpu003", 61442, 16, 6)),
+        (MPI | {"MASTER_ADDR": "node0"}, Place("Open MPI", "node0", 8476, 4, 1, [1])),
+        (MPI | {"MASTER_ADDR": "node0", "MASTER_PORT": "99"}, Place("Open MPI", "node0", 99, 4, 1, [1])),
+        (MPI | {"MASTER_ADDR": "node0", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, Place("Open MPI", "node0", 8476, 4, 1)),
+        (MPI_4, Place("Open MPI", "10.96.0.1", 63808, 4, 1, [1])),
+        ({}, None),
+        (SLURM | {"SLURM_NTASKS": "1"}, None),
+        (MPI | {"OMPI_COMM_WORLD_SIZE": "1"}, None),
+        (JOBSET | {"NUM_PROCESSES": "1", "PODS_PER_JOB": "1", "JOB_INDEX": "0", "JOB_COMPLETION_INDEX": "0"}, None),
+    ],
+)  # fmt: skip
+def test_launchers(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: Place | None):
+    assert seek({"JAX_PLATFORMS": "cpu"} | environment, monkeypatch) == expected
+
+
+def test_neighbouring_jobs_of_a_node_share_no_port(monkeypatch: pytest.MonkeyPatch):
+    ports: list[int] = []
+    for job in range(5000, 5010):
+        place = seek({"JAX_PLATFORMS": "cpu"} | SLURM | {"SLURM_JOB_ID": str(job)}, monkeypatch)
+        assert place
+        ports += [place.port, place.port + 1]
+    assert len(set(ports)) == 20
+    assert all(1024 < port < 65536 for port in ports)
+
+
+@pytest.fixture
+def tpu_vm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What JAX finds out when it is imported on a TPU VM."""
+    for module in (cloud_tpu_init, cloud_tpu_cluster):
+        monkeypatch.setattr(module, "running_in_cloud_tpu_vm", True)
+
+
+@pytest.mark.usefixtures("tpu_vm")
+def test_a_tpu_pod_in_gke(monkeypatch: pytest.MonkeyPatch):
+    assert seek(GKE_TPU, monkeypatch) == Place("TPU pod", "localhost", 8482, 4, 3)
+    alone = {"TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_NUM_SLICES": "1"}
+    alone |= {"TPU_WORKER_ID": "0", "MEGASCALE_SLICE_ID": "0"}
+    assert seek(GKE_TPU | alone, monkeypatch) is None
+
+
+@pytest.mark.usefixtures("tpu_vm")
+def test_a_tpu_pod_of_vms(monkeypatch: pytest.MonkeyPatch):
+    told = {"agent-worker-number": "2", "tpu-env": "ZONE: 'z'", "worker-network-endpoints": "localhost,b,c,d"}
+    monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", lambda key: (told[key], 200))
+    assert seek({"JAX_PLATFORMS": ""}, monkeypatch) == Place("TPU pod", "localhost", 8482, 4, 2)
+    assert seek({"JAX_PLATFORMS": "cpu"}, monkeypatch) is None
+
+
+@pytest.mark.parametrize("environment", [JOBSET, SLURM, MPI_4, {}])
+def test_flags_come_first(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]):
+    flags = ["--coordinator", "[fd00::1]:80", "--num-processes", 2, "--process-id", 1]
+    assert seek(environment, monkeypatch, *flags) == Place("flags", "fd00::1", 80, 2, 1)
+
+
+def test_which_process_this_is():
+    assert str(Place("flags", "node0", 8476, 4, 1)) == "process 1 of 4, coordinator node0:8476 (flags)"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--coordinator", "a:1"], "--num-processes and --process-id missing: --coordinator, --num-processes,"),
+        (["--process-id", 0], "--coordinator and --num-processes missing"),
+        (["--coordinator", "a", "--num-processes", 2, "--process-id", 0], "--coordinator is 'a'; HOST:PORT is needed"),
+        (["--coordinator", ":1", "--num-processes", 2, "--process-id", 0], "--coordinator is ':1'"),
+        (["--coordinator", "a:65535", "--num-processes", 2, "--process-id", 0], "--coordinator is 'a:65535'"),
+        (["--coordinator", "a:1", "--num-processes", 2, "--process-id", 2], "--process-id is 2, and --num-processes 2"),
+        (["--coordinator", "a:1", "--num-processes", 0, "--process-id", 0], "--process-id is 0, and --num-processes 0"),
+    ],
+)
+def test_wrong_flags(monkeypatch: pytest.MonkeyPatch, flags: list[object], message: str):
+    with pytest.raises(UserError, match=re.escape(message)):
+        seek({}, monkeypatch, *flags)
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        (MPI, "Open MPI, rank 1 of 4: this version does not say where rank 0 is; pass it on: mpirun -x MASTER_ADDR="),
+        (MPI | {"OMPI_COMM_WORLD_SIZE": "four"}, "the variable OMPI_COMM_WORLD_SIZE is 'four', and a number is needed"),
+        ({k: v for k, v in JOBSET.items() if k != "NUM_PROCESSES"}, "JOBSET_NAME is set and NUM_PROCESSES is not"),
+        (JOBSET | {"NUM_PROCESSES": "4"}, "--process-id is 6, and --num-processes 4"),
+        (SLURM | {"SLURM_PROCID": "x"}, "SLURM job 4097: its variables can't be read"),
+        (MPI_4 | {"OMPI_MCA_orte_hnp_uri": "?"}, "Open MPI: its variables can't be read"),
+    ],
+)
+def test_variables_that_do_not_fit(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], message: str):
+    with pytest.raises(UserError, match=re.escape(message)):
+        seek({"JAX_PLATFORMS": "cpu"} | environment, monkeypatch)
+
+
+# ---- what hosts compare ---------------------------------------------------------------------------------------------
+
+
+def together(values: list[Any], ask: Any) -> list[str | None]:
+    """Calls `ask(hosts, value)` on as many hosts as there are values; the message of each, None for none."""
+    port = free_ports()
+    Hub(port, len(values), timeout=20)
+
+    def one(process: int) -> str | None:
+        hosts = Link(("localhost", port), process, len(values), timeout=20)
+        try:
+            ask(hosts, values[process])
+        except UserError as error:
+            return str(error)
+        finally:
+            hosts.close()
+        return None
+
+    with ThreadPoolExecutor(len(values)) as pool:
+        return list(pool.map(one, range(len(values))))
+
+
+def test_hosts_agree():
+    assert together([{"a": [1, None], "b": 2.5}] * 3, agree) == [None] * 3
+    agree(Hosts(), {"a": 1})
+
+
+def test_hosts_that_differ_are_told_all_values_and_who_has_them():
+    values = [{"same": 0, "rate": 0.1, "only": True}, {"same": 0, "rate": 0.2}, {"same": 0, "rate": 0.1}]
+    name = socket.gethostname()
+    assert set(together([*values, values[2]], agree)) == {
+        "the hosts differ; start all of them with the same code, config and data:\n"
+        f"  only: true on host 0 ({name}), missing on host 1 ({name}) and host 2 ({name}) and 1 more\n"
+        f"  rate: 0.1 on host 0 ({name}) and host 2 ({name}) and 1 more, 0.2 on host 1 ({name})"
+    }
+
+
+def test_many_differences_are_counted():
+    first, second = ({f"key {at:02}": at + host for at in range(15)} for host in range(2))
+    told = together([first, second], agree)[0]
+    assert told
+    assert len(told.splitlines()) == 12
+    assert told.endswith("\n  and 5 more")
+
+
+def test_what_is_compared(short_config: Path, tmp_path: Path):
+    def told(*overrides: str) -> dict[str, Any]:
+        return facts(configs.load(short_config, ["output_dir=x", *overrides]))
+
+    one = told()
+    for same in ("train.log_every=7", "data.cache=/elsewhere", "track.to=[tensorboard]"):
+        assert told(same) == one
+    differ = ("train.learning_rate=0.5", "seed=1", "mesh.tensor=2", "model.overrides.hidden_size=64", "output_dir=y")
+    for other in differ:
+        assert told(other) != one
+
+
+def test_code_is_compared_by_content(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    for name in ("xlam_jax/parallel", "converters"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.setattr(distributed, "__file__", str(tmp_path / "xlam_jax/parallel/distributed.py"))
+    empty = distributed._code()
+    (tmp_path / "converters/one.py").write_text("1")
+    first = distributed._code()
+    (tmp_path / "converters/one.py").write_text("2")
+    assert len({empty, first, distributed._code()}) == 3
+
+
+def test_a_folder_that_one_host_does_not_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(distributed, "LAG", 0.3)
+    files = [tmp_path / str(host) / "config.yaml" for host in range(3)]
+    for host in (0, 1):
+        files[host].parent.mkdir()
+        files[host].write_text("a")
+    messages = together(list(files), check_shared)
+    assert all(message and f"what host 0 writes is not seen by host 2 ({socket.gethostname()})" in message
+               for message in messages)  # fmt: skip
+    # a file system may be late
+    late = threading.Timer(0.1, lambda: (files[2].parent.mkdir(), files[2].write_text("a")))
+    monkeypatch.setattr(distributed, "LAG", 5.0)
+    late.start()
+    assert together(list(files), check_shared) == [None] * 3
+
+
+def test_the_newest_checkpoint_that_all_see_is_taken(tmp_path: Path):
+    def seen(steps: Sequence[Sequence[int]]) -> tuple[list[int], list[str], list[str | None]]:
+        runs = [tmp_path / "-".join(map(str, ("run", *own))) for own in steps]
+        for run, own in zip(runs, steps, strict=True):
+            for step in own:
+                (run / "checkpoints" / str(step)).mkdir(parents=True, exist_ok=True)
+            (run / "checkpoints" / "99.orbax-checkpoint-tmp").mkdir(parents=True, exist_ok=True)  # not whole
+        taken, told = [], io.StringIO()
+
+        def ask(hosts: Hosts, run: Path) -> None:
+            taken.append(train.newest_step(run, hosts, Progress(told, quiet=not hosts.first)))
+
+        messages = together(runs, ask)
+        return taken, told.getvalue().splitlines(), messages
+
+    assert seen([[], []]) == ([0, 0], [], [None, None])
+    assert seen([[3, 6], [3, 6]]) == ([6, 6], [], [None, None])
+    taken, told, _ = seen([[3, 6], [3, 6, 9], [3, 6]])
+    name = socket.gethostname()
+    assert taken == [6, 6, 6]
+    assert len(told) == 1
+    assert f"host 1 ({name}) sees 3, 6, 9" in told[0]
+    assert told[0].endswith("continuing from 6, which all of them see")
+    taken, _, messages = seen([[3, 6], []])
+    assert taken == []
+    assert all(message and f"host 1 ({name}) sees none); output_dir must be on a file system" in message
+               for message in messages)  # fmt: skip
+
+
+# ---- the files that users start from --------------------------------------------------------------------------------
+
+FILES = ROOT / "configs/launch"
+
+
+def commands(text: str) -> list[str]:
+    """The training commands of a launch file, continuations joined."""
+    return re.findall(r"-m xlam_jax\.train(.*)", text.replace("\\\n", " "))
+
+
+@pytest.mark.parametrize("name", ["tpu_vm.sh", "slurm.sbatch"])
+def test_scripts_are_bash(name: str):
+    subprocess.run(["bash", "-n", FILES / name], check=True)
+
+
+def test_the_tpu_script_passes_arguments_on(tmp_path: Path):
+    """With a gcloud that runs here what is to run on each worker, and a python that tells its arguments."""
+    bin_, home, told = (tmp_path / name for name in ("bin", "home", "told"))
+    scripts = {
+        "gcloud": 'case $4 in scp) cp -r "$6" "$HOME" ;; ssh) cd "$HOME" && bash -c "${@: -1}" ;; esac',
+        "python3": "exit 0",
+        "python": f'printf "%s\\n" "$@" >> {told}; [[ $(grep -c xlam_jax.train {told}) == 3 ]] || exit 3',
+        "sleep": "exit 0",
+    }
+    uv = home / ".local/bin/uv"
+    uv.parent.mkdir(parents=True)
+    programs = {bin_ / name: body for name, body in scripts.items()}
+    for path, body in (programs | {uv: "mkdir -p .venv/bin; > .venv/bin/activate"}).items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/bin/bash\n{body}\n")
+        path.chmod(0o755)
+    done = subprocess.run(
+        [FILES / "tpu_vm.sh", "slice", "zone", "--config", "a b.yaml", "data.sources=[{name: x, files: ['*.jsonl']}]"],
+        cwd=ROOT, env={"PATH": f"{bin_}:/usr/bin:/bin", "HOME": str(home)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (
+        told.read_text().splitlines()
+        == ["-m", "xlam_jax.train", "--config", "a b.yaml", "data.sources=[{name: x, files: ['*.jsonl']}]"] * 3
+    )
+    assert (home / "xlam_jax/pyproject.toml").exists()
+
+
+@pytest.mark.parametrize(("codes", "requeued"), [([0], False), ([3], True), ([137], True), ([2], False), ([1], False)])
+def test_the_slurm_script_goes_on_after_a_loss_alone(tmp_path: Path, codes: list[int], requeued: bool):
+    for name, body in {"srun": f"exit {codes[0]}", "scontrol": f'echo "$@" > {tmp_path}/requeued'}.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "12"}
+    done = subprocess.run(["bash", FILES / "slurm.sbatch", "--config", "x"], env=env, check=False)
+    assert done.returncode == codes[0]
+    assert (tmp_path / "requeued").exists() == requeued
+
+
+def test_the_slurm_script_starts_one_process_a_node():
+    text = (FILES / "slurm.sbatch").read_text()
+    options = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", text, re.MULTILINE))
+    assert options["ntasks-per-node"] == "1"
+    assert options["signal"].startswith("TERM@")
+    assert "srun" in text
+
+
+def test_the_jobset_sets_what_is_read(monkeypatch: pytest.MonkeyPatch):
+    (jobset,) = yaml.safe_load_all((FILES / "jobset.yaml").read_text())
+    (job,) = jobset["spec"]["replicatedJobs"]
+    spec = job["template"]["spec"]
+    (container,) = spec["template"]["spec"]["containers"]
+    labels = {
+        "jobset.sigs.k8s.io/jobset-name": jobset["metadata"]["name"],
+        "jobset.sigs.k8s.io/replicatedjob-name": job["name"],
+        "jobset.sigs.k8s.io/job-index": "0",
+    }
+    environment = {"JOB_COMPLETION_INDEX": "15"}  # by Kubernetes, as the job is Indexed
+    assert spec["completionMode"] == "Indexed"
+    for one in container["env"]:
+        if "value" in one:
+            environment[one["name"]] = one["value"]
+        else:
+            path = one["valueFrom"]["fieldRef"]["fieldPath"]
+            environment[one["name"]] = labels[path.removeprefix("metadata.annotations['").removesuffix("']")]
+    assert seek(environment, monkeypatch) == Place("JobSet xlam", "xlam-workers-0-0.xlam", 8476, 16, 15)
+    assert spec["completions"] == spec["parallelism"] == int(environment["PODS_PER_JOB"])
+    assert int(environment["NUM_PROCESSES"]) == job["replicas"] * spec["completions"]
+    assert {port["containerPort"] for port in container["ports"]} == {distributed.PORT, distributed.PORT + 1}
+    assert spec["template"]["spec"]["restartPolicy"] == "Never"
+    assert container["command"][:3] == ["python", "-m", "xlam_jax.train"]
+    parsed = train.parser().parse_intermixed_args(container["command"][3:])
+    configs.load(parsed.config, parsed.overrides)
+
+
+def test_the_skypilot_task_sets_the_flags(monkeypatch: pytest.MonkeyPatch):
+    task = yaml.safe_load((FILES / "skypilot.yaml").read_text())
+    (command,) = commands(task["run"])
+    said = subprocess.run(
+        ["bash", "-c", f"printf '%s\\n' {command}"], capture_output=True, text=True, check=True,
+        env={"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1",
+             "PATH": "/usr/bin:/bin"},
+    ).stdout  # fmt: skip
+    words = said.splitlines()
+    parsed = train.parser().parse_intermixed_args(words)
+    configs.load(parsed.config, parsed.overrides)
+    assert find(parsed, {}) == Place("flags", "10.0.0.1", 8476, 2, 1)
+
+
+def test_the_page_names_every_file():
+    page = (ROOT / "docs/launch.md").read_text(encoding="utf-8")
+    for path in FILES.iterdir():
+        assert f"configs/launch/{path.name}" in page
+    assert "docs/launch.md" in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -1,0 +1,425 @@
+"""Processes that are killed, hang, are asked to stop, or can't hear each other: the others end and say who it was."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from support import ROOT, Commands, train_losses
+
+from xlam_jax.launch import GRACE, free_ports
+from xlam_jax.parallel.link import LOST, SILENCE
+
+AT_MOST = 60.0
+"""Seconds in which all are to end when one is lost."""
+HOST = """
+import atexit, json, signal, sys, time
+from xlam_jax import errors
+from xlam_jax.parallel.link import Hub, Link
+
+address, port, process, count, timeout = json.loads(sys.argv[1])
+asked = []
+signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+
+def boom(*_):
+    atexit.register(time.sleep, 1000)  # as JAX may wait for the others then
+    raise RuntimeError("boom\\nand more")
+
+signal.signal(signal.SIGUSR1, boom)
+
+def main():
+    if process == 0:
+        Hub(port, count, timeout=timeout, silence=6)
+    with Link((address, port), process, count, timeout=timeout, silence=6) as hosts:
+        print("here", flush=True)
+        for step in range(1, 10**6):
+            time.sleep(0.01 * (1 + process))  # some are faster
+            if step % 50 == 0:
+                assert hosts.gather([process, step]) == [[other, step] for other in range(count)]
+            if hosts.stops(step, bool(asked)):
+                break
+    print(step)
+
+errors.run(main)
+"""
+"""A host that only counts: all but the link is left out."""
+
+
+class Group:
+    """Processes that are `HOST`s."""
+
+    def __init__(self, environment: dict[str, str]):
+        self._env = environment | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        self.started: list[subprocess.Popen[str]] = []
+
+    def start(
+        self,
+        count: int,
+        *,
+        port: int,
+        processes: Sequence[int] | None = None,
+        address: str = "localhost",
+        timeout: float = 30,
+        within: Sequence[str] = (),
+    ) -> None:
+        """Starts some of `count` hosts, by a command such as `ip netns exec NAME`."""
+        for process in range(count) if processes is None else processes:
+            told = json.dumps([address, port, process, count, timeout])
+            self.started.append(
+                subprocess.Popen(
+                    [*within, sys.executable, "-c", HOST, told],
+                    env=self._env,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+
+    def met(self) -> None:
+        """Returns when all have met."""
+        for process in self.started:
+            assert process.stdout
+            assert process.stdout.readline() == "here\n", process.communicate()[1]
+
+    def ended(self) -> list[tuple[int, str, str]]:
+        """Code, stdout and stderr of each."""
+        said = [process.communicate(timeout=AT_MOST) for process in self.started]
+        return [(process.returncode, *both) for process, both in zip(self.started, said, strict=True)]
+
+
+@pytest.fixture
+def group(environment: dict[str, str]) -> Iterator[Group]:
+    made = Group(environment)
+    yield made
+    for process in made.started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("lost", "how", "why"),
+    [
+        (2, signal.SIGKILL, "ended without a word: it was killed"),
+        (0, signal.SIGKILL, "ended without a word: it was killed"),
+        (1, signal.SIGSTOP, "has not been heard of for 6 s: it hangs"),
+        (0, signal.SIGSTOP, "has not been heard of for 6 s: it hangs"),
+    ],
+)
+def test_a_lost_host_is_named_by_all_others(group: Group, lost: int, how: signal.Signals, why: str):
+    group.start(4, port=free_ports())
+    group.met()
+    gone = group.started.pop(lost)
+    gone.send_signal(how)
+    ended = group.ended()
+    gone.kill()
+    gone.communicate()
+    for code, _, err in ended:
+        assert code == LOST
+        assert [line.startswith(f"error: host {lost} (") and why in line for line in err.splitlines()] == [True], err
+
+
+@pytest.mark.parametrize("heard", [True, False])
+def test_a_host_that_fails_says_why_to_all(group: Group, heard: bool):
+    group.start(3, port=free_ports())
+    group.met()
+    failing = group.started[1]
+    assert failing.stderr
+    if not heard:  # its terminal is gone
+        failing.stderr.close()
+        failing.stderr = None
+    failing.send_signal(signal.SIGUSR1)
+    me = f"host 1 ({socket.gethostname()})"
+    for process, (code, _, err) in enumerate(group.ended()):
+        if process != 1:
+            assert code == LOST
+            assert err.startswith(
+                f"error: {me} stopped: RuntimeError: boom; this host ends with code 3, so that all can"
+            )
+        else:
+            assert code == 1
+            assert not heard or err.startswith("Traceback")
+            assert not heard or err.endswith(f"error: {me}: RuntimeError: boom\n")
+
+
+def test_all_stop_after_the_same_step_when_one_is_asked(group: Group):
+    group.start(4, port=free_ports())
+    group.met()
+    time.sleep(0.5)
+    group.started[2].terminate()
+    ended = group.ended()
+    assert [(code, err) for code, _, err in ended] == [(0, "")] * 4
+    assert len({out for _, out, _ in ended}) == 1
+
+
+def test_a_host_that_never_comes_is_named(group: Group):
+    group.start(4, port=free_ports(), processes=(0, 1, 3), timeout=3)
+    for code, _, err in group.ended():
+        assert code == 2
+        assert err == (
+            "error: 3 of 4 processes came within 3 s; missing: process 2; were all of them started, and can they reach "
+            "host 0?\n"
+        )
+
+
+def test_hosts_that_count_differently(group: Group):
+    port = free_ports()
+    group.start(3, port=port, processes=(0,))
+    group.start(2, port=port, processes=(1,))
+    for code, _, err in group.ended():
+        assert code == 2
+        assert err.startswith("error: host 1 (")
+        assert "is one of 2 processes, and host 0 expects 3" in err
+
+
+def test_two_processes_with_one_id(group: Group):
+    group.start(3, port=free_ports(), processes=(0, 1, 1))
+    for code, _, err in group.ended():
+        assert (code, "two processes have the id 1" in err) == (2, True)
+
+
+def test_a_port_that_is_taken(group: Group):
+    port = free_ports()
+    with socket.create_server(("", port)):
+        group.start(2, port=port, processes=(0,))
+        ((code, _, err),) = group.ended()
+    assert (code, f"port {port} of this machine can't be had" in err) == (2, True)
+
+
+def test_a_coordinator_that_never_answers(commands: Commands, short_config: Path, tmp_path: Path):
+    flags = ["--num-processes", 2, "--process-id", 1, "--join-timeout", 1]
+    port = free_ports()
+    began = time.monotonic()
+    said = commands.fails(
+        "xlam_jax.train", "--config", short_config, f"output_dir={tmp_path}/run", "--coordinator", f"localhost:{port}",
+        *flags,
+    )  # fmt: skip
+    assert time.monotonic() - began < 5
+    assert f"the coordinator, host 0 at localhost:{port + 1}, did not answer within 1 s" in said
+    with socket.create_server(("", port + 1)):  # takes connections and says nothing
+        said = commands.fails(
+            "xlam_jax.train", "--config", short_config, f"output_dir={tmp_path}/run", "--coordinator",
+            f"localhost:{port}", *flags,
+        )  # fmt: skip
+    assert f"host 0 at localhost:{port + 1} took the connection and said nothing for 1 s" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_hosts_with_different_configs(commands: Commands, short_config: Path, tmp_path: Path):
+    where = ["--coordinator", f"localhost:{free_ports()}", "--num-processes", 2]
+    started = [
+        commands.start(
+            "xlam_jax.train", "--config", short_config, f"output_dir={tmp_path}/run", *where, "--process-id", process,
+            f"train.learning_rate={rate}", f"data.cache={tmp_path}/{process}",
+        )
+        for process, rate in enumerate((0.001, 0.002))
+    ]  # fmt: skip
+    for process in started:
+        _, err = process.communicate(timeout=AT_MOST)
+        assert process.returncode == 2
+        assert err.count("error: ") == 1, err
+        assert "the hosts differ; start all of them with the same code, config and data" in err
+        name = socket.gethostname()
+        assert f"train.learning_rate: 0.001 on host 0 ({name}), 0.002 on host 1 ({name})" in err
+        assert "data.cache" not in err
+    assert not (tmp_path / "run").exists()
+
+
+# ---- real runs ------------------------------------------------------------------------------------------------------
+
+
+def children(launch: subprocess.Popen[str]) -> list[int]:
+    """The processes of a launch, by their number."""
+    pids = map(int, Path(f"/proc/{launch.pid}/task/{launch.pid}/children").read_text().split())
+    found = {}
+    for pid in pids:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+        found[int(words[words.index("--process-id") + 1])] = pid
+    return [found[process] for process in sorted(found)]
+
+
+def wait_for(path: Path, *running: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + 300
+    while not path.exists():
+        assert time.monotonic() < until, f"{path} was not written"
+        for process in running:
+            assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
+
+
+def tokens(run: Path) -> dict[int, float]:
+    """Step → trained tokens of its batch."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return {one["step"]: one["trained_tokens"] for one in map(json.loads, lines) if one["kind"] == "train"}
+
+
+def launch(processes: int, devices: int, config: Path, run: Path, *overrides: str) -> list[object]:
+    """The arguments of a launch."""
+    own = ["--config", config, f"output_dir={run}", "checkpoint.every=4", *overrides]
+    return ["--processes", processes, "--devices-per-process", devices, "--", *own]
+
+
+def test_the_time_in_which_all_end():
+    assert SILENCE < GRACE < AT_MOST
+
+
+def test_a_killed_process_ends_the_run_and_another_number_of_them_continues_it(
+    commands: Commands, short_config: Path, tmp_path: Path
+):
+    """Two processes train as one does, and after one of them is killed, one goes on alone with what both have saved."""
+    mesh = ("mesh.fsdp=2", "mesh.tensor=2")
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    commands.run("xlam_jax.train", "--config", short_config, f"output_dir={whole}", "mesh.cpu_devices=4", *mesh)
+    started = commands.start("xlam_jax.launch", *launch(2, 2, short_config, run, *mesh))
+    wait_for(run / "checkpoints/4", started)
+    killed = children(started)[1]
+    os.kill(killed, signal.SIGKILL)
+    began = time.monotonic()
+    _, err = started.communicate(timeout=AT_MOST)
+    assert time.monotonic() - began < AT_MOST
+    assert started.returncode == 128 + signal.SIGKILL
+    assert err.count("error: ") == 1, err
+    assert f"error: host 1 ({socket.gethostname()}) ended without a word" in err
+    assert "Traceback" not in err
+    told = commands.run("xlam_jax.launch", *launch(1, 4, short_config, run, *mesh)).stderr
+    assert f"continuing {run} after step " in told
+    losses, expected = train_losses(run), train_losses(whole)
+    assert sorted(losses) == sorted(expected) == list(range(1, 21))
+    assert max(abs(losses[step] - expected[step]) for step in losses) <= 1e-6
+    assert tokens(run) == tokens(whole)
+
+
+@pytest.mark.slow
+def test_one_of_four_is_killed_and_three_or_four_continue(commands: Commands, short_config: Path, tmp_path: Path):
+    batch = "train.batch_size=12"
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    commands.run("xlam_jax.train", "--config", short_config, f"output_dir={whole}", batch)
+    started = commands.start("xlam_jax.launch", *launch(4, 1, short_config, run, batch))
+    wait_for(run / "checkpoints/4", started)
+    os.kill(children(started)[2], signal.SIGKILL)
+    began = time.monotonic()
+    _, err = started.communicate(timeout=AT_MOST)
+    print(f"all ended {time.monotonic() - began:.1f} s after the kill:\n{err}")
+    assert started.returncode == 128 + signal.SIGKILL
+    assert err.count("error: ") == 1
+    assert f"error: host 2 ({socket.gethostname()}) ended without a word" in err
+    for processes in (3, 4):
+        copy = tmp_path / f"run-{processes}"
+        shutil.copytree(run, copy)
+        told = commands.run("xlam_jax.launch", *launch(processes, 1, short_config, copy, batch)).stderr
+        assert f"continuing {copy} after step " in told
+        losses, expected = train_losses(copy), train_losses(whole)
+        assert sorted(losses) == sorted(expected)
+        difference = max(abs(losses[step] - expected[step]) for step in losses)
+        print(f"{processes} processes: losses differ from those of one by {difference:.1e}")
+        assert difference < 1e-5
+        assert tokens(copy) == tokens(whole)
+
+
+@pytest.mark.slow
+def test_sigterm_on_one_of_four_saves_and_ends_all(commands: Commands, short_config: Path, tmp_path: Path):
+    run, batch = tmp_path / "run", "train.batch_size=12"
+    started = commands.start("xlam_jax.launch", *launch(4, 1, short_config, run, batch, "train.steps=500"))
+    wait_for(run / "checkpoints/4", started)
+    os.kill(children(started)[3], signal.SIGTERM)
+    _, err = started.communicate(timeout=AT_MOST)
+    assert started.returncode == 0, err
+    assert "stopped by SIGTERM after step " in err
+    assert "error" not in err
+    step = max(train_losses(run))
+    assert (run / "checkpoints" / str(step)).is_dir()
+
+
+# ---- a network of our own -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def link_of_two(tmp_path: Path) -> Iterator[tuple[str, str]]:
+    """Two network namespaces with a cable between them, 10.99.7.1 and 10.99.7.2."""
+    names = [f"xlam-{os.getpid()}-{at}" for at in range(2)]
+    cable = [f"xl{os.getpid() % 10**6}{at}" for at in "ab"]
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+    with contextlib.ExitStack() as undo:
+        try:
+            for at, name in enumerate(names, start=1):
+                ip("netns", "add", name)
+                undo.callback(subprocess.run, ["ip", "netns", "del", name], check=False, capture_output=True)
+                hosts = Path("/etc/netns", name, "hosts")  # `ip netns exec` shows it as /etc/hosts
+                undo.callback(shutil.rmtree, hosts.parent)
+                hosts.parent.mkdir(parents=True)
+                hosts.write_text(f"127.0.0.1 localhost\n10.99.7.{at} {socket.gethostname()}\n")
+            ip("link", "add", cable[0], "netns", names[0], "type", "veth", "peer", "name", cable[1], "netns", names[1])
+            for at, (name, end) in enumerate(zip(names, cable, strict=True), start=1):
+                ip("-n", name, "addr", "add", f"10.99.7.{at}/24", "dev", end)
+                ip("-n", name, "link", "set", end, "up")
+                ip("-n", name, "link", "set", "lo", "up")
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"no network namespaces here ({getattr(error, 'stderr', None) or error})")
+        yield names[0], names[1]
+
+
+def cut(name: str) -> None:
+    """Pulls the plug on one side."""
+    links = json.loads(subprocess.run(["ip", "-n", name, "-j", "link"], check=True, capture_output=True).stdout)
+    (end,) = [one["ifname"] for one in links if one["ifname"].startswith("xl")]
+    subprocess.run(["ip", "-n", name, "link", "set", end, "down"], check=True)
+
+
+def test_a_cut_link_ends_both_sides(group: Group, link_of_two: tuple[str, str]):
+    near, far = link_of_two
+    port = free_ports()
+    group.start(4, port=port, processes=(0, 1), address="10.99.7.1", within=("ip", "netns", "exec", near))
+    group.start(4, port=port, processes=(2, 3), address="10.99.7.1", within=("ip", "netns", "exec", far))
+    group.met()
+    cut(near)
+    ended = group.ended()
+    assert [code for code, *_ in ended] == [LOST] * 4
+    for _, _, err in ended[:2]:
+        assert err.startswith(("error: host 2 (", "error: host 3 ("))
+        assert "has not been heard of for 6 s: it hangs, or the network is cut" in err
+    for _, _, err in ended[2:]:
+        assert err.startswith("error: host 0 (")
+
+
+@pytest.mark.slow
+def test_a_cut_link_ends_a_run(
+    commands: Commands, environment: dict[str, str], short_config: Path, tmp_path: Path, link_of_two: tuple[str, str]
+):
+    run, port = tmp_path / "run", free_ports()
+    flags = ["--config", short_config, f"output_dir={run}", "checkpoint.every=4", "train.steps=2000"]
+    flags += ["--coordinator", f"10.99.7.1:{port}", "--num-processes", 2]
+    started = [
+        subprocess.Popen(
+            ["ip", "netns", "exec", name, sys.executable, "-m", "xlam_jax.train", *map(str, flags), "--process-id", at],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for at, name in zip("01", link_of_two, strict=True)
+    ]
+    try:
+        wait_for(run / "checkpoints/4", *started)
+        began = time.monotonic()
+        cut(link_of_two[0])
+        said = [process.communicate(timeout=AT_MOST)[1] for process in started]
+        print(f"ended {time.monotonic() - began:.1f} s after the cut:\n{said[0]}\n{said[1]}")
+        assert time.monotonic() - began < AT_MOST
+    finally:
+        for process in started:
+            process.kill()
+    for process, err, other in zip(started, said, (1, 0), strict=True):
+        assert process.returncode == LOST
+        assert f"error: host {other} ({socket.gethostname()}) has not been heard of for {SILENCE:.0f} s" in err
+        assert "Traceback" not in err
