@@ -73,7 +73,7 @@ def test_a_small_step_compiled_for_a_tpu(commands: Commands):
         ("mixtral_8x22b_sft", "v5p:4x8x8", 256, [], 1.36),
         ("mixtral_8x7b_lora", "v5e:4x4", 16, [], 1.5),
         ("mixtral_8x7b_lora", "v6e:4x4", 16, [], 1.5),
-        ("mistral_7b_lora", "v5e:2x4", 8, [], 1.5),
+        ("mistral_7b_lora", "v5e:2x4", 8, ["data.streams=8"], 1.5),
         ("mistral_7b_sft", "v5e:4x4", 16, ["model.remat=full"], 1.36),
     ],
 )
