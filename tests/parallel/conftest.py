@@ -1,4 +1,4 @@
-"""What the tests of several processes share: a config with short rows, and a way to start them."""
+"""What the tests of several processes share: a config with short rows."""
 
 from pathlib import Path
 
@@ -34,9 +34,3 @@ track: {{to: []}}
         encoding="utf-8",
     )
     return path
-
-
-@pytest.fixture(scope="session")
-def environment(environment: dict[str, str]) -> dict[str, str]:
-    """Threads enough for any number of devices here, as `parallel.mesh.split_cpu` has it."""
-    return environment | {"PJRT_NPROC": "34"}

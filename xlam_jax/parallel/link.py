@@ -282,15 +282,15 @@ class Hub:
     def _join(self, connection: socket.socket, hello: dict[str, Any]) -> int | None:
         process, name = hello["hello"], hello["name"]
         with self._lock:
-            taken = self._peers.get(process)
-            who = host_name(process, name)
-            if hello["count"] != self._count or not 0 <= process < self._count:
-                self._peers[len(self._peers) + self._count] = _Peer(connection, name)  # to be told as well
-                self._end(f"{who} is one of {hello['count']} processes, and host 0 expects {self._count}", 2)
-                return None
-            if taken:
-                self._peers[len(self._peers) + self._count] = _Peer(connection, name)
-                self._end(f"two processes have the id {process}: on {taken.name} and on {name}", 2)
+            wrong = None
+            if hello["count"] != self._count:
+                who = host_name(process, name)
+                wrong = f"{who} is one of {hello['count']} processes, and host 0 expects {self._count}"
+            elif process in self._peers:
+                wrong = f"two processes have the id {process}: on {self._peers[process].name} and on {name}"
+            if wrong:
+                self._peers[self._count + len(self._peers)] = _Peer(connection, name)  # to be told as well
+                self._end(wrong, 2)
                 return None
             self._peers[process] = _Peer(connection, name)
             if len(self._peers) == self._count:
