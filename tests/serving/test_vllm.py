@@ -133,6 +133,17 @@ def test_the_served_model_answers_as_jax_does(url: str, mixtral: Path, commands:
     assert answered(url, "tiny") == generated(commands, exported, tmp_path)
 
 
+def test_parity_with_the_checkpoint(url: str, mixtral: Path, commands: Commands):
+    """Prompts, log-probabilities, greedy tokens and calls; and that another checkpoint is told from it."""
+    [exported] = mixtral.glob("served-*")
+    said = commands.run("serving.parity", "--checkpoint", exported, "--base-url", url, "--max-new-tokens", 16).stdout
+    assert "2 of 2 requests are answered alike" in said
+    other = mixtral.parent / "other"
+    commands.run("xlam_jax.train", *QUICKSTART, "train.steps=2", "seed=1", f"output_dir={other}")
+    said = commands.run("serving.parity", "--checkpoint", other, "--base-url", url, code=1).stdout
+    assert "request 0: weights differs" in said
+
+
 def both(url: str, **request: Any) -> tuple[list[tuple[str, Any]], str | None]:
     """Calls by OpenAI's own client, streaming and not, which must be the same; and why it ended."""
     from openai import OpenAI

@@ -1,0 +1,236 @@
+"""Does a server answer as the checkpoint does? `python -m serving.parity --checkpoint DIR --base-url URL`.
+
+The same requests go through JAX and through the server, and the first thing that differs is named:
+
+    template    the server writes another prompt
+    tokenizer   it writes the same text in other tokens
+    weights     it gives the prompt's own tokens other probabilities
+    numerics    its probabilities, or its choices, drift by more than the tolerance
+    parser      it writes the same tokens, and reads other calls in them
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from serving.client import ServerError
+from xlam_jax.errors import run
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from xlam_jax.models.decoder import Decoder
+
+TOLERANCE = {"float32": 2e-3, "bfloat16": 0.15, "float16": 0.05}
+"""Of a token's log-probability, by the dtype of the weights: what another order of the sums makes of it."""
+REQUESTS: list[list[dict[str, Any]]] = [
+    [{"role": "user", "content": "What is the weather in Oslo?"}],
+    [{"role": "system", "content": "Answer in one word."}, {"role": "user", "content": "Is “{x}” JSON?"}],
+]
+TOOLS: list[dict[str, Any]] = [
+    {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "description": "The weather of a city.",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+        },
+    }
+]
+
+
+class Answer(NamedTuple):
+    """What the server makes of one request."""
+
+    prompt: list[int]
+    prompt_logprobs: np.ndarray
+    """Of the prompt's tokens but the first."""
+    completion: list[int]
+    logprobs: np.ndarray
+    """Of the completion's tokens."""
+    calls: list[dict[str, Any]]
+
+
+class Difference(NamedTuple):
+    """The first thing that differs."""
+
+    kind: str
+    told: str
+
+
+class Server:
+    """vLLM's addresses beside OpenAI's: what it makes of a text, and how likely it finds each token."""
+
+    def __init__(self, base_url: str, model: str | None, timeout: float):
+        """`model`: the first that is served, where it is None. Raises `ServerError` when nobody answers."""
+        self._url = base_url.rstrip("/")
+        self._root = self._url.removesuffix("/v1")
+        self._timeout = timeout
+        listed = self._ask("GET", f"{self._url}/models", None)
+        names = [one.get("id") for one in listed.get("data", []) if isinstance(one, dict)]
+        if not names or (model is not None and model not in names):
+            raise ServerError(
+                f"{base_url}: serves {', '.join(map(str, names)) or 'no model'}, not {model}; give --model"
+            )
+        self.model = model or names[0]
+
+    def answer(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], tokens: int) -> Answer:
+        """Its greedy answer."""
+        chat = {"model": self.model, "messages": messages, "tools": tools}
+        prompt = self._ask("POST", f"{self._root}/tokenize", chat | {"add_generation_prompt": True})["tokens"]
+        plain = {"model": self.model, "temperature": 0, "max_tokens": tokens, "skip_special_tokens": False}
+        choice = self._ask(
+            "POST",
+            f"{self._url}/completions",
+            plain | {"prompt": prompt, "logprobs": 0, "prompt_logprobs": 0, "return_token_ids": True},
+        )["choices"][0]
+        message = self._ask("POST", f"{self._url}/chat/completions", chat | {"temperature": 0, "max_tokens": tokens})[
+            "choices"
+        ][0]["message"]
+        scored = zip(prompt[1:], choice["prompt_logprobs"][1:], strict=True)
+        return Answer(
+            prompt,
+            np.array([each[str(token)]["logprob"] for token, each in scored]),
+            choice["token_ids"],
+            np.array(choice["logprobs"]["token_logprobs"], dtype=float),
+            [
+                {"name": call["function"]["name"], "arguments": json.loads(call["function"]["arguments"])}
+                for call in message.get("tool_calls") or []
+            ],
+        )
+
+    def _ask(self, method: str, url: str, body: Any) -> Any:
+        import httpx
+
+        try:
+            response = httpx.request(method, url, json=body, timeout=self._timeout)
+            if response.status_code != 200:
+                raise ServerError(f"{url}: {response.status_code}: {response.text[:300]}")
+            return response.json()
+        except (httpx.HTTPError, ValueError) as error:
+            raise ServerError(f"{url}: no answer that can be read ({error}); is a vLLM server there?") from None
+
+
+def compare(
+    model: "Decoder",
+    tokenizer: "PreTrainedTokenizerFast",
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]],
+    answer: Answer,
+    tolerance: float,
+) -> tuple[Difference | None, float]:
+    """The first difference between a server's answer and the checkpoint's, and the largest of log-probabilities."""
+    from xlam_jax.data.render import render_prompt
+    from xlam_jax.generate import named, read_completion
+    from xlam_jax.models.generation import generate
+
+    ours = render_prompt(messages, tools, tokenizer)
+    if ours != answer.prompt:
+        return _of_prompts(tokenizer, ours, answer.prompt), float("inf")
+    scores = score(model, ours + answer.completion)
+    off = np.abs(scores - np.concatenate([answer.prompt_logprobs, answer.logprobs]))
+    worst, largest = int(off.argmax()), float(off.max())
+    in_prompt = off[: len(ours) - 1]
+    if np.median(in_prompt) > tolerance:
+        told = f"the prompt's own tokens differ by {np.median(in_prompt):.3g} in log-probability (median)"
+        return Difference("weights", f"{told}, {tolerance:g} is allowed; does it serve this checkpoint?"), largest
+    if largest > tolerance:
+        token = (ours + answer.completion)[worst + 1]
+        told = f"token {worst + 1} ({tokenizer.decode([token])!r}) differs by {largest:.3g} in log-probability"
+        return Difference("numerics", f"{told}, {tolerance:g} is allowed"), largest
+    eos: Any = tokenizer.eos_token_id
+    [mine] = generate(model, [ours], eos_id=eos, max_new_tokens=len(answer.completion))
+    at = next((i for i, (a, b) in enumerate(zip(mine, answer.completion, strict=False)) if a != b), None)
+    if at is not None:
+        # Both are right where the two tokens are as likely as one another.
+        other = score(model, [*ours, *mine[: at + 1]])[-1] - scores[len(ours) - 1 + at]
+        if other > 2 * tolerance:
+            told = f"new token {at}: JAX takes {tokenizer.decode([mine[at]])!r}, the server"
+            return Difference(
+                "numerics", f"{told} {tokenizer.decode([answer.completion[at]])!r}, {other:.3g} less likely"
+            ), largest
+    calls = named(read_completion(answer.completion, tokenizer).calls)
+    if calls != answer.calls:
+        told = f"the tokens hold {json.dumps(calls, ensure_ascii=False)}, the server reads"
+        return Difference("parser", f"{told} {json.dumps(answer.calls, ensure_ascii=False)}"), largest
+    return None, largest
+
+
+def _of_prompts(tokenizer: "PreTrainedTokenizerFast", ours: Sequence[int], theirs: Sequence[int]) -> Difference:
+    texts = [str(tokenizer.decode(list(ids), skip_special_tokens=False)) for ids in (ours, theirs)]
+    if texts[0] == texts[1]:
+        at = next(
+            (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
+        )
+        return Difference(
+            "tokenizer", f"token {at}: JAX has {list(ours[at : at + 5])}, the server {list(theirs[at : at + 5])}"
+        )
+    at = next((i for i, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
+    around = [text[max(0, at - 20) : at + 20] for text in texts]
+    return Difference("template", f"character {at} of the prompt: JAX writes {around[0]!r}, the server {around[1]!r}")
+
+
+def score(model: "Decoder", tokens: Sequence[int]) -> np.ndarray:
+    """The log-probability of each token but the first, after those before it."""
+    import jax
+    import jax.numpy as jnp
+
+    from xlam_jax.training.objectives import token_log_probabilities
+
+    length = -(-len(tokens) // 128) * 128  # few programs are compiled for many lengths
+    padded = np.zeros((1, length + 1), np.int32)
+    padded[0, : len(tokens)] = tokens
+    counted = np.arange(length)[None] < len(tokens) - 1
+
+    @jax.jit
+    def scored(tokens_BT: jax.Array, labels_BT: jax.Array, counted_BT: jax.Array) -> jax.Array:
+        positions_BT = jnp.arange(tokens_BT.shape[1])[None]
+        hidden_BTD, _, _ = model(tokens_BT, positions_BT, jnp.ones_like(tokens_BT))
+        return token_log_probabilities(hidden_BTD, model.head_VD(), labels_BT, counted_BT)[0]
+
+    return np.asarray(scored(padded[:, :-1], padded[:, 1:], counted))[0, : len(tokens) - 1]
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m serving.parity", description="Compares a server's answers with those of the checkpoint in JAX."
+    )
+    parser.add_argument("--checkpoint", type=Path, required=True, help="Hugging Face folder, run folder or step folder")
+    parser.add_argument("--base-url", required=True, metavar="URL", help="of the server, up to /v1")
+    parser.add_argument("--model", help="the name it is served by (default: the first that the server lists)")
+    parser.add_argument("--messages", type=Path, help="JSON: a list of messages, or a list of such lists")
+    parser.add_argument("--tools", type=Path, help="JSON: a list of tool schemas in OpenAI form")
+    parser.add_argument("--max-new-tokens", type=int, default=32, metavar="N")
+    parser.add_argument("--tolerance", type=float, help="of log-probabilities (default: by the dtype of the weights)")
+    parser.add_argument("--timeout", type=float, default=300, metavar="S", help="seconds for an answer (default: 300)")
+    arguments = parser.parse_args()
+
+    from xlam_jax.generate import conversations, find_model, read_json
+
+    requests = REQUESTS if arguments.messages is None else conversations(arguments.messages)
+    tools = TOOLS if arguments.tools is None else read_json(arguments.tools)
+    found = find_model(arguments.checkpoint)
+    server = Server(arguments.base_url, arguments.model, arguments.timeout)
+    answers = [server.answer(messages, tools, arguments.max_new_tokens) for messages in requests]
+    model = found.load()
+    tolerance = arguments.tolerance or TOLERANCE[np.dtype(model.dtype).name]
+    failed = 0
+    for at, (messages, answer) in enumerate(zip(requests, answers, strict=True)):
+        difference, largest = compare(model, found.tokenizer, messages, tools, answer, tolerance)
+        told = f"{len(answer.prompt)} prompt tokens, {len(answer.completion)} new, {len(answer.calls)} calls"
+        if difference is None:
+            print(f"request {at}: equal ({told}; log-probabilities within {largest:.2g})")
+        else:
+            failed += 1
+            print(f"request {at}: {difference.kind} differs: {difference.told} ({told})")
+    print(f"{len(requests) - failed} of {len(requests)} requests are answered alike by JAX and {arguments.base_url}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    run(main)
