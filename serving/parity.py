@@ -227,7 +227,7 @@ def main() -> int:
             print(f"request {at}: equal ({told}; log-probabilities within {largest:.2g})")
         else:
             failed += 1
-            print(f"request {at}: {difference.kind} differs: {difference.told} ({told})")
+            print(f"request {at}: differs in the {difference.kind}: {difference.told} ({told})")
     print(f"{len(requests) - failed} of {len(requests)} requests are answered alike by JAX and {arguments.base_url}")
     return 1 if failed else 0
 

@@ -141,7 +141,7 @@ def test_parity_with_the_checkpoint(url: str, mixtral: Path, commands: Commands)
     other = mixtral.parent / "other"
     commands.run("xlam_jax.train", *QUICKSTART, "train.steps=2", "seed=1", f"output_dir={other}")
     said = commands.run("serving.parity", "--checkpoint", other, "--base-url", url, code=1).stdout
-    assert "request 0: weights differs" in said
+    assert "request 0: differs in the weights" in said
 
 
 def both(url: str, **request: Any) -> tuple[list[tuple[str, Any]], str | None]:
