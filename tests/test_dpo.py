@@ -14,6 +14,7 @@ from test_train import TRAIN, wait_for_step
 from xlam_jax import config as configs
 from xlam_jax import train
 from xlam_jax.errors import UserError
+from xlam_jax.parallel.link import Hosts
 from xlam_jax.training import checkpoint
 from xlam_jax.training.dry_run import dry_run
 from xlam_jax.training.progress import Progress
@@ -84,7 +85,7 @@ def started(config: Path, run: Path, *overrides: str, profiled: range | None = N
     resolved = configs.load(config, [f"output_dir={run}", *overrides])
     train.check_run_folder(run, resolved)
     with Progress(quiet=True) as progress:
-        assert train.train(resolved, run, progress, profiled) == 0
+        assert train.train(resolved, run, progress, Hosts(), profiled) == 0
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 

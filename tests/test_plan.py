@@ -165,5 +165,6 @@ def test_without_libtpu_it_says_what_to_install(commands: Commands, tmp_path: Pa
     (tmp_path / "libtpu.py").write_text("raise ImportError('No module named libtpu')\n", encoding="utf-8")
     hidden = os.pathsep.join([str(tmp_path), str(ROOT)])
     arguments = (*QUICKSTART, "--topology", "v5e:2x2", "--mesh", "fsdp=4", *SMALL)
-    said = commands.run(PLAN, *arguments, code=2, PYTHONPATH=hidden).stderr
+    nowhere = {"TPU_LIBRARY_PATH": str(tmp_path / "none"), "XLA_FLAGS": ""}
+    said = commands.run(PLAN, *arguments, code=2, PYTHONPATH=hidden, **nowhere).stderr
     assert "the TPU compiler, libtpu, is not installed; pip install 'xlam_jax[plan]'" in said

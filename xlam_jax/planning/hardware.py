@@ -100,7 +100,8 @@ class Topology:
         if self.platform == "cpu":
             from xlam_jax.parallel.mesh import split_cpu
 
-            split_cpu(self.count)
+            if self.count > 1:
+                split_cpu(self.count)
             return jax.devices("cpu")
         from jax.experimental import topologies
 
