@@ -21,7 +21,7 @@ from xlam_jax.parallel.link import LOST, SILENCE
 AT_MOST = 60.0
 """Seconds in which all are to end when one is lost."""
 HOST = """
-import atexit, json, signal, sys, time
+import atexit, json, queue, signal, sys, time
 from xlam_jax import errors
 from xlam_jax.parallel.link import Hub, Link
 
@@ -35,6 +35,12 @@ def boom(*_):
 
 signal.signal(signal.SIGUSR1, boom)
 
+class Late(queue.SimpleQueue):
+    def get(self):
+        value = super().get()
+        time.sleep(0.5)
+        return value
+
 def main():
     if process == 0:
         Hub(port, count, timeout=timeout, silence=6)
@@ -46,6 +52,8 @@ def main():
                 assert hosts.gather([process, step]) == [[other, step] for other in range(count)]
             if hosts.stops(step, bool(asked)):
                 break
+        if process == count - 1:
+            hosts._told = Late()  # host 0 has ended when this one learns that all are at their end
     print(step)
 
 errors.run(main)

@@ -4,7 +4,8 @@ JAX ends a process whose peer is lost with a message that names nobody, or leave
 TCP connection to a hub on host 0 and sends a beat over it; one that breaks or falls silent has a name. JSON lines:
 
     host → hub    hello, beat, say (a value that all wait for), step (may I go on?), failed, bye
-    hub → host    all (everyone is here), beat, told (everyone's values), stop (the last step), end (why it is over)
+    hub → host    all (everyone is here), beat, told (everyone's values), stop (the last step), left (all said bye), end
+                  (why it is over)
 
 Nothing here needs JAX or a device.
 """
@@ -90,11 +91,11 @@ class Link(Hosts):
         self.me = host_name(process, socket.gethostname())
         self._silence = silence
         self.names = ("?",) * count
-        self._here, self._over = threading.Event(), threading.Event()
+        self._here, self._over, self._left = threading.Event(), threading.Event(), threading.Event()
         self._told: queue.SimpleQueue[list[Any]] = queue.SimpleQueue()
         self._stop: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._refused: dict[str, Any] | None = None
-        self._failing = False
+        self._failing = self._leaving = False
         self._lock = threading.Lock()
         began = self._heard = time.monotonic()
         where = f"{address[0]}:{address[1]}"
@@ -147,10 +148,12 @@ class Link(Hosts):
         _end(f"{self.me}: {text}", code)
 
     def close(self) -> None:
+        self._leaving = True
         self.gather(None)
-        self._failing = True
         with contextlib.suppress(OSError):
             self._send(bye=True)
+        if self.first:  # with this process the hub ends, and what it has not sent or read yet is lost
+            self._left.wait(VERDICT)
 
     def _send(self, **message: Any) -> None:
         line = json.dumps(message).encode() + b"\n"
@@ -180,9 +183,13 @@ class Link(Hosts):
             self.names = tuple(message["all"])
             self._here.set()
         elif "told" in message:
+            # all are at their end: host 0 may be gone before this one has looked at it
+            self._failing |= self._leaving
             self._told.put(message["told"])
         elif "stop" in message:
             self._stop.put(message["stop"])
+        elif "left" in message:
+            self._left.set()
         elif "end" in message:
             self._over.set()
             if not self._here.is_set():
@@ -242,7 +249,8 @@ class Hub:
         self._peers: dict[int, _Peer] = {}
         self._said: dict[int, Any] = {}
         self._going, self._last = -1, None  # the step that some host was last told to go on after; the last one
-        self._wished = self._ended = False
+        self._wished = False
+        self._ended: dict[str, Any] | None = None  # what was told to all
         self._lock = threading.RLock()
         both = socket.has_dualstack_ipv6()
         try:
@@ -282,6 +290,10 @@ class Hub:
     def _join(self, connection: socket.socket, hello: dict[str, Any]) -> int | None:
         process, name = hello["hello"], hello["name"]
         with self._lock:
+            if self._ended:  # before this one came
+                self._peers[process] = _Peer(connection, name)
+                self._tell(self._ended, to=process)
+                return None
             wrong = None
             if hello["count"] != self._count:
                 who = host_name(process, name)
@@ -318,6 +330,8 @@ class Hub:
             self._end(f"{who} stopped: {message['failed']}; this host ends with code {code}{again}", code, but=process)
         elif "bye" in message:
             self._peers[process].gone = True
+            if all(peer.gone for peer in self._peers.values()):
+                self._tell({"left": True}, to=0)
 
     def _watch(self) -> None:
         began = at = time.monotonic()
@@ -350,9 +364,9 @@ class Hub:
         """Tells everyone that it is over, the host `but` last."""
         if self._ended:
             return
-        self._ended = True
+        self._ended = {"end": text, "code": code}
         for process in sorted(self._peers, key=lambda one: (one == but, one == 0)):
-            self._tell({"end": text, "code": code}, to=process)
+            self._tell(self._ended, to=process)
 
     def _tell(self, message: dict[str, Any], to: int | None = None) -> None:
         line = json.dumps(message).encode() + b"\n"
