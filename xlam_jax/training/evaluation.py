@@ -10,7 +10,7 @@ import numpy as np
 from xlam_jax.config import Resolved
 from xlam_jax.data.codec import KINDS
 from xlam_jax.errors import UserError
-from xlam_jax.evaluation import next_call
+from xlam_jax.evaluate import next_call
 from xlam_jax.models.generation import Generate
 from xlam_jax.models.params import Params
 from xlam_jax.training.setup import Setup

@@ -12,8 +12,8 @@ from support import ROOT
 from xlam_jax.data.render import render_prompt, sequences
 from xlam_jax.data.tokenizer import load_tokenizer
 from xlam_jax.data.trajectory import InvalidTrajectory, ToolCall, Trajectory, parse_trajectory, read_jsonl
-from xlam_jax.evaluation import next_call
-from xlam_jax.evaluation.next_call import Request, Score
+from xlam_jax.evaluate import next_call
+from xlam_jax.evaluate.next_call import Request, Score
 
 QUICKSTART = ROOT / "examples/quickstart"
 SOURCES = ("webshop", "hotpotqa", "seal_tools", "hammer")
