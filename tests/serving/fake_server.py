@@ -18,7 +18,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        self.send(200, json.dumps({"object": "list", "data": [{"id": "tiny", "object": "model"}]}))
+        self.send(200, json.dumps({"object": "list", "data": [{"id": "tiny", "object": "model", "max_model_len": 64}]}))
 
     def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers["content-length"])))

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from support import Commands
 
@@ -73,7 +75,9 @@ def model(tmp_path: Path) -> Path:
     folder.mkdir()
     config = {"model_type": "mixtral", "dtype": "float32", "max_position_embeddings": 2048}
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "tokenizer.json").write_text("{}")
+    (folder / "tokenizer.json").write_text(
+        json.dumps({"model": {"type": "BPE", "vocab": {"a": 0, "b": 7}, "merges": []}})
+    )
     (folder / "chat_template.jinja").write_text("x")
     return folder
 
@@ -230,6 +234,35 @@ def test_truncated_weights(commands: Commands, model: Path, monkeypatch: pytest.
     (model / "model.safetensors").write_bytes(b"\x50\0\0\0\0\0\0\0{")
     said = commands.fails("serving.serve", "--model", model, "--port", 0)
     assert f"{model}/model.safetensors: truncated or damaged, 9 bytes" in said
+
+
+def test_values_that_are_no_numbers(commands: Commands, model: Path, monkeypatch: pytest.MonkeyPatch):
+    from safetensors.numpy import save_file
+
+    monkeypatch.setattr(serve, "package", lambda: "vllm")
+    save_file({"a": np.ones(3, np.float32), "b": np.array([1, np.nan], np.float32)}, model / "model.safetensors")
+    said = commands.fails("serving.serve", "--model", model, "--port", 0)
+    assert f"{model}/model.safetensors: b holds 1 of 2 values that are infinite or no numbers" in said
+
+
+def test_weights_that_do_not_fit_the_config(
+    commands: Commands, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(serve, "package", lambda: "vllm")
+    model = shutil.copytree(exported, tmp_path / "copy")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 9}))
+    assert "the weights do not fit config.json" in commands.fails("serving.serve", "--model", model, "--port", 0)
+
+
+def test_a_tokenizer_of_another_model(commands: Commands, model: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(serve, "package", lambda: "vllm")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"vocab_size": 7}))
+    said = commands.fails("serving.serve", "--model", model, "--port", 0)
+    assert f"{model}/tokenizer.json: has token 7 ('b'), and the embedding of config.json ends before 7" in said
+    (model / "tokenizer.json").write_text("{}")
+    assert "can't be read" in commands.fails("serving.serve", "--model", model, "--port", 0)
 
 
 def test_no_folder_and_a_name(commands: Commands, monkeypatch: pytest.MonkeyPatch):

@@ -1,12 +1,14 @@
 """From training to a served model, asked by OpenAI's client and by ours: a Mixtral, and a Mistral with an adapter."""
 
 import json
+import re
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +51,16 @@ TOOLS = [
 ]  # fmt: skip
 
 
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
 @contextmanager
 def served(environment: dict[str, str], *arguments: object) -> Iterator[str]:
     """A server that is ready; gives its address up to /v1."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "serving.serve", "--port", str(port), "--timeout", "400", *map(str, arguments)]
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment | {"VLLM_CPU_KVCACHE_SPACE": "1"}, text=True,
@@ -208,6 +214,61 @@ def test_requests_that_the_server_refuses(url: str):
     with pytest.raises(ServerError, match="404"):
         xLAMChatCompletion(url, "other").completion(REQUESTS[0])
     assert llm.models() == ["tiny"]
+
+
+def test_behind_fastchat(url: str, mixtral: Path, environment: dict[str, str], tmp_path: Path):
+    """The three commands of the page: FastChat's server gives vLLM's answers, streamed or not."""
+    [exported] = mixtral.glob("served-*")
+    page = (ROOT / "docs/serving.md").read_text(encoding="utf-8").partition("## Behind FastChat")[2]
+    ports = {told: str(free_port()) for told in ("31004", "31005", "8000")}
+    commands = re.findall("^python (-m .*)$", page, re.MULTILINE)[:3]
+    for told, port in ports.items():
+        commands = [command.replace(told, port) for command in commands]
+    with ExitStack() as stack:
+        for command in commands:
+            words = [str(exported) if word == "exported" else word for word in command.split()]
+            process = subprocess.Popen(
+                [sys.executable, *words], cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True,
+                env=environment | {"VLLM_CPU_KVCACHE_SPACE": "1", "LOGDIR": str(tmp_path)},
+            )  # fmt: skip
+            stack.callback(process.wait, 60)
+            stack.callback(process.terminate)
+            assert process.stdout
+            stack.enter_context(process.stdout)
+            if "serving" in command:
+                assert process.stdout.readline().startswith("ready: ")
+            else:
+                answers_soon(int(command.partition("--port ")[2].split()[0]))
+        through = xLAMChatCompletion(f"http://localhost:{ports['8000']}/v1", exported.name, max_tokens=24)
+        direct = xLAMChatCompletion(url, "tiny", max_tokens=24)
+        assert through.models() == [exported.name]
+        system = {"role": "system", "content": "Be brief."}
+        for messages in (*REQUESTS, [system, *REQUESTS[0]], [*REQUESTS[0], {"role": "assistant", "content": "No."},
+                                                             *REQUESTS[1]]):  # fmt: skip
+            expected = direct.completion(messages)["choices"][0]
+            answer = through.completion(messages)
+            assert answer["choices"][0]["message"] == expected["message"]
+            assert answer["usage"]["completion_tokens"] <= 24
+            *pieces, streamed = through.stream(messages)
+            assert "".join(map(str, pieces)) == expected["message"]["content"]
+            assert isinstance(streamed, dict)
+        v1 = [xLAMChatCompletion(one.config.base_url, one.config.model, format="xlam_v1", max_tokens=24,
+                                 bad_output="mark") for one in (through, direct)]  # fmt: skip
+        one, other = (llm.completion(REQUESTS[0], TOOLS)["choices"][0]["message"] for llm in v1)
+        assert one == other
+        with pytest.raises(ServerError, match="maximum context length"):
+            through.completion([{"role": "user", "content": "word " * 5000}])
+
+
+def answers_soon(port: int) -> None:
+    """Returns when something listens."""
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.2)
+    raise AssertionError(f"nothing listens on {port}")
 
 
 def test_an_adapter_is_served_by_name(commands: Commands, environment: dict[str, str], tmp_path: Path):

@@ -1,0 +1,189 @@
+"""FastChat's worker between a server and a controller, both of which the tests play; with FastChat itself in
+test_vllm."""
+
+import json
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from fake_server import Handler, Running, answers, events, refuses, says, serve
+from support import Commands
+
+from serving.fastchat_worker import Worker, post, running
+from xlam_jax.errors import UserError
+
+ANSWER = 'I look.\n[{"name": "get_weather", "arguments": {"city": "Oslo"}}]'
+TURNS = [
+    {"role": "system", "content": "Be brief: {really}."},
+    {"role": "user", "content": ": Weather in Oslo?\nuser: and Bergen"},
+    {"role": "assistant", "content": ""},
+    {"role": "user", "content": " again"},
+]
+
+
+def vllm(handler: Handler, request: dict[str, Any]) -> None:
+    """Counts words, and always gives the same answer."""
+    if handler.path == "/tokenize":
+        text = " ".join(one["content"] for one in request["messages"]) if "messages" in request else request["prompt"]
+        handler.send(200, json.dumps({"count": len(text.split()), "max_model_len": 64}))
+    elif handler.path == "/v1/completions":
+        handler.send_response(200)
+        handler.send_header("content-type", "text/event-stream")
+        handler.send_header("transfer-encoding", "chunked")
+        handler.end_headers()
+        for text, finish in (("on", None), ("wards", "length")):
+            scores = {"tokens": [text], "token_logprobs": [-1.0], "top_logprobs": None, "text_offset": [0]}
+            choice = {"index": 0, "text": text, "finish_reason": finish, "logprobs": scores}
+            handler.send_event(json.dumps({"id": "1", "object": "text_completion", "choices": [choice]}))
+        handler.send_event("[DONE]")
+        handler.wfile.write(b"0\r\n\r\n")
+    else:
+        says(ANSWER, finish="stop")(handler, request)
+
+
+def joined(rules: dict[str, Any], messages: list[dict[str, str]]) -> str:
+    """FastChat's way with the style that the rules name."""
+    assert rules["sep_style"] == 2
+    system = next((one["content"] for one in messages if one["role"] == "system"), "")
+    text = rules["system_template"].format(system_message=system) + rules["sep"]
+    names = dict(zip(("user", "assistant"), rules["roles"], strict=True))
+    for one in [*(one for one in messages if one["role"] != "system"), {"role": "assistant", "content": ""}]:
+        text += names[one["role"]] + (f": {one['content']}{rules['sep2']}" if one["content"] else ":")
+    return text
+
+
+@contextmanager
+def controller(exist: bool = True) -> Iterator[Running]:
+    def reply(handler: Handler, request: dict[str, Any]) -> None:
+        request["path"] = handler.path
+        handler.send(200, json.dumps({"exist": exist} if handler.path.endswith("beat") else None))
+
+    with serve(reply) as played:
+        yield played
+
+
+@pytest.fixture
+def port() -> int:
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.fixture
+def model() -> Iterator[Running]:
+    with serve(vllm) as played:
+        yield played
+
+
+@pytest.fixture
+def worker(model: Running, port: int) -> Iterator[str]:
+    with controller() as played:
+        address = f"http://127.0.0.1:{port}"
+        with running(Worker(model.url, address, played.url.removesuffix("/v1")), "127.0.0.1", port):
+            assert played.requests == [
+                {
+                    "path": "/register_worker",
+                    "worker_name": address,
+                    "check_heart_beat": True,
+                    "worker_status": {"model_names": ["tiny"], "speed": 1, "queue_length": 0},
+                    "multimodal": False,
+                }
+            ]
+            yield address
+
+
+def rules_of(worker: str) -> dict[str, Any]:
+    return post(f"{worker}/worker_get_conv_template", {"model": "tiny"})["conv"]
+
+
+@pytest.mark.parametrize("turns", [TURNS, TURNS[1:], TURNS[:2], [{"role": "user", "content": ""}]])
+def test_a_conversation_reaches_the_model_as_it_was(turns: list[dict[str, str]], worker: str, model: Running):
+    params = {"model": "tiny", "prompt": joined(rules_of(worker), turns), "temperature": 0.0, "max_new_tokens": 9,
+              "top_k": 5, "stop": [], "echo": False, "logprobs": None, "stop_token_ids": None}  # fmt: skip
+    answer = post(f"{worker}/worker_generate", params)
+    assert (answer["text"], answer["error_code"], answer["finish_reason"]) == (ANSWER, 0, "stop")
+    request = model.requests[-1]
+    assert request.pop("messages") == turns
+    assert request == {"model": "tiny", "temperature": 0.0, "max_tokens": 9, "top_k": 5, "stream": True,
+                       "stream_options": {"include_usage": True}}  # fmt: skip
+    words = sum(len(turn["content"].split()) for turn in turns)
+    assert post(f"{worker}/count_token", {"prompt": params["prompt"]}) == {"count": words, "error_code": 0}
+    assert post(f"{worker}/model_details", {"model": "tiny"}) == {"context_length": 64}
+
+
+def test_a_stream_grows_to_the_answer(worker: str):
+    params = {"model": "tiny", "prompt": joined(rules_of(worker), TURNS), "temperature": 0.5, "stop": ["x"]}
+    body = urllib.request.Request(f"{worker}/worker_generate_stream", json.dumps(params).encode())
+    with urllib.request.urlopen(body) as answer:
+        pieces = [json.loads(piece) for piece in answer.read().split(b"\0") if piece]
+    texts = [piece["text"] for piece in pieces]
+    assert all(after.startswith(before) for before, after in pairwise(texts))
+    assert len(set(texts)) > 5
+    assert (texts[-1], pieces[-1]["finish_reason"]) == (ANSWER, "stop")
+    assert all(piece["finish_reason"] is None for piece in pieces[:-1])
+
+
+def test_a_text_that_is_no_conversation_is_continued(worker: str, model: Running):
+    answer = post(f"{worker}/worker_generate", {"model": "tiny", "prompt": "user: go", "echo": True, "logprobs": 1})
+    assert (answer["text"], answer["finish_reason"]) == ("onwards", "length")
+    assert answer["logprobs"]["tokens"] == ["on", "wards"]
+    assert {"prompt": "user: go", "echo": True, "logprobs": 1}.items() <= model.requests[-1].items()
+    assert post(f"{worker}/count_token", {"prompt": "user: go"})["count"] == 2
+
+
+@pytest.mark.parametrize(
+    ("reply", "code", "said"),
+    [
+        (refuses(400, "longer than the maximum context length of 64"), 40303, "longer than"),
+        (refuses(429, "slow down"), 42903, "slow down"),
+        (refuses(500, "out of memory"), 50001, "the model's server failed: out of memory"),
+        (answers(200, "<html>", "text/html"), 50001, "broke off after 0 characters"),
+        (events([{"content": "abc"}], None), 50001, "broke off after 3 characters"),
+    ],
+)
+def test_a_server_that_fails_is_told_of(reply: Any, code: int, said: str, port: int):
+    with serve(reply) as model, controller() as played:
+        address = f"http://127.0.0.1:{port}"
+        with running(Worker(model.url, address, played.url.removesuffix("/v1")), "127.0.0.1", port):
+            answer = post(f"{address}/worker_generate", {"model": "tiny", "prompt": joined(rules_of(address), TURNS)})
+            assert answer["error_code"] == code
+            assert said in answer["text"]
+
+
+def test_a_controller_started_anew_is_told_again(model: Running, port: int):
+    import time
+
+    with controller(exist=False) as played:
+        worker = Worker(model.url, f"http://127.0.0.1:{port}", played.url.removesuffix("/v1"), beat=0.05)
+        with running(worker, "127.0.0.1", port):
+            until = time.monotonic() + 20
+            while time.monotonic() < until and len(played.requests) < 4:
+                time.sleep(0.01)
+    paths = [request["path"] for request in played.requests]
+    assert paths[:4] == ["/register_worker", "/receive_heart_beat"] * 2
+
+
+def test_an_address_that_leads_elsewhere(model: Running, port: int):
+    with controller() as played:
+        started = running(Worker(model.url, played.url, played.url.removesuffix("/v1")), "127.0.0.1", port)
+        with pytest.raises(UserError, match="does not lead to this worker"):
+            started.__enter__()
+
+
+def test_wrong_input(commands: Commands, model: Running, port: int):
+    nobody = ("--controller-address", f"http://127.0.0.1:{port}")
+    said = commands.run("serving.fastchat_worker", "--base-url", model.url, *nobody, code=2).stderr
+    assert "no controller of FastChat answers there" in said
+    assert "fastchat.serve.controller" in said
+    with controller() as played:
+        there = ("--controller-address", played.url.removesuffix("/v1"), "--port", port)
+        said = commands.run("serving.fastchat_worker", "--base-url", f"http://127.0.0.1:{port}/v1", *there, code=2)
+        assert "is the server running?" in said.stderr
+    said = commands.run("serving.fastchat_worker", code=2).stderr
+    assert "--base-url" in said
+    assert "--model" in said
