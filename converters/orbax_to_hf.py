@@ -128,8 +128,7 @@ def main() -> None:
         print(f"{args.out}: the adapters of step {step.name} of {args.checkpoint}, for {base or 'a random base'}")
         return
     hf_config = checkpoint.load_hf_config(step)
-    # Adapters are added to weights in memory; a whole model is read layer by layer.
-    params = weights.load_whole(step) if with_adapters else checkpoint.open_params(step)
+    params = weights.open_whole(step)
     tokenizer = checkpoint.tokenizer_dir(step)
     dtype = dtype_of(args.dtype)
     source = {"checkpoint": str(step.absolute()), "dtype": args.dtype, "max_shard_size": args.max_shard_size}

@@ -7,7 +7,7 @@ read, and are refused: merge those.
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -119,30 +119,37 @@ def read_peft(folder: Path, config: ModelConfig) -> "Params":
     return adapters
 
 
+class Merged:
+    """A weight with its adapter's product added, in f32 and then in the weight's dtype: layer by layer (and expert by
+    expert) as they are asked for."""
+
+    def __init__(self, weight: Any, a: np.ndarray, b: np.ndarray, scale: float, transposed: bool):
+        """`transposed`: the weight is kept outputs first."""
+        self._weight, self._a, self._b, self._scale, self._transposed = weight, a, b, scale, transposed
+        self.shape, self.dtype, self.size, self.ndim = weight.shape, weight.dtype, weight.size, weight.ndim
+
+    def __getitem__(self, at: tuple[int, ...]) -> np.ndarray:
+        """The slice at an index along the leading axes."""
+        weight = np.asarray(self._weight[at])
+        a, b = (np.asarray(factor[at], np.float32) for factor in (self._a, self._b))
+        rank = a.shape[-1]
+        product = a.reshape(-1, rank) @ b.reshape(rank, -1)
+        if self._transposed:
+            product = product.T
+        return (weight.astype(np.float32) + self._scale * product.reshape(weight.shape)).astype(weight.dtype)
+
+
 def merge(config: ModelConfig, base: "Params", adapters: "Params") -> "Params":
-    """Returns the base with each adapter's product added to its weight, in f32 and then in the weight's dtype."""
+    """The base's parameters, of which those with adapters are `Merged`; none of them is computed yet."""
     scale = _lora(config).scale
-
-    def added(name: str, weight: np.ndarray, tree: "Params") -> np.ndarray:
-        a, b = np.asarray(tree[f"{name}_a"], np.float32), np.asarray(tree[f"{name}_b"], np.float32)
-        stacked = 0 if name in ("embedding", "head") else 2 if a.ndim == 4 and name in ("w1", "w2", "w3") else 1
-        lead, rank = weight.shape[:stacked], a.shape[-1]
-        product = a.reshape(*lead, -1, rank) @ b.reshape(*lead, rank, -1)
-        if name == "head":
-            product = product.T  # kept as [vocabulary, model], the adapter's inputs are the model's axis
-        return (weight.astype(np.float32) + scale * product.reshape(weight.shape)).astype(weight.dtype)
-
-    def walk(base: "Params", tree: "Params") -> "Params":
-        return {
-            name: walk(value, tree.get(name, {}))
-            if isinstance(value, dict)
-            else added(name, np.asarray(value), tree)
-            if f"{name}_a" in tree
-            else value
-            for name, value in base.items()
-        }
-
-    return walk(base, adapters)
+    return {
+        name: merge(config, value, adapters.get(name, {}))
+        if isinstance(value, dict)
+        else Merged(value, adapters[f"{name}_a"], adapters[f"{name}_b"], scale, transposed=name == "head")
+        if f"{name}_a" in adapters
+        else value
+        for name, value in base.items()
+    }
 
 
 def _lora(config: ModelConfig) -> Lora:

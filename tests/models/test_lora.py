@@ -11,6 +11,7 @@ import tiny_models
 from converters.peft import merge
 from xlam_jax.models.config import Lora, ModelConfig
 from xlam_jax.models.params import Params, binder, initialize, join, shapes, trainable
+from xlam_jax.training.weights import read_layers
 
 EVERY = ("q", "k", "v", "o", "w1", "w3", "w2", "embedding")
 
@@ -65,7 +66,7 @@ def test_adapters_equal_merged_weights(family: str, overrides: dict, remat: str)
     weight_BTV = np.random.default_rng(1).normal(size=(2, 24, config.vocab_size)).astype(np.float32)
     logits, gradients = computed(config, join(base, adapters), weight_BTV, tokens_BT, remat)
     plain = replace(config, lora=None)
-    merged, of_weights = computed(plain, merge(config, base, adapters), weight_BTV, tokens_BT)
+    merged, of_weights = computed(plain, read_layers(plain, merge(config, base, adapters)), weight_BTV, tokens_BT)
     close(logits, merged, "logits")
     # d(A·B): what a gradient of the merged weight says of its factors
     got, weights, factors = flat(gradients), flat(of_weights), flat(adapters)

@@ -1,20 +1,22 @@
 """The weights a run starts from: what trains, and what stays frozen beside it."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from xlam_jax.config import Config, Resolved, model_of
 from xlam_jax.errors import UserError
+from xlam_jax.models.config import ModelConfig
 from xlam_jax.models.nf4 import NF4, dense
 from xlam_jax.models.params import Params, freeze, initialize, shapes, trainable
-from xlam_jax.parallel.mesh import make_mesh
 from xlam_jax.training import checkpoint
-from xlam_jax.training.step import abstract_frozen, place
+from xlam_jax.training.step import place
 
 
 def read_base(resolved: Resolved) -> Params | None:
@@ -89,51 +91,128 @@ def saved_run(step_dir: Path) -> Resolved | None:
     return Resolved(config, {}, hf_config, model_of(config, hf_config))
 
 
+class Kept:
+    """A frozen weight as a run keeps it (`freeze`), by its layers (and experts) when they are asked for."""
+
+    def __init__(self, name: str, weight: Any, lead: int, dtype: Any, quantized: bool):
+        """`weight`: an array, or what is indexed like one. `lead`: how many leading axes index its layers."""
+        self._weight, self.lead, self._dtype = weight, lead, dtype
+        self._freeze = jax.jit(lambda layer: freeze({name: layer}, dtype, quantized=quantized)[name])
+        self.kept = jax.eval_shape(self._freeze, jax.ShapeDtypeStruct(weight.shape, weight.dtype))
+        self.shape, self.size, self.ndim = tuple(weight.shape), weight.size, weight.ndim
+        self.dtype = np.dtype(dtype if isinstance(self.kept, NF4) else self.kept.dtype)
+
+    def part(self, at: tuple[int, ...]) -> Any:
+        """The slice at an index along the leading axes: an array or `NF4`."""
+        return self._freeze(np.asarray(self._weight[at]))
+
+    def __getitem__(self, at: tuple[int, ...]) -> np.ndarray:
+        """The same, dense."""
+        return np.asarray(dense(self.part(at), self.dtype))
+
+
 def load_whole(step_dir: Path) -> Params:
-    """The whole model of a step, as numpy arrays: adapters are added to the weights that they were trained beside.
+    """`open_whole`, read: numpy arrays."""
+    if saved_run(step_dir) is None:
+        return checkpoint.load_params(step_dir)
+    return read_layers(ModelConfig.from_hf(checkpoint.load_hf_config(step_dir)), open_whole(step_dir))
+
+
+def read_layers(config: ModelConfig, params: Params) -> Params:
+    """Numpy arrays of a whole model's parameters that are indexed by their layers."""
+    leads = _leads(config)
+
+    def read(path: tuple[str, ...], node: Any) -> Any:
+        if isinstance(node, dict):
+            return {name: read((*path, name), value) for name, value in node.items()}
+        whole = np.empty(node.shape, node.dtype)
+        for at in np.ndindex(*node.shape[: leads[path]]):
+            whole[at] = node[at]
+        return whole
+
+    return read((), params)
+
+
+def _leads(config: ModelConfig) -> dict[tuple[str, ...], int]:
+    """How many leading axes of each parameter index its layers (and experts)."""
+    from converters.hf_map import tensors
+
+    return {tensor.path: len(tensor.at) for tensor in tensors(config)}
+
+
+def open_whole(step_dir: Path) -> Params:
+    """The whole model of a step, to be read by layers: adapters are added to the weights that they were trained beside.
 
     The weights of a QLoRA run are those that its four-bit codes stand for. Raises `UserError` when the base is no
-    longer what it was.
+    longer what it was: all of it is read once for that.
     """
     from converters.peft import merge
 
     resolved = saved_run(step_dir)
     if resolved is None:
-        return checkpoint.load_params(step_dir)
-    return merge(resolved.model, jax.device_get(load_base(step_dir, resolved)), checkpoint.load_params(step_dir))
-
-
-def load_base(step_dir: Path, resolved: Resolved) -> Params:
-    """The frozen weights of a run with adapters, dense. Raises `UserError` when they are not those of the run."""
-    quantized = resolved.config.train.trainable == "qlora"
+        return checkpoint.open_params(step_dir)
+    base = read_base(resolved)
+    if base is None:
+        base = jax.device_get(trainable(resolved.model, initialize(resolved.model, resolved.config.seed))[1])
     dtype = jnp.dtype(resolved.config.model.compute_dtype)
-    mesh = make_mesh({}, jax.devices()[:1])
-    abstract = abstract_frozen(resolved.model, mesh, dtype=dtype, quantized=quantized)
-    kept = frozen(resolved, read_base(resolved), abstract, dtype)
+    leads = _leads(resolved.model)
+
+    def kept(path: tuple[str, ...], node: Any) -> Any:
+        if isinstance(node, dict):
+            return {name: kept((*path, name), value) for name, value in node.items()}
+        return Kept(path[-1], node, leads[path], dtype, resolved.config.train.trainable == "qlora")
+
+    frozen = kept((), base)
     saved = checkpoint.load_metadata(step_dir).get("base")
-    check_base(step_dir, saved, fingerprint(kept), resolved.config.model.init_from)
-    return jax.tree.map(
-        lambda leaf: dense(leaf, dtype) if isinstance(leaf, NF4) else leaf,
-        kept,
-        is_leaf=lambda node: isinstance(node, NF4),
-    )
+    if saved is not None:
+        check_base(step_dir, saved, _fingerprint_by_layers(frozen), resolved.config.model.init_from)
+    return merge(resolved.model, frozen, checkpoint.load_params(step_dir))
 
 
 def fingerprint(params: Params) -> str:
     """Tells weights apart by their bits, however they are sharded: every word counts, with its place."""
+    return _digest(params, [int(_checksum(leaf, ())) for leaf in jax.tree.leaves(params)])
 
-    @jax.jit
-    def checksum(leaf: jax.Array) -> jax.Array:
-        words = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")).astype(jnp.uint32)
-        for axis in range(words.ndim):
-            place = 2 * jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) + 1
-            words = words * place + place * (axis + 1)
-        return jnp.sum(words, dtype=jnp.uint32)
 
+def _fingerprint_by_layers(params: Params) -> str:
+    """`fingerprint` of what `Kept` weights are kept as."""
+    from converters.shards import ahead
+    from converters.work import WORKERS, Told
+
+    is_kept = lambda node: isinstance(node, Kept)  # noqa: E731
+    sums: list[int] = []
+    leaves: list[Kept] = jax.tree.leaves(params, is_leaf=is_kept)
+    with Told("checking the base", sum(one.size * one.dtype.itemsize for one in leaves)) as told:
+        for one in leaves:
+            each = [0] * len(jax.tree.leaves(one.kept))
+            indices = list(np.ndindex(*one.shape[: one.lead]))
+            for at, part in ahead(one.part, indices, WORKERS):
+                index = tuple(np.uint32(i) for i in at)
+                each = [
+                    total + int(_checksum(leaf, index)) for total, leaf in zip(each, jax.tree.leaves(part), strict=True)
+                ]
+                told.add(one.size * one.dtype.itemsize // len(indices))
+            sums += [total % 2**32 for total in each]
+    return _digest(jax.tree.map(lambda one: one.kept, params, is_leaf=is_kept), sums)
+
+
+@jax.jit
+def _checksum(part: jax.Array, at: tuple[Any, ...]) -> jax.Array:
+    """The sum over an array's words, each times what its place makes of it; `at`: where the part lies along the leading
+    axes that it lacks. Sums of parts add up to that of the whole."""
+    words = jax.lax.bitcast_convert_type(part, jnp.dtype(f"uint{8 * part.dtype.itemsize}")).astype(jnp.uint32)
+    indices = [*at, *(jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) for axis in range(words.ndim))]
+    for axis, index in enumerate(indices):
+        place = 2 * index + 1
+        words = words * place + place * (axis + 1)
+    return jnp.sum(words, dtype=jnp.uint32)
+
+
+def _digest(like: Params, sums: Sequence[int]) -> str:
     digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    for (path, leaf), total in zip(jax.tree_util.tree_leaves_with_path(like), sums, strict=True):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
-        digest.update(f"{name} {leaf.shape} {leaf.dtype} {int(checksum(leaf))}\n".encode())
+        digest.update(f"{name} {leaf.shape} {leaf.dtype} {total}\n".encode())
     return digest.hexdigest()[:16]
 
 
