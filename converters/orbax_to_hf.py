@@ -114,6 +114,7 @@ def main() -> None:
     if "://" not in args.out:
         refuse_existing(Path(args.out))
 
+    from converters.logits import compare_logits
     from converters.peft import write_peft
     from xlam_jax.training import checkpoint, weights
 
@@ -145,7 +146,10 @@ def main() -> None:
             workers=args.workers,
         )
         if args.verify:
-            _verify(args.out if "://" in args.out else str(work.folder), shards, params, dtype, args.workers)
+            written = args.out if "://" in args.out else str(work.folder)
+            _verify(written, shards, params, dtype, args.workers)
+            if "://" not in args.out:  # elsewhere config.json is written last
+                compare_logits(work.folder, hf_config, params, step, dtype)
     print(f"{args.out}: step {step.name} of {args.checkpoint}" + ("" if tokenizer else ", without a tokenizer"))
 
 

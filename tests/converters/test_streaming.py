@@ -22,6 +22,7 @@ from converters import shards
 from converters.folders import resumable_folder
 from converters.hf_map import tensors
 from converters.hf_to_orbax import HFWeights, load_hf
+from converters.logits import compare_logits
 from xlam_jax.errors import UserError
 from xlam_jax.models.config import ModelConfig
 from xlam_jax.models.params import shapes
@@ -47,6 +48,7 @@ def converted(mixtral: Path, commands: Commands, tmp_path_factory: pytest.TempPa
     folder = tmp_path_factory.mktemp("orbax") / "model"
     said = commands.call(TO_ORBAX, "--hf", mixtral, "--out", folder, "--verify").stdout
     assert "verified: 41 tensors are the source's, bit for bit" in said
+    assert "verified: the logits of 32 tokens are those of transformers" in said
     return folder
 
 
@@ -236,6 +238,18 @@ def test_a_truncated_checkpoint_is_told(converted: Path, tmp_path: Path, command
     said = commands.fails(TO_HF, "--checkpoint", broken, "--out", tmp_path / "out")
     assert "blocks.w1" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_other_logits_are_found(mixtral: Path, converted: Path, monkeypatch: pytest.MonkeyPatch):
+    """Weights that are all the same bits, under a config.json that lies about how they are used."""
+    step = checkpoint.resolve(converted)
+    params, hf_config = checkpoint.open_params(step), checkpoint.load_hf_config(step)
+    for with_torch in (True, False):
+        if not with_torch:
+            monkeypatch.setattr("converters.logits.find_spec", lambda name: None)
+        compare_logits(mixtral, hf_config, params, step)
+        with pytest.raises(UserError, match=r"the logits that .* computes differ from those of"):
+            compare_logits(mixtral, hf_config | {"num_experts_per_tok": 1}, params, step)
 
 
 def test_elsewhere_and_back(mixtral: Path, converted: Path, tmp_path: Path, commands: Commands):

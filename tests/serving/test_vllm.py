@@ -221,14 +221,15 @@ def test_behind_fastchat(url: str, mixtral: Path, environment: dict[str, str], t
     [exported] = mixtral.glob("served-*")
     page = (ROOT / "docs/serving.md").read_text(encoding="utf-8").partition("## Behind FastChat")[2]
     ports = {told: str(free_port()) for told in ("31004", "31005", "8000")}
-    commands = re.findall("^python (-m .*)$", page, re.MULTILINE)[:3]
+    commands = re.findall("^(\\S*python) (-m .*)$", page, re.MULTILINE)[:3]
     for told, port in ports.items():
-        commands = [command.replace(told, port) for command in commands]
+        commands = [(python, command.replace(told, port)) for python, command in commands]
+    commands = [(sys.executable if python == "python" else str(ROOT / python), command) for python, command in commands]
     with ExitStack() as stack:
-        for command in commands:
-            words = [str(exported) if word == "exported" else word for word in command.split()]
+        for python, command in commands:
+            words = [python, *(str(exported) if word == "exported" else word for word in command.split())]
             process = subprocess.Popen(
-                [sys.executable, *words], cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True,
+                words, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True,
                 env=environment | {"VLLM_CPU_KVCACHE_SPACE": "1", "LOGDIR": str(tmp_path)},
             )  # fmt: skip
             stack.callback(process.wait, 60)
@@ -250,7 +251,8 @@ def test_behind_fastchat(url: str, mixtral: Path, environment: dict[str, str], t
             assert answer["choices"][0]["message"] == expected["message"]
             assert answer["usage"]["completion_tokens"] <= 24
             *pieces, streamed = through.stream(messages)
-            assert "".join(map(str, pieces)) == expected["message"]["content"]
+            # FastChat leaves characters out that are no text yet, and a random model writes such
+            assert "".join(map(str, pieces)) == expected["message"]["content"].replace("\ufffd", "")
             assert isinstance(streamed, dict)
         v1 = [xLAMChatCompletion(one.config.base_url, one.config.model, format="xlam_v1", max_tokens=24,
                                  bad_output="mark") for one in (through, direct)]  # fmt: skip
