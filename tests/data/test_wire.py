@@ -90,6 +90,40 @@ def test_malformed_calls_stay_content(text):
     assert streamed(text[:2000]) == (text[:2000], None)
 
 
+def weather(*cities: str) -> list[tuple[str, dict[str, Any]]]:
+    return [("weather", {"city": city, "unit": "F"}) for city in cities]
+
+
+def wire(calls: list[tuple[str, dict[str, Any]]]) -> str:
+    return json.dumps([{"name": name, "arguments": arguments} for name, arguments in calls], ensure_ascii=False)
+
+
+@pytest.mark.parametrize(
+    ("form", "content", "calls"),
+    [
+        ("No tool here.", "No tool here.", []),
+        ("{}", "", weather("Rome")),
+        ("{}", "", weather("Rome", "Oslo")),
+        ("<think>Hm.</think>{}", "<think>Hm.</think>", weather("Rome")),
+        ("Hm.\n```json\n{}\n```", "Hm.", weather("Rome")),
+        ("```json\n{}\n```", "", weather("Rome")),
+        ("Hm.[TOOL_CALLS]{}", "Hm.", weather("Rome")),
+        ("[TOOL_CALLS]{}", "", weather("Rome")),
+        ("Hm.<tool_call>{}</tool_call>", "Hm.", weather("Rome")),
+        ("{}", "", weather("東京", "Zürich")),
+        ("{}", "", [("a", {}), ("b", {"x": 1})]),
+        ("{}", "", [("a", {"x": 1}), ("b", {})]),
+    ],
+)
+def test_the_cases_of_vllms_own_xlam_parser(form: str, content: str, calls: list[tuple[str, dict[str, Any]]]):
+    """What vLLM 0.32 tests its `xlam` parser with (tests/tool_parsers/test_xlam_tool_parser.py), whole and streamed."""
+    text = form.format(wire(calls))
+    for found, read in (parse_completion(text), streamed(text), streamed([text[:7], text[7:]])):
+        assert found == content
+        assert [(call.name, call.arguments) for call in read or ()] == calls
+        assert all("\\u" not in arguments_json(call) for call in read or ())
+
+
 def test_parsing_never_raises_on_noise():
     random_ = random.Random(0)
     for _ in range(2000):
