@@ -140,3 +140,13 @@ def test_benchmark_names_what_it_cannot_compare(tmp_path: Path):
     assert result.returncode == 2
     assert result.stderr.startswith("error: source rows: ")
     assert "Traceback" not in result.stderr
+
+
+def test_conversion_benchmark_compares_every_tensor(tmp_path: Path):
+    config = ROOT / "configs/models/tiny_mixtral.json"
+    command = ["benchmarks/convert.py", "--config", config, "--layers", "2", "--folder", tmp_path / "work"]
+    out = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    layers = 2 * (3 + 4 + 3 * json.loads(config.read_text("utf-8"))["num_local_experts"])
+    assert f"{layers + 3} tensors are identical" in out
+    assert [line for line in out.splitlines() if line.startswith("Orbax → Hugging Face") and "× cp" in line]
+    assert not (tmp_path / "work").exists()

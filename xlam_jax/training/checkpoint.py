@@ -38,6 +38,10 @@ CHUNK = 2**25
 """Bytes of a chunk of a model that is written layer by layer, at most."""
 
 
+LARGE = 2**24
+"""Bytes of a parameter that is stored layer by layer; smaller ones take a chunk of each device's part."""
+
+
 class Checkpoints:
     """The checkpoints of one run: saved in the background, the newest `keep` of them kept, and the one whose `best`
     metric is the best."""
@@ -82,10 +86,13 @@ class Checkpoints:
         """Starts saving trees of arrays by name; returns as soon as they are copied. Raises `UserError` when an earlier
         save failed."""
         items = {**items, "data": {"states": _encode(data)}}
+        context = ocp.Context()
+        context.array.saving.scoped_storage_options_creator = _by_layers
         try:
-            self._orbax.save_checkpointables_async(
-                step, items, force=True, metrics=metrics, custom_metadata=self._metadata
-            )
+            with context:
+                self._orbax.save_checkpointables_async(
+                    step, items, force=True, metrics=metrics, custom_metadata=self._metadata
+                )
         except Exception as error:
             raise self._explain(error) from error
 
@@ -122,6 +129,15 @@ class Checkpoints:
             f"{self._folder}: the disk is full ({free / 1e6:.1f} MB free), the checkpoint could not be written; "
             f"{kept}. Free some space and run the same command again to continue from there."
         )
+
+
+def _by_layers(key: Any, value: Any) -> Any:
+    """Large parameters are stored in chunks of a layer (and expert): an export reads them one after the other."""
+    names = [str(getattr(part, "key", getattr(part, "name", ""))) for part in key]
+    if "blocks" not in names or value.nbytes < LARGE:
+        return None
+    lead = 2 if value.ndim == 4 and names[-1] in ("w1", "w2", "w3") else 1
+    return ocp.options.ArrayOptions.Saving.StorageOptions(shard_axes=tuple(range(lead)))
 
 
 def better(metric: str, value: float, than: float) -> bool:
