@@ -273,6 +273,31 @@ def answers_soon(port: int) -> None:
     raise AssertionError(f"nothing listens on {port}")
 
 
+def test_the_model_of_the_quickstart_answers_its_requests_alike(
+    commands: Commands, environment: dict[str, str], tmp_path: Path
+):
+    """The ten requests that `make quickstart` shows, of its own run where there is one."""
+    from examples.quickstart.show import question, requests
+    from xlam_jax import config as configs
+    from xlam_jax.data.render import render_prompt
+    from xlam_jax.generate import complete, find_model
+
+    config, model = ROOT / "configs/quickstart.yaml", ROOT / "runs/quickstart/hf"
+    if not model.is_dir():
+        model = tmp_path / "hf"
+        commands.run("xlam_jax.train", "--config", config, f"output_dir={tmp_path}/run", limit=2400)
+        commands.run("converters.orbax_to_hf", "--checkpoint", tmp_path / "run", "--out", model)
+    chosen, found = requests(configs.load(config), 10), find_model(model)
+    prompts = [render_prompt(question(one), one.tools, found.tokenizer) for one in chosen]
+    ours = complete(found.load(), found.tokenizer, prompts, max_new_tokens=160)
+    with served(environment, "--model", model, "--served-model-name", "quickstart") as url:
+        llm = xLAMChatCompletion(url, "quickstart", bad_output="mark", max_tokens=160)
+        theirs = [llm.completion(question(one), one.tools)["choices"][0]["message"] for one in chosen]
+    calls = [[{"name": call["name"], "arguments": call["arguments"]} for call in one["tool_calls"]] for one in theirs]
+    assert calls == [one["tool_calls"] for one in ours]
+    assert sum(map(bool, calls)) >= 8
+
+
 def test_an_adapter_is_served_by_name(commands: Commands, environment: dict[str, str], tmp_path: Path):
     config = json.loads((ROOT / "configs/models/tiny_mixtral.json").read_text(encoding="utf-8"))
     for key in ("num_local_experts", "num_experts_per_tok", "router_aux_loss_coef"):
