@@ -11,8 +11,8 @@
             return Outcome({"accuracy": answer.content == task.data["answer"]}, [*answer.asked, answer.message])
 
 A suite in which a model acts gives an `Environment` for each task, and leaves `run` to the agents' one loop
-(`AgentSuite`). What goes wrong on the way to the model is `EndpointFault`: it ends the task, is recorded as an error, and
-never becomes a score.
+(`AgentSuite`). What goes wrong on the way to the model is `EndpointFault`: it ends the task, is recorded as an error,
+and never becomes a score.
 """
 
 from abc import ABC, abstractmethod
