@@ -241,3 +241,9 @@ def setting(options: Options, name: str, kind: Callable[[str], T], default: T) -
     except ValueError:
         what = getattr(kind, "__name__", "value")
         raise UserError(f"--set {name}={options.extra[name]}: is no {what}; the default is {default}") from None
+
+
+def text_tool(name: str, description: str, argument: str) -> dict[str, Any]:
+    """A tool of one argument, a text, in OpenAI form."""
+    parameters = {"type": "object", "properties": {argument: {"type": "string"}}, "required": [argument]}
+    return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
