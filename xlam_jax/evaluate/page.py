@@ -178,6 +178,7 @@ def _cut(text: str) -> str:
 
 
 STYLE = """
+:root { --c0: #0072b2; }
 tr.all td { font-weight: 600; } tr.ours td { font-weight: 600; background: var(--shade); }
 .wrong td:nth-child(2) { color: var(--quiet); text-align: left; }
 .narrow { display: flex; flex-wrap: wrap; gap: .5rem 1.2rem; align-items: center; font-size: 13px;
@@ -194,7 +195,7 @@ tr.all td { font-weight: 600; } tr.ours td { font-weight: 600; background: var(-
 .said b { font-weight: 400; color: var(--quiet); overflow-wrap: anywhere; }
 .said div { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; }
 .said .calls { font: 12.5px/1.55 ui-monospace, monospace; padding-left: .7rem;
-  border-left: 3px solid var(--c0, #0072b2); }
+  border-left: 3px solid var(--c0); }
 .pages { display: flex; gap: .8rem; align-items: center; font-size: 13px; margin-top: .8rem; }
 .bad { color: var(--bad); } .good { color: var(--good); }
 """
