@@ -53,13 +53,6 @@ OVERLAPS = """(() => {
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    started = Browser(tmp_path_factory.mktemp("profile"))
-    yield started
-    started.close()
-
-
-@pytest.fixture(scope="module")
 def pages(tmp_path_factory) -> dict[str, Path]:
     """Pages about one run, a run on pairs, several runs, a run with a spike, and a run that has only just begun."""
     folder = tmp_path_factory.mktemp("pages")

@@ -44,7 +44,7 @@ def write_report(paths: list[Path], out: Path, *, force: bool = False) -> int:
     from xlam_jax.report import page, runs, samples
 
     read = runs.read_all(paths)
-    _check_output(out, html.generator_mark(page.GENERATOR), force)
+    check_output(out, html.generator_mark(page.GENERATOR), force)
     report = page.Report(read, [samples.read(run.path, run.warnings) for run in read])
     for warning in page.all_warnings(report):
         print(f"warning: {warning}", file=sys.stderr)
@@ -53,7 +53,8 @@ def write_report(paths: list[Path], out: Path, *, force: bool = False) -> int:
     return 0
 
 
-def _check_output(out: Path, mark: str, force: bool) -> None:
+def check_output(out: Path, mark: str, force: bool) -> None:
+    """Raises `UserError` for a page's place that does not exist, or holds what has not the mark of its writer."""
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: the folder {out.parent} does not exist; make it first")
     if out.is_dir():
