@@ -28,7 +28,7 @@ def pages() -> list[dict[str, str]]:
         found.append(
             {
                 "title": f"The {trade} of {place}",
-                "text": f"The {trade} of {place} was known far and wide. Many visited. Few stayed. It rained. It snowed."
+                "text": f"The {trade} of {place} was known everywhere. Many visited. Few stayed. It rained. It snowed."
                 f" The workshop stood in {street}.",
             }
         )
