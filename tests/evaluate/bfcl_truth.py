@@ -32,7 +32,9 @@ class Knowing:
         else:
             self._answers = [[_single(row, expected) for expected in row.expected]]
         if wrong and row.category not in rows.RELEVANCE:
-            self._answers = [[*map(_changed, self._answers[0]), *[]], *self._answers[1:]]
+            made = [call for calls in self._answers for call in calls]
+            first = next(filter(_matters, made), made[0])
+            self._answers = [[_changed(one) if one is first else one for one in calls] for calls in self._answers]
         self.requests: list[tuple[list[dict[str, Any]], Any]] = []
 
     async def chat(self, messages: Sequence[dict[str, Any]], tools: Any = None, **options: Any) -> Answer:
@@ -47,11 +49,14 @@ class Knowing:
 
 def _single(row: Row, expected: dict[str, Any]) -> Call:
     ((name, possible),) = expected.items()
-    types = next(one for one in row.functions if one["name"] == name)["parameters"]["properties"]
+    parameters = next(one for one in row.functions if one["name"] == name)["parameters"]
+    types, required = parameters["properties"], parameters["required"]
     arguments = {}
     for key, alternatives in possible.items():
-        value = _pick(alternatives)
-        if "" in alternatives and (value is None or key not in types):  # some answers name parameters that are not there
+        value = "" if alternatives == [""] and key in required else _pick(alternatives)
+        if "" in alternatives and (
+            value is None or key not in types
+        ):  # some answers name parameters that are not there
             continue
         arguments[key] = value if row.language == "python" else _literal(value, types[key], row.language)
     return name, arguments
@@ -113,6 +118,14 @@ def _turn(row: Row, calls: list[str]) -> list[Call]:
     return made
 
 
+def _matters(call: Call) -> bool:
+    """Whether another first argument makes a difference: not to a flag that any text sets, nor where the simulated
+    class does not look at it."""
+    name, arguments = call
+    ignored = ("add_to_watchlist", "authenticate_travel")
+    return name not in ignored and any(not isinstance(value, bool) for value in [*arguments.values()][:1])
+
+
 def _changed(call: Call) -> Call:
     """With one argument of another value; where there is none, with one too many."""
     name, arguments = call
@@ -123,7 +136,9 @@ def _changed(call: Call) -> Call:
 def _written(calls: list[Call], language: str) -> str:
     texts = []
     for name, arguments in calls:
-        values = {key: one if language != "python" and not _quoted(one) else repr(one) for key, one in arguments.items()}
+        values = {
+            key: one if language != "python" and not _quoted(one) else repr(one) for key, one in arguments.items()
+        }
         texts.append(f"{name}({', '.join(f'{key}={value}' for key, value in values.items())})")
     return f"[{', '.join(texts)}]"
 

@@ -81,7 +81,7 @@ def system_prompt(functions: Sequence[Mapping[str, Any]]) -> str:
 def parse(text: str, language: str) -> list[Call]:
     """The calls of an answer such as `[area(base=10, height=5)]`; raises `NoCalls`. Nothing is executed.
 
-    Java and JavaScript: one call; arguments are left as the source text of their literals, strings without their quotes.
+    Java and JavaScript: one call; arguments stay the source text of their literals, strings without their quotes.
     """
     text = text.strip("`\n ")
     text = text if text.startswith("[") else f"[{text}"
@@ -182,12 +182,18 @@ def _literals(text: str) -> list[Call]:
     return [(match[1], arguments)]
 
 
+_TYPE_ARGUMENTS = re.compile(r"(?<=\w)<[\w\s,.<>?\[\]]*>")
+
+
 def _parts(text: str) -> Iterator[str]:
     """What stands between the commas that are in no bracket and no string."""
     depth = begin = at = 0
     while at < len(text):
         if text[at] in "\"'`":
             at = _string_end(text, at)
+            continue
+        if types := _TYPE_ARGUMENTS.match(text, at):
+            at = types.end()
             continue
         depth += (text[at] in "([{") - (text[at] in ")]}")
         if depth < 0:

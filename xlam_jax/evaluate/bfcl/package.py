@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from xlam_jax.errors import UserError
 
 VERSION = "2026.3.23"
-INSTALL = f"run `make eval`, or `pip install --no-deps bfcl-eval=={VERSION} && pip install mpmath`"
+INSTALL = f"run `make eval`, or `pip install --no-deps bfcl-eval=={VERSION}` and `pip install mpmath`"
 MODES = ("fc", "prompt")
 """Function calling: tools are in the request, and dots in names become underscores. Prompt: they are in its text."""
 
@@ -65,7 +65,9 @@ def check_calls(
         return Verdict(False, "checker-failed", f"{type(error).__name__}: {error}")
     if said["valid"]:
         return Verdict(True)
-    return Verdict(False, _KINDS.get(said["error_type"].split(":")[-1], said["error_type"].split(":")[0]), said["error"])
+    return Verdict(
+        False, _KINDS.get(said["error_type"].split(":")[-1], said["error_type"].split(":")[0]), said["error"]
+    )
 
 
 _KINDS = {

@@ -62,7 +62,9 @@ class Row(NamedTuple):
     @property
     def language(self) -> str:
         """python, java or javascript."""
-        return self.category.removeprefix("simple_") if self.category in ("simple_java", "simple_javascript") else "python"
+        return (
+            self.category.removeprefix("simple_") if self.category in ("simple_java", "simple_javascript") else "python"
+        )
 
 
 def chosen(text: str) -> tuple[str, ...]:
@@ -97,7 +99,9 @@ def _row(folder: Path, category: str, entry: dict[str, Any], expected: list[Any]
         return Row(entry["id"], category, entry["question"], entry["function"], {}, expected, entry)
     functions = [one for name in entry["involved_classes"] for one in _lines_once(folder, _DOCUMENTS[name])]
     missed = {int(turn): names for turn, names in entry.get("missed_function", {}).items()}
-    held_back = {turn: [one for name in names for one in functions if one["name"] == name] for turn, names in missed.items()}
+    held_back = {
+        turn: [one for name in names for one in functions if one["name"] == name] for turn, names in missed.items()
+    }
     away = {name for names in missed.values() for name in names}
     functions = [one for one in functions if one["name"] not in away]
     return Row(entry["id"], category, entry["question"], functions, held_back, expected, entry)

@@ -46,7 +46,9 @@ class Bfcl(Suite):
 
     def tasks(self) -> list[Task]:
         """The categories in turn: one task of each, then the next of each, so that a limit leaves none out."""
-        read = [[Task(row.id, row, category) for row in rows.read(self._folder, category)] for category in self._categories]
+        read = [
+            [Task(row.id, row, category) for row in rows.read(self._folder, category)] for category in self._categories
+        ]
         return [task for task in chain.from_iterable(zip_longest(*read)) if task is not None]
 
     async def run(self, task: Task, model: "Model", agent: "Agent") -> Outcome:
