@@ -65,12 +65,11 @@ def check_calls(
         return Verdict(False, "checker-failed", f"{type(error).__name__}: {error}")
     if said["valid"]:
         return Verdict(True)
-    return Verdict(
-        False, _KINDS.get(said["error_type"].split(":")[-1], said["error_type"].split(":")[0]), said["error"]
-    )
+    where, _, kind = str(said["error_type"]).partition(":")
+    return Verdict(False, _KINDS.get(kind, where), said["error"])
 
 
-_KINDS = {
+_KINDS: dict[str, str] = {
     "wrong_func_name": "wrong-function",
     "wrong_count": "wrong-number-of-calls",
     "missing_required": "missing-argument",
