@@ -38,10 +38,13 @@ _SHOWN = 300
 class ServerError(UserError):
     """A server that cannot be reached, does not answer in time, refuses, or answers with what is no completion."""
 
-    def __init__(self, message: str, status: int | None = None):
+    def __init__(self, message: str, status: int | None = None, kind: str = "malformed"):
         super().__init__(message)
         self.status = status
         """The HTTP status, where there was one."""
+        self.kind = kind
+        """refused (not reached), timeout, broken-stream (it hung up), rate-limited (429), server-error (5xx),
+        over-length, bad-request (any other status), or malformed (what is no completion)."""
 
 
 class BadOutput(UserError):  # noqa: N818 - as errors are named that are also returned as marks
@@ -229,20 +232,25 @@ class xLAMChatCompletion:  # noqa: N801 - the name that xLAM's users know
     @contextmanager
     def _told(self) -> Iterator[None]:
         """Tells what can go wrong on the way to the server and back."""
+        import httpx
         import openai
 
         where = self.config.base_url
         try:
             yield
         except openai.APITimeoutError:
-            raise ServerError(f"{where}: no answer within {self.config.timeout:g} seconds") from None
+            raise ServerError(f"{where}: no answer within {self.config.timeout:g} seconds", kind="timeout") from None
         except openai.APIConnectionError as error:
             cause = f" ({error.__cause__})" if error.__cause__ else ""
-            raise ServerError(f"{where}: cannot be reached, or hung up{cause}; is the server running?") from None
+            kind = "refused" if isinstance(error.__cause__, httpx.ConnectError) else "broken-stream"
+            raise ServerError(
+                f"{where}: cannot be reached, or hung up{cause}; is the server running?", None, kind
+            ) from None
         except openai.APIStatusError as error:
-            raise ServerError(f"{where}: {_refusal(error)}", error.status_code) from None
+            raise ServerError(f"{where}: {_refusal(error)}", error.status_code, _kind(error)) from None
         except openai.APIError as error:
-            raise ServerError(f"{where}: the server failed while answering: {error.message}") from None
+            message = f"{where}: the server failed while answering: {error.message}"
+            raise ServerError(message, kind="server-error") from None
         except json.JSONDecodeError as error:
             raise ServerError(f"{where}: answered with what is no JSON: {_cut(error.doc)!r}") from None
 
@@ -416,7 +424,8 @@ class _Streamed:
         text = "".join(self._text)
         if self._finish is None:
             raise ServerError(
-                f"{self._where}: the stream broke off after {len(text)} characters: {_cut(text)!r}; ask again"
+                f"{self._where}: the stream broke off after {len(text)} characters: {_cut(text)!r}; ask again",
+                kind="broken-stream",
             )
         calls = [self._calls[at] for at in sorted(self._calls)]
         content = text if calls or not self._parsed else parse_completion(text)[0]
@@ -430,13 +439,24 @@ def _refusal(error: Any) -> str:
     said = error.body.get("message") if isinstance(error.body, dict) else None
     said = _cut(str(said or error.body or error.message))
     advice = ""
-    if error.status_code in (400, 413) and ("context" in said or "max_tokens" in said or "too long" in said):
+    if _kind(error) == "over-length":
         advice = "; shorten the conversation or the tools, or ask for fewer tokens (max_tokens)"
     elif error.status_code == 404:
         advice = "; base_url ends in /v1, and model is one of the names that models() gives"
     elif error.status_code in (401, 403):
         advice = "; give the server's api_key"
     return f"the server answered {error.status_code}: {said}{advice}"
+
+
+def _kind(error: Any) -> str:
+    """The kind of `ServerError` that a status other than 200 is."""
+    if error.status_code == 429:
+        return "rate-limited"
+    if error.status_code in (408, 409) or error.status_code >= 500:
+        return "server-error"
+    said = str(error.body or error.message)
+    too_long = "context" in said or "max_tokens" in said or "too long" in said
+    return "over-length" if error.status_code in (400, 413, 422) and too_long else "bad-request"
 
 
 def _cut(text: str) -> str:

@@ -1,18 +1,40 @@
 """The model behind an OpenAI-compatible server, as suites and agents ask it."""
 
+import asyncio
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
-from serving.client import xLAMChatCompletion
-from xlam_jax.data.trajectory import ToolCall
+from serving.client import ServerError, to_openai, xLAMChatCompletion, xLAMConfig
+from xlam_jax.data.trajectory import Message, ToolCall
+from xlam_jax.errors import UserError
+
+KINDS = (
+    "refused",
+    "timeout",
+    "rate-limited",
+    "server-error",
+    "broken-stream",
+    "malformed",
+    "over-length",
+    "bad-request",
+    "environment",
+)
+"""Of faults. `environment`: the suite's own server (a shop, a tool server) failed."""
+REPEATS = 2
+"""Of a request whose answer was unreadable or broke off, at most; for all other faults `retries` holds."""
+_HOPELESS = (401, 403, 404)
+"""Statuses that no other request would change: the key or the model's name is wrong."""
+_NOT_REPEATED = ("broken-stream", "malformed")
+"""Faults that the OpenAI client does not repeat by itself: what came had the status 200."""
 
 
 class EndpointFault(Exception):
-    """A request that got no answer to be scored. `kind` is one for many requests: refused, timeout, rate-limited, …"""
+    """A request that got no answer to be scored. `kind` is one of `KINDS`; `messages` are those that were sent."""
 
-    def __init__(self, kind: str, message: str):
+    def __init__(self, kind: str, message: str, messages: Sequence[dict[str, Any]] = ()):
         super().__init__(message)
         self.kind = kind
+        self.messages = list(messages)
 
 
 class Answer(NamedTuple):
@@ -22,22 +44,119 @@ class Answer(NamedTuple):
     """The messages that it answered."""
     content: str
     calls: tuple[ToolCall, ...]
+    """Each with an id of its own."""
     finish_reason: str | None
 
     @property
     def message(self) -> dict[str, Any]:
         """The assistant's message in OpenAI form."""
-        raise NotImplementedError
+        return to_openai([Message("assistant", self.content, self.calls)])[0]
 
 
 class Model:
-    """Asks one model; usable by many tasks at once."""
+    """Asks one model; usable by many tasks at once. An async context manager, which closes the connections."""
 
-    def __init__(self, llm: xLAMChatCompletion):
-        self._llm = llm
+    def __init__(self, llm: xLAMChatCompletion, *, stream: bool = False, seed: int | None = None):
+        """`stream` asks for answers in pieces, which keeps slow ones from the time-outs of proxies. `seed` goes with
+        each request; a greedy answer needs none."""
+        self._llm, self._stream = llm, stream
+        self._options: dict[str, Any] = {} if seed is None else {"seed": seed}
+        self.answers = 0
+        """So far."""
+
+    @classmethod
+    def connect(
+        cls,
+        base_url: str,
+        model: str,
+        *,
+        api_key: str = "EMPTY",
+        timeout: float = 120.0,
+        retries: int = 5,
+        temperature: float = 0.0,
+        max_tokens: int | None = None,
+        stream: bool = False,
+        seed: int = 0,
+    ) -> Self:
+        """A model by its server's address and its name there; see `xLAMConfig`. Greedy unless `temperature` is given."""
+        config = xLAMConfig(
+            base_url=base_url,
+            model=model,
+            api_key=api_key,
+            timeout=timeout,
+            retries=retries,
+            temperature=temperature,
+            max_tokens=max_tokens,
+            bad_output="mark",
+        )
+        return cls(xLAMChatCompletion.from_config(config), stream=stream, seed=seed if temperature else None)
+
+    @property
+    def name(self) -> str:
+        """The model's, at its server."""
+        return self._llm.config.model
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._llm.aclose()
 
     async def chat(
         self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None, **options: Any
     ) -> Answer:
-        """One answer. `options` are parameters of OpenAI's chat completions (stop, max_tokens, …). Raises `EndpointFault`."""
-        raise NotImplementedError
+        """One answer. `options` are parameters of OpenAI's chat completions (stop, max_tokens, …).
+
+        Calls that the server found, or that stand in the text where tools were given, are `calls`; text that is no
+        readable call is `content`, for the suite to judge. Raises `EndpointFault` once repeating does not help, and
+        `UserError` where no request can succeed (a wrong key, a model that the server does not have).
+        """
+        asked = list(messages)
+        fault: EndpointFault | None = None
+        for attempt in range(min(self._llm.config.retries, REPEATS) + 1):
+            if attempt:
+                await asyncio.sleep(0.5 * 2 ** (attempt - 1))
+            try:
+                choice = await self._ask(asked, tools, self._options | options)
+            except ServerError as error:
+                if error.status in _HOPELESS:
+                    raise
+                fault = EndpointFault(error.kind, str(error), asked)
+                if error.kind not in _NOT_REPEATED or not (self._stream or error.kind == "malformed"):
+                    raise fault from None
+            except UserError as error:  # what the model or the data put into the messages can't be sent
+                raise EndpointFault("bad-request", str(error), asked) from None
+            else:
+                found = choice["message"]["tool_calls"]
+                if all(isinstance(one["name"], str) and isinstance(one["arguments"], dict) for one in found):
+                    self.answers += 1
+                    calls = _with_ids(found, len(asked))
+                    return Answer(asked, choice["message"]["content"], calls, choice["finish_reason"])
+                fault = EndpointFault("malformed", choice["error"], asked)
+        assert fault
+        raise fault
+
+    async def _ask(
+        self, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]] | None, options: dict[str, Any]
+    ) -> dict[str, Any]:
+        sent = [_sendable(message) for message in messages]
+        if not self._stream:
+            return (await self._llm.acompletion(sent, tools, **options))["choices"][0]
+        last: Any = None
+        async for last in self._llm.astream(sent, tools, **options):
+            pass
+        return last["choices"][0]
+
+
+def _sendable(message: dict[str, Any]) -> dict[str, Any]:
+    """An empty answer of the model as one blank: servers and chat templates refuse a turn that says nothing."""
+    empty = message.get("role") == "assistant" and not message.get("content") and not message.get("tool_calls")
+    return message | {"content": " "} if empty else message
+
+
+def _with_ids(calls: Sequence[dict[str, Any]], turn: int) -> tuple[ToolCall, ...]:
+    """Calls whose ids are there and differ, whatever the server gave."""
+    ids = [call["id"] for call in calls]
+    if not all(isinstance(id, str) and id for id in ids) or len(set(ids)) < len(ids):
+        ids = [f"call_{turn}_{at}" for at in range(len(calls))]
+    return tuple(ToolCall(id, call["name"], call["arguments"]) for id, call in zip(ids, calls, strict=True))

@@ -16,16 +16,20 @@ never becomes a score.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 from xlam_jax.data.trajectory import ToolCall
+from xlam_jax.errors import UserError
 
 if TYPE_CHECKING:
     from xlam_jax.evaluate.agents import Agent
     from xlam_jax.evaluate.endpoint import Model
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +78,8 @@ class Suite(ABC):
     """The score that is told first."""
     agent: ClassVar[str] = "native"
     """The agent that it runs with unless another is asked for."""
+    agents: ClassVar[Sequence[str] | None] = ("native",)
+    """The agents that it can run with; None: all."""
 
     def __init__(self, options: Options):
         """Raises `UserError` where data are missing or malformed, before any request is made."""
@@ -100,7 +106,11 @@ class Step(NamedTuple):
 
 
 class Environment(Protocol):
-    """A world for one task. Each task has its own; nothing is shared but what is only read."""
+    """A world for one task. Each task has its own; nothing is shared but what is only read.
+
+    One with connections has besides `async def aclose(self)`, which is called at the end. Where its own server fails it
+    raises `EndpointFault("environment", …)`.
+    """
 
     async def reset(self, task: Task) -> tuple[str, list[dict[str, Any]]]:
         """The first observation (the task in words), and the tools in OpenAI form."""
@@ -113,3 +123,121 @@ class Environment(Protocol):
     def outcome(self) -> tuple[Mapping[str, float], str, Mapping[str, Any]]:
         """Scores, failure and details as in `Outcome`, of what was done since `reset`."""
         ...
+
+
+class Demonstration(NamedTuple):
+    """A task done well, for the prompts of the agents that learn from an example."""
+
+    task: str
+    """The first observation."""
+    plan: str
+    steps: Sequence[tuple[str, ToolCall, str]]
+    """Thought, action, and what was observed; after the last, nothing."""
+
+
+class Episode:
+    """A task under way: what an agent sees of the world, what it did, and what was said."""
+
+    def __init__(
+        self,
+        environment: Environment,
+        task: str,
+        tools: Sequence[dict[str, Any]],
+        max_steps: int,
+        examples: Sequence[Demonstration] = (),
+        labour: Mapping[str, Sequence[str]] | None = None,
+    ):
+        self._environment = environment
+        self.task = task
+        """The first observation."""
+        self.tools = {tool["function"]["name"]: tool["function"] for tool in tools}
+        self.max_steps = max_steps
+        self.examples = examples
+        names = list(self.tools)
+        self.labour = labour or {name: [name] for name in names}
+        """For agents of several models: each one's name, and the tools that are its."""
+        self.messages: list[dict[str, Any]] = []
+        """What was said, in OpenAI form; the agent adds to it."""
+        self.steps = 0
+        """Actions, those that made no sense with them."""
+        self.unreadable = 0
+        """Answers that held no action."""
+        self.done = False
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more is to be done."""
+        return self.done or self.steps >= self.max_steps
+
+    async def act(self, action: ToolCall) -> str:
+        """Takes a step; returns what is observed. A call that does not fit the tools goes no further."""
+        self.steps += 1
+        if action.name not in self.tools:
+            return f"There is no action {action.name}; the actions are: {', '.join(self.tools)}."
+        if problem := self._problem(action):
+            return f"{action.name} cannot be done so: {problem}."
+        step = await self._environment.step(action)
+        self.done = step.done
+        return step.observation
+
+    def misunderstood(self) -> None:
+        """Counts an answer in which there was no action; it is a step too."""
+        self.steps += 1
+        self.unreadable += 1
+
+    def _problem(self, action: ToolCall) -> str:
+        from xlam_jax.data.codec import to_json
+        from xlam_jax.data.schemas import compiled
+
+        parameters = compiled(to_json(self.tools[action.name].get("parameters")))
+        return next((problem.detail for problem in parameters.check(action.arguments)), "")
+
+
+class AgentSuite(Suite):
+    """A suite in which a model acts: it gives an `Environment` for each task, and any agent can lead."""
+
+    agent: ClassVar[str] = "react"
+    agents: ClassVar[Sequence[str] | None] = None
+    settings: ClassVar[Mapping[str, str]] = {"max_steps": "actions that a task may take"}
+    max_steps: ClassVar[int] = 15
+    """Unless `--set max_steps=N` says otherwise."""
+    examples: ClassVar[Sequence[Demonstration]] = ()
+    labour: ClassVar[Mapping[str, Sequence[str]] | None] = None
+    """See `Episode`."""
+
+    def __init__(self, options: Options):
+        super().__init__(options)
+        self.steps = setting(options, "max_steps", int, self.max_steps)
+        if self.steps < 1:
+            raise UserError(f"--set max_steps={self.steps}: a task takes at least one action")
+
+    @abstractmethod
+    def environment(self, task: Task) -> Environment:
+        """A new world for a task."""
+
+    async def run(self, task: Task, model: "Model", agent: "Agent") -> Outcome:
+        """Lets the agent act until the task is done or its steps are used up."""
+        environment = self.environment(task)
+        try:
+            observation, tools = await environment.reset(task)
+            episode = Episode(environment, observation, tools, self.steps, self.examples, self.labour)
+            await agent.lead(model, episode)
+            scores, failure, details = environment.outcome()
+        finally:
+            if (close := getattr(environment, "aclose", None)) is not None:
+                await close()
+        if failure and not episode.done:
+            failure = "no-action" if episode.unreadable == episode.steps else "steps-used-up"
+        counts = {"steps": episode.steps, "unreadable": episode.unreadable}
+        return Outcome(scores, episode.messages, failure, {**details, **counts})
+
+
+def setting(options: Options, name: str, kind: Callable[[str], T], default: T) -> T:
+    """A suite's own setting, read with `kind` (int, float, str, …). Raises `UserError` for what is none."""
+    if name not in options.extra:
+        return default
+    try:
+        return kind(options.extra[name])
+    except ValueError:
+        what = getattr(kind, "__name__", "value")
+        raise UserError(f"--set {name}={options.extra[name]}: is no {what}; the default is {default}") from None

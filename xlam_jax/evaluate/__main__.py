@@ -1,0 +1,170 @@
+"""`python -m xlam_jax.evaluate --suite NAME --base-url URL --model NAME --out DIR`: a benchmark against a server."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from xlam_jax import errors
+from xlam_jax.errors import UserError, nearest
+
+PAGE = "report.html"
+
+
+def _parser() -> argparse.ArgumentParser:
+    from xlam_jax.evaluate import agents, suites
+
+    def listed(of: Any) -> str:
+        found = [(name, of.load(name).about) for name in of.names()]
+        return "\n".join(f"  {name:16}{about}" for name, about in found)
+
+    parser = argparse.ArgumentParser(
+        prog="python -m xlam_jax.evaluate",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Asks the examples of a suite of a served model, and scores the answers. DIR gets one JSON line an\n"
+        "example as it ends (examples.jsonl) and the scores (summary.json). The same command goes on where it was\n"
+        "stopped. A request that fails is an error: listed, never scored, and asked again by the next run.",
+        epilog=f"suites:\n{listed(suites)}\n\nagents:\n{listed(agents)}\n\n"
+        "A suite or an agent of your own is one file: --suite FILE.py, --agent FILE.py. docs/evaluation.md has both.",
+    )
+    parser.add_argument("--suite", metavar="NAME", help="the benchmark, by name or as FILE.py")
+    parser.add_argument("--base-url", metavar="URL", help="the server, up to and with /v1")
+    parser.add_argument("--model", metavar="NAME", help="the name under which the server has the model")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where records and scores go")
+    parser.add_argument("--agent", metavar="NAME", help="how the model is led (default: the suite's)")
+    parser.add_argument("--data", type=Path, metavar="PATH", help="your copy of the suite's data")
+    parser.add_argument("--limit", type=int, metavar="N", help="ask the first N examples only")
+    parser.add_argument("--concurrency", type=int, default=8, metavar="K", help="examples at once (default: 8)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of what is random in a suite (default: 0)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help="a setting of the suite"
+    )
+    parser.add_argument("--report", action="store_true", help=f"write DIR/{PAGE}; without --suite, of what is there")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default: 0, greedy")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="of an answer (default: the server's room)")
+    parser.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="for an answer (default: 120)")
+    parser.add_argument("--retries", type=int, default=5, metavar="N", help="of a request that failed (default: 5)")
+    parser.add_argument("--stream", action="store_true", help="ask for answers in pieces")
+    parser.add_argument("--api-key", default="EMPTY", metavar="KEY", help="the server's, where it wants one")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):  # a terminal's encoding may lack characters that names have
+        getattr(stream, "reconfigure", lambda **_: None)(errors="backslashreplace")
+    if options.suite is None and options.report:
+        _report(options.out)
+        return 0
+    for name in ("suite", "base_url", "model"):
+        if getattr(options, name) is None:
+            raise UserError(f"--{name.replace('_', '-')} is missing")
+    for name, least in (("limit", 1), ("concurrency", 1), ("retries", 0), ("max_tokens", 1)):
+        if (given := getattr(options, name)) is not None and given < least:
+            raise UserError(f"--{name.replace('_', '-')} {given}: is less than {least}")
+    try:
+        evaluate(options)
+    except KeyboardInterrupt:
+        print(f"stopped; the same command goes on with {options.out}", file=sys.stderr)
+        return 130
+    if options.report:
+        _report(options.out)
+    return 0
+
+
+def evaluate(options: argparse.Namespace) -> dict[str, Any]:
+    """Runs what the command line asks for; returns the summary. Raises `UserError`."""
+    import json
+    from contextlib import closing
+    from datetime import UTC, datetime
+
+    from xlam_jax.evaluate import agents, suites
+    from xlam_jax.evaluate.endpoint import Model
+    from xlam_jax.evaluate.records import SUMMARY, Records
+    from xlam_jax.evaluate.runner import ask
+    from xlam_jax.evaluate.suite import Options
+    from xlam_jax.evaluate.summary import summarize, table, told
+    from xlam_jax.outputs import write_text
+
+    kind = suites.load(options.suite)
+    extra = _settings(options.settings, kind)
+    name = options.agent or kind.agent
+    known = agents.names() if kind.agents is None else kind.agents
+    if name not in known and not (kind.agents is None and name.endswith(".py")):
+        raise UserError(f"--agent {name}: {kind.name} runs with {', '.join(known)}{nearest(name, known)}")
+    agent = agents.load(name)
+    with closing(kind(Options(data=options.data, seed=options.seed, extra=extra))) as suite:
+        tasks = suite.tasks()
+        _check_ids(tasks)
+        tasks = tasks[: options.limit]
+        about = {
+            "suite": kind.name,
+            "model": options.model,
+            "agent": name,
+            "seed": options.seed,
+            "data": str(options.data.resolve()) if options.data else None,
+            "settings": dict(extra),
+            "temperature": options.temperature,
+            "max_tokens": options.max_tokens,
+            "main_score": kind.main_score,
+            "base_url": options.base_url,
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        model = Model.connect(
+            options.base_url,
+            options.model,
+            api_key=options.api_key,
+            timeout=options.timeout,
+            retries=options.retries,
+            temperature=options.temperature,
+            max_tokens=options.max_tokens,
+            stream=options.stream,
+            seed=options.seed,
+        )
+        with Records(options.out, about) as records:
+            try:
+                ask(suite, agent, model, tasks, records, options.concurrency)
+            finally:
+                found = [records.examples[task.id] for task in tasks if task.id in records.examples]
+                summary = summarize(about, found, len(tasks))
+                write_text(options.out / SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    print(f"{kind.name}, {options.model}, {name}\n{table(summary)}")
+    for line in told(summary):
+        print(line)
+    return summary
+
+
+def _settings(given: Sequence[str], kind: Any) -> dict[str, str]:
+    extra = {}
+    for one in given:
+        key, equals, value = one.partition("=")
+        if not equals:
+            raise UserError(f"--set {one}: is not of the form KEY=VALUE")
+        if key not in kind.settings:
+            known = ", ".join(kind.settings) or "none"
+            raise UserError(
+                f"--set {key}: {kind.name} has no such setting{nearest(key, kind.settings)}; known: {known}"
+            )
+        extra[key] = value
+    return extra
+
+
+def _check_ids(tasks: Sequence[Any]) -> None:
+    seen = set()
+    for task in tasks:
+        if task.id in seen:
+            raise UserError(f"two examples have the id {task.id}; a rerun continues by ids, so each has its own")
+        seen.add(task.id)
+
+
+def _report(out: Path) -> None:
+    from xlam_jax.evaluate.page import write_page
+
+    write_page(out, out / PAGE)
+    print(f"report: {out / PAGE} ({(out / PAGE).stat().st_size / 1e6:.1f} MB)")
+
+
+if __name__ == "__main__":
+    errors.run(main)

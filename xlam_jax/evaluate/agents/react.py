@@ -1,0 +1,12 @@
+"""ReAct (arXiv 2210.03629): a thought before each action, after an example."""
+
+from xlam_jax.evaluate.agents._words import WordsAgent
+
+
+class ReAct(WordsAgent):
+    about = "a thought before each action, after an example (arXiv 2210.03629)"
+    format = (
+        "Answer with two lines, a thought about what you know and need, and one action:\n"
+        "Thought: …\nAction: name[argument]"
+    )
+    thinks = True
