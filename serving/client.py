@@ -232,7 +232,6 @@ class xLAMChatCompletion:  # noqa: N801 - the name that xLAM's users know
     @contextmanager
     def _told(self) -> Iterator[None]:
         """Tells what can go wrong on the way to the server and back."""
-        import httpx
         import openai
 
         where = self.config.base_url
@@ -242,10 +241,9 @@ class xLAMChatCompletion:  # noqa: N801 - the name that xLAM's users know
             raise ServerError(f"{where}: no answer within {self.config.timeout:g} seconds", kind="timeout") from None
         except openai.APIConnectionError as error:
             cause = f" ({error.__cause__})" if error.__cause__ else ""
-            kind = "refused" if isinstance(error.__cause__, httpx.ConnectError) else "broken-stream"
-            raise ServerError(
-                f"{where}: cannot be reached, or hung up{cause}; is the server running?", None, kind
-            ) from None
+            kind = "refused" if type(error.__cause__).__name__ == "ConnectError" else "broken-stream"
+            message = f"{where}: cannot be reached, or hung up{cause}; is the server running?"
+            raise ServerError(message, kind=kind) from None
         except openai.APIStatusError as error:
             raise ServerError(f"{where}: {_refusal(error)}", error.status_code, _kind(error)) from None
         except openai.APIError as error:

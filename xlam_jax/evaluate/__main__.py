@@ -22,8 +22,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m xlam_jax.evaluate",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Asks the examples of a suite of a served model, and scores the answers. DIR gets one JSON line an\n"
-        "example as it ends (examples.jsonl) and the scores (summary.json). The same command goes on where it was\n"
+        description="Asks the examples of a suite of a served model, and scores the answers. DIR gets one JSON line\n"
+        "an example as it ends (examples.jsonl) and the scores (summary.json). The same command goes on where it was\n"
         "stopped. A request that fails is an error: listed, never scored, and asked again by the next run.",
         epilog=f"suites:\n{listed(suites)}\n\nagents:\n{listed(agents)}\n\n"
         "A suite or an agent of your own is one file: --suite FILE.py, --agent FILE.py. docs/evaluation.md has both.",

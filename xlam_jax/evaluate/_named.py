@@ -15,7 +15,8 @@ T = TypeVar("T")
 def names(package: str) -> list[str]:
     """The names in a package: its modules but for those that begin with `_`. None of them is imported."""
     found = util.find_spec(package)
-    assert found and found.submodule_search_locations
+    assert found
+    assert found.submodule_search_locations
     modules = (one.name for one in pkgutil.iter_modules(found.submodule_search_locations))
     return sorted(name for name in modules if not name.startswith("_"))
 
@@ -40,7 +41,8 @@ def _file(option: str, path: Path) -> ModuleType:
     if not path.is_file():
         raise UserError(f"--{option} {path}: there is no such file; check the path")
     spec = util.spec_from_file_location(path.stem, path)
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from contextvars import ContextVar
 from typing import Any, NamedTuple, Self
 
 from serving.client import ServerError, to_openai, xLAMChatCompletion, xLAMConfig
@@ -20,6 +21,8 @@ KINDS = (
     "environment",
 )
 """Of faults. `environment`: the suite's own server (a shop, a tool server) failed."""
+CALLS: ContextVar[list[ToolCall]] = ContextVar("CALLS")
+"""Where it is set, the calls of all answers are added: the runner sets it anew for each example."""
 REPEATS = 2
 """Of a request whose answer was unreadable or broke off, at most; for all other faults `retries` holds."""
 _HOPELESS = (401, 403, 404)
@@ -28,7 +31,7 @@ _NOT_REPEATED = ("broken-stream", "malformed")
 """Faults that the OpenAI client does not repeat by itself: what came had the status 200."""
 
 
-class EndpointFault(Exception):
+class EndpointFault(Exception):  # noqa: N818 - a fault of the way, no error of ours
     """A request that got no answer to be scored. `kind` is one of `KINDS`; `messages` are those that were sent."""
 
     def __init__(self, kind: str, message: str, messages: Sequence[dict[str, Any]] = ()):
@@ -78,7 +81,7 @@ class Model:
         stream: bool = False,
         seed: int = 0,
     ) -> Self:
-        """A model by its server's address and its name there; see `xLAMConfig`. Greedy unless `temperature` is given."""
+        """A model by its server's address and its name there; see `xLAMConfig`. Greedy but for a `temperature`."""
         config = xLAMConfig(
             base_url=base_url,
             model=model,
@@ -131,6 +134,7 @@ class Model:
                 if all(isinstance(one["name"], str) and isinstance(one["arguments"], dict) for one in found):
                     self.answers += 1
                     calls = _with_ids(found, len(asked))
+                    CALLS.get([]).extend(calls)
                     return Answer(asked, choice["message"]["content"], calls, choice["finish_reason"])
                 fault = EndpointFault("malformed", choice["error"], asked)
         assert fault
@@ -142,9 +146,8 @@ class Model:
         sent = [_sendable(message) for message in messages]
         if not self._stream:
             return (await self._llm.acompletion(sent, tools, **options))["choices"][0]
-        last: Any = None
-        async for last in self._llm.astream(sent, tools, **options):
-            pass
+        *_, last = [piece async for piece in self._llm.astream(sent, tools, **options)]
+        assert isinstance(last, dict)
         return last["choices"][0]
 
 

@@ -1,4 +1,5 @@
-"""DIR of an evaluation: what was asked (run.json), how each example ended (examples.jsonl), the scores (summary.json)."""
+"""An evaluation's folder: what was asked (run.json), how each example ended (examples.jsonl), its scores
+(summary.json)."""
 
 import fcntl
 import json
@@ -38,9 +39,7 @@ class Records:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(self._file)
-            raise UserError(
-                f"{folder}: another process evaluates into it; wait for it, or name another --out"
-            ) from None
+            raise UserError(f"{folder}: another process writes it; wait for it, or name another --out") from None
         if not (folder / RUN).exists():
             write_text(folder / RUN, json.dumps(about, indent=1, ensure_ascii=False) + "\n")
         self._drop_torn()

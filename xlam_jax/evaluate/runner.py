@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from xlam_jax.data.trajectory import ToolCall
 from xlam_jax.errors import UserError
 from xlam_jax.evaluate.agents import Agent
-from xlam_jax.evaluate.endpoint import EndpointFault, Model
+from xlam_jax.evaluate.endpoint import CALLS, EndpointFault, Model
 from xlam_jax.evaluate.records import Records
 from xlam_jax.evaluate.suite import Outcome, Suite, Task
 from xlam_jax.training.progress import Progress, Status, duration
@@ -68,6 +69,8 @@ async def _example(suite: Suite, agent: Agent, model: Model, task: Task) -> dict
     """The record of a task."""
     began = time.monotonic()
     record: dict[str, Any] = {"id": task.id, "group": task.group}
+    calls: list[ToolCall] = []
+    CALLS.set(calls)
     try:
         outcome = await suite.run(task, model, agent)
     except EndpointFault as fault:
@@ -77,7 +80,7 @@ async def _example(suite: Suite, agent: Agent, model: Model, task: Task) -> dict
         messages = list(outcome.messages)
         record |= _ended(outcome)
     record["seconds"] = round(time.monotonic() - began, 3)
-    record["calls"] = [call["function"] for message in messages for call in message.get("tool_calls") or ()]
+    record["calls"] = [{"name": call.name, "arguments": call.arguments} for call in calls]
     return record | {"messages": messages}
 
 
@@ -94,8 +97,8 @@ def _check_scores(record: dict[str, Any], records: Records) -> None:
     if set(record["scores"]) != set(before["scores"]):
         named = [", ".join(sorted(one["scores"])) for one in (before, record)]
         raise UserError(
-            f"example {record['id']} has the scores {named[1]}, example {before['id']} has {named[0]}; every outcome of a "
-            "suite has the same"
+            f"example {record['id']} has the scores {named[1]}, example {before['id']} has {named[0]}; every "
+            "outcome of a suite has the same"
         )
 
 

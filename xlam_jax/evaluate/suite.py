@@ -11,8 +11,8 @@
             return Outcome({"accuracy": answer.content == task.data["answer"]}, [*answer.asked, answer.message])
 
 A suite in which a model acts gives an `Environment` for each task, and leaves `run` to the agents' one loop
-(`AgentSuite`). What goes wrong on the way to the model is `EndpointFault`: it ends the task, is recorded as an error, and
-never becomes a score.
+(`AgentSuite`). What goes wrong on the way to the model is `EndpointFault`: it ends the task, is recorded as an error,
+and never becomes a score.
 """
 
 from abc import ABC, abstractmethod
@@ -241,3 +241,9 @@ def setting(options: Options, name: str, kind: Callable[[str], T], default: T) -
     except ValueError:
         what = getattr(kind, "__name__", "value")
         raise UserError(f"--set {name}={options.extra[name]}: is no {what}; the default is {default}") from None
+
+
+def text_tool(name: str, description: str, argument: str) -> dict[str, Any]:
+    """A tool of one argument, a text, in OpenAI form."""
+    parameters = {"type": "object", "properties": {argument: {"type": "string"}}, "required": [argument]}
+    return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}

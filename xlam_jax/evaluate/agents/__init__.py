@@ -1,12 +1,12 @@
 """The agents: ways to lead a model through an `Episode`. Each module here that does not begin with `_` is one, known by
 the module's name, and holds one class with its prompts.
 
-All of them but `native` speak in words: what they may do stands in the prompt, and `Action: name[argument]` is read from
-what the model writes. So they work with any chat model. BOLAA (arXiv 2308.05960) compared the first seven.
+All of them but `native` speak in words: what they may do stands in the prompt, and `Action: name[argument]` is read
+from what the model writes, so they work with any chat model. BOLAA (arXiv 2308.05960) compared them, Act apart.
 """
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from xlam_jax.evaluate import _named
 from xlam_jax.evaluate.suite import Episode
@@ -33,4 +33,5 @@ def names() -> list[str]:
 
 def load(name: str) -> Agent:
     """An agent by its name, or by the path of a user's file. Raises `UserError`."""
-    return _named.load("agent", name, __name__, Agent)()
+    kind: Any = _named.load("agent", name, __name__, Agent)
+    return kind()

@@ -4,6 +4,7 @@
 `Action: book[{"from": "Oslo", "to": "Bergen"}]`.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -62,7 +63,7 @@ def read(text: str, tools: Mapping[str, Mapping[str, Any]]) -> ToolCall | None:
 
 def _action(text: str, tools: Mapping[str, Mapping[str, Any]], *, known: bool) -> ToolCall | None:
     """An action that stands at the beginning of a text. `known`: only one of the tools."""
-    if (_, calls := parse_completion(text))[1] and calls:
+    if calls := parse_completion(text)[1]:
         return calls[0]
     by_name = {name.lower(): name for name in tools}
     shape = _SHAPE.match(text)
@@ -101,8 +102,6 @@ def _arguments(text: str, tool: Mapping[str, Any]) -> dict[str, Any]:
     if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
         value = value[1:-1]
     if schema.get("type", "string") != "string":
-        try:
+        with contextlib.suppress(InvalidTrajectory):  # the schema tells what is wrong with it
             value = parse_json(value)
-        except InvalidTrajectory:
-            pass  # the schema tells what is wrong with it
     return {name: value}

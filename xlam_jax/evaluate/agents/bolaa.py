@@ -17,9 +17,7 @@ from xlam_jax.evaluate.suite import Episode
 if TYPE_CHECKING:
     from xlam_jax.evaluate.endpoint import Model
 
-CONTROLLER = (
-    "You control a team of agents that solve a task together. You choose who acts next, and tell them what to do."
-)
+CONTROLLER = "You control a team of agents that solve a task. You choose who acts next, and tell them what to do."
 CHOOSE = "Answer with one line and nothing else:\nAgent: name[what the agent is to do]"
 LABOUR = "You are the agent {name} of a team that solves a task together. You take one action, and the team goes on."
 DO = "Answer with two lines:\nThought: …\nAction: name[argument]"

@@ -1,5 +1,5 @@
-"""Held-out trajectories, teacher-forced: each recorded conversation up to a turn that calls tools, and the model's calls
-beside those recorded. Scored as a run scores its own held-out requests (`xlam_jax.evaluate.next_call`)."""
+"""Held-out trajectories, teacher-forced: each recorded conversation up to a turn that calls tools, and the model's
+calls beside those recorded. Scored as a run scores its own held-out requests (`xlam_jax.evaluate.next_call`)."""
 
 from typing import ClassVar
 

@@ -1,0 +1,183 @@
+"""Pages that an agent can look up by their titles: a file of the user's, or a live Wikipedia.
+
+A file is JSONL of {"title", "text"} (or HotpotQA's own, {"title", "text": [sentences]}), or an SQLite database with a
+table `pages(title, text)`. `python -m xlam_jax.evaluate.corpus --pages FILE.jsonl --out FILE.sqlite` makes the second
+of the first, with an index: a file of millions of pages is then not read into memory.
+"""
+
+import argparse
+import json
+import re
+import sqlite3
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlencode
+
+from xlam_jax import errors
+from xlam_jax.errors import UserError
+
+SIMILAR = 5
+"""Titles that are named where a title is not known."""
+_MAGIC = b"SQLite format 3\0"
+
+
+class Corpus(Protocol):
+    """Where pages are looked up."""
+
+    async def page(self, title: str) -> tuple[str, str] | None:
+        """(Its title, its text); None where there is none. Upper and lower case are one."""
+        ...
+
+    async def similar(self, text: str) -> list[str]:
+        """Titles of pages that the text may mean, the likeliest first."""
+        ...
+
+
+class Local:
+    """Pages in SQLite."""
+
+    def __init__(self, connection: sqlite3.Connection):
+        self._connection = connection
+        self._ranked = _has(connection, "titles")
+
+    @classmethod
+    def of(cls, pages: Iterable[tuple[str, str]]) -> "Local":
+        """Pages in memory."""
+        connection = sqlite3.connect(":memory:")
+        write(connection, pages)
+        return cls(connection)
+
+    @classmethod
+    def open(cls, path: Path) -> "Local":
+        """A file's pages. Raises `UserError`."""
+        if not path.is_file():
+            raise UserError(f"{path}: there is no such file; a corpus is JSONL or SQLite of pages (title, text)")
+        with path.open("rb") as file:
+            if file.read(len(_MAGIC)) != _MAGIC:
+                return cls.of(read_pages(path))
+        connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
+        try:
+            connection.execute("SELECT title, text FROM pages LIMIT 1").fetchone()
+        except sqlite3.Error as error:
+            connection.close()
+            raise UserError(
+                f"{path}: has no table pages(title, text) ({error}); see the docs for how to make one"
+            ) from None
+        return cls(connection)
+
+    async def page(self, title: str) -> tuple[str, str] | None:
+        """See `Corpus`."""
+        wanted = " ".join(title.replace("_", " ").split())
+        query = "SELECT title, text FROM pages WHERE title = ? COLLATE NOCASE LIMIT 1"
+        return self._connection.execute(query, (wanted,)).fetchone()
+
+    async def similar(self, text: str) -> list[str]:
+        """See `Corpus`. By words of title and text, the title's counting most; without the index, by its beginning."""
+        if not self._ranked:
+            query = "SELECT title FROM pages WHERE title LIKE ? ESCAPE '\\' LIMIT ?"
+            begins = re.sub(r"([%_\\])", r"\\\1", text.strip()) + "%"
+            return [title for (title,) in self._connection.execute(query, (begins, SIMILAR))]
+        words = " OR ".join(f'"{word}"' for word in dict.fromkeys(re.findall(r"\w+", text.lower())[:32]))
+        if not words:
+            return []
+        query = "SELECT title FROM titles WHERE titles MATCH ? ORDER BY bm25(titles, 10.0, 1.0), rowid LIMIT ?"
+        return [title for (title,) in self._connection.execute(query, (words, SIMILAR))]
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._connection.close()
+
+
+class Wikipedia:
+    """A live MediaWiki: `url` is its api.php, such as https://en.wikipedia.org/w/api.php. Its pages change, and so may
+    scores."""
+
+    def __init__(self, url: str):
+        self._url = url
+
+    async def page(self, title: str) -> tuple[str, str] | None:
+        """See `Corpus`. The plain text of a page, redirects followed."""
+        found = await self._ask(prop="extracts", explaintext="1", redirects="1", titles=title)
+        pages = found.get("pages") or []
+        text = pages[0].get("extract") if pages and isinstance(pages[0], dict) else None
+        return (str(pages[0].get("title")), text) if isinstance(text, str) and text else None
+
+    async def similar(self, text: str) -> list[str]:
+        """See `Corpus`."""
+        found = await self._ask(list="search", srsearch=text, srlimit=str(SIMILAR))
+        return [str(one["title"]) for one in found.get("search") or [] if isinstance(one, dict) and "title" in one]
+
+    async def _ask(self, **parameters: str) -> dict[str, Any]:
+        from xlam_jax.evaluate._http import fetch
+        from xlam_jax.evaluate.endpoint import EndpointFault
+
+        query = urlencode({"action": "query", "format": "json", "formatversion": "2", **parameters})
+        _, text = await fetch(f"{self._url}?{query}")
+        try:
+            return json.loads(text).get("query") or {}
+        except (ValueError, AttributeError):
+            raise EndpointFault("environment", f"{self._url}: is no MediaWiki api.php: {text[:100]!r}") from None
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def read_pages(path: Path) -> Iterator[tuple[str, str]]:
+    """(Title, text) of each page of a JSONL file. Raises `UserError`."""
+    from xlam_jax.evaluate.suites._rows import read_rows
+
+    for number, row in read_rows(path, "page", "title", "text"):
+        title, text = row["title"], row["text"]
+        if isinstance(text, list) and all(isinstance(one, str) for one in text):
+            text = "".join(text) if any(one.startswith(" ") for one in text) else " ".join(text)
+        if not isinstance(title, str) or not isinstance(text, str):
+            raise UserError(f"{path}:{number}: a page's title is a text, and its text a text or a list of sentences")
+        yield title, text
+
+
+def write(connection: sqlite3.Connection, pages: Iterable[tuple[str, str]]) -> int:
+    """Fills an empty database; returns the number of pages. Of two with one title the first counts."""
+    connection.execute("CREATE TABLE pages(title TEXT UNIQUE COLLATE NOCASE, text TEXT)")
+    rows = ((" ".join(title.split()), text) for title, text in pages)
+    connection.executemany("INSERT OR IGNORE INTO pages VALUES (?, ?)", rows)
+    connection.execute(
+        "CREATE VIRTUAL TABLE titles USING fts5(title, text, content=pages, tokenize='porter unicode61')"
+    )
+    connection.execute("INSERT INTO titles(titles) VALUES ('rebuild')")
+    connection.commit()
+    return connection.execute("SELECT count(*) FROM pages").fetchone()[0]
+
+
+def _has(connection: sqlite3.Connection, table: str) -> bool:
+    return connection.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (table,)).fetchone() is not None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m xlam_jax.evaluate.corpus", description="Makes an SQLite corpus with an index from JSONL pages."
+    )
+    parser.add_argument("--pages", type=Path, required=True, metavar="FILE.jsonl", help="{title, text} a line")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.sqlite", help="must not exist")
+    options = parser.parse_args(arguments)
+    if options.out.exists():
+        raise UserError(f"--out {options.out}: exists; remove it, or name another file")
+    part = options.out.with_name(f"{options.out.name}.part")
+    part.unlink(missing_ok=True)
+    connection = sqlite3.connect(part)
+    try:
+        count = write(connection, read_pages(options.pages))
+    except BaseException:
+        connection.close()
+        part.unlink()
+        raise
+    connection.close()
+    part.replace(options.out)
+    print(f"{options.out}: {count:,} pages", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    errors.run(main)
