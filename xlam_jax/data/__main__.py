@@ -251,18 +251,18 @@ def _pairs(options: argparse.Namespace) -> int:
 def _rate(options: argparse.Namespace) -> int:
     import json
 
-    from serving.client import xLAMChatCompletion
     from xlam_jax.data import rate
+    from xlam_jax.evaluate.endpoint import Model
     from xlam_jax.outputs import write_text
 
     _readable(options.files)
     if options.report:
         _free(options.report, options.force)
-    llm = xLAMChatCompletion(options.base_url, options.model, api_key=options.api_key, timeout=float(options.timeout))
+    model = Model.connect(options.base_url, options.model, api_key=options.api_key, timeout=float(options.timeout))
     result = rate.rate(
         options.files,
         options.out,
-        llm,
+        model,
         concurrency=options.concurrency,
         limit=options.limit,
         good=options.good,

@@ -26,7 +26,7 @@ from xlam_jax.data.trajectory import InvalidTrajectory, Message, Trajectory, par
 from xlam_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from serving.client import xLAMChatCompletion
+    from xlam_jax.evaluate.endpoint import Model
 
 HIGHEST = 5
 FAILURES = 20
@@ -166,7 +166,7 @@ def key(trajectory: Trajectory) -> str:
 def rate(
     files: Sequence[Path],
     out: Path,
-    llm: "xLAMChatCompletion",
+    model: "Model",
     *,
     concurrency: int = 16,
     limit: int | None = None,
@@ -188,10 +188,10 @@ def rate(
         raise UserError(f"{out}: exists already, without {journal_path.name}; give another name, or --force")
     if not out.parent.is_dir():
         raise UserError(f"{out}: the folder '{out.parent}' does not exist; create it first")
-    journal = Journal(journal_path, llm.config.model)
+    journal = Journal(journal_path, model.name)
     try:
         before = len(journal.ratings)
-        failed = asyncio.run(_ask_all(files, limit, journal, llm, concurrency, progress))
+        failed = asyncio.run(_ask_all(files, limit, journal, model, concurrency, progress))
         if failed and not journal.ratings:
             raise UserError(
                 f"{journal_path}: not one rating, but {', '.join(f'{n} × {kind}' for kind, n in failed.items())}"
@@ -233,14 +233,13 @@ async def _ask_all(
     files: Sequence[Path],
     limit: int | None,
     journal: Journal,
-    llm: "xLAMChatCompletion",
+    model: "Model",
     concurrency: int,
     progress: Callable[[str], None],
 ) -> Counter[str]:
     """Asks for all ratings that are missing; returns how many failed, by reason."""
-    from xlam_jax.evaluate.endpoint import EndpointFault, Model
+    from xlam_jax.evaluate.endpoint import EndpointFault
 
-    model = Model(llm)
     failed: Counter[str] = Counter()
     asked: set[str] = set(journal.ratings)
     rows = _trajectories(files, limit)
@@ -272,7 +271,7 @@ async def _ask_all(
                 told = time.monotonic()
                 progress(f"{done} asked, {sum(failed.values())} without a rating, {done / (told - began):.1f} a second")
 
-    async with llm:  # its connections belong to this loop
+    async with model:  # its connections belong to this loop
         await asyncio.gather(*(work() for _ in range(concurrency)))
     return failed
 

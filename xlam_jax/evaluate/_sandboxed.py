@@ -40,10 +40,12 @@ def run(code: str, names: dict) -> str:
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         try:
             body = ast.parse(code)
-            last = body.body.pop() if body.body and isinstance(body.body[-1], ast.Expr) else None
+            end = body.body[-1] if body.body else None
+            if isinstance(end, ast.Expr):
+                body.body.pop()
             exec(compile(body, "<code>", "exec"), names)
-            if last is not None:
-                value = eval(compile(ast.Expression(last.value), "<code>", "eval"), names)
+            if isinstance(end, ast.Expr):
+                value = eval(compile(ast.Expression(end.value), "<code>", "eval"), names)
                 if value is not None:
                     print(repr(value))
         except BaseException as error:  # SystemExit too: the session goes on

@@ -154,6 +154,8 @@ def _command(folder: str, command: Sequence[str]) -> list[str]:
     system = ("/usr", "/lib", "/lib64", "/bin")
     wanted = [*system, sys.base_prefix, sys.prefix]
     shown = [path for path in dict.fromkeys(wanted) if Path(path).exists()]
-    shown = [path for path in shown if not any(Path(path) != Path(one) and Path(path).is_relative_to(one) for one in shown)]
+    shown = [
+        path for path in shown if not any(Path(path) != Path(one) and Path(path).is_relative_to(one) for one in shown)
+    ]
     flags = ("--user", "--map-root-user", "--net", "--mount", "--pid", "--ipc", "--uts", "--fork", "--kill-child")
     return ["unshare", *flags, "sh", "-c", _ENTER, "sh", folder, *shown, "--", *command]

@@ -4,11 +4,11 @@ import ast
 import builtins
 import json
 import keyword
-import operator
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+from xlam_jax.evaluate.arithmetic import number
 from xlam_jax.evaluate.bfcl.package import prompts
 
 Call = tuple[str, dict[str, Any]]
@@ -110,16 +110,6 @@ def _call(node: ast.Call) -> Call:
     return ".".join(reversed(parts)), {str(one.arg): _value(one.value) for one in node.keywords}
 
 
-_OPERATIONS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
-}
-
-
 def _value(node: ast.expr) -> Any:
     """An argument's value by BFCL's rules: names stand for their text, and calls for `{name: arguments}`."""
     match node:
@@ -143,25 +133,8 @@ def _value(node: ast.expr) -> Any:
         case ast.Subscript():
             return ast.unparse(node)
         case ast.BinOp():
-            return _number(node)
+            return number(node)
     raise NoCalls(f"{type(node).__name__} is no argument")
-
-
-def _number(node: ast.expr) -> Any:
-    """What an expression of numbers comes to."""
-    match node:
-        case ast.Constant(value=int() | float() as value):
-            return value
-        case ast.UnaryOp(op=ast.USub(), operand=operand):
-            return -_number(operand)
-        case ast.BinOp(left=left, op=ast.Pow(), right=right):
-            base, exponent = _number(left), _number(right)
-            if abs(exponent) > 64 or abs(base) > 1e9:
-                raise NoCalls("a number that is too large")
-            return base**exponent
-        case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATIONS:
-            return _OPERATIONS[type(op)](_number(left), _number(right))
-    raise NoCalls(f"{type(node).__name__} is no number")
 
 
 def _literals(text: str) -> list[Call]:

@@ -137,8 +137,7 @@ class _Chat:
 
     async def ask(self, model: "Model") -> "Answer":
         answer = await model.chat(self.messages, tools(self._functions) if self._fc else None)
-        if answer.content or answer.calls:  # a turn in which nothing is said is none
-            self.messages.append(answer.message)
+        self.messages.append(answer.message)
         return answer
 
     def calls(self, answer: "Answer") -> list[Call] | None:
@@ -160,8 +159,7 @@ class _Chat:
         """What the calls gave."""
         if self._fc:
             for call, result in zip(answer.calls, results, strict=True):
-                link = {} if call.id is None else {"tool_call_id": call.id}
-                self.messages.append({"role": "tool", "name": call.name, "content": result, **link})
+                self.messages.append({"role": "tool", "tool_call_id": call.id, "name": call.name, "content": result})
         else:
             told = [{"role": "tool", "name": call, "content": one} for call, one in zip(calls, results, strict=True)]
             self.messages.append({"role": "user", "content": repr(told)})
