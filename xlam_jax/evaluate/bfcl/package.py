@@ -66,7 +66,7 @@ def check_calls(
     if said["valid"]:
         return Verdict(True)
     where, _, kind = str(said["error_type"]).partition(":")
-    return Verdict(False, _KINDS.get(kind, where), said["error"])
+    return Verdict(False, _KINDS.get(kind) or where, said["error"])
 
 
 _KINDS: dict[str, str] = {
