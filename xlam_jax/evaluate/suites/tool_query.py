@@ -11,6 +11,7 @@ Progress is the largest share of a task's subgoals that results so far equal; su
 
 import contextlib
 import copy
+import copyreg
 import io
 import pickle
 from collections import OrderedDict, defaultdict
@@ -25,9 +26,9 @@ from xlam_jax.evaluate.suites._rows import read_rows, wanted
 
 TOOL = "academia"
 GRAPHS = ("PaperNet", "AuthorNet")
-INSTRUCTION = """Reach the goal with the tools. They know two graphs: PaperNet, in which papers cite papers, and AuthorNet, \
-in which authors who wrote papers together are neighbours. Load a graph before you ask for what is in it. At the end call \
-finish with the answer.
+INSTRUCTION = """Reach the goal with the tools. They know two graphs: PaperNet, in which papers cite papers, and
+AuthorNet, in which authors who wrote papers together are neighbours. Load a graph before you ask for what is in it. At
+the end call finish with the answer.
 
 Goal: """
 
@@ -158,8 +159,10 @@ class _Unpickler(pickle.Unpickler):
     _PLAIN: ClassVar = {
         ("collections", "OrderedDict"): OrderedDict,
         ("collections", "defaultdict"): defaultdict,
+        ("copyreg", "_reconstructor"): copyreg._reconstructor,  # pyright: ignore[reportAttributeAccessIssue]
         **{
-            ("builtins", one.__name__): one for one in (dict, list, set, frozenset, tuple, int, float, str, bytes, bool)
+            ("builtins", one.__name__): one
+            for one in (dict, list, set, frozenset, tuple, int, float, str, bytes, bool, object)
         },
     }
 

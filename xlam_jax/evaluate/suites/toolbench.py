@@ -32,19 +32,20 @@ TRIES = 3
 """Of a request to the tool server that failed, with pauses of 1, 2, … seconds between them."""
 FINISH = "Finish"
 
-INSTRUCTION = """Answer the user's query with the help of functions. A function may fail: then try another, or other \
-arguments. When you know the answer call Finish with it; it is all that the user sees, so it has to hold everything that \
-was asked for. If the functions cannot answer the query, call Finish with give_up_and_restart.
+INSTRUCTION = """Answer the user's query with the help of functions. A function may fail: then try another, or other
+arguments. When you know the answer call Finish with it; it is all that the user sees, so it has to hold everything
+that was asked for. If the functions cannot answer the query, call Finish with give_up_and_restart.
 
 Query: """
-JUDGE = """You judge whether an assistant solved a user's query. You are given the query, the functions that the \
+JUDGE = """You judge whether an assistant solved a user's query. You are given the query, the functions that the
 assistant had, what it called and was told, and its final answer.
 
 Solved: the final answer gives all that was asked for, and it follows from what the functions returned.
 Unsolved: the answer is missing, refuses, leaves out a part, or is not what the functions returned.
 Unsure: what is there is not enough to tell.
 
-Answer with one JSON object and nothing else: {"reason": "one or two sentences", "status": "Solved", "Unsolved" or "Unsure"}"""
+Answer with one JSON object and nothing else:
+{"reason": "one or two sentences", "status": "Solved", "Unsolved" or "Unsure"}"""
 SCORES = {"solved": 1.0, "unsure": 0.5, "unsolved": 0.0}
 
 
