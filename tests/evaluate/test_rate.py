@@ -124,7 +124,7 @@ def test_a_killed_run_goes_on(tmp_path: Path, commands: Commands) -> None:
 
 def test_what_is_wrong_is_told(tmp_path: Path, commands: Commands) -> None:
     source, out = written(tmp_path, [row(number) for number in range(3)]), tmp_path / "out.jsonl"
-    arguments = ["rate", source, "--out", out, "--base-url", "http://127.0.0.1:9/v1"]
+    arguments = ["rate", source, "--out", out, "--retries", 0, "--base-url", "http://127.0.0.1:9/v1"]
     assert "not one rating" in commands.call("xlam_jax.data.__main__", *arguments, "--model", "tiny", code=2).stderr
     with rater({}) as server:
         commands.call("xlam_jax.data.__main__", *arguments[:-1], server.url, "--model", "tiny")

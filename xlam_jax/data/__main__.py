@@ -108,6 +108,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     rate.add_argument("--api-key", default="EMPTY", metavar="KEY", help="where the server wants one")
     rate.add_argument("--concurrency", type=_positive, default=16, metavar="K", help="default: %(default)s")
     rate.add_argument("--timeout", type=_positive, default=120, metavar="S", help="seconds to wait for an answer")
+    rate.add_argument("--retries", type=int, default=5, metavar="N", help="of a request that failed (default: 5)")
     rate.add_argument("--limit", type=_positive, metavar="N", help="only the first N rows")
     rate.add_argument("--keep", type=_gap, default=4.0, metavar="R", help="a good rating (default: %(default)s)")
     rate.add_argument(
@@ -258,7 +259,13 @@ def _rate(options: argparse.Namespace) -> int:
     _readable(options.files)
     if options.report:
         _free(options.report, options.force)
-    model = Model.connect(options.base_url, options.model, api_key=options.api_key, timeout=float(options.timeout))
+    model = Model.connect(
+        options.base_url,
+        options.model,
+        api_key=options.api_key,
+        timeout=float(options.timeout),
+        retries=max(0, options.retries),
+    )
     result = rate.rate(
         options.files,
         options.out,

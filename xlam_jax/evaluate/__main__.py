@@ -89,12 +89,12 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     from xlam_jax.outputs import write_text
 
     kind = suites.load(options.suite)
-    extra = _settings(options.settings, kind)
     name = options.agent or kind.agent
     known = agents.names() if kind.agents is None else kind.agents
     if name not in known and not (kind.agents is None and name.endswith(".py")):
         raise UserError(f"--agent {name}: {kind.name} runs with {', '.join(known)}{nearest(name, known)}")
     agent = agents.load(name)
+    extra = _settings(options.settings, kind)
     with closing(kind(Options(data=options.data, seed=options.seed, extra=extra))) as suite:
         tasks = suite.tasks()
         _check_ids(tasks)

@@ -142,7 +142,7 @@ def _url(*parts: object) -> str:
 
 
 def _page(body: str) -> str:
-    return f'<!DOCTYPE html><html><head><title>WebShop</title></head><body><div class="container">{body}</div></body></html>'
+    return f"<!DOCTYPE html><html><head><title>WebShop</title></head><body><div>{body}</div></body></html>"
 
 
 def _button(url: str, text: str) -> str:

@@ -63,7 +63,7 @@ def read(text: str, tools: Mapping[str, Mapping[str, Any]]) -> ToolCall | None:
 
 def _action(text: str, tools: Mapping[str, Mapping[str, Any]], *, known: bool) -> ToolCall | None:
     """An action that stands at the beginning of a text. `known`: only one of the tools."""
-    if calls := parse_completion(text)[1]:
+    if calls := parse_completion(f"[{text}]" if text.startswith("{") else text)[1]:
         return calls[0]
     by_name = {name.lower(): name for name in tools}
     shape = _SHAPE.match(text)

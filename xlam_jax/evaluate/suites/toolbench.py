@@ -1,10 +1,10 @@
 """ToolBench (Qin et al., ICLR 2024, https://arxiv.org/abs/2307.16789) as StableToolBench keeps it
-(https://arxiv.org/abs/2403.07714): queries that real web APIs can answer, a server that plays the APIs, a model as judge.
+(https://arxiv.org/abs/2403.07714): queries for real web APIs, a server that plays the APIs, a model as judge.
 
-The queries are the user's: `solvable_queries` of https://github.com/THUNLP-MT/StableToolBench (Apache-2.0). The server is
-the one of that repository (`server/main.py` or `main_mirrorapi_cache.py`), or any that takes the same POST. The pass rate
-is StableToolBench's solvable pass rate: 1 for an answer that solves the query, 0.5 where the judge is unsure, 0 else;
-the judge's prompt is our own. An answer is sought in one line of actions (their CoT); there is no tree search.
+The queries are the user's: `solvable_queries` of https://github.com/THUNLP-MT/StableToolBench (Apache-2.0). The server
+is the one of that repository (`server/main.py` or `main_mirrorapi_cache.py`), or any that takes the same POST. The pass
+rate is StableToolBench's solvable pass rate: 1 for an answer that solves the query, 0.5 where the judge is unsure, 0
+else; the judge's prompt is our own. An answer is sought in one line of actions (their CoT); there is no tree search.
 """
 
 import asyncio

@@ -1,7 +1,7 @@
 """WebShop (Yao et al., arXiv 2207.01206): buy what a request describes, in the original's server or one with its pages.
 
-Each page is fetched and shown as text: [what can be clicked] in brackets, as in ReAct's prompts. Links, forms and options
-are followed as they stand on the page. Reward and success are what the server says when something is bought.
+Each page is fetched and shown as text: [what can be clicked] in brackets, as in ReAct's prompts. Links, forms and
+options are followed as they stand on the page. Reward and success are what the server says when something is bought.
 """
 
 from collections.abc import Mapping

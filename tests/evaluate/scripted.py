@@ -1,0 +1,52 @@
+"""An endpoint that knows how each task is done, and says it in the way in which it is asked: as calls, in words, as a
+plan, or as BOLAA's controller."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from fake_server import Handler, Running, call, says, serve
+
+Action = tuple[str, str]
+"""A tool, and its one argument."""
+ARGUMENT = {"search": "query", "lookup": "words", "finish": "answer", "click": "element"}
+
+
+def reply_from(actions_of: Callable[[str], Sequence[Action]], labour: Mapping[str, Sequence[str]]) -> Any:
+    """A reply of the fake server. `actions_of` finds the actions of the task that stands in a text."""
+
+    def reply(handler: Handler, request: dict[str, Any]) -> None:
+        messages = request["messages"]
+        actions = actions_of(messages[0]["content"])
+        text = messages[-1]["content"] or ""
+        done = sum(len(one.get("tool_calls") or ()) for one in messages)
+        done += sum("\nAction: " in f"\n{one['content']}" for one in messages if one["role"] == "assistant")
+        if "Done so far:" in text:  # BOLAA: one turn holds what was done
+            done = len(re.findall("^Action: ", text.partition("Done so far:")[2], re.MULTILINE))
+        name, argument = actions[min(done, len(actions) - 1)]
+        if "tools" in request:
+            answer = says(None, [call(name, {ARGUMENT[name]: argument})], "tool_calls")
+        elif text.endswith("one line that begins with `Plan:`."):
+            answer = says("Plan: first one thing, then the other.")
+        elif "Agent: name[" in text:
+            whose = next(agent for agent, tools in labour.items() if name in tools)
+            answer = says(f"Agent: {whose}[please {name} {argument}]")
+        elif "Thought" in text or "Thought" in messages[0]["content"]:
+            answer = says(f"Thought: I {name}.\nAction: {name}[{argument}]")
+        else:
+            answer = says(f"Action: {name}[{argument}]")
+        answer(handler, request)
+
+    return reply
+
+
+@contextmanager
+def scripted(actions: Mapping[str, Sequence[Action]], labour: Mapping[str, Sequence[str]]) -> Iterator[Running]:
+    """Serves a script: text of a task → its actions."""
+
+    def actions_of(prompt: str) -> Sequence[Action]:
+        return actions[max((text for text in actions if text in prompt), key=prompt.rindex)]
+
+    with serve(reply_from(actions_of, labour)) as server:
+        yield server

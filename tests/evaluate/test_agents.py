@@ -1,0 +1,179 @@
+"""Every agent through every suite in which one acts, against an endpoint that knows what is right."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_server import says, serve
+from scripted import Action, scripted
+from support import Commands
+
+from xlam_jax.data.trajectory import ToolCall
+from xlam_jax.evaluate import agents, shop
+from xlam_jax.evaluate.agents import _actions
+from xlam_jax.evaluate.suites.hotpotqa import TOOLS, HotpotQA
+from xlam_jax.evaluate.suites.webshop import WebShop
+
+AGENTS = ["act", "bolaa", "native", "planact", "planreact", "react", "zero_shot", "zero_shot_think"]
+PLACES = ("Oslo", "Bergen", "Turku", "Malmö", "Gdańsk", "Tartu", "Visby", "Narvik", "Umeå", "Kiel")
+TRADES = ("baker", "glazier", "cooper", "weaver", "printer", "miller", "potter", "tanner", "saddler", "smith")
+
+
+def pages() -> list[dict[str, str]]:
+    """200 pages: a hundred people, and the street that each lived in."""
+    found = []
+    for at, (place, trade) in enumerate((place, trade) for place in PLACES for trade in TRADES):
+        street = f"{trade.title()} Street ({place})"
+        found.append(
+            {
+                "title": f"The {trade} of {place}",
+                "text": f"The {trade} of {place} was known everywhere. Many visited. Few stayed. It rained. It snowed."
+                f" The workshop stood in {street}.",
+            }
+        )
+        found.append({"title": street, "text": f"{street} is a street. It was laid out in {1500 + at}."})
+    assert len(found) == 200
+    return found
+
+
+def question(place: str, trade: str) -> str:
+    return f"In which year was the street laid out in which the {trade} of {place} had a workshop?"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The corpus, and ten questions about it."""
+    made = tmp_path_factory.mktemp("hotpotqa")
+    (made / "pages.jsonl").write_text("".join(json.dumps(page) + "\n" for page in pages()), encoding="utf-8")
+    rows = [
+        {"_id": f"q{at}", "question": question(place, TRADES[at]), "answer": str(1500 + 11 * at), "level": level}
+        for at, (place, level) in enumerate(zip(PLACES, ("easy", "medium", "hard", "easy", "medium") * 2, strict=True))
+    ]
+    (made / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return made
+
+
+def script() -> dict[str, list[Action]]:
+    """Right actions for all questions but the last two: one answer shares a word, one never comes."""
+    found: dict[str, list[Action]] = {}
+    for at, (place, trade) in enumerate(zip(PLACES, TRADES, strict=True)):
+        found[question(place, trade)] = [
+            ("search", f"the {trade} of {place}"),
+            ("lookup", "workshop"),
+            ("search", f"{trade.title()} Street ({place})"),
+            ("finish", f"{1500 + 11 * at}" if at < 8 else f"in {1500 + 11 * at}"),
+        ]
+    found[question(PLACES[9], TRADES[9])] = [("search", "nothing of the kind")]
+    return found
+
+
+def records(folder: Path) -> dict[str, dict[str, Any]]:
+    lines = (folder / "examples.jsonl").read_text(encoding="utf-8").splitlines()
+    return {record["id"]: record for record in map(json.loads, lines)}
+
+
+def test_these_are_all_agents():
+    assert agents.names() == AGENTS
+
+
+@pytest.mark.parametrize("agent", AGENTS)
+def test_hotpotqa(commands: Commands, folder: Path, tmp_path: Path, agent: str):
+    with scripted(script(), HotpotQA.labour) as server:
+        said = commands.call(
+            "xlam_jax.evaluate.__main__", "--suite", "hotpotqa", "--agent", agent, "--base-url", server.url,
+            "--model", "tiny", "--data", folder / "questions.jsonl", "--set", f"corpus={folder / 'pages.jsonl'}",
+            "--set", "max_steps=5", "--out", tmp_path / "out",
+        )  # fmt: skip
+    summary = json.loads((tmp_path / "out/summary.json").read_text(encoding="utf-8"))
+    assert summary["scores"] == pytest.approx({"f1": (8 + 2 / 3) / 10, "em": 0.8, "accuracy": 0.8})
+    assert summary["failures"] == {"wrong-answer": 1, "steps-used-up": 1}
+    assert summary["errors"] == {}
+    assert {name: one["examples"] for name, one in summary["groups"].items()} == {"easy": 4, "hard": 2, "medium": 4}
+    assert summary["groups"]["hard"]["scores"]["em"] == 1
+    found = records(tmp_path / "out")["q0"]
+    assert found["details"]["steps"] == 4
+    assert [message["role"] for message in found["messages"][:2]] == ["user", "assistant"]
+    seen = json.dumps(found["messages"], ensure_ascii=False)
+    assert "(1 of 1) The workshop stood in Baker Street (Oslo)." in seen
+    assert "It was laid out in 1500." in seen
+    assert "0.8000" in said.stdout
+
+
+@pytest.mark.parametrize("agent", AGENTS)
+def test_webshop(commands: Commands, tmp_path: Path, agent: str):
+    """Ten requests bought rightly, but for one without its options, and one that is of another kind."""
+    actions: dict[str, list[Action]] = {}
+    expected = []
+    for number in range(10):
+        goal = shop.goal(number)
+        product = goal.product if number != 9 else shop.goal(0).product
+        options = [("click", value) for value in goal.options.values()] if number != 8 else []
+        actions[goal.instruction] = [
+            ("search", product.title), ("click", product.asin), ("click", "Features"), ("click", "< Back to Item Page"),
+            *options, ("click", "Buy Now"),
+        ]  # fmt: skip
+        expected.append({8: 3 / 5, 9: 0.0}.get(number, 1.0))
+    with shop.serve() as url, scripted(actions, WebShop.labour) as server:
+        commands.call(
+            "xlam_jax.evaluate.__main__", "--suite", "webshop", "--agent", agent, "--base-url", server.url,
+            "--model", "tiny", "--set", f"url={url}", "--set", "tasks=10", "--out", tmp_path / "out",
+        )  # fmt: skip
+    found = records(tmp_path / "out")
+    assert [found[f"fixed_{at}"]["scores"]["reward"] for at in range(10)] == expected
+    summary = json.loads((tmp_path / "out/summary.json").read_text(encoding="utf-8"))
+    assert summary["scores"] == pytest.approx({"reward": 0.86, "success": 0.8})
+    assert summary["failures"] == {"partly-right": 1, "wrong": 1}
+
+
+TOOL = {tool["function"]["name"]: tool["function"] for tool in TOOLS}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Action: search[Oslo (city)]",
+        "Thought: I look.\nAction: search[Oslo (city)]\nObservation: Oslo is …\nAction: finish[x]",
+        "**Action 2:** Search[Oslo (city)]",
+        "action: `search[Oslo (city)]`",
+        "Action: search(Oslo (city))",
+        'Action: search["Oslo (city)"]',
+        'Action: search[query="Oslo (city)"]',
+        'Action: search[{"query": "Oslo (city)"}]',
+        "Action: search[Oslo (city)",
+        "I would like to\nsearch[Oslo (city)]",
+        'Action: {"name": "search", "arguments": {"query": "Oslo (city)"}}',
+        'I look. [{"name": "search", "arguments": {"query": "Oslo (city)"}}]',
+    ],
+)
+def test_actions_are_read(text: str):
+    assert _actions.read(text, TOOL) == ToolCall(None, "search", {"query": "Oslo (city)"})
+
+
+@pytest.mark.parametrize("text", ["", "I do not know.", "Action:", "Action: hm", "The array is list[0]."])
+def test_text_without_an_action(text: str):
+    assert _actions.read(text, TOOL) is None
+
+
+def test_actions_are_written_as_they_are_read():
+    for action in (
+        ToolCall(None, "search", {"query": "a [b] c"}),
+        ToolCall(None, "book", {"from": "Oslo", "seats": 2}),
+        ToolCall(None, "stop", {}),
+    ):
+        tools = TOOL | {"book": {"parameters": {"properties": {"from": {}, "seats": {}}}}, "stop": {"parameters": {}}}
+        assert _actions.read(f"Action: {_actions.written(action)}", tools) == action
+
+
+@pytest.mark.parametrize("agent", ["react", "native", "bolaa"])
+def test_a_model_that_never_acts(commands: Commands, folder: Path, tmp_path: Path, agent: str):
+    """Its answers, also the empty ones, are wrong, and no fault."""
+    with serve(says("I do not know."), says("")) as server:
+        commands.call(
+            "xlam_jax.evaluate.__main__", "--suite", "hotpotqa", "--agent", agent, "--base-url", server.url,
+            "--model", "tiny", "--data", folder / "questions.jsonl", "--set", f"corpus={folder / 'pages.jsonl'}",
+            "--set", "max_steps=3", "--limit", "2", "--out", tmp_path / "out",
+        )  # fmt: skip
+    summary = json.loads((tmp_path / "out/summary.json").read_text(encoding="utf-8"))
+    assert summary["failures"] == {"no-action": 2}
+    assert summary["scores"] == {"f1": 0, "em": 0, "accuracy": 0}

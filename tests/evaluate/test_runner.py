@@ -1,0 +1,266 @@
+"""An evaluation from the command line: killed, gone on with, refused, summed up."""
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_server import Handler, Running, refuses, says, serve
+from support import Commands
+
+from xlam_jax.evaluate.__main__ import main
+from xlam_jax.evaluate.records import Records, read
+from xlam_jax.evaluate.summary import summarize, table
+
+SUITE = '''
+"""Sums."""
+from xlam_jax.evaluate.suite import Outcome, Suite, Task
+
+class Sums(Suite):
+    name, about = "sums", "sums of two numbers"
+    settings = {"count": "how many"}
+
+    def tasks(self):
+        return [Task(f"t{at}", at, "even" if at % 2 == 0 else "odd") for at in range(int(self.options.extra["count"]))]
+
+    async def run(self, task, model, agent):
+        answer = await model.chat([{"role": "user", "content": f"{task.data} + 1 ="}])
+        right = answer.content == str(task.data + 1)
+        return Outcome({"accuracy": right}, [*answer.asked, answer.message], "" if right else "wrong")
+'''
+
+
+def number(request: dict[str, Any]) -> int:
+    return int(request["messages"][0]["content"].split()[0])
+
+
+def adds(handler: Handler, request: dict[str, Any]) -> None:
+    says(str(number(request) + 1))(handler, request)
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Path:
+    path = tmp_path / "sums.py"
+    path.write_text(SUITE, encoding="utf-8")
+    return path
+
+
+def arguments(suite: Path, server: Running | str, out: Path, count: int = 12, *more: object) -> list[object]:
+    url = server if isinstance(server, str) else server.url
+    return ["--suite", suite, "--base-url", url, "--model", "tiny", "--out", out, "--set", f"count={count}", *more]
+
+
+def run(commands: Commands, *given: object, **how: Any) -> Any:
+    return commands.call("xlam_jax.evaluate.__main__", *given, **how)
+
+
+def test_a_suite_of_ones_own(commands: Commands, suite: Path, tmp_path: Path):
+    out = tmp_path / "out"
+
+    def nearly(handler: Handler, request: dict[str, Any]) -> None:
+        says("7")(handler, request) if number(request) == 3 else adds(handler, request)
+
+    with serve(nearly) as server:
+        said = run(commands, *arguments(suite, server, out, 12, "--concurrency", 5))
+        assert len(server.requests) == 12
+        again = run(commands, *arguments(suite, server, out, 12, "--concurrency", 5))
+        more = run(commands, *arguments(suite, server, out, 12, "--limit", 4))
+        assert len(server.requests) == 12
+    assert [line.split() for line in said.stdout.splitlines()[2:5]] == [
+        ["even", "6/6", "1.0000"], ["odd", "6/6", "0.8333"], ["all", "12/12", "0.9167"]
+    ]  # fmt: skip
+    assert "failures: wrong 1" in said.stdout
+    assert "12 of 12 examples are scored already" in again.stderr
+    assert again.stdout == said.stdout
+    assert more.stdout.splitlines()[4].split() == ["all", "4/4", "0.7500"]
+    record = read(out)["t3"]
+    assert record["messages"][-1] == {"role": "assistant", "content": "7"}
+    assert (record["scores"], record["failure"], record["group"], record["calls"]) == (
+        {"accuracy": 0},
+        "wrong",
+        "odd",
+        [],
+    )
+    run_json = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    assert (run_json["suite"], run_json["model"], run_json["settings"]) == ("sums", "tiny", {"count": "12"})
+
+
+def test_errors_are_no_scores_and_asked_again(commands: Commands, suite: Path, tmp_path: Path):
+    out = tmp_path / "out"
+
+    def fails(handler: Handler, request: dict[str, Any]) -> None:
+        at = number(request)
+        (refuses(500, "broken") if at < 2 else refuses(400, "context length") if at < 3 else adds)(handler, request)
+
+    with serve(fails) as server:
+        said = run(commands, *arguments(suite, server, out, 8, "--retries", 0))
+        assert "3 of 8 examples ended in an error and are in no score (server-error 2, over-length 1)" in said.stdout
+        assert said.stderr.count("server-error:") == 1
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    assert summary["scores"] == {"accuracy": 1.0}
+    assert (summary["examples"], summary["scored"], summary["errors"]) == (8, 5, {"server-error": 2, "over-length": 1})
+    assert read(out)["t0"]["error"]["kind"] == "server-error"
+    assert "scores" not in read(out)["t0"]
+    with serve(adds) as server:
+        said = run(commands, *arguments(suite, server, out, 8))
+        assert sorted(number(one) for one in server.requests) == [0, 1, 2]
+    assert "5 of 8 examples are scored already; 3 that ended in an error are asked again" in said.stderr
+    assert said.stdout.splitlines()[4].split() == ["all", "8/8", "1.0000"]
+    assert "error" not in said.stdout
+
+
+def test_killed_and_gone_on_with(commands: Commands, suite: Path, tmp_path: Path):
+    """kill -9 in the middle: nothing that was written is lost or asked again, and everything is asked."""
+    out, count = tmp_path / "out", 60
+    asked: Counter[int] = Counter()
+    lock = threading.Lock()
+
+    def counts(handler: Handler, request: dict[str, Any]) -> None:
+        with lock:
+            asked[number(request)] += 1
+        time.sleep(0.1)
+        adds(handler, request)
+
+    with serve(counts) as server:
+        process = commands.start("xlam_jax.evaluate", *arguments(suite, server, out, count, "--concurrency", 4))
+        until = time.monotonic() + 60
+        while time.monotonic() < until and (not (out / "examples.jsonl").exists() or len(read(out)) < 10):
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        time.sleep(0.2)  # what was under way at the server ends
+        written = read(out)
+        assert 10 <= len(written) < count
+        before = Counter(asked)
+        with (out / "examples.jsonl").open("ab") as file:
+            file.write(b'{"id": "t59", "scores": {"accu')  # what a torn write would leave
+        said = run(commands, *arguments(suite, server, out, count, "--concurrency", 4))
+    assert "the last line of examples.jsonl was cut off" in said.stderr
+    after = read(out)
+    assert sorted(after) == sorted(f"t{at}" for at in range(count))
+    assert {name: after[name] for name in written} == written
+    assert all(asked[int(name[1:])] == before[int(name[1:])] == 1 for name in written)
+    assert sum((asked - before).values()) == count - len(written)
+    assert (out / "examples.jsonl").read_bytes().count(b"\n") == count
+
+
+def test_what_belongs_to_another_evaluation(commands: Commands, suite: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    with serve(adds) as server:
+        run(commands, *arguments(suite, server, out, 2))
+        told = commands.fails("xlam_jax.evaluate.__main__", *arguments(suite, server, out, 2, "--model", "other"))
+        assert 'model: "tiny" there, "other" now' in told
+        told = commands.fails("xlam_jax.evaluate.__main__", *arguments(suite, server, out, 2, "--seed", 7))
+        assert "seed: 0 there, 7 now" in told
+        told = commands.fails("xlam_jax.evaluate.__main__", *arguments(suite, server, out, 3))
+        assert 'settings: {"count": "2"} there, {"count": "3"} now' in told
+        with Records(out, json.loads((out / "run.json").read_text(encoding="utf-8"))):
+            told = commands.fails("xlam_jax.evaluate.__main__", *arguments(suite, server, out, 2))
+            assert "another process" in told
+        told = commands.fails("xlam_jax.evaluate.__main__", *arguments(suite, server, tmp_path, 2))
+        assert "holds files, and no run.json" in told
+        (out / "examples.jsonl").write_text('{"id": "t0"}\n', encoding="utf-8")
+        told = commands.fails("xlam_jax.evaluate.__main__", *arguments(suite, server, out, 2))
+        assert "examples.jsonl:1: is no record" in told
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--suite", "hotpotq"], "did you mean 'hotpotqa'?"),
+        (["--suite", "nowhere.py"], "there is no such file"),
+        (["--agent", "react"], "sums runs with native"),
+        (["--suite", "webshop", "--agent", "reakt"], "did you mean 'react'?"),
+        (["--set", "cuont=3"], "did you mean 'count'?"),
+        (["--set", "count"], "KEY=VALUE"),
+        (["--limit", "0"], "--limit 0"),
+        (["--suite", "hotpotqa"], "hotpotqa has no such setting"),
+    ],
+)
+def test_mistakes(commands: Commands, suite: Path, tmp_path: Path, changes: list[str], message: str):
+    given = arguments(suite, "http://127.0.0.1:9/v1", tmp_path / "out", 2, *changes)
+    assert message in commands.fails("xlam_jax.evaluate.__main__", *given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_server(commands: Commands, suite: Path, tmp_path: Path):
+    """Hundreds of errors would tell no more than one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    told = commands.fails("xlam_jax.evaluate.__main__", *arguments(suite, url, tmp_path / "out", 500, "--retries", 0))
+    assert "cannot be reached" in told
+    assert len(read(tmp_path / "out")) < 50
+
+
+def test_a_wrong_model_is_told_at_once(commands: Commands, suite: Path, tmp_path: Path):
+    with serve(refuses(404, "The model `tiny` does not exist.")) as server:
+        told = commands.fails("xlam_jax.evaluate.__main__", *arguments(suite, server, tmp_path / "out", 50))
+        assert len(server.requests) <= 16
+    assert "does not exist" in told
+
+
+def test_held_out_trajectories(commands: Commands, tmp_path: Path):
+    """An endpoint that knows what was recorded gets every call right; one that changes an argument gets none."""
+    from xlam_jax.evaluate.suite import Options
+    from xlam_jax.evaluate.suites.trajectories import Trajectories
+
+    data = Path("examples/quickstart/hammer.jsonl").resolve()
+    tasks = Trajectories(Options(data=data)).tasks()
+    expected = {task.data.messages[-1]["content"]: task.data.expected for task in tasks}
+
+    def answers(changed: bool) -> Any:
+        def reply(handler: Handler, request: dict[str, Any]) -> None:
+            calls = [
+                {"name": one.name, "arguments": dict(one.arguments)}
+                for one in expected[request["messages"][-1]["content"]]
+            ]
+            for one in calls if changed else ():
+                one["arguments"]["city"] = "elsewhere, and not where it was"
+            says(json.dumps(calls))(handler, request)
+
+        return reply
+
+    for changed in (False, True):
+        with serve(answers(changed)) as server:
+            run(
+                commands, "--suite", "trajectories", "--base-url", server.url, "--model", "tiny", "--data", data,
+                "--limit", 20, "--out", tmp_path / f"{changed}",
+            )  # fmt: skip
+        summary = json.loads((tmp_path / f"{changed}/summary.json").read_text(encoding="utf-8"))
+        assert summary["scores"]["exact"] == (not changed)
+        assert summary["scores"]["right_function"] == 1
+        assert summary["failures"] == ({"invalid-arguments": 20} if changed else {})
+
+
+def test_a_summary_counts():
+    records = [
+        {"id": "a", "group": "x", "scores": {"f1": 0.5, "em": 0.0}, "failure": "wrong"},
+        {"id": "b", "group": "x", "scores": {"f1": 1.0, "em": 1.0}, "failure": ""},
+        {"id": "c", "group": "y", "error": {"kind": "timeout", "message": "…"}},
+    ]
+    summary = summarize({"suite": "s", "model": "m", "main_score": "f1"}, records, 5)
+    assert summary["scores"] == {"f1": 0.75, "em": 0.5}
+    assert summary["groups"]["y"] == {"examples": 1, "scored": 0, "scores": {}}
+    assert table(summary).splitlines()[2].split() == ["y", "0/1", "–", "–"]
+
+
+def test_help_is_quick_and_lists_everything(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = capsys.readouterr().out
+    for name in ("hotpotqa", "webshop", "trajectories", "bolaa", "native"):
+        assert f"  {name}" in said
+
+
+def test_help_imports_nothing_heavy(commands: Commands):
+    said = commands.start("xlam_jax.evaluate", "--help", PYTHONPROFILEIMPORTTIME="1").communicate()[1]
+    imported = {line.rsplit("|", 1)[1].strip() for line in said.splitlines() if "|" in line}
+    assert "xlam_jax.evaluate.corpus" in imported  # a suite needs it
+    assert imported.isdisjoint({"jax", "openai", "numpy", "transformers", "rich", "jsonschema"})
