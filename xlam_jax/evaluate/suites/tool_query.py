@@ -14,6 +14,7 @@ import copy
 import copyreg
 import io
 import pickle
+import sys
 from collections import OrderedDict, defaultdict
 from functools import cached_property
 from pathlib import Path
@@ -86,6 +87,8 @@ class ToolQuery(AgentSuite):
                 self._tasks.append(Task(f"{TOOL}/{row.get('id', number)}", row, str(row.get("difficulty") or "")))
         if not self._tasks:
             raise UserError(f"{path}: holds no task of the tool {TOOL}; those of weather and movie are not run here")
+        if self.left_out:
+            print(f"{path}: {self.left_out} tasks of other tools are left out", file=sys.stderr)
         self._library = Library(folder / TOOL / "raw")
         self._library.check()
 
