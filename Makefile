@@ -12,16 +12,21 @@ FASTCHAT := .venv-fastchat
 TORCH_CPU ?= --extra-index-url https://download.pytorch.org/whl/cpu --index-strategy unsafe-best-match
 PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
+# What the suite bfcl takes its data and checkers from. What it requires itself cannot stand beside JAX, and is not used.
+BFCL := bfcl-eval==2026.3.23
+
 # Processes that share the tests; each takes 2 to 3 GB.
 WORKERS ?= 2
 PYTEST := $(PY) -m pytest --numprocesses $(WORKERS) --dist worksteal
 
-.PHONY: quickstart test test-slow test-browser test-serve serve-cpu fastchat lint bench clean
+.PHONY: quickstart eval test test-slow test-browser test-serve serve-cpu fastchat lint bench clean
 
 quickstart: $(VENV)/.core
 	$(PY) -m xlam_jax.train --config configs/quickstart.yaml
 	@test -d $(RUN)/hf || $(PY) -m converters.orbax_to_hf --checkpoint $(RUN) --out $(RUN)/hf
 	$(PY) -m examples.quickstart.show --model $(RUN)/hf --config configs/quickstart.yaml
+
+eval: $(VENV)/.eval
 
 test: $(VENV)/.test
 	$(PYTEST) -m "not slow and not browser and not serve"
@@ -57,7 +62,12 @@ $(VENV)/.core: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PIP_INSTALL) -e .
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.core
+$(VENV)/.eval: $(VENV)/.core
+	$(PIP_INSTALL) --no-deps $(BFCL)
+	$(PIP_INSTALL) -e ".[eval]"
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.eval
 	$(PIP_INSTALL) -e ".[test]"
 	@touch $@
 

@@ -93,6 +93,30 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     pairs.add_argument("--report", type=Path, metavar="FILE.json", help="write the counts there as well")
     pairs.add_argument("--force", action="store_true", help="overwrite the outputs")
     pairs.set_defaults(command=_pairs)
+
+    rate = commands.add_parser(
+        "rate",
+        help="a model scores trajectories from 0 to 5, with reasons",
+        description="Asks a model behind an OpenAI-compatible server how good each trajectory is, and writes them with "
+        "the rating as score. Reasons, and scores that were there before, go to FILE.jsonl.ratings.jsonl, from which a "
+        "run that was stopped goes on. Exit code: 0 all are rated, 1 some are not, 2 none could be.",
+    )
+    rate.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    rate.add_argument("--base-url", required=True, metavar="URL", help="the server's, up to and with /v1")
+    rate.add_argument("--model", required=True, metavar="NAME", help="the name under which the server has it")
+    rate.add_argument("--out", required=True, type=Path, metavar="FILE.jsonl")
+    rate.add_argument("--api-key", default="EMPTY", metavar="KEY", help="where the server wants one")
+    rate.add_argument("--concurrency", type=_positive, default=16, metavar="K", help="default: %(default)s")
+    rate.add_argument("--timeout", type=_positive, default=120, metavar="S", help="seconds to wait for an answer")
+    rate.add_argument("--retries", type=int, default=5, metavar="N", help="of a request that failed (default: 5)")
+    rate.add_argument("--limit", type=_positive, metavar="N", help="only the first N rows")
+    rate.add_argument("--keep", type=_gap, default=4.0, metavar="R", help="a good rating (default: %(default)s)")
+    rate.add_argument(
+        "--good", type=float, metavar="S", help="a good known score, to compare with (default: each source's highest)"
+    )
+    rate.add_argument("--report", type=Path, metavar="FILE.json", help="write the counts there as well")
+    rate.add_argument("--force", action="store_true", help="begin anew and overwrite the outputs")
+    rate.set_defaults(command=_rate)
     return parser, commands.choices
 
 
@@ -223,6 +247,40 @@ def _pairs(options: argparse.Namespace) -> int:
     )
     print(pairs.summary(options.out, result))
     return 0
+
+
+def _rate(options: argparse.Namespace) -> int:
+    import json
+
+    from xlam_jax.data import rate
+    from xlam_jax.evaluate.endpoint import Model
+    from xlam_jax.outputs import write_text
+
+    _readable(options.files)
+    if options.report:
+        _free(options.report, options.force)
+    model = Model.connect(
+        options.base_url,
+        options.model,
+        api_key=options.api_key,
+        timeout=float(options.timeout),
+        retries=max(0, options.retries),
+    )
+    result = rate.rate(
+        options.files,
+        options.out,
+        model,
+        concurrency=options.concurrency,
+        limit=options.limit,
+        good=options.good,
+        keep=options.keep,
+        force=options.force,
+        progress=_say,
+    )
+    if options.report:
+        write_text(options.report, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    print(rate.summary(options.out, result))
+    return 0 if result["rated"] == result["trajectories"] else 1
 
 
 if __name__ == "__main__":

@@ -1,0 +1,188 @@
+"""The rater: what it is asked, what is read from its answers, that nothing is asked twice, and agreement."""
+
+import json
+import math
+import re
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import fake_server
+import pytest
+from support import Commands
+
+from xlam_jax.data import rate
+from xlam_jax.data.trajectory import parse_trajectory
+from xlam_jax.errors import UserError
+
+TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {"at": {}}}}}]
+
+
+def row(number: int, score: float | None = None, source: str = "shop") -> dict[str, Any]:
+    call = {"type": "function", "function": {"name": "look", "arguments": {"at": f"place {number}"}}}
+    conversation = [
+        {"role": "user", "content": f"Task {number}."},
+        {"role": "assistant", "content": "I look.", "tool_calls": [call]},
+        {"role": "tool", "name": "look", "content": "x" * 3000 + "MIDDLE" + "y" * 3000},
+        {"role": "assistant", "content": "Done."},
+    ]
+    given = {} if score is None else {"score": score}
+    return {
+        "unique_trajectory_id": f"t{number}",
+        "source": source,
+        "tools": TOOLS,
+        "conversation": conversation,
+        **given,
+    }
+
+
+def written(folder: Path, rows: list[Any]) -> Path:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    return path
+
+
+def rater(scores: dict[int, Any], pause: float = 0.0) -> Any:
+    """A server that rates task N as told; what is no number is its whole answer."""
+
+    def reply(handler: Any, request: dict[str, Any]) -> None:
+        time.sleep(pause)
+        number = int(re.search(r"Task (\d+)\.", request["messages"][-1]["content"])[1])  # type: ignore[index]
+        answer = scores.get(number, 3)
+        text = answer if isinstance(answer, str) else json.dumps({"reason": f"because {number}", "score": answer})
+        fake_server.says(text)(handler, request)
+
+    return fake_server.serve(reply)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_ratings_become_scores(tmp_path: Path, commands: Commands) -> None:
+    scores = {0: 5, 1: 4.5, 2: 0, 3: "I like it.", 4: '{"reason": "x"}', 5: 7, 6: 2}
+    known = {0: 1.0, 1: 1.0, 2: 0.0, 6: 1.0}
+    rows: list[Any] = [row(number, known.get(number)) for number in range(7)]
+    source, out, report = written(tmp_path, [*rows, {"no": "row"}]), tmp_path / "out.jsonl", tmp_path / "report.json"
+    command = ["rate", source, "--out", out, "--model", "tiny", "--report", report]
+    with rater(scores) as server:
+        done = commands.call("xlam_jax.data.__main__", *command, "--base-url", server.url, code=1)
+        assert len(server.requests) == 7
+        asked = next(one for one in server.requests if "Task 0." in one["messages"][-1]["content"])
+    assert {one["unique_trajectory_id"]: one["score"] for one in lines(out)} == {"t0": 5, "t1": 4.5, "t2": 0, "t6": 2}
+    first = next(one for one in lines(out) if one["unique_trajectory_id"] == "t0")
+    assert parse_trajectory(first) == replace(parse_trajectory(rows[0]), score=5.0)
+    ratings = {one["id"]: one for one in lines(tmp_path / "out.jsonl.ratings.jsonl")}
+    assert (ratings["t0"]["reason"], ratings["t0"]["known"]) == ("because 0", 1.0)
+    told = json.loads(report.read_text())
+    assert told["failed"] == {"no-json": 1, "no-score": 1, "out-of-range": 1}
+    assert told["left_out"] == {"no-rating": 3, "no-conversation": 1}
+    agreement = told["agreement"]["shop"]
+    assert (agreement["trajectories"], agreement["good"], agreement["kept"]) == (4, 3, 2)
+    assert agreement["accuracy"] == 0.75
+    assert (agreement["precision"], agreement["recall"]) == (1.0, pytest.approx(2 / 3))
+    assert agreement["rank_correlation"] == pytest.approx(0.7746, abs=1e-4)
+    assert "4 of 8 trajectories rated" in done.stdout
+    text = asked["messages"][-1]["content"]
+    assert '"arguments": {"at": "place 0"}' in text
+    assert "MIDDLE" not in text  # of long results the middle is left out
+    assert "[… 2006 characters …]" in text
+
+    with rater({3: 5, 4: 5, 5: 5}) as server:  # only what has no rating is asked for again
+        commands.call("xlam_jax.data.__main__", *command, "--force", "--base-url", server.url, code=1)
+        assert len(server.requests) == 7
+    report.unlink()
+    with rater({}) as server:
+        commands.call("xlam_jax.data.__main__", *command, "--base-url", server.url, code=1)
+        assert len(server.requests) == 0
+    assert [one["score"] for one in lines(out)] == [3, 3, 3, 5, 5, 5, 3]
+
+
+def test_a_killed_run_goes_on(tmp_path: Path, commands: Commands) -> None:
+    source, out = written(tmp_path, [row(number) for number in range(60)]), tmp_path / "out.jsonl"
+    journal = tmp_path / "out.jsonl.ratings.jsonl"
+    arguments = ["rate", source, "--out", out, "--model", "tiny", "--concurrency", 4]
+    with rater({}, pause=0.05) as server:
+        process = commands.start("xlam_jax.data", *arguments, "--base-url", server.url)
+        end = time.monotonic() + 120
+        while not (journal.exists() and journal.read_text().count("\n") > 8) and time.monotonic() < end:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        before = journal.read_text()
+        assert 8 < before.count("\n") < 60
+        assert not out.exists()
+        journal.write_text(before + '{"key": "cut o')
+        server.requests.clear()
+        commands.call("xlam_jax.data.__main__", *arguments, "--base-url", server.url)
+        assert len(server.requests) == 60 - before.count("\n")
+    assert len(lines(out)) == 60
+    assert len({one["key"] for one in lines(journal)}) == len(lines(journal)) == 60
+
+
+def test_what_is_wrong_is_told(tmp_path: Path, commands: Commands) -> None:
+    source, out = written(tmp_path, [row(number) for number in range(3)]), tmp_path / "out.jsonl"
+    arguments = ["rate", source, "--out", out, "--retries", 0, "--base-url", "http://127.0.0.1:9/v1"]
+    assert "not one rating" in commands.call("xlam_jax.data.__main__", *arguments, "--model", "tiny", code=2).stderr
+    with rater({}) as server:
+        commands.call("xlam_jax.data.__main__", *arguments[:-1], server.url, "--model", "tiny")
+        told = commands.call("xlam_jax.data.__main__", *arguments[:-1], server.url, "--model", "other", code=2).stderr
+    assert "'model': 'tiny'" in told
+    assert "'model': 'other'" in told
+    (tmp_path / "out.jsonl.ratings.jsonl").unlink()
+    assert "exists already" in commands.call("xlam_jax.data.__main__", *arguments, "--model", "tiny", code=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "rating"),
+    [
+        ('{"reason": "ok", "score": 4}', (4.0, "ok")),
+        ('Well: ```json\n{"score": "3.5", "reason": "a {b}"}\n``` that is it', (3.5, "a {b}")),
+        ('{"score": 1} no, {"score": 2}', (2.0, "")),
+        ('{"score": 0, "reason": {"why": 1}}', (0.0, "")),
+    ],
+)
+def test_answers_are_read(text: str, rating: tuple[float, str]) -> None:
+    assert rate.parse(text) == rating
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("", "no-json"),
+        ("Score: 4", "no-json"),
+        ("[4]", "no-json"),
+        ('{"rating": 4}', "no-score"),
+        ('{"score": true}', "no-score"),
+        ('{"score": null}', "no-score"),
+        ('{"score": "high"}', "no-score"),
+        ('{"score": -1}', "out-of-range"),
+        ('{"score": 5.1}', "out-of-range"),
+        ('{"score": "nan"}', "out-of-range"),
+        ('{"score": ' * 2000, "no-json"),
+    ],
+)
+def test_bad_answers_have_a_kind(text: str, kind: str) -> None:
+    with pytest.raises(rate.BadRating) as bad:
+        rate.parse(text)
+    assert bad.value.kind == kind
+
+
+def test_rank_correlation() -> None:
+    assert rate.rank_correlation([1, 2, 3], [10, 20, 30]) == pytest.approx(1)
+    assert rate.rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+    assert rate.rank_correlation([1, 1, 1], [3, 2, 1]) is None
+    from scipy.stats import spearmanr
+
+    a, b = [0.0, 1, 1, 0.5, 0.5, 0.2, 1], [0.0, 5, 4, 4, 2, 2, 3]
+    assert rate.rank_correlation(a, b) == pytest.approx(spearmanr(a, b).statistic)
+
+
+def test_equal_trajectories_share_a_rating() -> None:
+    one, other = parse_trajectory(row(1, 0.5)), parse_trajectory(row(1, 1.0))
+    assert rate.key(one) == rate.key(other) != rate.key(parse_trajectory(row(2)))
+    assert math.isfinite(rate.HIGHEST)
+    with pytest.raises(UserError, match=r"no such file|cannot be read"):
+        list(rate._trajectories([Path("/nowhere.jsonl")], None))

@@ -1,0 +1,173 @@
+"""The suite tool_query on two small graphs in AgentBoard's form."""
+
+import asyncio
+import json
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+import pytest
+
+from xlam_jax.data.trajectory import ToolCall
+from xlam_jax.errors import UserError
+from xlam_jax.evaluate import agents
+from xlam_jax.evaluate.endpoint import Answer
+from xlam_jax.evaluate.suite import Options, Outcome
+from xlam_jax.evaluate.suites.tool_query import ToolQuery
+
+PAPER = {"authors": ["Ada"], "year": 1843, "n_citation": 2}
+
+
+@pytest.fixture(params=[2, 5])
+def data(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    raw = tmp_path / "tool-query" / "academia" / "raw"
+    raw.mkdir(parents=True)
+    papers: Any = nx.DiGraph()
+    papers.add_node("p1", **PAPER)
+    papers.add_node("p2", authors=["Bob"], year=2000)
+    papers.add_edge("p1", "p2", kind="cites")
+    authors: Any = nx.Graph()
+    authors.add_node("a1", name="Ada", org="X")
+    authors.add_node("a2", name="Bob", org="Y")
+    authors.add_node("a3", name="Eve", org="Z")
+    authors.add_edge("a1", "a2", weight=1, collaborative_papers=["p1", "p2"])
+    authors.add_edge("a1", "a3", weight=1, collaborative_papers=[])
+    authors.adj, papers.nodes  # noqa: B018 - networkx keeps such views in the pickle
+    kept = {
+        "paper_net": papers,
+        "author_net": authors,
+        "title2id_dict": {"Notes": "p1", "More": "p2"},
+        "id2title_dict": {"p1": "Notes", "p2": "More"},
+        "author2id_dict": {"Ada": "a1", "Bob": "a2", "Eve": "a3"},
+        "id2author_dict": {"a1": "Ada", "a2": "Bob", "a3": "Eve"},
+    }
+    for name, one in kept.items():
+        (raw / f"{name}.pkl").write_bytes(pickle.dumps(one, protocol=request.param))
+    subgoals = ["AuthorNet is loaded.", ["Bob", "Eve"], ["Bob", "Eve"]]
+    rows = [
+        {
+            "id": 0,
+            "goal": "Who wrote with Ada?",
+            "subgoals": subgoals,
+            "difficulty": "easy",
+            "additional_info": {"tool": "academia"},
+        },
+        {"id": 1, "goal": "Rain?", "subgoals": ["x"], "difficulty": "hard", "additional_info": {"tool": "weather"}},
+        {
+            "id": 2,
+            "goal": "When?",
+            "subgoals": ["PaperNet is loaded.", PAPER, 1843],
+            "additional_info": {"tool": "academia"},
+        },
+    ]
+    (tmp_path / "tool-query" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+class Calls:
+    def __init__(self, *calls: ToolCall):
+        self._calls = list(calls)
+        self.heard: list[str] = []
+
+    async def chat(self, messages: Sequence[dict[str, Any]], tools: Any = None, **options: Any) -> Answer:
+        self.heard.append(messages[-1]["content"])
+        return Answer(list(messages), "", (self._calls.pop(0),), "tool_calls")
+
+
+def call(name: str, **arguments: Any) -> ToolCall:
+    return ToolCall("c", name, arguments)
+
+
+def played(data: Path, at: int, *calls: ToolCall) -> tuple[Outcome, Calls]:
+    suite = ToolQuery(Options(data=data))
+    model = Calls(*calls)
+    return asyncio.run(suite.run(suite.tasks()[at], model, agents.load("native"))), model  # type: ignore[arg-type]
+
+
+def test_all_subgoals_and_an_end_are_success(data: Path) -> None:
+    neighbours = call("neighbourCheck", graph="AuthorNet", node="Ada")
+    outcome, model = played(
+        data, 0, neighbours, call("loadAuthorNet"), neighbours, call("finish", answer=["Eve", "Bob"])
+    )
+    assert outcome.scores == {"success": 1.0, "progress": 1.0}
+    assert outcome.failure == ""
+    assert model.heard[0].endswith("Goal: Who wrote with Ada?")
+    assert model.heard[1:] == ["Please load the AuthorNet first.", "AuthorNet is loaded.", "['Bob', 'Eve']"]
+    outcome, _ = played(
+        data, 2 - 1, call("loadPaperNet"), call("paperNodeCheck", node="Notes"), call("finish", answer=1843)
+    )
+    assert outcome.scores == {"success": 1.0, "progress": 1.0}
+
+
+def test_progress_is_the_share_of_subgoals(data: Path) -> None:
+    outcome, _ = played(data, 0, call("loadAuthorNet"), call("loadAuthorNet"), call("finish", answer="Bob"))
+    assert outcome.scores == {"success": 0.0, "progress": pytest.approx(1 / 3)}
+    assert outcome.failure == "wrong-answer"
+    steps = [call("loadAuthorNet"), call("neighbourCheck", graph="AuthorNet", node="Ada")] * 10
+    outcome, _ = played(data, 0, *steps)
+    assert outcome.scores == {"success": 0.0, "progress": 1.0}  # all was seen, but never said
+    assert outcome.failure == "steps-used-up"
+
+
+def test_tools_tell(data: Path) -> None:
+    asked = [
+        call("loadPaperNet"),
+        call("loadAuthorNet"),
+        call("authorEdgeCheck", node1="Ada", node2="Bob"),
+        call("authorEdgeCheck", node1="Bob", node2="Eve"),
+        call("authorNodeCheck", node="Eve"),
+        call("authorNodeCheck", node="Zoe"),
+        call("paperEdgeCheck", node1="Notes", node2="More"),
+        call("paperEdgeCheck", node1="More", node2="Notes"),
+        call("neighbourCheck", graph="PaperNet", node="Notes"),
+        call("neighbourCheck", graph="CarNet", node="Notes"),
+        call("fly"),
+        call("finish", answer=""),
+    ]
+    _, model = played(data, 0, *asked)
+    assert model.heard[3:10] == [
+        "{'weight': 1, 'collaborative_papers': ['Notes', 'More']}",
+        "There is no edge between Bob and Eve.",
+        "{'name': 'Eve', 'org': 'Z'}",
+        "There is no node named Zoe in the AuthorNet.",
+        "{'kind': 'cites'}",
+        "There is no edge between More and Notes.",
+        "['More']",
+    ]
+    assert "CarNet" in model.heard[10]
+    assert model.heard[11].startswith("There is no action fly")
+    _, again = played(data, 0, *asked)
+    assert again.heard == model.heard
+
+
+def test_only_the_tool_that_is_here_is_asked_for(data: Path) -> None:
+    suite = ToolQuery(Options(data=data / "tool-query"))
+    assert [(task.id, task.group) for task in suite.tasks()] == [("academia/0", "easy"), ("academia/2", "")]
+    assert suite.left_out == 1
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return print, ("executed",)
+
+
+def test_pickles_run_nothing(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (data / "tool-query/academia/raw/paper_net.pkl").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(UserError, match=r"paper_net\.pkl: cannot be read \(it holds builtins\.print"):
+        played(data, 0, call("loadPaperNet"), call("paperNodeCheck", node="Notes"))
+    assert "executed" not in capsys.readouterr().out
+
+
+def test_what_is_missing_is_told(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--data is missing"):
+        ToolQuery(Options())
+    (data / "tool-query/academia/raw/id2title_dict.pkl").unlink()
+    with pytest.raises(UserError, match=r"id2title_dict\.pkl: is not there"):
+        ToolQuery(Options(data=data))
+    (data / "tool-query/test.jsonl").write_text(
+        '{"goal": "x", "subgoals": [], "additional_info": {"tool": "academia"}}\n'
+    )
+    with pytest.raises(UserError, match=r"test\.jsonl:1: has no subgoals"):
+        ToolQuery(Options(data=data))

@@ -1,0 +1,392 @@
+"""A model as rater: whole trajectories scored from 0 to 5, with reasons.
+
+The rater is AgentRater's of AgentOhana (https://arxiv.org/abs/2402.15506), which keeps trajectories from 4 on, and
+criticLAM's of ActionStudio (https://arxiv.org/abs/2503.22673); the prompt is our own.
+
+Each answer is a line of `<out>.ratings.jsonl`, written as it comes: a run that was killed goes on from there. When all
+are there the trajectories are written to `out`, the rating as their `score`; a score that they had before stays in the
+line of the rating, and is what the ratings are compared with.
+"""
+
+import asyncio
+import hashlib
+import json
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from xlam_jax.config import Source
+from xlam_jax.data import sources
+from xlam_jax.data.trajectory import InvalidTrajectory, Message, Trajectory, parse_json, to_dict
+from xlam_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from xlam_jax.evaluate.endpoint import Model
+
+HIGHEST = 5
+FAILURES = 20
+"""Answers without a rating, and none with one, after which a run ends."""
+LONGEST_RESULT = 4000
+"""Characters of a tool's result that the rater is shown: half from its beginning, half from its end."""
+
+PROMPT = """You rate how well an AI agent did its task. You are given the task, the tools that the agent had, and all
+that happened: what the user said, what the agent thought, said and called, and what the tools returned.
+
+Consider
+- the outcome: does the agent reach what was asked for, completely, and is its last answer right and supported by what
+  the tools returned?
+- the calls: are they the right tools, with arguments that follow from the conversation and fit the tools' schemas?
+- the way: no needless or repeated steps, errors noticed and mended, nothing made up, questions asked where something
+  is missing.
+
+The scale: 0 nothing useful; 1 mostly wrong; 2 parts right, the task failed; 3 the task partly done, or done with
+serious faults; 4 the task done with small faults; 5 the task done, each step right.
+
+Answer with one JSON object and nothing else: {"reason": "two or three sentences", "score": a number from 0 to 5}"""
+
+
+class BadRating(ValueError):  # noqa: N818 - a kind to count by, not a failure of ours
+    """An answer that is no rating; `kind` is a short code: no-json, no-score, out-of-range."""
+
+    def __init__(self, kind: str, detail: str):
+        super().__init__(f"{kind}: {detail}")
+        self.kind = kind
+
+
+class Rating(NamedTuple):
+    """What the rater said."""
+
+    score: float
+    """0 to 5."""
+    reason: str
+
+
+def messages(trajectory: Trajectory) -> list[dict[str, Any]]:
+    """What the rater is asked."""
+    tools = [json.dumps(tool["function"], ensure_ascii=False) for tool in trajectory.tools]
+    parts = [f"Task instruction:\n{trajectory.task_instruction}"] if trajectory.task_instruction else []
+    parts.append("Tools:\n" + ("\n".join(tools) or "none"))
+    parts.append("Trajectory:\n" + "\n\n".join(map(_told, trajectory.conversation)))
+    return [{"role": "system", "content": PROMPT}, {"role": "user", "content": "\n\n".join(parts)}]
+
+
+def _told(message: Message) -> str:
+    content = message.content
+    if message.role == "tool":
+        over = len(content) - LONGEST_RESULT
+        if over > 0:
+            half = LONGEST_RESULT // 2
+            content = f"{content[:half]} [… {over} characters …] {content[-half:]}"
+    calls = [
+        f"calls {json.dumps({'name': call.name, 'arguments': call.arguments}, ensure_ascii=False)}"
+        for call in message.tool_calls
+    ]
+    name = f" ({message.name})" if message.name else ""
+    return f"[{message.role}{name}] " + "\n".join([*filter(None, [content]), *calls])
+
+
+def parse(text: str) -> Rating:
+    """Reads an answer: the last JSON object in it that has a score. Raises `BadRating`."""
+    last: dict[str, Any] | None = None
+    for at in (at for at, character in enumerate(text) if character == "{"):
+        try:
+            _, end = json.JSONDecoder().raw_decode(text, at)
+            found = parse_json(text[at:end])
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(found, dict) and (last is None or "score" in found):
+            last = found
+    if last is None:
+        raise BadRating("no-json", f"{text[:200]!r}")
+    score = last.get("score")
+    if isinstance(score, str):
+        try:
+            score = float(score)
+        except ValueError:
+            score = None
+    if not isinstance(score, int | float) or isinstance(score, bool):
+        raise BadRating("no-score", f"{text[:200]!r}")
+    if not 0 <= score <= HIGHEST:
+        raise BadRating("out-of-range", f"a score of {score:g}, not from 0 to {HIGHEST}")
+    reason = last.get("reason")
+    return Rating(float(score), reason if isinstance(reason, str) else "")
+
+
+class Journal:
+    """The ratings so far, in a file that a killed run leaves whole but for its last line."""
+
+    def __init__(self, path: Path, model: str):
+        self.path = path
+        self.ratings: dict[str, Rating] = {}
+        self._made_by = {"model": model, "prompt": hashlib.sha256(PROMPT.encode()).hexdigest()[:12]}
+        if path.exists():
+            self._read()
+        self._file = path.open("a", encoding="utf-8")
+
+    def _read(self) -> None:
+        whole = 0
+        with self.path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.endswith(b"\n"):
+                    break  # the run was killed while it wrote
+                whole += len(line)
+                row = json.loads(line)
+                if (made_by := {key: row.get(key) for key in self._made_by}) != self._made_by:
+                    raise UserError(
+                        f"{self.path}:{number}: was rated by {made_by}, not {self._made_by}; "
+                        "give another --out, or --force to begin anew"
+                    )
+                if "score" in row:
+                    self.ratings[row["key"]] = Rating(row["score"], row["reason"])
+        os.truncate(self.path, whole)
+
+    def write(self, key: str, row: dict[str, Any], rating: Rating | None) -> None:
+        """Adds a line; without a rating, of a try that failed."""
+        line = {"key": key, **row, **self._made_by, **(rating._asdict() if rating else {})}
+        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._file.flush()
+        if rating:
+            self.ratings[key] = rating
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def key(trajectory: Trajectory) -> str:
+    """The same for equal trajectories, whatever file they are in and whatever score they have."""
+    row = to_dict(replace(trajectory, score=None))
+    return hashlib.sha256(json.dumps(row, ensure_ascii=False).encode()).hexdigest()[:24]
+
+
+def rate(
+    files: Sequence[Path],
+    out: Path,
+    model: "Model",
+    *,
+    concurrency: int = 16,
+    limit: int | None = None,
+    good: float | None = None,
+    keep: float = 4.0,
+    force: bool = False,
+    progress: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Rates the trajectories of `files` and writes them to `out`; returns the report.
+
+    `limit`: of the first so many. `good`: the known score from which a trajectory is a good one (default: the highest
+    that occurs), `keep`: the rating from which it is kept. Trajectories without a rating are left out and counted by
+    reason; run again, only they are asked for. Raises `UserError`.
+    """
+    journal_path = out.with_name(f"{out.name}.ratings.jsonl")
+    if force:
+        journal_path.unlink(missing_ok=True)
+    elif out.exists() and not journal_path.exists():
+        raise UserError(f"{out}: exists already, without {journal_path.name}; give another name, or --force")
+    if not out.parent.is_dir():
+        raise UserError(f"{out}: the folder '{out.parent}' does not exist; create it first")
+    journal = Journal(journal_path, model.name)
+    try:
+        before = len(journal.ratings)
+        failed = asyncio.run(_ask_all(files, limit, journal, model, concurrency, progress))
+        if failed and not journal.ratings:
+            raise UserError(
+                f"{journal_path}: not one rating, but {', '.join(f'{n} × {kind}' for kind, n in failed.items())}"
+            )
+        result = _write(files, limit, out, journal, failed)
+    finally:
+        journal.close()
+    known = result.pop("known")
+    return {
+        "inputs": [str(path) for path in files],
+        **result,
+        "asked": len(journal.ratings) - before + sum(failed.values()),
+        "ratings": dict(sorted(Counter(f"{rated:g}" for _, _, rated in known.all).items())),
+        "kept": sum(rated >= keep for _, _, rated in known.all),
+        "keep": keep,
+        "agreement": agreement(known.all, good, keep),
+    }
+
+
+class _Known(NamedTuple):
+    all: list[tuple[str, float | None, float]]
+    """Source, known score, rating."""
+
+
+def _trajectories(files: Sequence[Path], limit: int | None) -> Iterator[tuple[str, Trajectory | str]]:
+    """(where, trajectory or why it is none) of the rows, as they are read."""
+    items = sources.read(Source(name="rate", files=[str(path) for path in files]))
+    for number, item in enumerate(items):
+        if number == limit:
+            return
+        found = item.trajectory
+        if isinstance(found, Trajectory):
+            yield item.where, found
+        else:
+            yield item.where, found.reason if isinstance(found, InvalidTrajectory) else "a-pair"
+
+
+async def _ask_all(
+    files: Sequence[Path],
+    limit: int | None,
+    journal: Journal,
+    model: "Model",
+    concurrency: int,
+    progress: Callable[[str], None],
+) -> Counter[str]:
+    """Asks for all ratings that are missing; returns how many failed, by reason."""
+    from xlam_jax.evaluate.endpoint import EndpointFault
+
+    failed: Counter[str] = Counter()
+    asked: set[str] = set(journal.ratings)
+    rows = _trajectories(files, limit)
+    began = told = time.monotonic()
+    done = 0
+
+    async def work() -> None:
+        nonlocal done, told
+        for where, trajectory in rows:  # shared: each takes the next
+            if isinstance(trajectory, str):
+                continue
+            name = key(trajectory)
+            if name in asked:
+                continue
+            asked.add(name)
+            row: dict[str, Any] = {"where": where, "id": trajectory.id, "known": trajectory.score}
+            rating = None
+            try:
+                rating = parse((await model.chat(messages(trajectory))).content)
+            except (BadRating, EndpointFault) as error:
+                failed[error.kind] += 1
+                row |= {"failed": error.kind, "detail": str(error)}
+            journal.write(name, row, rating)
+            done += 1
+            if done == sum(failed.values()) >= max(FAILURES, 2 * concurrency):
+                kinds = ", ".join(f"{count} × {kind}" for kind, count in failed.items())
+                raise UserError(f"not one rating in {done} answers: {kinds}; the last: {row['detail']}")
+            if time.monotonic() - told > 2:
+                told = time.monotonic()
+                progress(f"{done} asked, {sum(failed.values())} without a rating, {done / (told - began):.1f} a second")
+
+    async with model:  # its connections belong to this loop
+        await asyncio.gather(*(work() for _ in range(concurrency)))
+    return failed
+
+
+def _write(
+    files: Sequence[Path], limit: int | None, out: Path, journal: Journal, failed: Counter[str]
+) -> dict[str, Any]:
+    """Writes what has a rating, and counts the rest."""
+    left_out: Counter[str] = Counter()
+    known = _Known([])
+    read = 0
+    part = out.with_name(f"{out.name}.part")
+    with part.open("w", encoding="utf-8", newline="\n") as lines:
+        for _, trajectory in _trajectories(files, limit):
+            read += 1
+            if isinstance(trajectory, str):
+                left_out[trajectory] += 1
+                continue
+            rating = journal.ratings.get(key(trajectory))
+            if rating is None:
+                left_out["no-rating"] += 1
+                continue
+            known.all.append((trajectory.source or "", trajectory.score, rating.score))
+            lines.write(json.dumps(to_dict(replace(trajectory, score=rating.score)), ensure_ascii=False) + "\n")
+    part.replace(out)
+    return {
+        "trajectories": read,
+        "rated": len(known.all),
+        "left_out": dict(left_out.most_common()),
+        "failed": dict(failed.most_common()),
+        "known": known,
+    }
+
+
+def agreement(
+    rated: Sequence[tuple[str, float | None, float]], good: float | None, keep: float
+) -> dict[str, dict[str, Any]]:
+    """How ratings agree with known scores, by source and for all; nothing of sources without known scores.
+
+    rank_correlation is Spearman's (None where one side never varies). Then a trajectory counts as good from the known
+    score `good` on (None: the source's highest), and as kept from the rating `keep` on: accuracy is the share on which
+    both agree, precision the share of the kept that are good, recall the share of the good that are kept.
+    """
+    pairs = [(source, score, rating) for source, score, rating in rated if score is not None and math.isfinite(score)]
+    groups: dict[str, list[tuple[float, float, float]]] = {}
+    for source, score, rating in pairs:
+        groups.setdefault(source, []).append((score, rating, 0.0))
+    for name, group in groups.items():
+        bar = max(score for score, _, _ in group) if good is None else good
+        groups[name] = [(score, rating, bar) for score, rating, _ in group]
+    if len(groups) > 1:
+        groups["all"] = [one for group in groups.values() for one in group]
+    return {name or "all": _agreement(group, keep) for name, group in groups.items()}
+
+
+def _agreement(group: Sequence[tuple[float, float, float]], keep: float) -> dict[str, Any]:
+    is_good = [score >= bar for score, _, bar in group]
+    is_kept = [rating >= keep for _, rating, _ in group]
+    both = sum(map(min, is_good, is_kept))
+    return {
+        "trajectories": len(group),
+        "good_from": min(bar for _, _, bar in group),
+        "good": sum(is_good),
+        "kept": sum(is_kept),
+        "rank_correlation": rank_correlation([score for score, _, _ in group], [rating for _, rating, _ in group]),
+        "accuracy": sum(a == b for a, b in zip(is_good, is_kept, strict=True)) / len(group),
+        "precision": both / sum(is_kept) if any(is_kept) else None,
+        "recall": both / sum(is_good) if any(is_good) else None,
+    }
+
+
+def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
+    """Spearman's rank correlation, -1 to 1; equal values share the mean of their ranks. None where one never varies."""
+    ranks = [_ranks(values) for values in (a, b)]
+    means = [sum(rank) / len(rank) for rank in ranks]
+    apart = [[value - mean for value in rank] for rank, mean in zip(ranks, means, strict=True)]
+    spread = math.prod(sum(value * value for value in one) for one in apart)
+    shared = sum(x * y for x, y in zip(*apart, strict=True))
+    return shared / math.sqrt(spread) if spread else None
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    order = sorted(range(len(values)), key=values.__getitem__)
+    ranks = [0.0] * len(values)
+    at = 0
+    while at < len(order):
+        end = at
+        while end < len(order) and values[order[end]] == values[order[at]]:
+            end += 1
+        for one in order[at:end]:
+            ranks[one] = (at + end - 1) / 2
+        at = end
+    return ranks
+
+
+def summary(out: Path, report: dict[str, Any]) -> str:
+    """The report for people."""
+    ratings = ", ".join(f"{count} × {score}" for score, count in report["ratings"].items())
+    lines = [f"{out}: {report['rated']} of {report['trajectories']} trajectories rated ({ratings or 'none'})"]
+    lines.append(f"  {report['kept']} with {report['keep']:g} or more; {report['asked']} asked now")
+    lines += [f"  left out {count} ({reason})" for reason, count in report["left_out"].items()]
+    lines += [f"  {count} answers without a rating ({kind})" for kind, count in report["failed"].items()]
+    for name, one in report["agreement"].items():
+        shares = ", ".join(
+            f"{what} {'–' if one[key] is None else f'{one[key]:.2f}'}"
+            for what, key in (
+                ("rank correlation", "rank_correlation"),
+                ("accuracy", "accuracy"),
+                ("precision", "precision"),
+                ("recall", "recall"),
+            )
+        )
+        lines.append(
+            f"  known scores, {name}: {one['trajectories']} ({one['good']} good, from {one['good_from']:g}): {shares}"
+        )
+    if not report["agreement"]:
+        lines.append("  no known scores to compare with")
+    return "\n".join(lines)
