@@ -1,73 +1,77 @@
-"""An evaluation's page in a real browser: opened, narrowed down, a transcript read; no request leaves the file."""
+"""The report of an evaluation in a real browser: filtered, a transcript read, nothing loaded."""
 
 from pathlib import Path
 
 import pytest
 from devtools import Browser
-from fake_evaluation import EVIL, write_evaluation
+from fake_evaluations import EVIL, write_evaluation
 
-from xlam_jax.evaluate.page import write_page
+from xlam_jax.evaluate.__main__ import main
 
 pytestmark = pytest.mark.browser
 
-LISTED = '[...document.querySelectorAll("#list details b")].map(one => one.textContent)'
+LISTED = '[...document.querySelectorAll("#list button")].map(one => one.firstChild.textContent)'
+SHOWN = 'document.getElementById("shown").innerText'
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory) -> Path:
-    folder = write_evaluation(tmp_path_factory.mktemp("evaluation") / "run")
-    write_page(folder, folder / "report.html")
-    return folder / "report.html"
+def browser(tmp_path_factory):
+    started = Browser(tmp_path_factory.mktemp("profile"))
+    yield started
+    started.close()
 
 
-def choose(browser: Browser, label: str, value: str) -> None:
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> Path:
+    out = write_evaluation(tmp_path_factory.mktemp("evaluations") / "react")
+    assert main(["--report", "--out", str(out)]) == 0
+    return out / "report.html"
+
+
+def choose(browser: Browser, name: str, value: str) -> None:
     browser.run(
-        f"""(() => {{ const select = document.querySelector('select[aria-label="{label}"]');
-        select.value = {value!r}; select.dispatchEvent(new Event("change")); }})()"""
+        f'(() => {{ const one = document.getElementById("{name}"); one.value = "{value}"; '
+        'one.dispatchEvent(new Event("input")); })()'
     )
+
+
+def test_filters_and_transcripts(browser, report):
+    browser.open(report, 1280)
+    assert len(browser.run(LISTED)) == 40
+    choose(browser, "outcome", "failure: wrong-answer")
+    assert browser.run('document.getElementById("count").textContent') == "16 of 40"
+    choose(browser, "group", "hard")
+    listed = browser.run(LISTED)
+    assert listed == ["q5", "q11", "q17", "q23", "q35"]
+    browser.run('document.querySelectorAll("#list button")[1].click()')
+    said = browser.run(SHOWN)
+    assert "sentence 11" in said
+    assert "f1 0.25" in said
+    assert 'finish {"answer": "Oslo"}' in said
+    assert EVIL in said  # as text
+    choose(browser, "outcome", "")
+    choose(browser, "group", "")
+    choose(browser, "text", "SENTENCE 39")
+    assert browser.run(LISTED) == ["q39"]
+    browser.run('document.querySelector("#list button").click()')
+    assert "no answer within 120 seconds" in browser.run(SHOWN)
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-def test_examples_are_narrowed_down_and_read(browser: Browser, page: Path, width: int):
-    browser.open(page, width)
-    assert browser.run("document.title") == "hotpotqa: tiny <b>"
-    assert browser.run("document.documentElement.scrollWidth") <= width
-    assert browser.run('document.getElementById("count").textContent') == "120 of 120 examples"
-    assert len(browser.run(LISTED)) == 50
-    browser.run('document.querySelector(".pages button:last-of-type").click()')
-    assert browser.run(LISTED)[0] == "q50"
-    choose(browser, "all scores", "error")
-    assert browser.run(LISTED) == [f"q{at}" for at in range(9, 120, 10)]
-    choose(browser, "all scores", "")
-    choose(browser, "all groups", "medium")
-    choose(browser, "all failures", "wrong-answer")
-    assert browser.run(LISTED)[:3] == ["q1", "q4", "q7"]
-    browser.run(
-        """(() => { const words = document.querySelector("input[type=search]");
-        words.value = "Needle112"; words.dispatchEvent(new Event("input")); })()"""
-    )
-    assert browser.run(LISTED) == ["q112"]
-    browser.run('document.querySelector("#list summary").click()')
-    browser.run("new Promise(requestAnimationFrame)")
-    said = browser.run('[...document.querySelectorAll("#list .said")].map(one => one.innerText.trim())')
-    assert [text.split("\n")[0] for text in said] == [
-        "system",
-        "user",
-        "assistant",
-        "tool search",
-        "assistant",
-        "details",
-    ]
-    assert 'search({"entity": "E112"})' in said[2]
-    assert browser.run("document.documentElement.scrollWidth") <= width
-
-
-def test_a_model_s_words_are_text(browser: Browser, page: Path):
-    browser.open(page, 1280)
-    browser.run('[...document.querySelectorAll("#list summary")][1].click()')
-    browser.run("new Promise(requestAnimationFrame)")
-    assert EVIL in browser.run('[...document.querySelectorAll("#list .said .text")].map(one => one.textContent)')
-    assert browser.run("document.title") == "hotpotqa: tiny <b>"
-    assert browser.run('document.querySelectorAll("img").length') == 0
-    assert browser.requests() == [page.resolve().as_uri()]
+def test_no_request_and_nothing_sticks_out(browser, report, width):
+    browser.open(report, width)
+    browser.run('document.querySelector("#list button").click()')
+    assert browser.requests() == [report.resolve().as_uri()]
     assert browser.complaints() == []
+    assert browser.run("document.title") == "hotpotqa: tiny <b>model</b>, react"
+    assert browser.run("document.documentElement.scrollWidth") <= width
+
+
+def test_many_examples_are_listed_in_parts(browser, tmp_path):
+    out = write_evaluation(tmp_path / "many", count=700)
+    assert main(["--report", "--out", str(out)]) == 0
+    browser.open(out / "report.html", 1280)
+    assert len(browser.run(LISTED)) == 301
+    assert browser.run(LISTED)[-1] == "400 more"
+    browser.run('[...document.querySelectorAll("#list button")].at(-1).click()')
+    assert len(browser.run(LISTED)) == 601

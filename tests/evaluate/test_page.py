@@ -1,72 +1,84 @@
-"""The page of an evaluation: what it says is what the records say, and nothing in it comes from elsewhere."""
+"""The report: what stands on it. How it looks and behaves is tested in a browser (tests/browser)."""
 
 import json
+import re
+from html.parser import HTMLParser
 from pathlib import Path
 
-import pytest
-from fake_evaluation import EVIL, write_evaluation
-from report_page import Page
+from fake_evaluations import EVIL, example, write_evaluation
 from support import Commands
 
-from xlam_jax.errors import UserError
-from xlam_jax.evaluate.page import published, write_page
+from xlam_jax.evaluate import page, suites
+from xlam_jax.evaluate.__main__ import main
 
 
-@pytest.fixture
-def page(tmp_path: Path) -> Page:
-    folder = write_evaluation(tmp_path / "run")
-    write_page(folder, folder / "report.html")
-    return Page((folder / "report.html").read_text(encoding="utf-8"))
+class Tables(HTMLParser):
+    """The cells of a page's tables, and its scripts."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.scripts: list[tuple[str | None, str]] = []
+        self._tag, self._kind = "", None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self._tag = tag
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+        if tag == "script":
+            self.scripts.append((dict(attrs).get("type"), ""))
+
+    def handle_endtag(self, tag):
+        self._tag = ""
+
+    def handle_data(self, data):
+        if self._tag in ("td", "th"):
+            self.rows[-1][-1] += data
+        if self._tag == "script":
+            kind, text = self.scripts[-1]
+            self.scripts[-1] = kind, text + data
 
 
-def test_scores_are_those_of_the_records(page: Page):
-    # of 120, 12 are errors, 36 right, and 72 score a quarter
-    assert "50.0% f1 33.3% em 33.3% accuracy" in page.text
-    assert "easy 36 of 40" in page.text
-    assert "12 of 120 examples ended in an error and are in no score (timeout 12)" in page.text
-    assert "5 of 125 examples have not been asked" in page.text
-    assert "wrong-answer failure 72" in page.text
-    assert "tiny <b>" in page.text
+def test_the_page_holds_everything(tmp_path: Path):
+    out = write_evaluation(tmp_path / "react")
+    write_evaluation(tmp_path / "zero", agent="zero_shot", count=2)
+    write_evaluation(tmp_path / "other", suite="webshop", agent="act")
+    assert main(["--report", "--out", str(out)]) == 0
+    text = (out / "report.html").read_text(encoding="utf-8")
+    found = Tables(text)
+    rows = {row[0]: row[1:] for row in found.rows if row}
+    assert rows["easy"] == ["14", "12", "0.6875", "0.5833", "0.5833"]
+    assert rows["failure: wrong-answer"] == ["16", "40.0%"]
+    assert rows["error: timeout"] == ["4", "10.0%"]
+    ours = [row for row in found.rows if row[0] == "tiny <b>model</b> (this)"]
+    assert ours[0][1:] == ["0.6250", "–", "0.6667", "–", "–"]  # zero-shot from the folder beside, ReAct from this
+    assert ours[1][1:] == ["0.6875", "0.5833", "0.6250", "0.5000", "0.6875", "0.5833"]
+    assert rows["xLAM-v0.1-r"] == ["0.532", "0.45", "0.547", "0.46", "0.455", "0.36"]
+    data = [json.loads(code) for kind, code in found.scripts if kind == "application/json"]
+    assert len(data) == 40
+    assert data[3] == {**example(3), "outcome": "failure: wrong-answer"}
+    assert EVIL not in text
+    assert "4 of 40 examples ended in an error" in text
+    assert re.findall(r'(?:src|href)="([^"]*)"', text) == []
 
 
-def test_ours_stand_beside_the_published_scores_where_they_belong(page: Page):
-    """An agent has its own column; groups have theirs."""
-    assert "tiny <b> (this run) – – 0.500 – –" in page.text
-    assert "xLAM-v0.1-r 0.5492" not in page.text
-    assert "xLAM-v0.1-r 0.549 0.478 0.502 0.558 0.503" in page.text
-    assert "Easy, F1 Score" in page.text
+def test_published_tables_fit_the_suites():
+    """Each column of a table is one that our suites can fill."""
+    found = json.loads(page.PUBLISHED.read_text(encoding="utf-8"))
+    known = suites.names()
+    for table in found["tables"]:
+        assert {len(row) for row in table["rows"]} == {len(table["columns"]) + 1}, table["title"]
+        assert "xLAM-v0.1-r" in [row[0] for row in table["rows"]]
+        top = 100 if table.get("percent") else 1
+        assert all(value is None or 0 <= value <= top for row in table["rows"] for value in row[1:])
+        if table["suite"] in known:
+            assert table["columns"][0]["score"]
+    assert len(found["tables"]) == 7
 
 
-def test_records_stand_in_the_page_as_data_that_cannot_end_it(page: Page):
-    scripts = [attributes for tag, attributes in page.tags if tag == "script"]
-    assert [one.get("type") for one in scripts] == ["application/json", None]
-    assert EVIL not in page.source
-    assert not [tag for tag, _ in page.tags if tag == "img"]
-    [policy] = [given["content"] for tag, given in page.tags if given.get("http-equiv") == "Content-Security-Policy"]
-    assert policy.startswith("default-src 'none'")
-    text = page.source.partition('id="records">')[2].partition("</script>")[0]
-    held = json.loads(text)
-    assert len(held["records"]) == 120
-    assert held["records"][1]["messages"][1][1] == EVIL
-    assert held["records"][2]["messages"][3][1].endswith("(30,000 more characters)")
-    assert held["records"][0]["messages"][2] == ["assistant", "", 'search({"entity": "E0"})']
-
-
-def test_published_tables_are_whole():
-    known = published()
-    assert {table["suite"] for table in known["tables"]} == {"webshop", "hotpotqa", "toolbench", "mint", "tool_query"}
-    for table in known["tables"]:
-        assert len(table["ours"]) == len(table["columns"])
-        assert all(len(row) == 1 + len(table["columns"]) for row in table["rows"]), table["title"]
-
-
-def test_other_folders_and_other_files_are_left_alone(tmp_path: Path, commands: Commands):
-    said = commands.fails("xlam_jax.evaluate.__main__", "--report", "--out", tmp_path)
-    assert f"{tmp_path}: no run.json there" in said
-    folder = write_evaluation(tmp_path / "run", examples=2)
-    (folder / "report.html").write_text("mine")
-    with pytest.raises(UserError, match="no page of this command"):
-        write_page(folder, folder / "report.html")
-    (folder / "report.html").unlink()
-    assert "report: " in commands.call("xlam_jax.evaluate.__main__", "--report", "--out", folder).stdout
-    commands.call("xlam_jax.evaluate.__main__", "--report", "--out", folder)
+def test_no_evaluation(commands: Commands, tmp_path: Path):
+    told = commands.fails("xlam_jax.evaluate.__main__", "--report", "--out", tmp_path)
+    assert "holds no run.json" in told
