@@ -15,13 +15,6 @@ SHOWN = 'document.getElementById("shown").innerText'
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    started = Browser(tmp_path_factory.mktemp("profile"))
-    yield started
-    started.close()
-
-
-@pytest.fixture(scope="module")
 def report(tmp_path_factory) -> Path:
     out = write_evaluation(tmp_path_factory.mktemp("evaluations") / "react")
     assert main(["--report", "--out", str(out)]) == 0

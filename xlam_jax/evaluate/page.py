@@ -15,6 +15,7 @@ from xlam_jax.evaluate import records
 from xlam_jax.evaluate.records import RUN, SUMMARY
 from xlam_jax.report import page as report
 from xlam_jax.report import plots
+from xlam_jax.report.__main__ import check_output
 
 GENERATOR = "xlam_jax.evaluate"
 PUBLISHED = Path(__file__).with_name("published.json")
@@ -31,8 +32,10 @@ class Run(NamedTuple):
 
 
 def write_page(folder: Path, out: Path) -> None:
-    """Writes the page of an evaluation, finished or not. Raises `UserError`."""
+    """Writes the page of an evaluation, finished or not. Raises `UserError`, also for an `out` that is there and is no
+    page of this command."""
     run = read_run(folder)
+    check_output(out, html.generator_mark(GENERATOR), "move it away, and run again")
     found = list(records.read(folder).values())
     beside = [run, *(one for one in siblings(run))]
     html.write(out, _page(run, found, beside))

@@ -2,9 +2,8 @@
 
 Linux namespaces make it (`unshare` of util-linux): of users, so that it has no rights outside; of the network, in which
 there is not even a loopback; of processes, so that all it starts ends with it; and of mounts, so that its root is an
-empty folder in memory with Python's and the system's libraries in it, read-only; the rights to mend any of that are given
-up. Where a machine does not allow that,
-nothing is executed.
+empty folder in memory with Python's and the system's libraries in it, read-only; the rights to mend any of that are
+given up. Where a machine does not allow that, nothing is executed.
 """
 
 import asyncio
