@@ -152,8 +152,9 @@ def _published(run: Run, beside: Sequence[Run]) -> Iterator[str]:
     for table in tables:
         percent = table.get("percent", False)
         ours = [_number(cell(beside, column), percent) for column in table["columns"]]
+        digits = max(len(str(value).partition(".")[2]) for row in table["rows"] for value in row[1:])
         rows = [
-            [name, *("–" if value is None else f"{value:g}" if percent else f"{value:.4g}" for value in values)]
+            [name, *("–" if value is None else f"{value:.{digits}f}" for value in values)]
             for name, *values in table["rows"]
         ]
         head = [table["title"], *(column["label"] for column in table["columns"])]
