@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 _SHOWN = 300
 """Characters of a text in a message."""
+_OF_THE_CLIENT = {"extra_body", "extra_headers", "extra_query", "timeout"}
+"""Options that are no part of what is sent."""
 
 
 class ServerError(UserError):
@@ -117,7 +119,10 @@ class xLAMChatCompletion:  # noqa: N801 - the name that xLAM's users know
         """`completion` without blocking."""
         request = self._request(messages, tools, options)
         with self._told():
-            response = await self._async_client.chat.completions.create(**request)
+            if request.keys() & _OF_THE_CLIENT:
+                response = await self._async_client.chat.completions.create(**request)
+            else:  # the typed method takes three quarters longer: it walks through all messages, and models the answer
+                response = await self._async_client.post("/chat/completions", cast_to=object, body=request)
         return self._checked(_read(response, self.config.base_url), bool(tools))
 
     def stream(

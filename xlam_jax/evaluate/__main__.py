@@ -105,7 +105,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
             "agent": name,
             "seed": options.seed,
             "data": str(options.data.resolve()) if options.data else None,
-            "settings": dict(extra),
+            "settings": {key: value for key, value in extra.items() if not key.endswith("key")},  # no secrets
             "temperature": options.temperature,
             "max_tokens": options.max_tokens,
             "main_score": kind.main_score,

@@ -122,7 +122,7 @@ class Shopping:
             return Step(f"There is no [{argument}]{nearest(argument, self._page.clickable)}. Click: {self._listed()}")
         if found in self._page.options:
             self._chosen[self._page.options[found]] = found
-        elif "/item_sub_page/" not in self._page.clickable[found] and "/item_page/" not in self._at:
+        elif "/item_" not in self._page.clickable[found]:
             self._chosen = {}
         await self._open(urljoin(self._at, self._page.clickable[found]))
         if self._page.score is not None:

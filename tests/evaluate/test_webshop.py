@@ -1,0 +1,125 @@
+"""WebShop: the pages of the original as they are written, our shop's, and what a broken server leads to."""
+
+import asyncio
+import json
+import urllib.request
+from pathlib import Path
+
+import pytest
+from fake_server import answers, says, serve
+from support import Commands
+
+from xlam_jax.data.trajectory import ToolCall
+from xlam_jax.evaluate import shop
+from xlam_jax.evaluate.suite import Task
+from xlam_jax.evaluate.suites.webshop import Page, Shopping
+
+# with the original's habits: attributes on both sides of a comment, headings that another tag closes, hidden parts
+RESULTS = """<!DOCTYPE html><html><head><link rel="stylesheet" href="x.css">
+<script src="jquery.js"></script></head><body>
+<div class="container py-5"><div id="instruction-text"><h4 style="padding:2px">Instruction: i need a lamp</h4>
+<h4>Current Query:  lamp </h4></div><div class="row"><h1>Results</h1><p>Page 1 (1-10) of 50 total results</p>
+<form method="post" action="/fixed_0"><button type="submit">Back to Search</button></form>
+<form method="post" action="/search_results/fixed_0/%5B%27lamp%27%5D/2"><button>Next &gt;</button></form></div>
+<!-- <h4><a class="product-link" href="/old">B000000000</a></h5> -->
+<div class="grid-item"><img src="a.jpg"><h4 class="mt-0"><a class="product-link"
+ href="/item_page/fixed_0/B09ABC/%5B%27lamp%27%5D/1/%7B%7D">B09ABC</a></h4><h4 class="product-title">A Lamp</h5>
+<div><h5 class="product-price">$9.99</h6></div></div></div></body></html>"""
+ITEM = """<html><body><div><div id="instruction-text"><h4>Instruction: i need a lamp</h4></div>
+<form method="post" action="/fixed_0"><button>Back to Search</button></form>
+<div><h4>color</h4><div class="radio-toolbar">
+<input type="radio" id="radio_color0" name="color" value="red" data-url="/item_page/a">
+<label for="radio_color0">red</label><input type="radio" id="radio_color1" name="color" value="blue"
+ data-url="/item_page/b">
+<label for="radio_color1">blue</label></div></div><h2>A Lamp</h2><h4>Price: $9.99</h4>
+<form method="post" action="/done/x"><button type="submit" class="btn">Buy Now</button></form></div></body>
+<script>$(document).ready(function() { let a = "<b>x</b>"; })</script></html>"""
+DONE = """<html><body><div><h1>Thank you for shopping with us!</h1>
+<div style="display:none"><h4 id="asin">asin<pre>B0</pre></p>
+<h4>Goal <div id="goal"><pre>secret</pre></div></h4></div>
+<h3 id="reward">Your score (min 0.0, max 1.0)<pre>0.75</pre></h3>
+<h4 hidden>Reward Details <div><pre>{'r_att': 1}</pre></div></h4></div></body></html>"""
+
+
+def test_pages_of_the_original():
+    results = Page(RESULTS)
+    assert results.instruction == "Instruction: i need a lamp"
+    assert results.text == (
+        "Results\nPage 1 (1-10) of 50 total results\n[Back to Search]\n[Next >]\n[B09ABC]\nA Lamp\n$9.99"
+    )
+    assert results.clickable["B09ABC"].startswith("/item_page/fixed_0/B09ABC/")
+    assert results.clickable["Next >"].endswith("/2")
+    item = Page(ITEM)
+    assert item.text == "[Back to Search]\ncolor [red][blue]\nA Lamp\nPrice: $9.99\n[Buy Now]"
+    assert item.options == {"red": "color", "blue": "color"}
+    assert item.clickable["blue"] == "/item_page/b"
+    done = Page(DONE)
+    assert done.score == 0.75
+    assert "secret" not in done.text
+    assert Page("<p>x").score is None
+
+
+def test_shopping():
+    """What makes no sense is told; options stay until another product is opened."""
+    goal = shop.goal(3)
+
+    async def go(url: str) -> list[str]:
+        shopping = Shopping(url)
+        seen = [(await shopping.reset(Task("fixed_3", "fixed_3")))[0]]
+        for name, text in (
+            ("click", "Buy Now"), ("search", goal.product.title + " a/b"), ("search", "x"),
+            ("click", f"[{goal.product.asin}]"),
+            ("click", goal.options["color"].upper()), ("click", "Description"), ("click", "< Back to Item Page"),
+            ("click", "Back to Search"), ("search", goal.product.title), ("click", goal.product.asin),
+        ):  # fmt: skip
+            seen.append((await shopping.step(ToolCall(None, name, {"x": text}))).observation)
+        assert shopping.outcome()[1] == "no-purchase"
+        return seen
+
+    with shop.serve() as url:
+        seen = asyncio.run(go(url))
+    assert goal.instruction in seen[0]
+    assert "[Search]" in seen[0]
+    assert seen[1].startswith("There is no [Buy Now]")
+    assert f"[{goal.product.asin}]" in seen[2]
+    assert seen[3].startswith("This page has no search. Click one of: [Back to Search]")
+    assert "Chosen" not in seen[4]
+    assert seen[5].startswith(f"Chosen: color {goal.options['color']}\n")
+    assert goal.product.kind in seen[6]
+    assert seen[7].startswith("Chosen: color")
+    assert "Chosen" not in seen[10]
+
+
+def test_rewards_of_the_shop():
+    goal = shop.goal(0)
+    assert shop.reward(goal, goal.product, goal.options) == 1
+    assert shop.reward(goal, goal.product, {}) == pytest.approx(3 / 5)
+    assert shop.reward(goal._replace(price=1.0), goal.product, goal.options) == pytest.approx(4 / 5)
+    assert {shop.goal(at).product.asin for at in range(shop.GOALS)} == set(shop.PRODUCTS)
+    assert all(goal.price >= goal.product.price for goal in map(shop.goal, range(shop.GOALS)))
+
+
+def test_the_shop_as_a_command(commands: Commands):
+    process = commands.start("xlam_jax.evaluate.shop", "--port", 0)
+    assert process.stdout
+    try:
+        url = process.stdout.readline().split()[1].rstrip(",")
+        with urllib.request.urlopen(f"{url}/fixed_0") as page:
+            assert shop.goal(0).instruction in page.read().decode()
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(f"{url}/item_page/fixed_0/nothing/x/1/%7B%7D")
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+def test_a_server_that_is_no_shop(commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Is an error of the environment, and no score."""
+    monkeypatch.setattr("xlam_jax.evaluate._http.TRIES", 1)
+    with serve(answers(200, "hello")) as other, serve(says("x")) as server:
+        commands.call(
+            "xlam_jax.evaluate.__main__", "--suite", "webshop", "--base-url", server.url, "--model", "tiny", "--set",
+            f"url={other.url.removesuffix('/v1')}", "--set", "tasks=2", "--out", tmp_path / "out",
+        )  # fmt: skip
+    summary = json.loads((tmp_path / "out/summary.json").read_text(encoding="utf-8"))
+    assert (summary["errors"], summary["scored"], summary["scores"]) == ({"environment": 2}, 0, {})
