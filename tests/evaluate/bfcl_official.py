@@ -1,7 +1,10 @@
-"""bfcl-eval's own evaluator on recorded answers: `python bfcl_official.py ANSWERS.json SCORES.json`.
+"""bfcl-eval's own evaluator and generator, in a process of their own.
 
-ANSWERS: category → entries of bfcl-eval's files of results. SCORES: category → the ids that it found wrong. What the
-evaluator imports and does not use for a model that calls functions is replaced before it is imported.
+`python bfcl_official.py scores ANSWERS.json OUT.json`: ANSWERS maps categories to entries of its files of results,
+OUT to the ids that it found wrong. `python bfcl_official.py asked CATEGORIES.json OUT.json`: OUT maps the ids of the
+categories' tasks to what a model is asked with: its tools, those held back, and the system prompt of the other mode.
+
+What they import and do not use for a model that calls functions is replaced before they are imported.
 """
 
 import json
@@ -17,34 +20,59 @@ MODEL = "recorded"
 UNUSED = ("dotenv", "tenacity", "overrides", "tree_sitter", "tree_sitter_java", "tree_sitter_javascript")
 
 
-def main(answers: Path, scores: Path) -> None:
+def main(what: str, given: Path, out: Path) -> None:
     for name in UNUSED:
         sys.modules[name] = MagicMock(name=name)
     sys.modules["overrides"].final = lambda method: method  # type: ignore[attr-defined]
     models: Any = ModuleType("bfcl_eval.constants.model_config")
     models.MODEL_CONFIG_MAPPING = {MODEL: SimpleNamespace(underscore_to_dot=True)}
     sys.modules[models.__name__] = models
-
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {"BFCL_PROJECT_ROOT": folder, "OPENAI_API_KEY": "none"}
-        from bfcl_eval.eval_checker import eval_runner as official
-        from bfcl_eval.model_handler.api_inference.openai_completion import OpenAICompletionsHandler
+        found = {"scores": scores, "asked": asked}[what](json.loads(given.read_text()), Path(folder))
+    out.write_text(json.dumps(found))
 
-        handler = OpenAICompletionsHandler(MODEL, 0, MODEL, is_fc_model=True)
-        found = {}
-        for category, entries in json.loads(answers.read_text()).items():
-            wrong: list[str] = []
 
-            def save(result: list[dict[str, Any]], right: int, *_: Any, wrong: list[str] = wrong, **__: Any) -> Any:
-                wrong.extend(one["id"] for one in result)
-                return right, len(result)
+def scores(answers: dict[str, Any], folder: Path) -> dict[str, list[str]]:
+    from bfcl_eval.eval_checker import eval_runner as official
+    from bfcl_eval.model_handler.api_inference.openai_completion import OpenAICompletionsHandler
 
-            official.save_eval_results = save
-            official.record_cost_latency = official.record_result = lambda *_: None
-            official.evaluate_task(category, None, Path(folder), entries, MODEL, handler, {}, allow_missing=True)
-            found[category] = wrong
-    scores.write_text(json.dumps(found))
+    handler = OpenAICompletionsHandler(MODEL, 0, MODEL, is_fc_model=True)
+    found = {}
+    for category, entries in answers.items():
+        wrong: list[str] = []
+
+        def save(result: list[dict[str, Any]], right: int, *_: Any, wrong: list[str] = wrong, **__: Any) -> Any:
+            wrong.extend(one["id"] for one in result)
+            return right, len(result)
+
+        official.save_eval_results = save
+        official.record_cost_latency = official.record_result = lambda *_: None
+        official.evaluate_task(category, None, folder, entries, MODEL, handler, {}, allow_missing=True)
+        found[category] = wrong
+    return found
+
+
+def asked(categories: list[str], folder: Path) -> dict[str, Any]:
+    from bfcl_eval.constants.enums import ModelStyle
+    from bfcl_eval.constants.type_mappings import GORILLA_TO_OPENAPI
+    from bfcl_eval.model_handler.utils import convert_to_tool, system_prompt_pre_processing_chat_model
+    from bfcl_eval.utils import load_dataset_entry
+
+    found = {}
+    for category in categories:
+        for entry in load_dataset_entry(category):
+            tools, held_back = (
+                convert_to_tool(functions, GORILLA_TO_OPENAPI, ModelStyle.OPENAI_COMPLETIONS)
+                for functions in (
+                    entry["function"],
+                    [one for of in entry.get("missed_function", {}).values() for one in of],
+                )
+            )
+            first = system_prompt_pre_processing_chat_model(entry["question"][0], entry["function"], entry["id"])
+            found[entry["id"]] = [tools, held_back, first]
+    return found
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    main(sys.argv[1], *map(Path, sys.argv[2:]))

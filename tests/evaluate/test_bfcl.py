@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 from bfcl_truth import Knowing
-from support import ROOT
+from fake_server import call, says, serve
+from support import ROOT, Commands
 
 from xlam_jax.data.trajectory import ToolCall
 from xlam_jax.errors import UserError
 from xlam_jax.evaluate.bfcl import package, rows
-from xlam_jax.evaluate.bfcl.calls import NoCalls, parse, source, tools
+from xlam_jax.evaluate.bfcl.calls import NoCalls, parse, source, system_prompt, tools
 from xlam_jax.evaluate.endpoint import Answer
 from xlam_jax.evaluate.suite import Options, Outcome, Task
 from xlam_jax.evaluate.suites.bfcl import Bfcl
@@ -111,13 +112,7 @@ def check_against_official(one_in: int, folder: Path) -> None:
         recorded[task.group].append({"id": task.id, "result": outcome.details["result"]})
         if outcome.scores["accuracy"] == 0:
             ours[task.group].append(task.id)
-    answers, scores = folder / "answers.json", folder / "scores.json"
-    answers.write_text(json.dumps(recorded))
-    # In a process of its own: it needs the table of models replaced under its name.
-    command = [sys.executable, str(Path(__file__).with_name("bfcl_official.py")), str(answers), str(scores)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": _path()})
-    assert done.returncode == 0, done.stderr
-    theirs = json.loads(scores.read_text())
+    theirs = official("scores", recorded, folder)
     for category in rows.CATEGORIES:
         assert sorted(ours[category]) == sorted(theirs[category]), category
         if one_in == 1:
@@ -125,8 +120,15 @@ def check_against_official(one_in: int, folder: Path) -> None:
     assert sum(map(len, ours.values())) > len(outcomes) / 5
 
 
-def _path() -> str:
-    return os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+def official(what: str, given: Any, folder: Path) -> Any:
+    """What bfcl-eval's own code says; in a process of its own, in which modules are replaced under their names."""
+    sent, out = folder / "sent.json", folder / "out.json"
+    sent.write_text(json.dumps(given))
+    command = [sys.executable, str(Path(__file__).with_name("bfcl_official.py")), what, str(sent), str(out)]
+    path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    assert done.returncode == 0, done.stderr
+    return json.loads(out.read_text())
 
 
 def test_scores_are_those_of_the_official_evaluator(tmp_path: Path) -> None:
@@ -136,6 +138,67 @@ def test_scores_are_those_of_the_official_evaluator(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_scores_are_those_of_the_official_evaluator_in_all_rows(tmp_path: Path) -> None:
     check_against_official(1, tmp_path)
+
+
+def check_asked(categories: Sequence[str], folder: Path) -> None:
+    theirs = official("asked", categories, folder)
+    ours = {}
+    for category in categories:
+        for row in rows.read(package.data_folder(), category):
+            functions = rows.described(row.functions, row.language)
+            held_back = [one for of in row.held_back.values() for one in of]
+            first = [dict(message) for message in row.turns[0]]
+            if first[0]["role"] == "system":
+                first[0]["content"] = f"{system_prompt(functions)}\n\n{first[0]['content']}"
+            else:
+                first.insert(0, {"role": "system", "content": system_prompt(functions)})
+            ours[row.id] = [tools(functions), tools(held_back), first]
+    assert ours.keys() == theirs.keys()
+    assert not [id for id in ours if ours[id] != theirs[id]]
+
+
+def test_models_are_asked_as_by_the_official_generator(tmp_path: Path) -> None:
+    check_asked(("simple_java", "simple_javascript", "live_parallel_multiple", "multi_turn_miss_func"), tmp_path)
+
+
+@pytest.mark.slow
+def test_models_are_asked_as_by_the_official_generator_in_all_rows(tmp_path: Path) -> None:
+    check_asked(rows.CATEGORIES, tmp_path)
+
+
+def test_over_http(tmp_path: Path, commands: Commands) -> None:
+    """The client and the server's side of it take all that is sent."""
+    categories = "simple_python,simple_java,live_multiple,irrelevance,multi_turn_base,multi_turn_miss_func"
+    of = suite(categories=categories)
+    known: dict[str, Answer] = {}
+
+    def key(messages: Sequence[dict[str, Any]], given: Any) -> str:
+        said = [message["content"] for message in messages if message["role"] in ("user", "system")]
+        done = sum(message["role"] == "assistant" for message in messages)
+        return json.dumps([said, done, [tool["function"]["name"] for tool in given]])
+
+    class Noted:
+        def __init__(self, task: Task):
+            self._knowing = Knowing(task.data)
+
+        async def chat(self, messages: Sequence[dict[str, Any]], tools: Any = None, **options: Any) -> Answer:
+            answer = await self._knowing.chat(messages, tools)
+            known[key(messages, tools)] = answer
+            return answer
+
+    def reply(handler: Any, request: dict[str, Any]) -> None:
+        answer = known[key(request["messages"], request["tools"])]
+        made = [call(one.name, one.arguments, one.id or "") for one in answer.calls]
+        says(answer.content, made or None)(handler, request)
+
+    answered(of, of.tasks()[:60], Noted)
+    with serve(reply) as server:
+        command = ["--suite", "bfcl", "--base-url", server.url, "--model", "tiny", "--out", tmp_path, "--limit", 60]
+        commands.call("xlam_jax.evaluate.__main__", *command, "--set", f"categories={categories}")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["scores"] == {"accuracy": 1.0}
+    assert summary["scored"] == 60
+    assert set(summary["groups"]) == set(categories.split(","))
 
 
 def test_a_turn_without_end_is_broken_off() -> None:
