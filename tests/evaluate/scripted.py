@@ -10,7 +10,14 @@ from fake_server import Handler, Running, call, says, serve
 
 Action = tuple[str, str]
 """A tool, and its one argument."""
-ARGUMENT = {"search": "query", "lookup": "words", "finish": "answer", "click": "element"}
+ARGUMENT = {
+    "search": "query",
+    "lookup": "words",
+    "finish": "answer",
+    "click": "element",
+    "hint": "place",
+    "answer": "word",
+}
 
 
 def reply_from(actions_of: Callable[[str], Sequence[Action]], labour: Mapping[str, Sequence[str]]) -> Any:
@@ -43,10 +50,10 @@ def reply_from(actions_of: Callable[[str], Sequence[Action]], labour: Mapping[st
 
 @contextmanager
 def scripted(actions: Mapping[str, Sequence[Action]], labour: Mapping[str, Sequence[str]]) -> Iterator[Running]:
-    """Serves a script: text of a task → its actions."""
+    """Serves a script: text of a task → its actions; those of "" are for all others."""
 
     def actions_of(prompt: str) -> Sequence[Action]:
-        return actions[max((text for text in actions if text in prompt), key=prompt.rindex)]
+        return actions[max((text for text in actions if text and text in prompt), key=prompt.rindex, default="")]
 
     with serve(reply_from(actions_of, labour)) as server:
         yield server

@@ -68,7 +68,8 @@ def test_pages_are_read():
     seen = reads(
         Local.of(PAGES),
         [("lookup", "x"), ("search", "oslo"), ("lookup", "OSLO"), ("lookup", "OSLO"), ("lookup", "OSLO"),
-         ("lookup", "ice"), ("search", "the fish market of Norway"), ("search", ""), ("search", '"()* AND'), ("finish", "Norway")],
+         ("lookup", "ice"), ("search", "the fish market of Norway"), ("search", ""),
+         ("search", '"()* AND'), ("finish", "Norway")],
     )  # fmt: skip
     assert seen[0] == "No page is open; search one first."
     assert seen[1].startswith("Oslo is the capital of Norway. It lies on a fjord! Mr.")
