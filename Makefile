@@ -10,7 +10,8 @@ SERVE := .venv-serve
 FASTCHAT := .venv-fastchat
 # Where PyTorch for CPUs comes from.
 TORCH_CPU ?= --extra-index-url https://download.pytorch.org/whl/cpu --index-strategy unsafe-best-match
-PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# pip would warn of each of bfcl-eval's own requirements, every time.
+PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check --no-warn-conflicts -c constraints.txt
 
 # What the suite bfcl takes its data and checkers from. What it requires itself cannot stand beside JAX, and is not used.
 BFCL := bfcl-eval==2026.3.23
@@ -63,8 +64,8 @@ $(VENV)/.core: $(VENV)/bin/python pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.eval: $(VENV)/.core
-	$(PIP_INSTALL) --no-deps $(BFCL)
 	$(PIP_INSTALL) -e ".[eval]"
+	$(PIP_INSTALL) --no-deps $(BFCL)
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.eval

@@ -53,11 +53,15 @@ class Running:
         return self._server.requests
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 256  # connections that many tasks open at once
+
+
 @contextmanager
 def serve(*replies: Reply) -> Iterator[Running]:
     """Answers the requests in order, the last reply for all that follow."""
-    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
+    server: Any = _Server(("127.0.0.1", 0), Handler)
     server.replies, server.requests = list(replies), []
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()

@@ -150,6 +150,19 @@ def test_killed_and_gone_on_with(commands: Commands, suite: Path, tmp_path: Path
     assert (out / "examples.jsonl").read_bytes().count(b"\n") == count
 
 
+def test_as_many_at_once_as_asked_for(commands: Commands, suite: Path, tmp_path: Path):
+    """No answer comes before 64 requests wait for one."""
+    together = threading.Barrier(64)
+
+    def waits(handler: Handler, request: dict[str, Any]) -> None:
+        together.wait(timeout=60)
+        adds(handler, request)
+
+    with serve(waits) as server:
+        run(commands, *arguments(suite, server, tmp_path / "out", 128, "--concurrency", 64))
+    assert all(record["scores"]["accuracy"] == 1 for record in read(tmp_path / "out").values())
+
+
 def test_what_belongs_to_another_evaluation(commands: Commands, suite: Path, tmp_path: Path):
     out = tmp_path / "out"
     with serve(adds) as server:

@@ -1,9 +1,9 @@
 """A place where a model's Python code can run: a child process that sees no network and no files but Python's own.
 
 Linux namespaces make it (`unshare` of util-linux): of users, so that it has no rights outside; of the network, in which
-there is not even a loopback; of processes, so that all it starts ends with it; and of mounts, so that its root is an
-empty folder in memory with Python's and the system's libraries in it, read-only; the rights to mend any of that are
-given up. Where a machine does not allow that, nothing is executed.
+even the loopback is down; of processes, so that all it starts ends with it; and of mounts, so that its root is an empty
+folder in memory with Python's and the system's libraries in it, read-only. The rights to undo any of that are given up.
+Where a machine does not allow it, nothing is executed.
 """
 
 import asyncio
