@@ -171,6 +171,9 @@ def test_what_belongs_to_another_evaluation(commands: Commands, suite: Path, tmp
         assert 'model: "tiny" there, "other" now' in told
         told = commands.fails("xlam_jax.evaluate.__main__", *arguments(suite, server, out, 2, "--seed", 7))
         assert "seed: 0 there, 7 now" in told
+        suite.write_text(SUITE.replace('f"t{at}"', 'f"s{at}"'), encoding="utf-8")
+        assert "examples: " in commands.fails("xlam_jax.evaluate.__main__", *arguments(suite, server, out, 2))
+        suite.write_text(SUITE, encoding="utf-8")
         told = commands.fails("xlam_jax.evaluate.__main__", *arguments(suite, server, out, 3))
         assert 'settings: {"count": "2"} there, {"count": "3"} now' in told
         with Records(out, json.loads((out / "run.json").read_text(encoding="utf-8"))):
@@ -209,7 +212,11 @@ def test_no_server(commands: Commands, suite: Path, tmp_path: Path):
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
     told = commands.fails("xlam_jax.evaluate.__main__", *arguments(suite, url, tmp_path / "out", 500, "--retries", 0))
     assert "cannot be reached" in told
+    assert "The same command goes on" in told
     assert len(read(tmp_path / "out")) < 50
+    with serve(adds) as server:
+        run(commands, *arguments(suite, server, tmp_path / "out", 500, "--limit", 20))
+    assert all("scores" in record for record in list(read(tmp_path / "out").values())[-20:])
 
 
 def test_a_wrong_model_is_told_at_once(commands: Commands, suite: Path, tmp_path: Path):

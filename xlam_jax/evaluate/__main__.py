@@ -79,6 +79,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     import json
     from contextlib import closing
     from datetime import UTC, datetime
+    from hashlib import sha256
 
     from xlam_jax.evaluate import agents, suites
     from xlam_jax.evaluate.endpoint import Model
@@ -98,6 +99,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     with closing(kind(Options(data=options.data, seed=options.seed, extra=extra))) as suite:
         tasks = suite.tasks()
         _check_ids(tasks)
+        ids = sha256("\n".join(task.id for task in tasks).encode(errors="replace")).hexdigest()
         tasks = tasks[: options.limit]
         about = {
             "suite": kind.name,
@@ -109,6 +111,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
             "temperature": options.temperature,
             "max_tokens": options.max_tokens,
             "main_score": kind.main_score,
+            "examples": ids[:16],  # the hash of their ids: other data under the same path are another evaluation
             "base_url": options.base_url,
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
         }

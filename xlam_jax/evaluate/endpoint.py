@@ -64,8 +64,6 @@ class Model:
         each request; a greedy answer needs none."""
         self._llm, self._stream = llm, stream
         self._options: dict[str, Any] = {} if seed is None else {"seed": seed}
-        self.answers = 0
-        """So far."""
 
     @classmethod
     def connect(
@@ -132,7 +130,6 @@ class Model:
             else:
                 found = choice["message"]["tool_calls"]
                 if all(isinstance(one["name"], str) and isinstance(one["arguments"], dict) for one in found):
-                    self.answers += 1
                     calls = _with_ids(found, len(asked))
                     CALLS.get([]).extend(calls)
                     return Answer(asked, choice["message"]["content"], calls, choice["finish_reason"])

@@ -17,7 +17,7 @@ from xlam_jax.training.progress import Progress, Status, duration
 EVERY = 10.0
 """Seconds between the lines of a log."""
 UNREACHED = 10
-"""Examples that find no server before the first answer, after which the run ends."""
+"""Examples in a row that find no server, after which the run ends: it would tell nothing but that of all others."""
 
 
 def ask(
@@ -56,8 +56,8 @@ async def _ask(
             _check_scores(record, records)
             records.add(record)
             told.add(record)
-            if told.errors["refused"] >= UNREACHED and not model.answers:
-                raise UserError(record["error"]["message"])
+            if told.refused >= UNREACHED:
+                raise UserError(f"{record['error']['message']} The same command goes on")
 
     shared = iter(pending)
     async with model, asyncio.TaskGroup() as group:
@@ -108,11 +108,14 @@ class _Told:
     def __init__(self, progress: Progress, total: int):
         self._progress, self._total, self._done = progress, total, 0
         self.errors: Counter[str] = Counter()
+        self.refused = 0
+        """In a row."""
         self._began = self._said = time.monotonic()
 
     def add(self, record: dict[str, Any]) -> None:
         """An example that ended."""
         self._done += 1
+        self.refused = self.refused + 1 if record.get("error", {}).get("kind") == "refused" else 0
         if "error" in record:
             kind = record["error"]["kind"]
             self.errors[kind] += 1
