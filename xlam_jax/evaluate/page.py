@@ -35,7 +35,7 @@ def write_page(folder: Path, out: Path) -> None:
     """Writes the page of an evaluation, finished or not. Raises `UserError`, also for an `out` that is there and is no
     page of this command."""
     run = read_run(folder)
-    check_output(out, html.generator_mark(GENERATOR), "move it away, and run again")
+    check_output(out, html.generator_mark(GENERATOR), advice="move it away, and run again")
     found = list(records.read(folder).values())
     beside = [run, *(one for one in siblings(run))]
     html.write(out, _page(run, found, beside))

@@ -44,8 +44,7 @@ def write_report(paths: list[Path], out: Path, *, force: bool = False) -> int:
     from xlam_jax.report import page, runs, samples
 
     read = runs.read_all(paths)
-    if not force:
-        check_output(out, html.generator_mark(page.GENERATOR))
+    check_output(out, html.generator_mark(page.GENERATOR), force=force)
     report = page.Report(read, [samples.read(run.path, run.warnings) for run in read])
     for warning in page.all_warnings(report):
         print(f"warning: {warning}", file=sys.stderr)
@@ -54,13 +53,16 @@ def write_report(paths: list[Path], out: Path, *, force: bool = False) -> int:
     return 0
 
 
-def check_output(out: Path, mark: str, advice: str = "name another file, or overwrite it with --force") -> None:
-    """Raises `UserError` for a page's place that does not exist, or holds what has not the mark of its writer."""
+def check_output(
+    out: Path, mark: str, *, force: bool = False, advice: str = "name another file, or overwrite it with --force"
+) -> None:
+    """Raises `UserError` for a page's place that does not exist, or holds what has not the mark of its writer (which
+    `force` lets pass)."""
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: the folder {out.parent} does not exist; make it first")
     if out.is_dir():
         raise UserError(f"--out {out}: is a folder; name a file, such as {out / PAGE}")
-    if out.exists():
+    if out.exists() and not force:
         with out.open("rb") as file:
             ours = mark.encode() in file.read(4096)
         if not ours:
