@@ -9,6 +9,7 @@ import asyncio
 import json
 import math
 import multiprocessing
+import resource
 import subprocess
 import sys
 import tempfile
@@ -53,11 +54,13 @@ def main() -> None:
             cwd=ROOT, check=True,
         )  # fmt: skip
         took = time.perf_counter() - began
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)  # the endpoint's is not among it: it has not ended
         scored = json.loads((Path(folder) / "out/summary.json").read_text(encoding="utf-8"))["scored"]
     endpoint.terminate()
     least = math.ceil(options.examples / options.concurrency) * options.latency
     print(f"{scored} of {options.examples} scored, {options.concurrency} at once, {options.latency:g} s an answer")
     print(f"{took:.2f} s, of which at least {least:.2f} s are the endpoint's: {took - least:.2f} s overhead")
+    print(f"{used.ru_utime + used.ru_stime:.2f} s of processor time")
 
 
 def row(at: int) -> str:

@@ -1,5 +1,6 @@
 """Every agent through every suite in which one acts, against an endpoint that knows what is right."""
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from support import Commands
 from xlam_jax.data.trajectory import ToolCall
 from xlam_jax.evaluate import agents, shop
 from xlam_jax.evaluate.agents import _actions
+from xlam_jax.evaluate.suite import Episode
 from xlam_jax.evaluate.suites.hotpotqa import TOOLS, HotpotQA
 from xlam_jax.evaluate.suites.webshop import WebShop
 
@@ -177,3 +179,50 @@ def test_a_model_that_never_acts(commands: Commands, folder: Path, tmp_path: Pat
     summary = json.loads((tmp_path / "out/summary.json").read_text(encoding="utf-8"))
     assert summary["failures"] == {"no-action": 2}
     assert summary["scores"] == {"f1": 0, "em": 0, "accuracy": 0}
+
+
+def test_an_agent_of_ones_own(commands: Commands, folder: Path, tmp_path: Path):
+    """One file; it answers without asking."""
+    (tmp_path / "guess.py").write_text(
+        "from xlam_jax.data.trajectory import ToolCall\n"
+        "from xlam_jax.evaluate.agents import Agent\n\n"
+        "class Guess(Agent):\n"
+        "    about = 'always 1500'\n\n"
+        "    async def lead(self, model, episode):\n"
+        "        await episode.act(ToolCall(None, 'finish', {'answer': '1500'}))\n",
+        encoding="utf-8",
+    )
+    commands.call(
+        "xlam_jax.evaluate.__main__", "--suite", "hotpotqa", "--agent", tmp_path / "guess.py", "--base-url",
+        "http://127.0.0.1:9/v1", "--model", "tiny", "--data", folder / "questions.jsonl", "--set",
+        f"corpus={folder / 'pages.jsonl'}", "--out", tmp_path / "out",
+    )  # fmt: skip
+    summary = json.loads((tmp_path / "out/summary.json").read_text(encoding="utf-8"))
+    assert summary["scores"]["em"] == 0.1
+
+
+def test_calls_that_do_not_fit_go_no_further():
+    """An environment is only asked for what its tools allow."""
+
+    class Untouched:
+        async def reset(self, task):
+            raise AssertionError
+
+        async def step(self, action):
+            raise AssertionError(action)
+
+        def outcome(self):
+            raise AssertionError
+
+    episode = Episode(Untouched(), "?", TOOLS, 5)
+
+    async def act() -> list[str]:
+        return [
+            await episode.act(ToolCall(None, name, arguments))
+            for name, arguments in (("serch", {}), ("search", {}), ("search", {"query": 3}), ("lookup", {"query": "x"}))
+        ]
+
+    seen = asyncio.run(act())
+    assert seen[0] == "There is no action serch; the actions are: search, lookup, finish."
+    assert all(one.startswith(("search cannot be done so: ", "lookup cannot be done so: ")) for one in seen[1:])
+    assert episode.steps == 4

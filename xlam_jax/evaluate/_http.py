@@ -5,6 +5,7 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from http.client import HTTPException
 from urllib.parse import urlencode
 
 from xlam_jax.evaluate.endpoint import EndpointFault
@@ -38,7 +39,7 @@ async def fetch(url: str, form: dict[str, str] | None = None, *, timeout: float 
             with error:
                 if error.code != 429 and error.code < 500:
                     break
-        except (OSError, ValueError) as error:
+        except (OSError, HTTPException, ValueError) as error:
             fault = f"cannot be fetched ({getattr(error, 'reason', None) or error})"
     raise EndpointFault("environment", f"{url}: {fault}")
 
@@ -47,4 +48,7 @@ def _fetch(url: str, form: dict[str, str] | None, timeout: float) -> tuple[str, 
     data = urlencode(form).encode() if form is not None else None
     request = urllib.request.Request(url, data, {"User-Agent": AGENT})
     with urllib.request.urlopen(request, timeout=timeout) as response:
-        return response.url, response.read(LONGEST).decode(errors="replace")
+        data = response.read(LONGEST)
+        if response.length:  # reading a part does not tell by itself that the rest is missing
+            raise ValueError(f"only {len(data)} bytes of the page came")
+        return response.url, data.decode(errors="replace")

@@ -12,7 +12,6 @@ from itertools import chain, zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xlam_jax.data.codec import to_json
-from xlam_jax.data.render import render_prompt
 from xlam_jax.data.schemas import compiled, hashable
 from xlam_jax.data.trajectory import ToolCall, Trajectory, to_messages
 from xlam_jax.errors import UserError
@@ -142,6 +141,8 @@ def prompts(
     The tokens are those that training reads before the turn. `longest` should leave room for the answer in the model's
     positions.
     """
+    from xlam_jax.data.render import render_prompt  # who asks a server needs no tokenizer
+
     asked: list[Prompted] = []
     left_out: Counter[str] = Counter()
     for one in requests:

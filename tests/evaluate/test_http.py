@@ -1,0 +1,61 @@
+"""Pages of a suite's own server: what passes is tried again, what does not is a fault of the environment."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from xlam_jax.evaluate._http import fetch
+from xlam_jax.evaluate.endpoint import EndpointFault
+
+HANGS_UP, CUT = 0, 1
+
+
+@contextmanager
+def serve(*statuses: int) -> Iterator[tuple[str, list[str]]]:
+    """Answers with the statuses in turn; yields the address, and the paths that were asked for."""
+    left, asked = list(statuses), []
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            status = left.pop(0)
+            if status == HANGS_UP:
+                return
+            self.send_response(200 if status == CUT else status)
+            self.send_header("content-length", "100" if status == CUT else "7")
+            self.end_headers()
+            self.wfile.write("hällo\n".encode())
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/page", asked
+        server.shutdown()
+
+
+@pytest.mark.parametrize("first", [503, 429, HANGS_UP, CUT])
+def test_what_passes(first: int):
+    with serve(first, 200) as (url, asked):
+        assert asyncio.run(fetch(url, timeout=5)) == (url, "hällo\n")
+    assert asked == ["/page"] * 2
+
+
+@pytest.mark.parametrize("status", [404, 400])
+def test_what_stays(status: int):
+    with serve(status) as (url, asked):
+        with pytest.raises(EndpointFault, match=f"answered {status}") as caught:
+            asyncio.run(fetch(url))
+        assert len(asked) == 1
+    assert caught.value.kind == "environment"
+
+
+def test_a_server_that_stays_away(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("xlam_jax.evaluate._http.TRIES", 2)
+    with pytest.raises(EndpointFault, match="cannot be fetched"):
+        asyncio.run(fetch("http://127.0.0.1:9/"))
