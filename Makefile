@@ -10,8 +10,10 @@ SERVE := .venv-serve
 FASTCHAT := .venv-fastchat
 # Where PyTorch for CPUs comes from.
 TORCH_CPU ?= --extra-index-url https://download.pytorch.org/whl/cpu --index-strategy unsafe-best-match
-# pip would warn of each of bfcl-eval's own requirements, every time.
-PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check --no-warn-conflicts -c constraints.txt
+# Modules are compiled when they are first imported: most never are. pip would warn of each of bfcl-eval's own
+# requirements, every time.
+PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check --no-compile --no-warn-conflicts \
+	-c constraints.txt
 
 # What the suite bfcl takes its data and checkers from. What it requires itself cannot stand beside JAX, and is not used.
 BFCL := bfcl-eval==2026.3.23
@@ -63,22 +65,12 @@ $(VENV)/.core: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PIP_INSTALL) -e .
 	@touch $@
 
-$(VENV)/.eval: $(VENV)/.core
-	$(PIP_INSTALL) -e ".[eval]"
+# An extra, and what it brings along: `eval` is part of `test`, and that of `slow` and `dev`.
+$(VENV)/.slow $(VENV)/.dev: BRINGS := $(VENV)/.test
+$(VENV)/.%: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP_INSTALL) -e ".[$*]"
 	$(PIP_INSTALL) --no-deps $(BFCL)
-	@touch $@
-
-$(VENV)/.test: $(VENV)/.eval
-	$(PIP_INSTALL) -e ".[test]"
-	@touch $@
-
-$(VENV)/.slow: $(VENV)/.test
-	$(PIP_INSTALL) -e ".[slow]"
-	@touch $@
-
-$(VENV)/.dev: $(VENV)/.test
-	$(PIP_INSTALL) -e ".[test,dev]"
-	@touch $@
+	@touch $@ $(BRINGS) $(VENV)/.eval $(VENV)/.core
 
 $(SERVE)/.installed: pyproject.toml serving/cpu-overrides.txt
 	test -x $(SERVE)/bin/python || $(PYTHON) -m venv $(SERVE)

@@ -73,6 +73,9 @@ class Commands:
         `at` maps texts of its stderr to what is done when they are written, the command waiting for it.
         """
         argv = [module, *map(str, arguments)]
+        program = importlib.import_module(module)
+        if hasattr(program, "__path__"):  # a package
+            program = importlib.import_module(f"{module}.__main__")
         out, err = io.StringIO(), Watched(at or {})
         terminates = signal.getsignal(signal.SIGTERM)
         with (
@@ -84,7 +87,7 @@ class Commands:
             contextlib.redirect_stderr(err),
             pytest.raises(SystemExit) as ended,
         ):
-            errors.run(importlib.import_module(module).main)
+            errors.run(program.main)
         signal.signal(signal.SIGTERM, terminates)
         assert ended.value.code == code, f"exit {ended.value.code}\n{out.getvalue()}\n{err.getvalue()}"
         return subprocess.CompletedProcess(argv, code, out.getvalue(), err.getvalue())

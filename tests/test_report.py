@@ -510,7 +510,7 @@ def test_what_is_there_is_kept(tmp_path):
 
 
 def test_the_command(commands, tmp_path, single):
-    assert "has no config.yaml" in commands.fails("xlam_jax.report.__main__", tmp_path)
+    assert "has no config.yaml" in commands.fails("xlam_jax.report", tmp_path)
 
 
 def test_help_is_quick():

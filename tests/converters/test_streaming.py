@@ -87,8 +87,8 @@ def check(axes, parameter, whole):
     np.testing.assert_array_equal(np.asarray(placed), whole)
 jax.tree.map(check, logical_axes(opened.config), opened.params(), load_hf(sys.argv[1])[1], is_leaf=leaf)
 """
-    env = eight_devices | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", script, mixtral], env=env, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", script, mixtral]
+    done = subprocess.run(command, env=eight_devices, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -110,8 +110,7 @@ def test_a_killed_conversion_is_finished_by_the_next(
         "sys.argv = sys.argv[1:]\n"
         "runpy.run_module(sys.argv[0], run_name='__main__')\n"
     )
-    env = commands.environment | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-c", slow, *map(str, command)], env=env, cwd=ROOT)
+    process = subprocess.Popen([sys.executable, "-c", slow, *map(str, command)], env=commands.environment, cwd=ROOT)
     journal = tmp_path / ".out.part" / ".done"
     until = time.monotonic() + 120
     while not (journal.exists() and len(journal.read_text().splitlines()) >= 3) and time.monotonic() < until:
@@ -188,9 +187,8 @@ def peak_of(commands: Commands, module: str, *arguments: object) -> int:
         "try:\n runpy.run_module(sys.argv[0], run_name='__main__')\n"
         "finally:\n print(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1])\n"
     )
-    env = commands.environment | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", script, module, *map(str, arguments)]
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, env=commands.environment, cwd=ROOT, capture_output=True, text=True, check=True)
     return int(done.stdout.splitlines()[-1]) * 1024
 
 
@@ -287,7 +285,7 @@ def test_a_name_on_the_hub(mixtral: Path, tmp_path: Path, commands: Commands, mo
     (repository / "snapshots").mkdir()
     (repository / "snapshots" / revision).symlink_to(mixtral)
     script = "import sys; from converters.inspect import *; run(main)"
-    env = commands.environment | {"PYTHONPATH": str(ROOT), "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    env = commands.environment | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     found, missing = (
         subprocess.run([sys.executable, "-c", script, name], env=env, capture_output=True, text=True, check=False)
         for name in ("acme/tiny", "acme/other")

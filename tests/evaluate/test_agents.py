@@ -83,7 +83,7 @@ def test_these_are_all_agents():
 def test_hotpotqa(commands: Commands, folder: Path, tmp_path: Path, agent: str):
     with scripted(script(), HotpotQA.labour) as server:
         said = commands.call(
-            "xlam_jax.evaluate.__main__", "--suite", "hotpotqa", "--agent", agent, "--base-url", server.url,
+            "xlam_jax.evaluate", "--suite", "hotpotqa", "--agent", agent, "--base-url", server.url,
             "--model", "tiny", "--data", folder / "questions.jsonl", "--set", f"corpus={folder / 'pages.jsonl'}",
             "--set", "max_steps=5", "--out", tmp_path / "out",
         )  # fmt: skip
@@ -118,7 +118,7 @@ def test_webshop(commands: Commands, tmp_path: Path, agent: str):
         expected.append({8: 3 / 5, 9: 0.0}.get(number, 1.0))
     with shop.serve() as url, scripted(actions, WebShop.labour) as server:
         commands.call(
-            "xlam_jax.evaluate.__main__", "--suite", "webshop", "--agent", agent, "--base-url", server.url,
+            "xlam_jax.evaluate", "--suite", "webshop", "--agent", agent, "--base-url", server.url,
             "--model", "tiny", "--set", f"url={url}", "--set", "tasks=10", "--out", tmp_path / "out",
         )  # fmt: skip
     found = records(tmp_path / "out")
@@ -172,7 +172,7 @@ def test_a_model_that_never_acts(commands: Commands, folder: Path, tmp_path: Pat
     """Its answers, also the empty ones, are wrong, and no fault."""
     with serve(says("I do not know."), says("")) as server:
         commands.call(
-            "xlam_jax.evaluate.__main__", "--suite", "hotpotqa", "--agent", agent, "--base-url", server.url,
+            "xlam_jax.evaluate", "--suite", "hotpotqa", "--agent", agent, "--base-url", server.url,
             "--model", "tiny", "--data", folder / "questions.jsonl", "--set", f"corpus={folder / 'pages.jsonl'}",
             "--set", "max_steps=3", "--limit", "2", "--out", tmp_path / "out",
         )  # fmt: skip
@@ -193,7 +193,7 @@ def test_an_agent_of_ones_own(commands: Commands, folder: Path, tmp_path: Path):
         encoding="utf-8",
     )
     commands.call(
-        "xlam_jax.evaluate.__main__", "--suite", "hotpotqa", "--agent", tmp_path / "guess.py", "--base-url",
+        "xlam_jax.evaluate", "--suite", "hotpotqa", "--agent", tmp_path / "guess.py", "--base-url",
         "http://127.0.0.1:9/v1", "--model", "tiny", "--data", folder / "questions.jsonl", "--set",
         f"corpus={folder / 'pages.jsonl'}", "--out", tmp_path / "out",
     )  # fmt: skip

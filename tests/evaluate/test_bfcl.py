@@ -194,7 +194,7 @@ def test_over_http(tmp_path: Path, commands: Commands) -> None:
     answered(of, of.tasks()[:60], Noted)
     with serve(reply) as server:
         command = ["--suite", "bfcl", "--base-url", server.url, "--model", "tiny", "--out", tmp_path, "--limit", 60]
-        commands.call("xlam_jax.evaluate.__main__", *command, "--set", f"categories={categories}")
+        commands.call("xlam_jax.evaluate", *command, "--set", f"categories={categories}")
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["scores"] == {"accuracy": 1.0}
     assert summary["scored"] == 60

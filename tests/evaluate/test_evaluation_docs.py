@@ -50,11 +50,10 @@ def test_commands_run(commands: Commands, folder: Path, command: str):
         "What gets wetter": [("answer", "sponge")],
         "": [("search", "nothing")],
     }
-    module = {"xlam_jax.evaluate": "xlam_jax.evaluate.__main__"}.get(words[2], words[2])
     with shop.serve() as url, scripted(actions, WebShop.labour) as server:
         places = {"http://localhost:8000/v1": server.url, "http://localhost:3000": url}
         given = [re.sub(r"http://localhost:\d+(/v1)?", lambda found: places[found[0]], word) for word in words[3:]]
-        commands.call(module, *given, folder=folder)
+        commands.call(words[2], *given, folder=folder)
     if "--out" not in words or "evaluations" not in command:
         return
     out = folder / words[words.index("--out") + 1]

@@ -80,7 +80,7 @@ def test_published_tables_fit_the_suites():
 
 
 def test_no_evaluation(commands: Commands, tmp_path: Path):
-    told = commands.fails("xlam_jax.evaluate.__main__", "--report", "--out", tmp_path)
+    told = commands.fails("xlam_jax.evaluate", "--report", "--out", tmp_path)
     assert "holds no run.json" in told
 
 
@@ -88,8 +88,8 @@ def test_another_file_is_left_alone(commands: Commands, tmp_path: Path):
     out = write_evaluation(tmp_path / "run")
     (out / "report.html").write_text("mine")
     assert "is no page of this command; move it away" in commands.fails(
-        "xlam_jax.evaluate.__main__", "--report", "--out", out
+        "xlam_jax.evaluate", "--report", "--out", out
     )
     (out / "report.html").unlink()
     for _ in range(2):
-        commands.call("xlam_jax.evaluate.__main__", "--report", "--out", out)
+        commands.call("xlam_jax.evaluate", "--report", "--out", out)

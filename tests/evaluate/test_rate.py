@@ -68,7 +68,7 @@ def test_ratings_become_scores(tmp_path: Path, commands: Commands) -> None:
     source, out, report = written(tmp_path, [*rows, {"no": "row"}]), tmp_path / "out.jsonl", tmp_path / "report.json"
     command = ["rate", source, "--out", out, "--model", "tiny", "--report", report]
     with rater(scores) as server:
-        done = commands.call("xlam_jax.data.__main__", *command, "--base-url", server.url, code=1)
+        done = commands.call("xlam_jax.data", *command, "--base-url", server.url, code=1)
         assert len(server.requests) == 7
         asked = next(one for one in server.requests if "Task 0." in one["messages"][-1]["content"])
     assert {one["unique_trajectory_id"]: one["score"] for one in lines(out)} == {"t0": 5, "t1": 4.5, "t2": 0, "t6": 2}
@@ -91,11 +91,11 @@ def test_ratings_become_scores(tmp_path: Path, commands: Commands) -> None:
     assert "[… 2006 characters …]" in text
 
     with rater({3: 5, 4: 5, 5: 5}) as server:  # only what has no rating is asked for again
-        commands.call("xlam_jax.data.__main__", *command, "--force", "--base-url", server.url, code=1)
+        commands.call("xlam_jax.data", *command, "--force", "--base-url", server.url, code=1)
         assert len(server.requests) == 7
     report.unlink()
     with rater({}) as server:
-        commands.call("xlam_jax.data.__main__", *command, "--base-url", server.url, code=1)
+        commands.call("xlam_jax.data", *command, "--base-url", server.url, code=1)
         assert len(server.requests) == 0
     assert [one["score"] for one in lines(out)] == [3, 3, 3, 5, 5, 5, 3]
 
@@ -116,7 +116,7 @@ def test_a_killed_run_goes_on(tmp_path: Path, commands: Commands) -> None:
         assert not out.exists()
         journal.write_text(before + '{"key": "cut o')
         server.requests.clear()
-        commands.call("xlam_jax.data.__main__", *arguments, "--base-url", server.url)
+        commands.call("xlam_jax.data", *arguments, "--base-url", server.url)
         assert len(server.requests) == 60 - before.count("\n")
     assert len(lines(out)) == 60
     assert len({one["key"] for one in lines(journal)}) == len(lines(journal)) == 60
@@ -125,14 +125,14 @@ def test_a_killed_run_goes_on(tmp_path: Path, commands: Commands) -> None:
 def test_what_is_wrong_is_told(tmp_path: Path, commands: Commands) -> None:
     source, out = written(tmp_path, [row(number) for number in range(3)]), tmp_path / "out.jsonl"
     arguments = ["rate", source, "--out", out, "--retries", 0, "--base-url", "http://127.0.0.1:9/v1"]
-    assert "not one rating" in commands.call("xlam_jax.data.__main__", *arguments, "--model", "tiny", code=2).stderr
+    assert "not one rating" in commands.call("xlam_jax.data", *arguments, "--model", "tiny", code=2).stderr
     with rater({}) as server:
-        commands.call("xlam_jax.data.__main__", *arguments[:-1], server.url, "--model", "tiny")
-        told = commands.call("xlam_jax.data.__main__", *arguments[:-1], server.url, "--model", "other", code=2).stderr
+        commands.call("xlam_jax.data", *arguments[:-1], server.url, "--model", "tiny")
+        told = commands.call("xlam_jax.data", *arguments[:-1], server.url, "--model", "other", code=2).stderr
     assert "'model': 'tiny'" in told
     assert "'model': 'other'" in told
     (tmp_path / "out.jsonl.ratings.jsonl").unlink()
-    assert "exists already" in commands.call("xlam_jax.data.__main__", *arguments, "--model", "tiny", code=2).stderr
+    assert "exists already" in commands.call("xlam_jax.data", *arguments, "--model", "tiny", code=2).stderr
 
 
 @pytest.mark.parametrize(

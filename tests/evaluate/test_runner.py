@@ -57,7 +57,7 @@ def arguments(suite: Path, server: Running | str, out: Path, count: int = 12, *m
 
 
 def run(commands: Commands, *given: object, **how: Any) -> Any:
-    return commands.call("xlam_jax.evaluate.__main__", *given, **how)
+    return commands.call("xlam_jax.evaluate", *given, **how)
 
 
 def test_a_suite_of_ones_own(commands: Commands, suite: Path, tmp_path: Path):
@@ -167,22 +167,22 @@ def test_what_belongs_to_another_evaluation(commands: Commands, suite: Path, tmp
     out = tmp_path / "out"
     with serve(adds) as server:
         run(commands, *arguments(suite, server, out, 2))
-        told = commands.fails("xlam_jax.evaluate.__main__", *arguments(suite, server, out, 2, "--model", "other"))
+        told = commands.fails("xlam_jax.evaluate", *arguments(suite, server, out, 2, "--model", "other"))
         assert 'model: "tiny" there, "other" now' in told
-        told = commands.fails("xlam_jax.evaluate.__main__", *arguments(suite, server, out, 2, "--seed", 7))
+        told = commands.fails("xlam_jax.evaluate", *arguments(suite, server, out, 2, "--seed", 7))
         assert "seed: 0 there, 7 now" in told
         suite.write_text(SUITE.replace('f"t{at}"', 'f"s{at}"'), encoding="utf-8")
-        assert "examples: " in commands.fails("xlam_jax.evaluate.__main__", *arguments(suite, server, out, 2))
+        assert "examples: " in commands.fails("xlam_jax.evaluate", *arguments(suite, server, out, 2))
         suite.write_text(SUITE, encoding="utf-8")
-        told = commands.fails("xlam_jax.evaluate.__main__", *arguments(suite, server, out, 3))
+        told = commands.fails("xlam_jax.evaluate", *arguments(suite, server, out, 3))
         assert 'settings: {"count": "2"} there, {"count": "3"} now' in told
         with Records(out, json.loads((out / "run.json").read_text(encoding="utf-8"))):
-            told = commands.fails("xlam_jax.evaluate.__main__", *arguments(suite, server, out, 2))
+            told = commands.fails("xlam_jax.evaluate", *arguments(suite, server, out, 2))
             assert "another process" in told
-        told = commands.fails("xlam_jax.evaluate.__main__", *arguments(suite, server, tmp_path, 2))
+        told = commands.fails("xlam_jax.evaluate", *arguments(suite, server, tmp_path, 2))
         assert "holds files, and no run.json" in told
         (out / "examples.jsonl").write_text('{"id": "t0"}\n', encoding="utf-8")
-        told = commands.fails("xlam_jax.evaluate.__main__", *arguments(suite, server, out, 2))
+        told = commands.fails("xlam_jax.evaluate", *arguments(suite, server, out, 2))
         assert "examples.jsonl:1: is no record" in told
 
 
@@ -201,7 +201,7 @@ def test_what_belongs_to_another_evaluation(commands: Commands, suite: Path, tmp
 )
 def test_mistakes(commands: Commands, suite: Path, tmp_path: Path, changes: list[str], message: str):
     given = arguments(suite, "http://127.0.0.1:9/v1", tmp_path / "out", 2, *changes)
-    assert message in commands.fails("xlam_jax.evaluate.__main__", *given)
+    assert message in commands.fails("xlam_jax.evaluate", *given)
     assert not (tmp_path / "out").exists()
 
 
@@ -210,7 +210,7 @@ def test_no_server(commands: Commands, suite: Path, tmp_path: Path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
-    told = commands.fails("xlam_jax.evaluate.__main__", *arguments(suite, url, tmp_path / "out", 500, "--retries", 0))
+    told = commands.fails("xlam_jax.evaluate", *arguments(suite, url, tmp_path / "out", 500, "--retries", 0))
     assert "cannot be reached" in told
     assert "The same command goes on" in told
     assert len(read(tmp_path / "out")) < 50
@@ -221,7 +221,7 @@ def test_no_server(commands: Commands, suite: Path, tmp_path: Path):
 
 def test_a_wrong_model_is_told_at_once(commands: Commands, suite: Path, tmp_path: Path):
     with serve(refuses(404, "The model `tiny` does not exist.")) as server:
-        told = commands.fails("xlam_jax.evaluate.__main__", *arguments(suite, server, tmp_path / "out", 50))
+        told = commands.fails("xlam_jax.evaluate", *arguments(suite, server, tmp_path / "out", 50))
         assert len(server.requests) <= 16
     assert "does not exist" in told
 

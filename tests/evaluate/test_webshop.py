@@ -118,7 +118,7 @@ def test_a_server_that_is_no_shop(commands: Commands, tmp_path: Path, monkeypatc
     monkeypatch.setattr("xlam_jax.evaluate._http.TRIES", 1)
     with serve(answers(200, "hello")) as other, serve(says("x")) as server:
         commands.call(
-            "xlam_jax.evaluate.__main__", "--suite", "webshop", "--base-url", server.url, "--model", "tiny", "--set",
+            "xlam_jax.evaluate", "--suite", "webshop", "--base-url", server.url, "--model", "tiny", "--set",
             f"url={other.url.removesuffix('/v1')}", "--set", "tasks=2", "--out", tmp_path / "out",
         )  # fmt: skip
     summary = json.loads((tmp_path / "out/summary.json").read_text(encoding="utf-8"))

@@ -1,7 +1,6 @@
 """Answers from sharded parameters are those of one device: full, LoRA and QLoRA, on three meshes of 8 devices."""
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -116,7 +115,6 @@ if __name__ == "__main__":
 )
 def test_sharded_answers_are_those_of_one_device(eight_devices: dict[str, str], tree: str, layouts: list[str]):
     env = eight_devices | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    env["PYTHONPATH"] = os.pathsep.join(sys.path)
     command = [sys.executable, str(Path(__file__)), tree, *layouts]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

@@ -65,7 +65,7 @@ class Group:
     """Processes that are `HOST`s."""
 
     def __init__(self, environment: dict[str, str]):
-        self._env = environment | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        self._env = environment
         self.started: list[subprocess.Popen[str]] = []
 
     def start(

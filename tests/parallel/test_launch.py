@@ -1,7 +1,6 @@
 """Runs of several processes: the same losses however many there are, and each reads what the others saved."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -60,12 +59,11 @@ def run(environment: dict[str, str], config: Path, root: Path, processes: int, d
     """Runs `work` in so many processes with so many devices each."""
     task |= {"root": str(root), "config": str(config), "processes": processes, "devices": devices}
     task["port"] = launch.free_ports()
-    env = environment | {"PYTHONPATH": os.pathsep.join(sys.path)}
     started = [
         subprocess.Popen(
             [sys.executable, str(Path(__file__)), json.dumps(task | {"process": process})],
             cwd=ROOT,
-            env=env,
+            env=environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -189,7 +187,9 @@ if case == "stays":
         ),
     ],
 )
-def test_what_processes_say_and_how_they_end(tmp_path: Path, case: str, code: int, out: str, err: list[str]):
+def test_what_processes_say_and_how_they_end(
+    environment: dict[str, str], tmp_path: Path, case: str, code: int, out: str, err: list[str]
+):
     """`launch` with processes that stand in for training commands."""
     (tmp_path / "child.py").write_text(CHILD)
     program = (
@@ -197,8 +197,7 @@ def test_what_processes_say_and_how_they_end(tmp_path: Path, case: str, code: in
         f"commands = [[sys.executable, {str(tmp_path / 'child.py')!r}, str(at), {case!r}] for at in range(3)]\n"
         "sys.exit(launch.Processes(commands, [None] * 3).wait())"
     )
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (code, out), done.stderr
     assert sorted(done.stderr.replace("[2] error", "[1] error").splitlines()) == sorted(err)
 

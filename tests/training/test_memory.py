@@ -1,6 +1,5 @@
 """The memory of LoRA-DPO is that of LoRA-SFT: its reference is the same weights, scored and forgotten."""
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -102,7 +101,7 @@ def test_a_process_takes_as_much_for_pairs(environment: dict[str, str]):
         result = subprocess.run(
             [sys.executable, Path(__file__), name],
             cwd=ROOT,
-            env=environment | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))},
+            env=environment,
             capture_output=True,
             text=True,
             timeout=600,

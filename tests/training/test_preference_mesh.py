@@ -1,7 +1,6 @@
 """Training on pairs is the same on each mesh: losses and all that is watched, over some steps of 8 devices."""
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -107,7 +106,6 @@ if __name__ == "__main__":
 )
 def test_every_mesh_trains_alike(eight_devices: dict[str, str], kind: str, layouts: list[str]):
     env = eight_devices | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    env["PYTHONPATH"] = os.pathsep.join(sys.path)
     command = [sys.executable, str(Path(__file__)), kind, *layouts]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
