@@ -22,7 +22,7 @@ QLORA = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("method", [LORA, QLORA], ids=["lora", "qlora"])
+@pytest.mark.parametrize("method", [pytest.param(LORA, marks=pytest.mark.slow), QLORA], ids=["lora", "qlora"])
 def test_killed_runs_end_with_the_same_bits(commands: Commands, tiny_config: Path, tmp_path: Path, method):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     common = ("--config", tiny_config, *method)
