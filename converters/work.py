@@ -12,7 +12,7 @@ import numpy as np
 
 from converters.hf_map import Tensor
 from converters.shards import DTYPES, Shard, ahead
-from xlam_jax.errors import UserError
+from xlam_jax.errors import UserError, positive
 
 DTYPE_NAMES = ("bfloat16", "float16", "float32")
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of both directions."""
     parser.add_argument("--dtype", choices=DTYPE_NAMES, help="dtype to write (default: that of the source)")
     parser.add_argument(
-        "--workers", type=int, default=WORKERS, metavar="N", help=f"tensors at work at a time (default: {WORKERS})"
+        "--workers", type=positive, default=WORKERS, metavar="N", help=f"tensors at work at a time (default: {WORKERS})"
     )
     parser.add_argument("--verify", action="store_true", help="read everything back and compare it with the source")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from serving.client import xLAMChatCompletion, xLAMConfig
 from serving.tools import Tool, load_tools, run_tools
-from xlam_jax.errors import UserError, run
+from xlam_jax.errors import UserError, positive, run
 
 HELP = "/tools lists the tools, /reset begins anew, /quit (or Ctrl-D) ends"
 
@@ -82,9 +82,9 @@ def main() -> None:
     parser.add_argument("--system", help="the system message")
     parser.add_argument("--format", choices=("tools", "xlam_v1"), default="tools", help="how the server wants requests")
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--max-tokens", type=int, metavar="N")
+    parser.add_argument("--max-tokens", type=positive, metavar="N")
     parser.add_argument(
-        "--max-turns", type=int, default=8, metavar="N", help="answers to a request, with calls between"
+        "--max-turns", type=positive, default=8, metavar="N", help="answers to a request, with calls between"
     )
     parser.add_argument("--api-key", default="EMPTY")
     parser.add_argument("--timeout", type=float, default=120.0, metavar="S")

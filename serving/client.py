@@ -26,7 +26,7 @@ from xlam_jax.data.trajectory import (
     parse_tools,
 )
 from xlam_jax.data.wire import TOOL_CALLS, CompletionStream, arguments_json, parse_completion
-from xlam_jax.errors import UserError
+from xlam_jax.errors import UserError, check_address
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI, OpenAI
@@ -84,6 +84,9 @@ class xLAMConfig:  # noqa: N801 - the name that xLAM's users know
     """For xlam_v1, in place of the trained one."""
     format_instruction: str | None = None
     """For xlam_v1, in place of the trained one."""
+
+    def __post_init__(self) -> None:
+        check_address("base_url", self.base_url)
 
 
 class xLAMChatCompletion:  # noqa: N801 - the name that xLAM's users know

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from serving.client import ServerError
-from xlam_jax.errors import run
+from xlam_jax.errors import check_address, positive, run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -67,6 +67,7 @@ class Server:
 
     def __init__(self, base_url: str, model: str | None, timeout: float):
         """`model`: the first that is served, where it is None. Raises `ServerError` when nobody answers."""
+        check_address("--base-url", base_url)
         self._url = base_url.rstrip("/")
         self._root = self._url.removesuffix("/v1")
         self._timeout = timeout
@@ -205,7 +206,7 @@ def main() -> int:
     parser.add_argument("--model", help="the name it is served by (default: the first that the server lists)")
     parser.add_argument("--messages", type=Path, help="JSON: a list of messages, or a list of such lists")
     parser.add_argument("--tools", type=Path, help="JSON: a list of tool schemas in OpenAI form")
-    parser.add_argument("--max-new-tokens", type=int, default=32, metavar="N")
+    parser.add_argument("--max-new-tokens", type=positive, default=32, metavar="N")
     parser.add_argument("--tolerance", type=float, help="of log-probabilities (default: by the dtype of the weights)")
     parser.add_argument("--timeout", type=float, default=300, metavar="S", help="seconds for an answer (default: 300)")
     arguments = parser.parse_args()

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from serving.vllm_cli import package
-from xlam_jax.errors import UserError, run
+from xlam_jax.errors import UserError, positive, run
 
 ROOT = Path(__file__).parent.parent
 LONGEST = 32768
@@ -71,7 +71,9 @@ def add_model_arguments(parser: argparse.ArgumentParser, which: "argparse._Actio
         "--model", required=which is parser, help="Hugging Face folder, run or step folder, or a name on the hub"
     )
     parser.add_argument("--served-model-name", metavar="NAME", help="default: the folder's name")
-    parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N", help="GPUs to split the model over")
+    parser.add_argument(
+        "--tensor-parallel-size", type=positive, default=1, metavar="N", help="GPUs to split the model over"
+    )
     parser.add_argument("--lora", action="append", default=[], metavar="NAME=DIR", help="an adapter, served as NAME")
     parser.add_argument("--exported", type=Path, metavar="DIR", help="where a checkpoint is exported to")
     parser.add_argument(
@@ -206,6 +208,8 @@ def _rank(folder: Path) -> int:
 
 def check_port(host: str, port: int) -> None:
     """Raises `UserError` where the port is taken or may not be used."""
+    if not 0 < port < 2**16:
+        raise UserError(f"port {port}: is none; choose one of 1 to 65535 with --port")
     family, kind, protocol, _, address = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM)[0]
     with socket.socket(family, kind, protocol) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,9 +1,13 @@
 """Mistakes a user can make, told in one message: no traceback, exit code 2."""
 
+import argparse
 import difflib
 import errno
 import sys
 from collections.abc import Callable, Iterable
+from urllib.parse import urlsplit
+
+_OF_PATHS = (errno.EACCES, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EPERM, errno.EROFS)
 
 
 class UserError(Exception):
@@ -14,6 +18,25 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Returns `"; did you mean 'x'?"` for the closest known name, or an empty string when nothing is close."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean '{match[0]}'?" if match else ""
+
+
+def positive(text: str) -> int:
+    """A count on a command line: `type=positive` of an argument."""
+    number = int(text) if text.isascii() and text.isdigit() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return number
+
+
+def check_address(name: str, url: str) -> None:
+    """Raises `UserError` for what is no web address; `name` is that of the option or setting."""
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        good = False
+    if not good:
+        raise UserError(f"{name} {url}: is no web address; give one like http://localhost:8000")
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -27,10 +50,12 @@ def run(main: Callable[[], int | None]) -> None:
         sys.stderr.close()
         sys.exit(1)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno == errno.ENOSPC:
+            told = f"{error.filename or 'an output'}: the disk is full; free some space and run again"
+        elif error.errno in _OF_PATHS and error.filename:
+            told = f"{error.filename}: {error.strerror}; check the path, and who may write there"
+        else:
             raise
-        print(
-            f"error: {error.filename or 'an output'}: the disk is full; free some space and run again", file=sys.stderr
-        )
+        print(f"error: {told}", file=sys.stderr)
         sys.exit(2)
     sys.exit(code or 0)

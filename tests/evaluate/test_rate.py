@@ -133,6 +133,8 @@ def test_what_is_wrong_is_told(tmp_path: Path, commands: Commands) -> None:
     assert "'model': 'other'" in told
     (tmp_path / "out.jsonl.ratings.jsonl").unlink()
     assert "exists already" in commands.call("xlam_jax.data", *arguments, "--model", "tiny", code=2).stderr
+    onto = ["rate", source, "--out", source, "--force", "--model", "tiny", "--base-url", "http://127.0.0.1:9/v1"]
+    assert "is one of the files to rate" in commands.fails("xlam_jax.data", *onto)
 
 
 @pytest.mark.parametrize(

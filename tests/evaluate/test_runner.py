@@ -99,7 +99,7 @@ def test_errors_are_no_scores_and_asked_again(commands: Commands, suite: Path, t
         (refuses(500, "broken") if at < 2 else refuses(400, "context length") if at < 3 else adds)(handler, request)
 
     with serve(fails) as server:
-        said = run(commands, *arguments(suite, server, out, 8, "--retries", 0))
+        said = run(commands, *arguments(suite, server, out, 8, "--retries", 0), code=1)
         assert "3 of 8 examples ended in an error and are in no score (server-error 2, over-length 1)" in said.stdout
         assert said.stderr.count("server-error:") == 1
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
@@ -195,7 +195,11 @@ def test_what_belongs_to_another_evaluation(commands: Commands, suite: Path, tmp
         (["--suite", "webshop", "--agent", "reakt"], "did you mean 'react'?"),
         (["--set", "cuont=3"], "did you mean 'count'?"),
         (["--set", "count"], "KEY=VALUE"),
-        (["--limit", "0"], "--limit 0"),
+        (["--limit", "0"], "--limit 0: is no number of 1 or more"),
+        (["--temperature", "nan"], "--temperature nan: is no number of 0 or more"),
+        (["--timeout", "0"], "--timeout 0"),
+        (["--out", f"{__file__}/out"], f"{__file__}/out: Not a directory"),
+        (["--base-url", "localhost:8000/v1"], "base_url localhost:8000/v1: is no web address"),
         (["--suite", "hotpotqa"], "hotpotqa has no such setting"),
     ],
 )

@@ -119,7 +119,7 @@ def test_a_server_that_is_no_shop(commands: Commands, tmp_path: Path, monkeypatc
     with serve(answers(200, "hello")) as other, serve(says("x")) as server:
         commands.call(
             "xlam_jax.evaluate", "--suite", "webshop", "--base-url", server.url, "--model", "tiny", "--set",
-            f"url={other.url.removesuffix('/v1')}", "--set", "tasks=2", "--out", tmp_path / "out",
+            f"url={other.url.removesuffix('/v1')}", "--set", "tasks=2", "--out", tmp_path / "out", code=1,
         )  # fmt: skip
     summary = json.loads((tmp_path / "out/summary.json").read_text(encoding="utf-8"))
     assert (summary["errors"], summary["scored"], summary["scores"]) == ({"environment": 2}, 0, {})

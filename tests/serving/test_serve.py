@@ -160,6 +160,9 @@ def test_a_port_in_use(commands: Commands, model: Path, monkeypatch: pytest.Monk
         port = taken.getsockname()[1]
         said = commands.fails("serving.serve", "--model", model, "--port", port)
     assert f"port {port} on 127.0.0.1 is in use; choose another with --port" in said
+    for none in (-1, 0, 65536):
+        said = commands.fails("serving.serve", "--model", model, "--port", none)
+        assert f"port {none}: is none; choose one of 1 to 65535 with --port" in said
 
 
 def test_vllm_is_missing(commands: Commands, model: Path, monkeypatch: pytest.MonkeyPatch):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from xlam_jax import errors
-from xlam_jax.errors import UserError, nearest
+from xlam_jax.errors import UserError, nearest, positive
 
 OVERRIDES = "section.key=value"
 
@@ -40,7 +40,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     validate.add_argument("files", nargs="+", type=Path, metavar="FILE")
     validate.add_argument("--config", type=Path, metavar="FILE.yaml", help="also find what is longer than its rows")
     validate.add_argument("--json", action="store_true", help="a JSON object a finding: file, line, id, reason, detail")
-    validate.add_argument("--max-errors", type=_positive, metavar="N", help="stop after N findings")
+    validate.add_argument("--max-errors", type=positive, metavar="N", help="stop after N findings")
     validate.set_defaults(command=_validate)
 
     stats = commands.add_parser(
@@ -50,7 +50,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     )
     _config(stats)
     stats.add_argument("--out", type=Path, metavar="FILE.html", help="the page (default: stats.html here)")
-    stats.add_argument("--rows", type=_positive, metavar="N", help="packed rows to look at (default: about one epoch)")
+    stats.add_argument("--rows", type=positive, metavar="N", help="packed rows to look at (default: about one epoch)")
     stats.add_argument("--force", action="store_true", help="overwrite the page")
     stats.set_defaults(command=_stats)
 
@@ -60,7 +60,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         description="Shows the first packed rows of a run, token for token.",
     )
     _config(preview)
-    preview.add_argument("-n", dest="rows", type=_positive, default=1, metavar="N", help="packed rows (default: 1)")
+    preview.add_argument("-n", dest="rows", type=positive, default=1, metavar="N", help="packed rows (default: 1)")
     preview.add_argument("--source", metavar="NAME", help="only the trajectories of this source")
     preview.add_argument("--html", type=Path, metavar="FILE.html", help="write a page instead")
     preview.add_argument("--force", action="store_true", help="overwrite the page")
@@ -88,7 +88,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         "--min-gap", type=_gap, default=0.0, metavar="G", help="least difference of scores (default: any)"
     )
     pairs.add_argument(
-        "--per-task", type=_positive, default=10, metavar="K", help="most pairs of a task (default: %(default)s)"
+        "--per-task", type=positive, default=10, metavar="K", help="most pairs of a task (default: %(default)s)"
     )
     pairs.add_argument("--report", type=Path, metavar="FILE.json", help="write the counts there as well")
     pairs.add_argument("--force", action="store_true", help="overwrite the outputs")
@@ -106,10 +106,10 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     rate.add_argument("--model", required=True, metavar="NAME", help="the name under which the server has it")
     rate.add_argument("--out", required=True, type=Path, metavar="FILE.jsonl")
     rate.add_argument("--api-key", default="EMPTY", metavar="KEY", help="where the server wants one")
-    rate.add_argument("--concurrency", type=_positive, default=16, metavar="K", help="default: %(default)s")
-    rate.add_argument("--timeout", type=_positive, default=120, metavar="S", help="seconds to wait for an answer")
+    rate.add_argument("--concurrency", type=positive, default=16, metavar="K", help="default: %(default)s")
+    rate.add_argument("--timeout", type=positive, default=120, metavar="S", help="seconds to wait for an answer")
     rate.add_argument("--retries", type=int, default=5, metavar="N", help="of a request that failed (default: 5)")
-    rate.add_argument("--limit", type=_positive, metavar="N", help="only the first N rows")
+    rate.add_argument("--limit", type=positive, metavar="N", help="only the first N rows")
     rate.add_argument("--keep", type=_gap, default=4.0, metavar="R", help="a good rating (default: %(default)s)")
     rate.add_argument(
         "--good", type=float, metavar="S", help="a good known score, to compare with (default: each source's highest)"
@@ -123,16 +123,6 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
 def _config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, type=Path, metavar="FILE.yaml")
     parser.add_argument("overrides", nargs="*", metavar=OVERRIDES, help="fields of the config to set")
-
-
-def _positive(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return number
 
 
 def _gap(text: str) -> float:

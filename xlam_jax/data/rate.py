@@ -182,6 +182,8 @@ def rate(
     reason; run again, only they are asked for. Raises `UserError`.
     """
     journal_path = out.with_name(f"{out.name}.ratings.jsonl")
+    if out.resolve() in [Path(file).resolve() for file in files]:
+        raise UserError(f"{out}: is one of the files to rate; give another --out")
     if force:
         journal_path.unlink(missing_ok=True)
     elif out.exists() and not journal_path.exists():

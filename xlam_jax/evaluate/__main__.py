@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Asks the examples of a suite of a served model, and scores the answers. DIR gets one JSON line\n"
         "an example as it ends (examples.jsonl) and the scores (summary.json). The same command goes on where it was\n"
-        "stopped. A request that fails is an error: listed, never scored, and asked again by the next run.",
+        "stopped. A request that fails is an error: listed, never scored, and asked again by the next run.\n"
+        "Exit code: 0 all are scored, 1 some are not, 2 it could not be run.",
         epilog=f"suites:\n{listed(suites)}\n\nagents:\n{listed(agents)}\n\n"
         "A suite or an agent of your own is one file: --suite FILE.py, --agent FILE.py. docs/evaluation.md has both.",
     )
@@ -61,17 +63,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("suite", "base_url", "model"):
         if getattr(options, name) is None:
             raise UserError(f"--{name.replace('_', '-')} is missing")
-    for name, least in (("limit", 1), ("concurrency", 1), ("retries", 0), ("max_tokens", 1)):
-        if (given := getattr(options, name)) is not None and given < least:
-            raise UserError(f"--{name.replace('_', '-')} {given}: is less than {least}")
+    for name, least in (("limit", 1), ("concurrency", 1), ("retries", 0), ("max_tokens", 1), ("temperature", 0)):
+        if (given := getattr(options, name)) is not None and not least <= given < inf:
+            raise UserError(f"--{name.replace('_', '-')} {given}: is no number of {least} or more")
+    if not 0 < options.timeout < inf:
+        raise UserError(f"--timeout {options.timeout:g}: give a number of seconds over 0")
     try:
-        evaluate(options)
+        summary = evaluate(options)
     except KeyboardInterrupt:
         print(f"stopped; the same command goes on with {options.out}", file=sys.stderr)
         return 130
     if options.report:
         _report(options.out)
-    return 0
+    return 0 if summary["scored"] == summary["wanted"] else 1
 
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from xlam_jax.data.trajectory import ToolCall
-from xlam_jax.errors import UserError
+from xlam_jax.errors import UserError, check_address
 from xlam_jax.evaluate.corpus import Corpus, Local, Wikipedia
 from xlam_jax.evaluate.suite import AgentSuite, Demonstration, Options, Step, Task, setting, text_tool
 from xlam_jax.evaluate.suites._rows import read_rows, wanted
@@ -111,6 +111,8 @@ class HotpotQA(AgentSuite):
         wikipedia = setting(options, "wikipedia", str, "")
         if corpus and wikipedia:
             raise UserError(f"--set corpus={corpus} and --set wikipedia={wikipedia}: give one of them")
+        if wikipedia:
+            check_address("--set wikipedia", wikipedia)
         self._tasks: list[Task] = []
         pages: dict[str, str] = {}
         for number, row in read_rows(path, "question", "question", "answer"):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from xlam_jax.data.trajectory import InvalidTrajectory, ToolCall, parse_json
-from xlam_jax.errors import UserError, nearest
+from xlam_jax.errors import UserError, check_address, nearest
 from xlam_jax.evaluate.endpoint import EndpointFault, Model
 from xlam_jax.evaluate.suite import AgentSuite, Options, Outcome, Step, Task, setting
 from xlam_jax.evaluate.suites._rows import read_rows, wanted
@@ -72,6 +72,8 @@ class Toolbench(AgentSuite):
         data = wanted(self.name, options.data, "a copy of StableToolBench's solvable_queries")
         self._server = _needed(options, "server", "the address of a running tool server")
         self._judge = _needed(options, "judge", "the server of a judge model, up to and with /v1")
+        check_address("--set server", self._server)
+        check_address("--set judge", self._judge)
         self._judge_model = _needed(options, "judge_model", "the name of the judge model")
         self._judge_key = setting(options, "judge_key", str, "EMPTY")
         self._key = setting(options, "toolbench_key", str, "EMPTY")

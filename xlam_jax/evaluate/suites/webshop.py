@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from urllib.parse import urljoin
 
 from xlam_jax.data.trajectory import ToolCall
-from xlam_jax.errors import UserError, nearest
+from xlam_jax.errors import UserError, check_address, nearest
 from xlam_jax.evaluate._http import fetch
 from xlam_jax.evaluate.endpoint import EndpointFault
 from xlam_jax.evaluate.suite import AgentSuite, Demonstration, Options, Step, Task, setting, text_tool
@@ -69,8 +69,7 @@ class WebShop(AgentSuite):
         if options.data is not None:
             raise UserError(f"--data {options.data}: webshop reads no data; its server has them (--set url=…)")
         self._url = setting(options, "url", str, "http://localhost:3000").rstrip("/")
-        if not self._url.startswith(("http://", "https://")):
-            raise UserError(f"--set url={self._url}: is no address; it begins with http://")
+        check_address("--set url", self._url)
         self._count = setting(options, "tasks", int, 500)
         if self._count < 1:
             raise UserError(f"--set tasks={self._count}: is less than 1")
