@@ -11,7 +11,6 @@ done = run_tools(xLAMChatCompletion("http://localhost:8000/v1", "xlam"), message
 done.content, done.messages
 """
 
-import importlib.util
 import inspect
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from serving.client import openai_tool, xLAMChatCompletion
+from xlam_jax import user_code
 from xlam_jax.data.trajectory import InvalidTrajectory, parse_tools
 from xlam_jax.errors import UserError, nearest
 
@@ -193,14 +193,7 @@ def _error(text: str) -> str:
 
 
 def _functions(path: Path) -> list[Any]:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise UserError(f"{path}: can't be read; a Python file with functions is expected here")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # it is the user's code
-        raise UserError(f"{path}: {type(error).__name__}: {error}") from None
+    module = user_code.load(path, "a Python file with functions")
     found = getattr(module, "TOOLS", None)
     if found is None:
         found = [

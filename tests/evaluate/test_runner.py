@@ -190,7 +190,7 @@ def test_what_belongs_to_another_evaluation(commands: Commands, suite: Path, tmp
     ("changes", "message"),
     [
         (["--suite", "hotpotq"], "did you mean 'hotpotqa'?"),
-        (["--suite", "nowhere.py"], "there is no such file"),
+        (["--suite", "nowhere.py"], "nowhere.py: can't be read (No such file or directory); a suite is expected"),
         (["--agent", "react"], "sums runs with native"),
         (["--suite", "webshop", "--agent", "reakt"], "did you mean 'react'?"),
         (["--set", "cuont=3"], "did you mean 'count'?"),

