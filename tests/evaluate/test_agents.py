@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_corpus
 from fake_server import says, serve
 from scripted import Action, scripted
+from small_corpus import PLACES, TRADES, question
 from support import Commands
 
 from xlam_jax.data.trajectory import ToolCall
@@ -18,42 +20,11 @@ from xlam_jax.evaluate.suites.hotpotqa import TOOLS, HotpotQA
 from xlam_jax.evaluate.suites.webshop import WebShop
 
 AGENTS = ["act", "bolaa", "native", "planact", "planreact", "react", "zero_shot", "zero_shot_think"]
-PLACES = ("Oslo", "Bergen", "Turku", "Malmö", "Gdańsk", "Tartu", "Visby", "Narvik", "Umeå", "Kiel")
-TRADES = ("baker", "glazier", "cooper", "weaver", "printer", "miller", "potter", "tanner", "saddler", "smith")
-
-
-def pages() -> list[dict[str, str]]:
-    """200 pages: a hundred people, and the street that each lived in."""
-    found = []
-    for at, (place, trade) in enumerate((place, trade) for place in PLACES for trade in TRADES):
-        street = f"{trade.title()} Street ({place})"
-        found.append(
-            {
-                "title": f"The {trade} of {place}",
-                "text": f"The {trade} of {place} was known everywhere. Many visited. Few stayed. It rained. It snowed."
-                f" The workshop stood in {street}.",
-            }
-        )
-        found.append({"title": street, "text": f"{street} is a street. It was laid out in {1500 + at}."})
-    assert len(found) == 200
-    return found
-
-
-def question(place: str, trade: str) -> str:
-    return f"In which year was the street laid out in which the {trade} of {place} had a workshop?"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The corpus, and ten questions about it."""
-    made = tmp_path_factory.mktemp("hotpotqa")
-    (made / "pages.jsonl").write_text("".join(json.dumps(page) + "\n" for page in pages()), encoding="utf-8")
-    rows = [
-        {"_id": f"q{at}", "question": question(place, TRADES[at]), "answer": str(1500 + 11 * at), "level": level}
-        for at, (place, level) in enumerate(zip(PLACES, ("easy", "medium", "hard", "easy", "medium") * 2, strict=True))
-    ]
-    (made / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return made
+    return small_corpus.write(tmp_path_factory.mktemp("hotpotqa"))
 
 
 def script() -> dict[str, list[Action]]:

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_corpus
 from support import ROOT, Commands
 
 from serving.client import ServerError, xLAMChatCompletion
+from xlam_jax.evaluate import agents, shop
 
 pytestmark = [pytest.mark.serve, pytest.mark.filterwarnings("ignore")]
 
@@ -57,13 +59,19 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
+@pytest.fixture(scope="module")
+def with_torch(environment: dict[str, str]) -> dict[str, str]:
+    """The environment of commands, with what vLLM needs."""
+    return environment | {"PYTHONPATH": str(ROOT), "VLLM_CPU_KVCACHE_SPACE": "1"}
+
+
 @contextmanager
 def served(environment: dict[str, str], *arguments: object) -> Iterator[str]:
     """A server that is ready; gives its address up to /v1."""
     port = free_port()
     command = [sys.executable, "-m", "serving.serve", "--port", str(port), "--timeout", "400", *map(str, arguments)]
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment | {"VLLM_CPU_KVCACHE_SPACE": "1"}, text=True,
+        command, cwd=ROOT, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     said: list[str] = []
@@ -128,9 +136,9 @@ def mixtral(commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.fixture(scope="module")
-def url(mixtral: Path, environment: dict[str, str]) -> Iterator[str]:
+def url(mixtral: Path, with_torch: dict[str, str]) -> Iterator[str]:
     """The run, exported and served under the name tiny."""
-    with served(environment, "--model", mixtral, "--served-model-name", "tiny") as url:
+    with served(with_torch, "--model", mixtral, "--served-model-name", "tiny") as url:
         yield url
 
 
@@ -216,7 +224,7 @@ def test_requests_that_the_server_refuses(url: str):
     assert llm.models() == ["tiny"]
 
 
-def test_behind_fastchat(url: str, mixtral: Path, environment: dict[str, str], tmp_path: Path):
+def test_behind_fastchat(url: str, mixtral: Path, with_torch: dict[str, str], tmp_path: Path):
     """The three commands of the page: FastChat's server gives vLLM's answers, streamed or not."""
     [exported] = mixtral.glob("served-*")
     page = (ROOT / "docs/serving.md").read_text(encoding="utf-8").partition("## Behind FastChat")[2]
@@ -230,7 +238,7 @@ def test_behind_fastchat(url: str, mixtral: Path, environment: dict[str, str], t
             words = [python, *(str(exported) if word == "exported" else word for word in command.split())]
             process = subprocess.Popen(
                 words, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True,
-                env=environment | {"VLLM_CPU_KVCACHE_SPACE": "1", "LOGDIR": str(tmp_path)},
+                env=with_torch | {"LOGDIR": str(tmp_path)},
             )  # fmt: skip
             stack.callback(process.wait, 60)
             stack.callback(process.terminate)
@@ -273,32 +281,60 @@ def answers_soon(port: int) -> None:
     raise AssertionError(f"nothing listens on {port}")
 
 
-def test_the_model_of_the_quickstart_answers_its_requests_alike(
-    commands: Commands, environment: dict[str, str], tmp_path: Path
-):
-    """The ten requests that `make quickstart` shows, of its own run where there is one."""
+@pytest.fixture(scope="module")
+def quickstart(
+    commands: Commands, with_torch: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Path, str]]:
+    """The model of `make quickstart`, of its own run where there is one, and the address of its server."""
+    model = ROOT / "runs/quickstart/hf"
+    if not model.is_dir():
+        run = tmp_path_factory.mktemp("quickstart")
+        model = run / "hf"
+        commands.run("xlam_jax.train", "--config", "configs/quickstart.yaml", f"output_dir={run}/run", limit=2400)
+        commands.run("converters.orbax_to_hf", "--checkpoint", run / "run", "--out", model)
+    with served(with_torch, "--model", model, "--served-model-name", "quickstart") as url:
+        yield model, url
+
+
+def test_the_model_of_the_quickstart_answers_its_requests_alike(quickstart: tuple[Path, str]):
+    """The ten requests that `make quickstart` shows."""
     from examples.quickstart.show import question, requests
     from xlam_jax import config as configs
     from xlam_jax.data.render import render_prompt
     from xlam_jax.generate import complete, find_model
 
-    config, model = ROOT / "configs/quickstart.yaml", ROOT / "runs/quickstart/hf"
-    if not model.is_dir():
-        model = tmp_path / "hf"
-        commands.run("xlam_jax.train", "--config", config, f"output_dir={tmp_path}/run", limit=2400)
-        commands.run("converters.orbax_to_hf", "--checkpoint", tmp_path / "run", "--out", model)
-    chosen, found = requests(configs.load(config), 10), find_model(model)
+    model, url = quickstart
+    chosen, found = requests(configs.load(ROOT / "configs/quickstart.yaml"), 10), find_model(model)
     prompts = [render_prompt(question(one), one.tools, found.tokenizer) for one in chosen]
     ours = complete(found.load(), found.tokenizer, prompts, max_new_tokens=160)
-    with served(environment, "--model", model, "--served-model-name", "quickstart") as url:
-        llm = xLAMChatCompletion(url, "quickstart", bad_output="mark", max_tokens=160)
-        theirs = [llm.completion(question(one), one.tools)["choices"][0]["message"] for one in chosen]
+    llm = xLAMChatCompletion(url, "quickstart", bad_output="mark", max_tokens=160)
+    theirs = [llm.completion(question(one), one.tools)["choices"][0]["message"] for one in chosen]
     calls = [[{"name": call["name"], "arguments": call["arguments"]} for call in one["tool_calls"]] for one in theirs]
     assert calls == [one["tool_calls"] for one in ours]
     assert sum(map(bool, calls)) >= 8
 
 
-def test_an_adapter_is_served_by_name(commands: Commands, environment: dict[str, str], tmp_path: Path):
+def test_every_agent_leads_the_model_of_the_quickstart(
+    commands: Commands, quickstart: tuple[Path, str], tmp_path: Path
+):
+    """Through HotpotQA on a corpus and through the shop, without an error; it is far too small to be right."""
+    corpus = small_corpus.write(tmp_path)
+    asked = ["--base-url", quickstart[1], "--model", "quickstart", "--max-tokens", 60, "--limit", 3]
+    with shop.serve() as address:
+        suites = {
+            "hotpotqa": ["--data", corpus / "questions.jsonl", "--set", f"corpus={corpus / 'pages.jsonl'}"],
+            "webshop": ["--set", f"url={address}"],
+        }
+        for agent in agents.names():
+            for suite, given in suites.items():
+                out = tmp_path / suite / agent
+                command = ["--suite", suite, "--agent", agent, "--out", out, *asked, *given, "--set", "max_steps=3"]
+                commands.call("xlam_jax.evaluate", *command)
+                summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+                assert (summary["scored"], summary["errors"]) == (3, {})
+
+
+def test_an_adapter_is_served_by_name(commands: Commands, with_torch: dict[str, str], tmp_path: Path):
     config = json.loads((ROOT / "configs/models/tiny_mixtral.json").read_text(encoding="utf-8"))
     for key in ("num_local_experts", "num_experts_per_tok", "router_aux_loss_coef"):
         del config[key]
@@ -318,6 +354,6 @@ def test_an_adapter_is_served_by_name(commands: Commands, environment: dict[str,
     base = generated(commands, tmp_path / "base", tmp_path)
     merged = generated(commands, tmp_path / "merged", tmp_path)
     assert base != merged
-    with served(environment, "--model", tmp_path / "base", "--lora", f"mine={tmp_path}/mine") as url:
+    with served(with_torch, "--model", tmp_path / "base", "--lora", f"mine={tmp_path}/mine") as url:
         assert answered(url, "base") == base
         assert answered(url, "mine") == merged
