@@ -13,22 +13,31 @@ from xlam_jax.errors import UserError, nearest
 PAGE = "report.html"
 
 
+class _Parser(argparse.ArgumentParser):
+    """Looks into all suites and agents when they are to be listed, and not before."""
+
+    def format_help(self) -> str:
+        from xlam_jax.evaluate import agents, suites
+
+        def listed(of: Any) -> str:
+            found = [(name, of.load(name).about) for name in of.names()]
+            return "\n".join(f"  {name:16}{about}" for name, about in found)
+
+        self.epilog = (
+            f"suites:\n{listed(suites)}\n\nagents:\n{listed(agents)}\n\n"
+            "A suite or an agent of your own is one file: --suite FILE.py, --agent FILE.py; docs/evaluation.md has both"
+        )
+        return super().format_help()
+
+
 def _parser() -> argparse.ArgumentParser:
-    from xlam_jax.evaluate import agents, suites
-
-    def listed(of: Any) -> str:
-        found = [(name, of.load(name).about) for name in of.names()]
-        return "\n".join(f"  {name:16}{about}" for name, about in found)
-
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m xlam_jax.evaluate",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Asks the examples of a suite of a served model, and scores the answers. DIR gets one JSON line\n"
         "an example as it ends (examples.jsonl) and the scores (summary.json). The same command goes on where it was\n"
         "stopped. A request that fails is an error: listed, never scored, and asked again by the next run.\n"
         "Exit code: 0 all are scored, 1 some are not, 2 it could not be run.",
-        epilog=f"suites:\n{listed(suites)}\n\nagents:\n{listed(agents)}\n\n"
-        "A suite or an agent of your own is one file: --suite FILE.py, --agent FILE.py. docs/evaluation.md has both.",
     )
     parser.add_argument("--suite", metavar="NAME", help="the benchmark, by name or as FILE.py")
     parser.add_argument("--base-url", metavar="URL", help="the server, up to and with /v1")
