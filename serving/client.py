@@ -10,6 +10,7 @@ text. With `format="xlam_v1"` the conversation is sent as xLAM v1's one message,
 """
 
 import json
+import re
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -87,6 +88,8 @@ class xLAMConfig:  # noqa: N801 - the name that xLAM's users know
 
     def __post_init__(self) -> None:
         check_address("base_url", self.base_url)
+        if not self.api_key or not (self.api_key.isascii() and self.api_key.isprintable()):
+            raise UserError("api_key: is empty, or holds characters that no key has; check it for a line's end")
 
 
 class xLAMChatCompletion:  # noqa: N801 - the name that xLAM's users know
@@ -259,6 +262,8 @@ class xLAMChatCompletion:  # noqa: N801 - the name that xLAM's users know
             raise ServerError(message, kind="server-error") from None
         except json.JSONDecodeError as error:
             raise ServerError(f"{where}: answered with what is no JSON: {_cut(error.doc)!r}") from None
+        except (UnicodeDecodeError, RecursionError) as error:
+            raise ServerError(f"{where}: answered with what cannot be read ({type(error).__name__})") from None
 
     def _checked(self, response: dict[str, Any], with_tools: bool) -> dict[str, Any]:
         """The answer with its calls parsed; bad output raised or marked."""
@@ -397,7 +402,13 @@ class _Streamed:
         self._usage: Any = None
 
     def add(self, chunk: Any) -> str:
-        """Takes a chunk; returns the content that is certain."""
+        """Takes a chunk; returns the content that is certain. Raises `ServerError` for what is none."""
+        try:
+            return self._add(chunk)
+        except (AttributeError, TypeError):
+            raise ServerError(f"{self._where}: streamed what is no completion: {_cut(str(chunk))!r}") from None
+
+    def _add(self, chunk: Any) -> str:
         sent = chunk.model_dump(warnings=False) if hasattr(chunk, "model_dump") else chunk
         if not isinstance(sent, dict):
             raise ServerError(f"{self._where}: streamed what is no completion: {_cut(str(sent))!r}")
@@ -417,9 +428,9 @@ class _Streamed:
         return piece
 
     def _add_call(self, call: dict[str, Any]) -> None:
-        known = self._calls.setdefault(
-            call.get("index") or 0, {"id": None, "function": {"name": None, "arguments": ""}}
-        )
+        if not isinstance(index := call.get("index") or 0, int):
+            raise TypeError(f"{index!r} is no index")
+        known = self._calls.setdefault(index, {"id": None, "function": {"name": None, "arguments": ""}})
         function = call.get("function") or {}
         known["id"] = known["id"] or call.get("id")
         known["function"]["name"] = known["function"]["name"] or function.get("name")
@@ -461,7 +472,7 @@ def _kind(error: Any) -> str:
     if error.status_code in (408, 409) or error.status_code >= 500:
         return "server-error"
     said = str(error.body or error.message)
-    too_long = "context" in said or "max_tokens" in said or "too long" in said
+    too_long = re.search(r"context.{0,10}(length|window|size)|max_tokens|too long", said) is not None
     return "over-length" if error.status_code in (400, 413, 422) and too_long else "bad-request"
 
 

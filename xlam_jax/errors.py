@@ -4,6 +4,7 @@ import argparse
 import difflib
 import errno
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 from urllib.parse import urlsplit
 
@@ -37,6 +38,13 @@ def check_address(name: str, url: str) -> None:
         good = False
     if not good:
         raise UserError(f"{name} {url}: is no web address; give one like http://localhost:8000")
+
+
+def fault(error: BaseException) -> str:
+    """What an unexpected error was and where it arose, in one line."""
+    at = traceback.extract_tb(error.__traceback__)[-1:]
+    where = f" ({at[0].filename}:{at[0].lineno})" if at else ""
+    return f"{type(error).__name__}: {error}"[:500] + where
 
 
 def run(main: Callable[[], int | None]) -> None:

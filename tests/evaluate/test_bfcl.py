@@ -241,6 +241,9 @@ def test_what_a_model_says_is_never_executed() -> None:
     methods = {"cd", "echo"}
     assert source(("cd", {"folder": "a'b\"(c)"}), methods) == "cd(folder='a\\'b\"(c)')"
     assert source(("ls", {}), methods) == "ls()"  # that it does not exist is told to the model
+    assert source(("power", {"base": 9, "exponent": 3_000_000_000}), {"power"}) == "too_large()"
+    assert source(("power", {"base": 9, "exponent": {"power": {"base": 9, "exponent": 9}}}), {"power"}) == "too_large()"
+    assert source(("power", {"base": -2, "exponent": 10}), {"power"}) == "power(base=-2,exponent=10)"
     for name in ("open", "__import__", "exec", "importlib", "inspect.os.system", "cd(__import__('os'))", "", "x;y"):
         assert source((name, {"a": 1}), methods) == "unknown_function()"
     for key in ("folder=open('x')", "a b", "", "lambda"):

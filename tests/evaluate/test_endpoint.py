@@ -64,6 +64,7 @@ CUT = events([{"content": "It is"}], None, cut=True)
         (refuses(500, "CUDA error"), "server-error", {"retries": 1}, 2),
         (refuses(503, "loading"), "server-error", {}, 1),
         (TOO_LONG, "over-length", {"retries": 2}, 1),
+        (refuses(400, "bad tool schema in context of x"), "bad-request", {}, 1),
         (refuses(400, "unknown parameter"), "bad-request", {"retries": 2}, 1),
         (hangs_up, "broken-stream", {"retries": 1}, 2),
         (cut_body, "broken-stream", {}, 1),
@@ -74,6 +75,16 @@ CUT = events([{"content": "It is"}], None, cut=True)
         (answers(200, "{}"), "malformed", {"retries": 1}, 2),
         (answers(200, "<html>a proxy's page</html>", "text/html"), "malformed", {}, 1),
         (answers(200, '{"choices": [{', "application/json"), "malformed", {}, 1),
+        (answers(200, "[" * 100_000, "application/json"), "malformed", {}, 1),
+        (events([{"content": 5}], "stop"), "malformed", {"stream": True}, 1),
+        (events([{"tool_calls": {"index": 0}}], "stop"), "malformed", {"stream": True}, 1),
+        (events([{"tool_calls": [{"index": 0, "function": "a"}]}], "stop"), "malformed", {"stream": True}, 1),
+        (
+            events([{"tool_calls": [{"index": 0, "function": {"arguments": {"a": 1}}}]}], "stop"),
+            "malformed",
+            {"stream": True},
+            1,
+        ),
     ],
 )
 def test_faults(reply: Reply, kind: str, settings: dict[str, Any], requests: int):

@@ -212,6 +212,12 @@ def test_theoremqa(reference: Any, kind: str, proposal: str, verdict: bool) -> N
     assert mint.theoremqa(reference, kind, proposal) is verdict
 
 
+def test_answers_without_end_are_wrong() -> None:
+    for proposal in ("9" * 400, "-" * 50_000 + "1", "1," * 20_000, f"[{'1,' * 20_000}1]"):
+        for reference, kind in ((3.5, "float"), (3, "integer"), ([3.5], "list of float")):
+            assert mint.theoremqa(reference, kind, proposal) is False
+
+
 def test_what_is_wrong_is_told(data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="needs --data"):
         Mint(Options())

@@ -133,6 +133,18 @@ def test_what_is_wrong_is_told(tmp_path: Path, commands: Commands) -> None:
     assert "'model': 'other'" in told
     (tmp_path / "out.jsonl.ratings.jsonl").unlink()
     assert "exists already" in commands.call("xlam_jax.data", *arguments, "--model", "tiny", code=2).stderr
+    journal = tmp_path / "out.jsonl.ratings.jsonl"
+    out.unlink()
+    journal.write_text('{"key": "a", "score": "good", "reason": ""}\n')
+    assert "ratings.jsonl:1: is no rating" in commands.fails("xlam_jax.data", *arguments, "--model", "tiny")
+    journal.unlink()
+    first = rate.Journal(journal, "tiny")
+    assert "another process writes it" in commands.fails("xlam_jax.data", *arguments, "--model", "tiny")
+    first.close()
+    (tmp_path / "empty.jsonl").touch()
+    nothing = ["rate", tmp_path / "empty.jsonl", *arguments[2:], "--model", "tiny"]
+    assert "no trajectory could be rated: there is none" in commands.fails("xlam_jax.data", *nothing)
+    assert not out.exists()
     onto = ["rate", source, "--out", source, "--force", "--model", "tiny", "--base-url", "http://127.0.0.1:9/v1"]
     assert "is one of the files to rate" in commands.fails("xlam_jax.data", *onto)
 
@@ -143,6 +155,7 @@ def test_what_is_wrong_is_told(tmp_path: Path, commands: Commands) -> None:
         ('{"reason": "ok", "score": 4}', (4.0, "ok")),
         ('Well: ```json\n{"score": "3.5", "reason": "a {b}"}\n``` that is it', (3.5, "a {b}")),
         ('{"score": 1} no, {"score": 2}', (2.0, "")),
+        ('{well} {"score": 5, "by": [{"score": 1}]} {"a":', (5.0, "")),
         ('{"score": 0, "reason": {"why": 1}}', (0.0, "")),
     ],
 )

@@ -115,6 +115,25 @@ def test_errors_are_no_scores_and_asked_again(commands: Commands, suite: Path, t
     assert "error" not in said.stdout
 
 
+def test_a_suite_that_fails_on_an_answer_goes_on(commands: Commands, suite: Path, tmp_path: Path):
+    suite.write_text(SUITE.replace("right = ", "right = 1 / task.data and "), encoding="utf-8")
+    with serve(adds) as server:
+        said = run(commands, *arguments(suite, server, tmp_path / "out", 4), code=1)
+    error = read(tmp_path / "out")["t0"]["error"]
+    assert error["kind"] == "suite"
+    assert error["message"] == f"ZeroDivisionError: division by zero ({suite}:14)"
+    assert "1 of 4 examples ended in an error and are in no score (suite 1)" in said.stdout
+
+
+def test_rows_that_a_suite_cannot_read(commands: Commands, suite: Path, tmp_path: Path):
+    given = arguments(suite, "http://127.0.0.1:9/v1", tmp_path / "out", 0)
+    assert "there is no example" in commands.fails("xlam_jax.evaluate", *given)
+    given = arguments(suite, "http://127.0.0.1:9/v1", tmp_path / "out", 1)
+    suite.write_text(SUITE.replace("at % 2 ==", "at / 0 =="), encoding="utf-8")
+    told = commands.fails("xlam_jax.evaluate", *given)
+    assert f"its data are not as expected: ZeroDivisionError: division by zero ({suite}:10)" in told
+
+
 def test_killed_and_gone_on_with(commands: Commands, suite: Path, tmp_path: Path):
     """kill -9 in the middle: nothing that was written is lost or asked again, and everything is asked."""
     out, count = tmp_path / "out", 60
@@ -172,6 +191,10 @@ def test_what_belongs_to_another_evaluation(commands: Commands, suite: Path, tmp
         told = commands.fails("xlam_jax.evaluate", *arguments(suite, server, out, 2, "--seed", 7))
         assert "seed: 0 there, 7 now" in told
         suite.write_text(SUITE.replace('f"t{at}"', 'f"s{at}"'), encoding="utf-8")
+        told = commands.fails("xlam_jax.evaluate", *arguments(suite, server, out, 2))
+        assert "examples: " in told
+        assert "code: " in told
+        suite.write_text(SUITE.replace('f"t{at}", at,', 'f"t{at}", at + 5,'), encoding="utf-8")  # the ids are the same
         assert "examples: " in commands.fails("xlam_jax.evaluate", *arguments(suite, server, out, 2))
         suite.write_text(SUITE, encoding="utf-8")
         told = commands.fails("xlam_jax.evaluate", *arguments(suite, server, out, 3))

@@ -254,19 +254,28 @@ def _rate(options: argparse.Namespace) -> int:
         options.model,
         api_key=options.api_key,
         timeout=float(options.timeout),
-        retries=max(0, options.retries),
+        retries=options.retries,
     )
-    result = rate.rate(
-        options.files,
-        options.out,
-        model,
-        concurrency=options.concurrency,
-        limit=options.limit,
-        good=options.good,
-        keep=options.keep,
-        force=options.force,
-        progress=_say,
-    )
+    for name in ("keep", "good"):
+        if (given := getattr(options, name)) is not None and not math.isfinite(given):
+            raise UserError(f"--{name} {given}: is no number")
+    if options.retries < 0:
+        raise UserError(f"--retries {options.retries}: is less than 0")
+    try:
+        result = rate.rate(
+            options.files,
+            options.out,
+            model,
+            concurrency=options.concurrency,
+            limit=options.limit,
+            good=options.good,
+            keep=options.keep,
+            force=options.force,
+            progress=_say,
+        )
+    except KeyboardInterrupt:
+        print(f"stopped; the same command goes on with {options.out}", file=sys.stderr)
+        return 130
     if options.report:
         write_text(options.report, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     print(rate.summary(options.out, result))

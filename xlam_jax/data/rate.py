@@ -9,6 +9,7 @@ line of the rating, and is what the ratings are compared with.
 """
 
 import asyncio
+import fcntl
 import hashlib
 import json
 import math
@@ -22,7 +23,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xlam_jax.config import Source
 from xlam_jax.data import sources
-from xlam_jax.data.trajectory import InvalidTrajectory, Message, Trajectory, parse_json, to_dict
+from xlam_jax.data.trajectory import InvalidTrajectory, Message, Trajectory, to_dict
+from xlam_jax.data.wire import objects_in
 from xlam_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -93,13 +95,8 @@ def _told(message: Message) -> str:
 def parse(text: str) -> Rating:
     """Reads an answer: the last JSON object in it that has a score. Raises `BadRating`."""
     last: dict[str, Any] | None = None
-    for at in (at for at, character in enumerate(text) if character == "{"):
-        try:
-            _, end = json.JSONDecoder().raw_decode(text, at)
-            found = parse_json(text[at:end])
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(found, dict) and (last is None or "score" in found):
+    for found in objects_in(text):
+        if last is None or "score" in found:
             last = found
     if last is None:
         raise BadRating("no-json", f"{text[:200]!r}")
@@ -112,7 +109,7 @@ def parse(text: str) -> Rating:
     if not isinstance(score, int | float) or isinstance(score, bool):
         raise BadRating("no-score", f"{text[:200]!r}")
     if not 0 <= score <= HIGHEST:
-        raise BadRating("out-of-range", f"a score of {score:g}, not from 0 to {HIGHEST}")
+        raise BadRating("out-of-range", f"a score of {str(score)[:50]}, not from 0 to {HIGHEST}")
     reason = last.get("reason")
     return Rating(float(score), reason if isinstance(reason, str) else "")
 
@@ -124,9 +121,16 @@ class Journal:
         self.path = path
         self.ratings: dict[str, Rating] = {}
         self._made_by = {"model": model, "prompt": hashlib.sha256(PROMPT.encode()).hexdigest()[:12]}
-        if path.exists():
-            self._read()
         self._file = path.open("a", encoding="utf-8")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._read()
+        except BlockingIOError:
+            self._file.close()
+            raise UserError(f"{path}: another process writes it; wait for it, or give another --out") from None
+        except BaseException:
+            self._file.close()
+            raise
 
     def _read(self) -> None:
         whole = 0
@@ -135,14 +139,21 @@ class Journal:
                 if not line.endswith(b"\n"):
                     break  # the run was killed while it wrote
                 whole += len(line)
-                row = json.loads(line)
+                try:
+                    row = json.loads(line)
+                    rating = Rating(float(row["score"]), str(row["reason"])) if "score" in row else None
+                    name = row["key"]
+                except (ValueError, KeyError, TypeError):
+                    raise UserError(
+                        f"{self.path}:{number}: is no rating; take the line out, and it is asked for again"
+                    ) from None
                 if (made_by := {key: row.get(key) for key in self._made_by}) != self._made_by:
                     raise UserError(
                         f"{self.path}:{number}: was rated by {made_by}, not {self._made_by}; "
                         "give another --out, or --force to begin anew"
                     )
-                if "score" in row:
-                    self.ratings[row["key"]] = Rating(row["score"], row["reason"])
+                if rating:
+                    self.ratings[name] = rating
         os.truncate(self.path, whole)
 
     def write(self, key: str, row: dict[str, Any], rating: Rating | None) -> None:
@@ -298,6 +309,10 @@ def _write(
                 continue
             known.all.append((trajectory.source or "", trajectory.score, rating.score))
             lines.write(json.dumps(to_dict(replace(trajectory, score=rating.score)), ensure_ascii=False) + "\n")
+    if not known.all:
+        part.unlink()
+        why = ", ".join(f"{count} × {reason}" for reason, count in left_out.items()) or "there is none"
+        raise UserError(f"{', '.join(map(str, files))}: no trajectory could be rated: {why}")
     part.replace(out)
     return {
         "trajectories": read,

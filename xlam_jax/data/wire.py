@@ -5,7 +5,7 @@ Needs nothing but the standard library, so that a server can read completions wi
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from xlam_jax.data.trajectory import InvalidTrajectory, ToolCall, parse_json
@@ -13,8 +13,23 @@ from xlam_jax.data.trajectory import InvalidTrajectory, ToolCall, parse_json
 TOOL_CALLS = "[TOOL_CALLS]"
 _CLOSING = {"```json": "```", "```": "```", "<tool_call>": "</tool_call>"}
 """Marks that models put around calls, and the mark that closes each."""
+_OBJECT = re.compile(r"""\{[ \t\n\r]*["}]""")
 _BLANK = " \t\n\r"
 """JSON's."""
+
+
+def objects_in(text: str) -> Iterator[dict[str, Any]]:
+    """The JSON objects in a text, in their order; not those within them."""
+    decoder, end = json.JSONDecoder(), 0
+    while (begins := _OBJECT.search(text, end)) is not None:
+        end = begins.start() + 1
+        try:
+            _, whole = decoder.raw_decode(text, begins.start())
+            found = parse_json(text[begins.start() : whole])
+        except (ValueError, RecursionError):  # InvalidTrajectory is one
+            continue
+        end = whole
+        yield found
 
 
 def parse_completion(text: str) -> tuple[str, tuple[ToolCall, ...] | None]:

@@ -92,7 +92,6 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     import json
     from contextlib import closing
     from datetime import UTC, datetime
-    from hashlib import sha256
 
     from xlam_jax.evaluate import agents, suites
     from xlam_jax.evaluate.endpoint import Model
@@ -109,11 +108,9 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"--agent {name}: {kind.name} runs with {', '.join(known)}{nearest(name, known)}")
     agent = agents.load(name)
     extra = _settings(options.settings, kind)
-    with closing(kind(Options(data=options.data, seed=options.seed, extra=extra))) as suite:
-        tasks = suite.tasks()
+    suite, tasks = _opened(kind, Options(data=options.data, seed=options.seed, extra=extra))
+    with closing(suite):
         _check_ids(tasks)
-        ids = sha256("\n".join(task.id for task in tasks).encode(errors="replace")).hexdigest()
-        tasks = tasks[: options.limit]
         about = {
             "suite": kind.name,
             "model": options.model,
@@ -124,10 +121,12 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
             "temperature": options.temperature,
             "max_tokens": options.max_tokens,
             "main_score": kind.main_score,
-            "examples": ids[:16],  # the hash of their ids: other data under the same path are another evaluation
+            "examples": _digest([[task.id, task.group, task.data] for task in tasks]),
+            "code": _digest([Path(one).read_text("utf-8") for one in (options.suite, name) if one.endswith(".py")]),
             "base_url": options.base_url,
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
         }
+        tasks = tasks[: options.limit]
         model = Model.connect(
             options.base_url,
             options.model,
@@ -150,6 +149,32 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     for line in told(summary):
         print(line)
     return summary
+
+
+def _opened(kind: Any, options: Any) -> tuple[Any, list[Any]]:
+    """A suite, and its tasks. Raises `UserError` where its data or settings are of no use."""
+    try:
+        suite = kind(options)
+        tasks = list(suite.tasks())
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"--suite {kind.name}: its data are not as expected: {errors.fault(error)}") from None
+    if not tasks:
+        raise UserError(f"--suite {kind.name}: there is no example; check --data and --set")
+    return suite, tasks
+
+
+def _digest(what: list[Any]) -> str | None:
+    """Tells other data, or other code, under the same path; None of nothing."""
+    import json
+    from dataclasses import asdict, is_dataclass
+    from hashlib import sha256
+
+    def plain(one: Any) -> Any:
+        return asdict(one) if is_dataclass(one) and not isinstance(one, type) else type(one).__name__
+
+    return sha256(json.dumps(what, default=plain).encode()).hexdigest()[:16] if what else None
 
 
 def _settings(given: Sequence[str], kind: Any) -> dict[str, str]:

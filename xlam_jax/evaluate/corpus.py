@@ -40,7 +40,7 @@ class Local:
 
     def __init__(self, connection: sqlite3.Connection):
         self._connection = connection
-        self._ranked = _has(connection, "titles")
+        self._ranked = _indexed(connection)
 
     @classmethod
     def of(cls, pages: Iterable[tuple[str, str]]) -> "Local":
@@ -70,7 +70,7 @@ class Local:
     async def page(self, title: str) -> tuple[str, str] | None:
         """See `Corpus`."""
         wanted = " ".join(title.replace("_", " ").split())
-        query = "SELECT title, text FROM pages WHERE title = ? COLLATE NOCASE LIMIT 1"
+        query = "SELECT title, text FROM pages WHERE title = ? COLLATE NOCASE AND typeof(text) = 'text' LIMIT 1"
         return self._connection.execute(query, (wanted,)).fetchone()
 
     async def similar(self, text: str) -> list[str]:
@@ -150,8 +150,9 @@ def write(connection: sqlite3.Connection, pages: Iterable[tuple[str, str]]) -> i
     return connection.execute("SELECT count(*) FROM pages").fetchone()[0]
 
 
-def _has(connection: sqlite3.Connection, table: str) -> bool:
-    return connection.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (table,)).fetchone() is not None
+def _indexed(connection: sqlite3.Connection) -> bool:
+    query = "SELECT 1 FROM sqlite_master WHERE name = 'titles' AND sql LIKE '%fts5(title, text%'"
+    return connection.execute(query).fetchone() is not None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -164,6 +165,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.out.exists():
         raise UserError(f"--out {options.out}: exists; remove it, or name another file")
+    if not options.out.parent.is_dir():
+        raise UserError(f"--out {options.out}: the folder '{options.out.parent}' does not exist; create it first")
     part = options.out.with_name(f"{options.out.name}.part")
     part.unlink(missing_ok=True)
     connection = sqlite3.connect(part)

@@ -1,6 +1,7 @@
 """The model behind an OpenAI-compatible server, as suites and agents ask it."""
 
 import asyncio
+import re
 from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple, Self
@@ -19,12 +20,15 @@ KINDS = (
     "over-length",
     "bad-request",
     "environment",
+    "suite",
 )
-"""Of faults. `environment`: the suite's own server (a shop, a tool server) failed."""
+"""Of faults. `environment`: the suite's own server (a shop, a tool server) failed; `suite`: its code did."""
 CALLS: ContextVar[list[ToolCall]] = ContextVar("CALLS")
 """Where it is set, the calls of all answers are added: the runner sets it anew for each example."""
 REPEATS = 2
 """Of a request whose answer was unreadable or broke off, at most; for all other faults `retries` holds."""
+_LONE = re.compile("[\ud800-\udfff]")
+"""Half a surrogate pair, which JSON can hold and neither files nor databases can."""
 _HOPELESS = (401, 403, 404)
 """Statuses that no other request would change: the key or the model's name is wrong."""
 _NOT_REPEATED = ("broken-stream", "malformed")
@@ -132,7 +136,8 @@ class Model:
                 if all(isinstance(one["name"], str) and isinstance(one["arguments"], dict) for one in found):
                     calls = _with_ids(found, len(asked))
                     CALLS.get([]).extend(calls)
-                    return Answer(asked, choice["message"]["content"], calls, choice["finish_reason"])
+                    content = _LONE.sub("\ufffd", choice["message"]["content"])
+                    return Answer(asked, content, calls, choice["finish_reason"])
                 fault = EndpointFault("malformed", choice["error"], asked)
         assert fault
         raise fault

@@ -54,11 +54,11 @@ def read_run(folder: Path) -> Run:
 def siblings(run: Run) -> Iterator[Run]:
     """Evaluations beside this one's folder, of the same model and suite with other agents: they fill a table."""
     for path in sorted(run.folder.absolute().parent.iterdir()):
-        if path == run.folder.absolute() or not (path / RUN).is_file() or not (path / SUMMARY).is_file():
-            continue
         try:
+            if path == run.folder.absolute() or not (path / RUN).is_file() or not (path / SUMMARY).is_file():
+                continue
             other = read_run(path)
-        except UserError:
+        except (OSError, UserError):  # another user's, perhaps
             continue
         same = all(other.about.get(key) == run.about.get(key) for key in ("suite", "model", "data"))
         if same and other.about.get("agent") != run.about.get("agent"):

@@ -86,8 +86,9 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
             try:
                 record = json.loads(line)
                 id = record["id"]
-                assert "error" in record or isinstance(record["scores"], dict)
-            except (ValueError, KeyError, TypeError, AssertionError):
+                assert isinstance(id, str)
+                assert "error" in record or all(isinstance(one, int | float) for one in record["scores"].values())
+            except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
                 raise UserError(
                     f"{path}:{number}: is no record of an example; take the line out, and its example is asked again"
                 ) from None

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from xlam_jax.data.trajectory import ToolCall
-from xlam_jax.errors import UserError
+from xlam_jax.errors import UserError, fault
 from xlam_jax.evaluate.agents import Agent
 from xlam_jax.evaluate.endpoint import CALLS, EndpointFault, Model
 from xlam_jax.evaluate.records import Records
@@ -73,12 +73,16 @@ async def _example(suite: Suite, agent: Agent, model: Model, task: Task) -> dict
     CALLS.set(calls)
     try:
         outcome = await suite.run(task, model, agent)
-    except EndpointFault as fault:
-        messages = fault.messages
-        record["error"] = {"kind": fault.kind, "message": str(fault)}
-    else:
         messages = list(outcome.messages)
         record |= _ended(outcome)
+    except EndpointFault as error:
+        messages = error.messages
+        record["error"] = {"kind": error.kind, "message": str(error)}
+    except UserError:
+        raise
+    except Exception as error:  # one answer, or one row, that a suite is not made for ends no evaluation
+        messages = []
+        record["error"] = {"kind": "suite", "message": fault(error)}
     record["seconds"] = round(time.monotonic() - began, 3)
     record["calls"] = [{"name": call.name, "arguments": call.arguments} for call in calls]
     return record | {"messages": messages}

@@ -89,6 +89,8 @@ class Sandbox:
             process.stdin.write(json.dumps(code).encode() + b"\n")
             line = await asyncio.wait_for(process.stdout.readline(), self._seconds)
             output = json.loads(line)
+            if not isinstance(output, str):
+                raise ValueError("not the frame's")
         except TimeoutError:
             await self._end()
             return f"Timed out after {self._seconds:g} seconds; all variables are gone."

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 from xlam_jax.data.trajectory import ToolCall
 from xlam_jax.errors import UserError
+from xlam_jax.evaluate.endpoint import EndpointFault
 
 if TYPE_CHECKING:
     from xlam_jax.evaluate.agents import Agent
@@ -218,11 +219,15 @@ class AgentSuite(Suite):
     async def run(self, task: Task, model: "Model", agent: "Agent") -> Outcome:
         """Lets the agent act until the task is done or its steps are used up."""
         environment = self.environment(task)
+        episode: Episode | None = None
         try:
             observation, tools = await environment.reset(task)
             episode = Episode(environment, observation, tools, self.steps, self.examples, self.labour)
             await agent.lead(model, episode)
             scores, failure, details = environment.outcome()
+        except EndpointFault as fault:  # of the environment: it does not know what was said
+            fault.messages = fault.messages or (episode.messages if episode else [])
+            raise
         finally:
             if (close := getattr(environment, "aclose", None)) is not None:
                 await close()

@@ -13,10 +13,10 @@ from typing import Any
 from xlam_jax.data.trajectory import InvalidTrajectory, ToolCall, parse_json
 from xlam_jax.data.wire import parse_completion
 
-_LINE = re.compile(r"^[\s*_`#>-]*action(?:\s*\d+)?[\s*_`]*:[\s*_`]*(.+)$", re.IGNORECASE | re.MULTILINE)
-_SHAPE = re.compile(r"([A-Za-z_][\w. -]*?)\s*([\[(])(.*)", re.DOTALL)
+_LINE = re.compile(r"^[ \t*_`#>-]*action(?:[ \t]*\d+)?[ \t*_`]*:[\s*_`]*(.+)$", re.IGNORECASE | re.MULTILINE)
+_SHAPE = re.compile(r"([A-Za-z_][\w.-]*(?: +[\w.-]+)*)\s*([\[(])(.*)", re.DOTALL)
 _CLOSES = {"[": "]", "(": ")"}
-_AFTER = re.compile(r"\n\s*[*_`]*(?:observation|thought|action)(?:\s*\d+)?[*_`]*\s*:", re.IGNORECASE)
+_AFTER = re.compile(r"\n[ \t]*[*_`]*(?:observation|thought|action)(?:[ \t]*\d+)?[*_`]*[ \t]*:", re.IGNORECASE)
 
 
 def written(action: ToolCall) -> str:

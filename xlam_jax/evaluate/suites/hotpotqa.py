@@ -149,10 +149,13 @@ def _context(path: Path, number: int, row: dict[str, Any]) -> dict[str, str]:
     """The pages that come with a question of HotpotQA's files: `context` is [[title, [sentences]], …], or the columns
     {"title": […], "sentences": [[…], …]}."""
     context = row.get("context")
-    if isinstance(context, dict):
-        context = list(zip(context.get("title") or [], context.get("sentences") or [], strict=False))
     try:
-        return {title: "".join(sentences) for title, sentences in context or ()} if context else _none(path, number)
+        if isinstance(context, dict):
+            context = list(zip(context.get("title") or [], context.get("sentences") or [], strict=False))
+        pages = {title: "".join(sentences) for title, sentences in context} if context else _none(path, number)
+        if not all(isinstance(title, str) for title in pages):
+            raise TypeError("a title is a text")
+        return pages
     except (TypeError, ValueError):
         raise UserError(f"{path}:{number}: its `context` is no list of [title, [sentences]]") from None
 

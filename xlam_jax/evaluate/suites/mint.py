@@ -12,6 +12,7 @@ any answer in which the letter occurs.
 
 import ast
 import json
+import math
 import re
 from contextlib import AsyncExitStack
 from itertools import chain, zip_longest
@@ -91,6 +92,9 @@ class Mint(Suite):
         self._execute = execute == "yes"
         self._seconds = setting(options, "seconds", float, 30.0)
         self._memory = setting(options, "memory_mb", int, 2048)
+        for name, limit in (("seconds", self._seconds), ("memory_mb", self._memory)):
+            if not 0 < limit < math.inf:
+                raise UserError(f"--set {name}={limit}: is no number over 0")
         if self._execute and (problem := why_not()):
             raise UserError(f"execute=yes: the code cannot be shut in on this machine ({problem}); so it is not run")
         self._folder = next(
@@ -209,7 +213,7 @@ def _files(folder: Path, sets: list[str]) -> bool:
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     rows = []
-    for at, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for at, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -218,6 +222,8 @@ def _rows(path: Path) -> list[dict[str, Any]]:
             raise UserError(f"{path}:{at}: is no JSON ({error})") from None
         if missing := [key for key in ("id", "prompt", "reference") if not isinstance(row, dict) or key not in row]:
             raise UserError(f"{path}:{at}: has no '{missing[0]}'; a line is an object of id, prompt and reference")
+        if not isinstance(row["prompt"], str):
+            raise UserError(f"{path}:{at}: 'prompt' is no text: {row['prompt']!r}")
         rows.append(row)
     return rows
 
@@ -284,9 +290,9 @@ def theoremqa(reference: Any, answer_type: str, proposal: str) -> bool:
 def _close(found: Any, reference: Any) -> bool:
     if not isinstance(found, int | float) or isinstance(found, bool) or not isinstance(reference, int | float):
         return False
-    if isinstance(reference, float):
-        return abs(found - reference) <= 0.04 * abs(reference)
     try:
+        if isinstance(reference, float):
+            return abs(found - reference) <= 0.04 * abs(reference)
         return round(found) == reference
     except (OverflowError, ValueError):
         return False
@@ -311,9 +317,15 @@ def _value(text: str) -> Any:
     return _one(text)
 
 
+LONGEST_NUMBER = 500
+"""Characters of a number, its unit with it."""
+
+
 def _one(text: str) -> float | int | None:
     """A number, with a unit before or after it or without, or an expression of numbers."""
     text = text.strip()
+    if len(text) > LONGEST_NUMBER:
+        return None
     if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?", text):
         text = text.replace(",", "")
     for shape in (r"(.*)", r"([-+]?[\d.,]*\d(?:e[-+]?\d+)?)\s*[^\d\s]\S*", r"[^-+\d\s]\S*\s*([-+]?[\d.,]*\d)"):

@@ -14,7 +14,8 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from xlam_jax.data.trajectory import InvalidTrajectory, ToolCall, parse_json
+from xlam_jax.data.trajectory import ToolCall
+from xlam_jax.data.wire import objects_in
 from xlam_jax.errors import UserError, check_address, nearest
 from xlam_jax.evaluate.endpoint import EndpointFault, Model
 from xlam_jax.evaluate.suite import AgentSuite, Options, Outcome, Step, Task, setting
@@ -125,15 +126,11 @@ class Toolbench(AgentSuite):
                 content = (await judge.chat(messages)).content
         except EndpointFault as fault:
             raise EndpointFault(fault.kind, f"the judge: {fault}", outcome.messages) from None
-        found = re.search(r"\{.*\}", content, re.DOTALL)
-        try:
-            verdict = parse_json(found[0]) if found else None
-        except InvalidTrajectory:
-            verdict = None
-        status = str(verdict.get("status", "")).strip().lower() if isinstance(verdict, dict) else ""
+        verdict = next((found for found in reversed(list(objects_in(content))) if "status" in found), {})
+        status = str(verdict.get("status")).strip().lower()
         if status not in SCORES:
             raise EndpointFault("malformed", f"the judge: no verdict in {content[:200]!r}", outcome.messages)
-        return status, str(verdict.get("reason", ""))  # pyright: ignore[reportOptionalMemberAccess]
+        return status, str(verdict.get("reason", ""))
 
 
 class Api(NamedTuple):
