@@ -5,6 +5,7 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pytest
 from fake_evaluations import EVIL, example, write_evaluation
 from support import Commands
 
@@ -63,6 +64,23 @@ def test_the_page_holds_everything(tmp_path: Path):
     assert EVIL not in text
     assert "4 of 40 examples ended in an error" in text
     assert re.findall(r'(?:src|href)="([^"]*)"', text) == []
+
+
+def test_what_is_beside_or_broken(commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Folders beside this one that may not be read are none of its; its own summary is."""
+    out = write_evaluation(tmp_path / "react")
+    write_evaluation(tmp_path / "zero", agent="zero_shot", count=2)
+    read = Path.is_file
+
+    def denied(path: Path) -> bool:
+        if path.parent.name == "zero":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "is_file", denied)
+    commands.call("xlam_jax.evaluate", "--report", "--out", out)
+    (out / "summary.json").write_text("{}")
+    assert "summary.json: cannot be read (no scores)" in commands.fails("xlam_jax.evaluate", "--report", "--out", out)
 
 
 def test_published_tables_fit_the_suites():

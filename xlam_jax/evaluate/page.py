@@ -46,7 +46,10 @@ def read_run(folder: Path) -> Run:
     about = records.about(folder)
     path = folder / SUMMARY
     try:
-        return Run(folder, about, json.loads(path.read_text(encoding="utf-8")))
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(summary, dict) or not isinstance(summary.get("scores"), dict):
+            raise ValueError("no scores")
+        return Run(folder, about, summary)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); run the evaluation again, it goes on") from None
 
