@@ -85,9 +85,12 @@ class RemoteWork(Work):
 
     @contextmanager
     def create(self, name: str) -> Iterator[Any]:
-        """Gives a binary file to write: it is there once it is closed."""
-        with self._files.open(f"{self._path}/{name}", "wb") as file:
+        """Gives a binary file to write; it has its name once it is whole. Closing one is not enough: a block that
+        fails closes it too, cut off."""
+        part = f"{self._path}/{name}.part"
+        with self._files.open(part, "wb") as file:
             yield file
+        self._files.mv(part, f"{self._path}/{name}")
 
     def begin(self, url: str, source: Mapping[str, Any]) -> None:
         """Finds out what an earlier process has left. Raises `UserError` where something else lies."""

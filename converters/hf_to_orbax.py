@@ -132,6 +132,10 @@ class HFWeights:
         """Bytes of each file with weights."""
         return {where.shard.url: where.shard.size for _, where in self.sources}
 
+    def stamps(self) -> dict[str, str]:
+        """What tells each file with weights from another of its name."""
+        return {where.shard.url: where.shard.stamp for _, where in self.sources}
+
     def params(self, dtype: Any = None) -> "Params":
         """The parameters, none of them read yet, in the dtype of the file unless `dtype` says another."""
         by_path: dict[tuple[str, ...], list[tuple[Tensor, Source]]] = {}
@@ -315,7 +319,7 @@ def main() -> None:
     opened = HFWeights(args.hf)
 
     dtype = dtype_of(args.dtype)
-    source = {"hf": opened.name, "dtype": args.dtype, "files": opened.sizes()}
+    source = {"hf": opened.name, "dtype": args.dtype, "files": opened.stamps()}
     with resumable_folder(args.out, source) as work:
         _convert(opened, dtype, work, args.workers)
         if args.verify:

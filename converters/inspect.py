@@ -51,6 +51,7 @@ def stored(folder: Path) -> dict[str, str]:
     import jax
 
     from converters.hf_to_orbax import TOKENIZER_FILES
+    from xlam_jax.models.params import shapes
     from xlam_jax.training import checkpoint
 
     step = checkpoint.resolve(folder)
@@ -71,6 +72,8 @@ def stored(folder: Path) -> dict[str, str]:
         "tokenizer": _tokenizer(checkpoint.tokenizer_dir(step), TOKENIZER_FILES),
     }
     run_config = checkpoint.load_metadata(step).get("config")
+    if run_config is None or run_config["train"]["trainable"] == "full":
+        checkpoint.check_params(step, shapes(ModelConfig.from_hf(hf_config)))
     if run_config is None:
         return facts | {"config": "none: a converted model"}
     train, model, lora = run_config["train"], run_config["model"], run_config.get("lora") or {}

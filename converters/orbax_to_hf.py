@@ -44,8 +44,11 @@ def write_hf(
 
     def value(tensor: Tensor) -> np.ndarray:
         given = tensor.to_hf(parameter(params, tensor.path))
+        if dtype is not None:
+            with np.errstate(over="ignore"):  # told below
+                given = given.astype(dtype)
         check_finite(of, tensor.key, given)
-        return given if dtype is None else given.astype(dtype)
+        return given
 
     shards = _shards(list(tensors(config)), place, max_shard_bytes)
     kept = {key: value for key, value in hf_config.items() if key not in ("dtype", "torch_dtype")}
@@ -132,7 +135,7 @@ def main() -> None:
     params = weights.open_whole(step)
     tokenizer = checkpoint.tokenizer_dir(step)
     dtype = dtype_of(args.dtype)
-    source = {"checkpoint": str(step.absolute()), "dtype": args.dtype, "max_shard_size": args.max_shard_size}
+    source = {"checkpoint": checkpoint.stamp(step), "dtype": args.dtype, "max_shard_size": args.max_shard_size}
     with output(args.out, source) as work:
         if tokenizer is not None:
             shutil.copytree(tokenizer, work.folder, dirs_exist_ok=True)

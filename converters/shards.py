@@ -54,7 +54,11 @@ class Shard:
         self._files, self._path = url_to_fs(url)
         size = 0
         try:
-            self.size = size = self._files.size(self._path)
+            info = self._files.info(self._path)
+            self.size = size = info["size"]
+            told = (info.get(key) for key in ("mtime", "etag", "ETag", "updated", "created"))
+            self.stamp = f"{size} bytes, {next((str(one) for one in told if one), 'of an unknown time')}"
+            """Another one where the file was replaced by one of the same size."""
             length = int.from_bytes(self._files.cat_file(self._path, 0, LENGTH), "little")
             if not 0 < length <= min(LONGEST, size - LENGTH):
                 raise ValueError(f"a header of {length} bytes")

@@ -398,6 +398,8 @@ class _Streamed:
         self._released = 0
         self._text: list[str] = []
         self._calls: dict[int, dict[str, Any]] = {}
+        self._at: dict[int, int] = {}
+        """Where the call of an index is: servers exist that give all calls one index."""
         self._finish: str | None = None
         self._usage: Any = None
 
@@ -430,7 +432,12 @@ class _Streamed:
     def _add_call(self, call: dict[str, Any]) -> None:
         if not isinstance(index := call.get("index") or 0, int):
             raise TypeError(f"{index!r} is no index")
-        known = self._calls.setdefault(index, {"id": None, "function": {"name": None, "arguments": ""}})
+        at = self._at.get(index, index)
+        before = self._calls.get(at, {}).get("id")
+        if before and call.get("id") and call["id"] != before:  # another call, of a server that gives all one index
+            at = max(self._calls) + 1
+        self._at[index] = at
+        known = self._calls.setdefault(at, {"id": None, "function": {"name": None, "arguments": ""}})
         function = call.get("function") or {}
         known["id"] = known["id"] or call.get("id")
         known["function"]["name"] = known["function"]["name"] or function.get("name")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from serving.client import ServerError
-from xlam_jax.errors import check_address, positive, run
+from xlam_jax.errors import UserError, check_address, positive, run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -136,10 +136,10 @@ def compare(
     off = np.abs(scores - np.concatenate([answer.prompt_logprobs, answer.logprobs]))
     worst, largest = int(off.argmax()), float(off.max())
     in_prompt = off[: len(ours) - 1]
-    if np.median(in_prompt) > tolerance:
+    if not np.median(in_prompt) <= tolerance:  # nor is what is no number
         told = f"the prompt's own tokens differ by {np.median(in_prompt):.3g} in log-probability (median)"
         return Difference("weights", f"{told}, {tolerance:g} is allowed; does it serve this checkpoint?"), largest
-    if largest > tolerance:
+    if not largest <= tolerance:
         token = (ours + answer.completion)[worst + 1]
         told = f"token {worst + 1} ({tokenizer.decode([token])!r}) differs by {largest:.3g} in log-probability"
         return Difference("numerics", f"{told}, {tolerance:g} is allowed"), largest
@@ -213,13 +213,15 @@ def main() -> int:
 
     from xlam_jax.generate import conversations, find_model, read_json
 
+    if arguments.tolerance is not None and not 0 <= arguments.tolerance < float("inf"):
+        raise UserError(f"--tolerance {arguments.tolerance}: is no number of 0 or more")
     requests = REQUESTS if arguments.messages is None else conversations(arguments.messages)
     tools = TOOLS if arguments.tools is None else read_json(arguments.tools)
     found = find_model(arguments.checkpoint)
     server = Server(arguments.base_url, arguments.model, arguments.timeout)
     answers = [server.answer(messages, tools, arguments.max_new_tokens) for messages in requests]
     model = found.load()
-    tolerance = arguments.tolerance or TOLERANCE[np.dtype(model.dtype).name]
+    tolerance = TOLERANCE[np.dtype(model.dtype).name] if arguments.tolerance is None else arguments.tolerance
     failed = 0
     for at, (messages, answer) in enumerate(zip(requests, answers, strict=True)):
         difference, largest = compare(model, found.tokenizer, messages, tools, answer, tolerance)

@@ -27,11 +27,14 @@ from typing import Any
 
 from serving.vllm_cli import package
 from xlam_jax.errors import UserError, positive, run
+from xlam_jax.outputs import write_text
 
 ROOT = Path(__file__).parent.parent
 LONGEST = 32768
 """Tokens of prompt and answer, where the model would take more: what lies beyond costs memory on every start."""
 LAST_LINES = 20
+EXPORTED = ".exported-from"
+"""In an export: which step it was made of."""
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """vLLM's."""
 _ERROR = re.compile(r"(?:^|ERROR .*\] )([\w.]+(?:Error|Exception): .+)")
@@ -159,7 +162,7 @@ def serve(command: Sequence[str], host: str, port: int, name: str, timeout: floa
         stopped.append(number)
         _signal(server, signal.SIGTERM)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         if _wait(server, reachable(host), port, timeout, lambda: bool(stopped)):
             where = f"http://{reachable(host)}:{port}/v1"
@@ -243,6 +246,15 @@ def model_folder(given: str, exported: Path | None, export: bool, values: bool =
         )
     step = checkpoint.resolve(folder)
     out = exported or step.parent.parent / f"served-{step.name}"
+    if out.exists():
+        record = out / EXPORTED
+        made = record.read_text(encoding="utf-8").strip() if record.exists() else checkpoint.stamp(step)
+        if made != checkpoint.stamp(step):
+            raise UserError(
+                f"{out}: was exported from {made}, and not from {checkpoint.stamp(step)}; remove it, or name another "
+                "--exported"
+            )
+        _check_folder(out, values)
     if not export or out.exists():
         print(f"{folder}: serving {out}, exported from step {step.name}", file=sys.stderr)
         return out.resolve()
@@ -251,6 +263,7 @@ def model_folder(given: str, exported: Path | None, export: bool, values: bool =
     done = subprocess.run(words, capture_output=True, text=True, check=False)  # its memory is freed with it
     if done.returncode:
         raise UserError(f"{folder}: could not be exported: {done.stderr.strip().removeprefix('error: ')}")
+    write_text(out / EXPORTED, f"{checkpoint.stamp(step)}\n")
     return out.resolve()
 
 

@@ -55,8 +55,9 @@ class Loop:
     """The whole conversation, to be continued."""
     content: str
     """What the model said last."""
-    ended: Literal["answered", "max_turns", "length"]
-    """answered: in words; max_turns: it would still have called tools; length: cut off at max_tokens."""
+    ended: Literal["answered", "max_turns", "length", "bad_output"]
+    """answered: in words; max_turns: it would still have called tools; length: cut off at max_tokens; bad_output: the
+    answer is empty or its calls cannot be read, and `llm` is to mark that instead of raising it."""
 
 
 def as_tool(function: Callable[..., Any]) -> Tool:
@@ -68,6 +69,8 @@ def as_tool(function: Callable[..., Any]) -> Tool:
     from pydantic.errors import PydanticUserError
 
     name = getattr(function, "__name__", repr(function))
+    if inspect.iscoroutinefunction(function):
+        raise UserError(f"tool {name}: is a coroutine function; give one that returns its result")
     fields: dict[str, Any] = {}
     for parameter in inspect.signature(function, eval_str=True).parameters.values():
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
@@ -122,9 +125,9 @@ def call_tool(tools: Iterable[Tool], name: str, arguments: Any, missing: Missing
         return missing(name, arguments)
     try:
         result = tool.function(**arguments)
+        return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str)
     except Exception as error:  # whatever a tool raises is its answer
         return _error(f"{type(error).__name__}: {error}")
-    return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str)
 
 
 def run_tools(
@@ -163,7 +166,8 @@ def run_tools(
         ]
         add({"role": "assistant", "content": content} | ({"tool_calls": calls} if calls else {}))
         if not calls:
-            return Loop(conversation, content, "length" if choice["finish_reason"] == "length" else "answered")
+            bad = "bad_output" if "error" in choice else "answered"
+            return Loop(conversation, content, "length" if choice["finish_reason"] == "length" else bad)
         for call in calls:
             result = call_tool(known, call["name"], call["arguments"], missing)
             add({"role": "tool", "tool_call_id": call["id"], "name": call["name"], "content": result})

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import jax
@@ -18,7 +19,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from support import ROOT, Commands, same_arrays
 
-from converters import shards
+from converters import orbax_to_hf, shards
 from converters.folders import resumable_folder
 from converters.hf_map import tensors
 from converters.hf_to_orbax import HFWeights, load_hf
@@ -262,6 +263,81 @@ def test_elsewhere_and_back(mixtral: Path, converted: Path, tmp_path: Path, comm
     commands.call(TO_ORBAX, "--hf", address, "--out", tmp_path / "again")
     assert same_arrays(checkpoint.load_params(checkpoint.resolve(tmp_path / "again")), load_hf(mixtral)[1])
     assert "MixtralForCausalLM" in commands.call("converters.inspect", address).stdout
+
+
+def test_an_interrupted_export_elsewhere_is_finished(
+    mixtral: Path, converted: Path, tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
+):
+    """A file that was being written is no whole one, though closing it put it there."""
+    address = f"file://{tmp_path}/there"
+    export = [TO_HF, "--checkpoint", converted, "--out", address, "--max-shard-size", "40KB", "--workers", 1]
+    check, seen = orbax_to_hf.check_finite, []
+
+    def breaks(*given: Any) -> None:
+        seen.append(given)
+        if len(seen) == 30:
+            raise OSError("the line is down")
+        check(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(orbax_to_hf, "check_finite", breaks)
+        assert "run again to go on" in commands.fails(*export)
+    commands.call(*export)
+    assert same_arrays(load_hf(tmp_path / "there")[1], load_hf(mixtral)[1])
+    assert not list((tmp_path / "there").glob("*.part"))
+
+
+def test_another_source_of_the_same_sizes_is_refused(
+    mixtral: Path, tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
+):
+    source, out = tmp_path / "hf", tmp_path / "out"
+    shutil.copytree(mixtral, source)
+    command = [TO_ORBAX, "--hf", source, "--out", out]
+    with monkeypatch.context() as patch:
+        patch.setattr("converters.hf_to_orbax._convert", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            commands.call(*command)
+    file = next(source.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes())
+    assert "holds an unfinished output of something else" in commands.fails(*command)
+
+
+def test_a_lost_file_of_a_checkpoint_is_no_zeros(converted: Path, tmp_path: Path, commands: Commands):
+    lost = tmp_path / "lost"
+    shutil.copytree(converted, lost)
+    (checkpoint.resolve(lost) / "params/blocks.q/c/0/0/0/0/0").unlink()
+    assert "blocks.q" in commands.fails(TO_HF, "--checkpoint", lost, "--out", tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_zeros_come_through(mixtral: Path, tmp_path: Path, commands: Commands):
+    source = tmp_path / "zeros"
+    shutil.copytree(mixtral, source)
+    for file in source.glob("*.safetensors"):
+        save_file({key: np.zeros_like(value) for key, value in load_file(file).items()}, file)
+    commands.call(TO_ORBAX, "--hf", source, "--out", tmp_path / "orbax")
+    commands.call(TO_HF, "--checkpoint", tmp_path / "orbax", "--out", tmp_path / "back")
+    assert same_arrays(load_hf(tmp_path / "back")[1], load_hf(source)[1])
+
+
+def test_weights_of_another_config_are_refused(converted: Path, tmp_path: Path, commands: Commands):
+    other = tmp_path / "other"
+    shutil.copytree(converted, other)
+    path = next(other.rglob("config.json"))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 1}))
+    assert "a checkpoint of another model" in commands.fails("converters.inspect", other)
+    export = [TO_HF, "--checkpoint", other, "--out", tmp_path / "hf"]
+    assert "a checkpoint of another model" in commands.fails(*export)
+
+
+def test_values_beyond_a_dtype_are_told(mixtral: Path, tmp_path: Path, commands: Commands):
+    source = tmp_path / "large"
+    shutil.copytree(mixtral, source)
+    for file in source.glob("*.safetensors"):
+        save_file({key: np.full_like(value, 1e5) for key, value in load_file(file).items()}, file)
+    commands.call(TO_ORBAX, "--hf", source, "--out", tmp_path / "orbax")
+    export = [TO_HF, "--checkpoint", tmp_path / "orbax", "--out", tmp_path / "hf", "--dtype", "float16"]
+    assert "inf" in commands.fails(*export)
 
 
 def test_inspect(mixtral: Path, converted: Path, trained: tuple[Path, str], commands: Commands):

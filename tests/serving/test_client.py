@@ -311,3 +311,13 @@ def test_importing_it_is_quick():
     code = "import sys, serving.client; print({'jax', 'numpy', 'openai', 'torch', 'vllm'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "set()"
+
+
+def test_streamed_calls_of_one_index_are_several():
+    pieces = [{"tool_calls": [{"index": 0, "id": id, "function": {"name": "now", "arguments": ""}}]} for id in "ab"]
+    with serve(
+        events([*pieces, {"tool_calls": [{"index": 0, "function": {"arguments": '{"x": 1}'}}]}], "stop")
+    ) as server:
+        *_, last = client(server.url).stream(USER, [TOOL])
+    found = [(one["id"], one["arguments"]) for one in last["choices"][0]["message"]["tool_calls"]]
+    assert found == [("a", {}), ("b", {"x": 1})]

@@ -286,6 +286,14 @@ def test_a_checkpoint_is_exported_once(trained: tuple[Path, str], tmp_path: Path
     before = (out / "model.safetensors").stat().st_mtime_ns
     assert serve.model_folder(str(run), out, export=True) == out
     assert (out / "model.safetensors").stat().st_mtime_ns == before
+    weights = (out / "model.safetensors").read_bytes()
+    (out / "model.safetensors").write_bytes(weights[:100])
+    with pytest.raises(UserError, match="truncated or damaged"):
+        serve.model_folder(str(run), out, export=True)
+    (out / "model.safetensors").write_bytes(weights)
+    (out / serve.EXPORTED).write_text("step 3, another")
+    with pytest.raises(UserError, match="was exported from step 3, another, and not from step 10"):
+        serve.model_folder(str(run), out, export=True)
     (tmp_path / "broken/checkpoints/3").mkdir(parents=True)
     (tmp_path / "broken/config.json").touch()
     with pytest.raises(UserError, match="could not be exported"):

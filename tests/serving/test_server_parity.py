@@ -63,6 +63,7 @@ def test_each_difference_is_named(model: Any, answer: Answer):
     assert kind(model, answer._replace(prompt=split)) == "tokenizer"
     noise = np.random.default_rng(0).normal(size=answer.prompt_logprobs.shape)
     assert kind(model, answer._replace(prompt_logprobs=answer.prompt_logprobs + noise)) == "weights"
+    assert kind(model, answer._replace(prompt_logprobs=answer.prompt_logprobs + np.nan)) == "weights"
     late = answer.logprobs.copy()
     late[-1] += 0.01
     assert kind(model, answer._replace(logprobs=late)) == "numerics"

@@ -124,8 +124,28 @@ def test_the_loop_ends():
         assert (done.ended, len(server.requests)) == ("max_turns", 3)
     with serve(says("It is", finish="length")) as server:
         assert run_tools(xLAMChatCompletion(server.url, "tiny"), USER, [get_weather]).ended == "length"
-    with serve(says("")) as server, pytest.raises(BadOutput):
-        run_tools(xLAMChatCompletion(server.url, "tiny"), USER, [get_weather])
+    with serve(says("")) as server:
+        with pytest.raises(BadOutput):
+            run_tools(xLAMChatCompletion(server.url, "tiny"), USER, [get_weather])
+        marks = xLAMChatCompletion(server.url, "tiny", bad_output="mark")
+        assert run_tools(marks, USER, [get_weather]).ended == "bad_output"
+
+
+def test_results_that_are_no_json_are_told_to_the_model():
+    def loops() -> list[Any]:
+        """Returns a list that holds itself."""
+        found: list[Any] = []
+        found.append(found)
+        return found
+
+    assert "ValueError" in call_tool([as_tool(loops)], "loops", {})
+
+    async def later() -> str:
+        """Comes later."""
+        return "late"
+
+    with pytest.raises(UserError, match="tool later: is a coroutine function"):
+        as_tool(later)
 
 
 def test_calls_in_a_text_get_ids():

@@ -17,6 +17,7 @@ import math
 import shutil
 import threading
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +241,13 @@ def check_params(step_dir: Path, like: Any) -> None:
     same_shapes(step_dir, _stored(step_dir)[1], like)
 
 
+def stamp(step_dir: Path) -> str:
+    """What tells a step from every other one, of other runs too; a copy has the same. Orbax notes the nanoseconds."""
+    note = step_dir / "_CHECKPOINT_METADATA"
+    held = note.read_bytes() if note.is_file() else str(step_dir.stat().st_mtime_ns).encode()
+    return f"step {step_dir.name}, {sha256(held).hexdigest()[:16]}"
+
+
 def _stored(step_dir: Path) -> tuple[str, Any]:
     """The item that holds a step's parameters, and their shapes."""
     items: Any = ocp.checkpointables_metadata(str(step_dir.absolute())).metadata
@@ -330,6 +338,7 @@ def open_params(step_dir: Path) -> Params:
                 else {"driver": "file", "path": f"{folder}/{name}/"}
             )
             spec = {"driver": "zarr3" if form["use_zarr3"] else "zarr", "kvstore": at, "recheck_cached_data": False}
+            spec["fill_missing_data_reads"] = False  # a lost file is an error, and not zeros
             return StoredParameter(f"{folder}/{name}", tensorstore.open(spec, read=True).result())
 
         return jax.tree_util.tree_map_with_path(opened, stored)

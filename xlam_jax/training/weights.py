@@ -150,6 +150,7 @@ def open_whole(step_dir: Path) -> Params:
 
     resolved = saved_run(step_dir)
     if resolved is None:
+        checkpoint.check_params(step_dir, shapes(ModelConfig.from_hf(checkpoint.load_hf_config(step_dir))))
         return checkpoint.open_params(step_dir)
     base = read_base(resolved)
     if base is None:
