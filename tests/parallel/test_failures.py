@@ -232,7 +232,9 @@ def test_hosts_with_different_configs(commands: Commands, short_config: Path, tm
     for process in started:
         _, err = process.communicate(timeout=AT_MOST)
         assert process.returncode == 2
-        assert err.count("error: ") == 1, err
+        # each finds it by itself, and may have heard it from the other before
+        assert err.count("error: ") - err.count("stopped: the hosts differ") <= 1, err
+        assert "Traceback" not in err
         assert "the hosts differ; start all of them with the same code, config and data" in err
         name = socket.gethostname()
         assert f"train.learning_rate: 0.001 on host 0 ({name}), 0.002 on host 1 ({name})" in err
