@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from xlam_jax.models.nf4 import NF4, dense
 from xlam_jax.parallel import mesh
@@ -55,16 +56,46 @@ def low_rank(equation: str) -> tuple[str, str]:
 
 def dot(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
     """`einsum` of two arrays, summed and returned in f32."""
-    if x.dtype != jnp.float32 and not _bf16_instructions():
-        # A CPU that has no bf16 products converts anyway, and slower. The result is the same: those of two bf16
-        # numbers are exact in f32.
-        return jax.lax.platform_dependent(
-            x,
-            y,
-            cpu=lambda x, y: jnp.einsum(equation, x.astype(jnp.float32), y.astype(jnp.float32)),
-            default=partial(jnp.einsum, equation, preferred_element_type=jnp.float32),
-        )
-    return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
+    einsum = partial(jnp.einsum, equation, preferred_element_type=jnp.float32)
+    if x.dtype == jnp.float32:
+        return einsum(x, y)
+    if _bf16_instructions():
+        return jax.lax.platform_dependent(x, y, cpu=partial(_row_major_dot, equation), default=einsum)
+    # A CPU that has no bf16 products converts anyway, and slower. The result is the same: those of two bf16 numbers
+    # are exact in f32.
+    return jax.lax.platform_dependent(
+        x, y, cpu=lambda x, y: einsum(x.astype(jnp.float32), y.astype(jnp.float32)), default=einsum
+    )
+
+
+def _row_major_dot(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """`dot` as [batch, M, K] × [batch, K, N] → [batch, M, N], the only form in which XLA's CPU library (YNNPACK)
+    multiplies bf16 numbers.
+
+    XLA keeps the operands of a product in bf16 when the library takes it, and only later merges the transposes around
+    it into the product. Then the library no longer takes it, and nothing else computes it: the run ends with
+    "Unsupported element type for DotThunk::Execute: BF16 x BF16 = F32". The layout constraints and the barrier keep
+    the transposes out; the constraints also keep XLA from converting a transposed operand to f32 first.
+    """
+    operands, result = equation.split("->")
+    of_x, of_y = operands.split(",")
+    free = [axis for axis in result if (axis in of_x) != (axis in of_y)]
+    if free and free[0] in of_y:  # so that the result needs no transpose
+        x, y, of_x, of_y = y, x, of_y, of_x
+    batch = [axis for axis in of_x if axis in of_y and axis in result]
+    summed = [axis for axis in of_x if axis in of_y and axis not in result]
+    rows, columns = ([axis for axis in free if axis in of_operand] for of_operand in (of_x, of_y))
+    x = _row_major(x.transpose([of_x.index(axis) for axis in batch + rows + summed]))
+    y = _row_major(y.transpose([of_y.index(axis) for axis in batch + summed + columns]))
+    n = len(batch)
+    x_summed, y_summed = range(n + len(rows), x.ndim), range(n, n + len(summed))
+    out = jax.lax.dot_general(x, y, ((x_summed, y_summed), (range(n), range(n))), preferred_element_type=jnp.float32)
+    out = jax.lax.optimization_barrier(out)
+    return out.transpose([(batch + rows + columns).index(axis) for axis in result])
+
+
+def _row_major(array: jax.Array) -> jax.Array:
+    return with_layout_constraint(array, Layout(tuple(range(array.ndim))))
 
 
 @cache
