@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from xlam_jax.config import Config, Resolved, model_of
 from xlam_jax.errors import UserError
+from xlam_jax.models import hf_keys
 from xlam_jax.models.config import ModelConfig
 from xlam_jax.models.nf4 import NF4, dense
 from xlam_jax.models.params import Params, freeze, initialize, shapes, trainable
@@ -34,10 +35,32 @@ def read_base(resolved: Resolved) -> Params | None:
     if checkpoint.is_checkpoint(Path(named)):
         step = checkpoint.resolve(Path(named))
         checkpoint.check_params(step, like)
+        check_same_config(resolved, checkpoint.load_hf_config(step))
         return checkpoint.open_params(step)
-    params = HFWeights(named).params()
+    opened = HFWeights(named)
+    params = opened.params()
     checkpoint.same_shapes(named, params, like)
+    check_same_config(resolved, opened.hf_config)
     return params
+
+
+def check_same_config(resolved: Resolved, stored: dict[str, Any]) -> None:
+    """Raises `UserError` where the config.json next to `model.init_from`'s weights describes another computation than
+    `model.config`, such as another rope_theta or window, unless `model.overrides` asks for it."""
+    section = resolved.config.model
+    named = f"{section.init_from}/config.json"
+    theirs = asdict(ModelConfig.from_hf(hf_keys.with_overrides(stored, section.overrides, named), named))
+    ours = asdict(resolved.model)
+    different = [
+        f"{key} is {ours[key]} in {section.config} and {theirs[key]} in {named}"
+        for key in ("rope_theta", "rope_scaling", "sliding_window", "norm_eps", "experts_per_token", "tie_embeddings")
+        if ours[key] != theirs[key]
+    ]
+    if different:
+        raise UserError(
+            f"model.init_from: {'; '.join(different)}; set model.config to {section.init_from}, and name what is meant "
+            "to differ in model.overrides"
+        )
 
 
 def read_adapters(resolved: Resolved) -> Params | None:
