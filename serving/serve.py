@@ -204,13 +204,20 @@ def _adapters(given: Sequence[str]) -> dict[str, Path]:
                 f"--lora {one}: no adapter_config.json in {folder}; "
                 "`python -m converters.orbax_to_hf --lora adapter` writes such a folder"
             )
-        Shard(str(Path(folder) / WEIGHTS))
+        if (weights := Path(folder) / WEIGHTS).is_file():
+            Shard(str(weights))
         adapters[name] = Path(folder).resolve()
     return adapters
 
 
 def _rank(folder: Path) -> int:
-    return int(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("r") or 16)
+    from xlam_jax.models.config import read_hf_config
+
+    path = folder / "adapter_config.json"
+    rank = read_hf_config(path).get("r", 8)  # peft's default
+    if type(rank) is not int or rank < 1:
+        raise UserError(f"{path}: r is {rank!r}; the adapter's rank, a positive whole number, is needed")
+    return rank
 
 
 def check_port(host: str, port: int) -> None:
@@ -342,7 +349,9 @@ def _limits(folder: Path, extra: Sequence[str]) -> list[str]:
 
 def _tokenizer_config(folder: Path) -> dict[str, Any]:
     path = folder / "tokenizer_config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    from xlam_jax.models.config import read_hf_config
+
+    return read_hf_config(path) if path.is_file() else {}
 
 
 def _pass_on(server: "subprocess.Popen[bytes]", last: "deque[str]", errors: list[str]) -> None:

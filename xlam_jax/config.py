@@ -425,11 +425,9 @@ def load(path: Path, overrides: list[str] | None = None) -> Resolved:
     hf_config, dropped = hf_keys.without_quantization(hf_config, str(hf_path))
     model = model_of(config, hf_config, str(hf_path))
     warnings = [*dropped, *hf_keys.warnings_of(hf_config, model.family, str(hf_path))]
-    loss = hf_config.get("router_aux_loss_coef", config.train.router_aux_weight)
-    if model.experts and loss != config.train.router_aux_weight:
-        warnings.append(
-            f"{hf_path}: router_aux_loss_coef is {loss}; train.router_aux_weight, {config.train.router_aux_weight}, is used"
-        )
+    used = config.train.router_aux_weight
+    if model.experts and (unused := hf_config.get("router_aux_loss_coef", used)) != used:
+        warnings.append(f"{hf_path}: router_aux_loss_coef is {unused}; train.router_aux_weight, {used}, is used")
     _check(config, model)
     return Resolved(config, origins, hf_config, model, tuple(warnings))
 

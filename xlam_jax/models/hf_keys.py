@@ -135,8 +135,8 @@ ROPE_KEYS = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 """Types of rotary positions that are implemented, and the keys that each of them has."""
-_ROPE_UNUSED = {"partial_rotary_factor": (None, 1.0), "factor": (None, 1.0), "attention_factor": (None, 1.0)}
-_ROPE_NOTES = ("rope_type", "type", "rope_theta", "original_max_position_embeddings", "finetuned")
+_ROPE_UNUSED = {"partial_rotary_factor": (1.0,), "factor": (None, 1.0), "attention_factor": (None, 1.0)}
+_ROPE_WITHOUT_EFFECT = ("rope_type", "type", "rope_theta", "original_max_position_embeddings", "finetuned")
 
 
 def family_of(hf: Mapping[str, Any]) -> str | None:
@@ -197,8 +197,8 @@ class Values:
 
 
 def is_number(value: Any, least: float = 0.0) -> bool:
-    """Whether a value is a finite number of at least `least` that float32 can hold; true and false are not."""
-    return type(value) in (int, float) and least <= value <= 3.4e38
+    """Whether a value is a finite number of at least `least` that int64 or float32 can hold; true and false are not."""
+    return (type(value) is int and least <= value < 2**63) or (type(value) is float and least <= value <= 3.4e38)
 
 
 def _same(value: Any, neutral: Any) -> bool:
@@ -298,7 +298,7 @@ def _rope_of(values: Values, key: str, theta: float, max_positions: int) -> tupl
         )
     for name, value in given.items():
         neutral = name in _ROPE_UNUSED and any(_same(value, one) for one in _ROPE_UNUSED[name])
-        if not neutral and name not in (*ROPE_KEYS[kind], *_ROPE_NOTES):
+        if not neutral and name not in (*ROPE_KEYS[kind], *_ROPE_WITHOUT_EFFECT):
             raise values.error(
                 key, expected=f"{name} has no meaning for rope type {kind!r}{nearest(name, ROPE_KEYS[kind])}"
             )
