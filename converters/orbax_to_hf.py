@@ -134,6 +134,9 @@ def main() -> None:
         with new_folder(Path(args.out)) as part:
             base = with_adapters.config.model.init_from
             write_peft(part, with_adapters.model, checkpoint.load_params(step), base)
+        if changed := with_adapters.config.model.overrides:
+            print(f"warning: the adapters were trained with model.overrides {changed}; change the base's config.json "
+                  "likewise where they are loaded, or export with --lora merge", file=sys.stderr)  # fmt: skip
         print(f"{args.out}: the adapters of step {step.name} of {args.checkpoint}, for {base or 'a random base'}")
         return
     hf_config = checkpoint.load_hf_config(step)

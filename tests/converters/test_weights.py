@@ -250,7 +250,10 @@ NORM = "model.norm.weight"
     ("damage", "expected"),
     [
         (swap_offsets, "model-00002-of-00008.safetensors: truncated or damaged"),
-        (lambda folder: reindex(folder, lambda files: files.update({NORM: "../x.safetensors"})), "names '../x.safetens"),
+        (
+            lambda folder: reindex(folder, lambda files: files.update({NORM: "../x.safetensors"})),
+            "names '../x.safetens",
+        ),
         (lambda folder: reindex(folder, lambda files: files.update({NORM: "/etc/passwd"})), "names '/etc/passwd' for"),
         (lambda folder: reindex(folder, lambda files: files.update({NORM: 3})), f"names 3 for {NORM}"),
         (
@@ -271,8 +274,8 @@ NORM = "model.norm.weight"
             "both model.safetensors and model.safetensors.index.json are there",
         ),
         (
-            lambda folder: edit(folder, lambda values: values.update({"model.layers.0.mlp.up_proj.qweight": np.ones(3)})),
-            "model.layers.0.mlp.up_proj.qweight is F64; quantized weights are not read",
+            lambda folder: edit(folder, lambda values: values.update({"model.layers.0.up.qweight": np.ones(3)})),
+            "model.layers.0.up.qweight is F64; quantized weights are not read",
         ),
         (
             lambda folder: (
@@ -282,11 +285,7 @@ NORM = "model.norm.weight"
             f"{NORM} is U8; quantized weights are not read (config.json: quantization bitsandbytes)",
         ),
     ],
-    ids=[
-        "swapped", "upwards", "absolute", "no-name", "elsewhere", "unnamed", "nowhere", "twice", "both-layouts", "gptq",
-        "bitsandbytes",
-    ],
-)  # fmt: skip
+)
 def test_contradictions_of_files_and_index(
     sharded: Path, tmp_path: Path, damage: Callable[[Path], object], expected: str
 ):
@@ -330,7 +329,7 @@ def test_a_tied_model_with_its_head_in_the_files(tmp_path: Path, monkeypatch: py
     other[-1, -1] += 1
     for head in (other, other[:-1]):
         save_file(values | {"lm_head.weight": head}, file)
-        with pytest.raises(UserError, match="tie_word_embeddings is true .* not equal to model.embed_tokens.weight"):
+        with pytest.raises(UserError, match=r"tie_word_embeddings is true .* not equal to model\.embed"):
             load_hf(folder)
     save_file(values | {"lm_head.weight": other}, file)
     set_config(folder, tie_word_embeddings=False)

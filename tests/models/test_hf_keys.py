@@ -48,8 +48,9 @@ def ours(values: dict[str, Any]) -> ModelConfig | None:
     try:
         return ModelConfig.from_hf(values, "there/config.json")
     except UserError as error:
-        assert re.match(r"there/config\.json: (\w+) is ", str(error)), error
-        return None
+        message = str(error)
+    assert re.match(r"there/config\.json: (\w+) is ", message), message
+    return None
 
 
 def frequencies(config: Any) -> np.ndarray:
@@ -166,22 +167,46 @@ def test_every_field_of_transformers_is_in_one_group(family: str):
         ("mistral", {"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'; true or false"),
         ("mistral", {"vocab_size": True}, "vocab_size is True; a positive whole number"),
         ("mistral", {"head_dim": 9}, "head_dim is 9; heads of 9; rotary positions need an even number"),
-        ("mistral", {"sliding_window": 8, "use_sliding_window": False}, "use_sliding_window is False and sliding_window is 8"),
+        (
+            "mistral",
+            {"sliding_window": 8, "use_sliding_window": False},
+            "use_sliding_window is False and sliding_window is 8",
+        ),
         ("mistral", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is ['full_attention', 'sl"),
-        ("mistral", {"model_type": "ministral"}, "model_type is 'ministral' and architectures is ['MistralForCausalLM']"),
+        (
+            "mistral",
+            {"model_type": "ministral"},
+            "model_type is 'ministral' and architectures is ['MistralForCausalLM']",
+        ),
         ("mistral", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0; only null is implemented"),
-        ("mistral", {"dtype": "bfloat16", "torch_dtype": "float32"}, "torch_dtype is 'float32' and dtype is 'bfloat16'"),
-        ("mixtral", {"num_experts": 4, "num_local_experts": 8}, "num_experts is 4 and num_local_experts is 8; they mean"),
+        (
+            "mistral",
+            {"dtype": "bfloat16", "torch_dtype": "float32"},
+            "torch_dtype is 'float32' and dtype is 'bfloat16'",
+        ),
+        (
+            "mixtral",
+            {"num_experts": 4, "num_local_experts": 8},
+            "num_experts is 4 and num_local_experts is 8; they mean",
+        ),
         ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok is 9 and num_local_experts is"),
         ("mixtral", {"norm_topk_prob": False}, "norm_topk_prob is False; only null or true is implemented"),
         ("llama", {"attention_bias": True}, "attention_bias is True; only false is implemented"),
         ("llama", {"rope_parameters": LLAMA3 | {"high_freq_factor": 1}}, "high_freq_factor must be more than low_freq"),
         ("llama", {"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor must be at least 1"),
-        ("llama", {"rope_scaling": {"type": "linear", "factr": 4.0}}, "factr has no meaning for rope type 'linear'; did"),
-        ("llama", {"rope_parameters": {"full_attention": LINEAR}}, "full_attention has no meaning for rope type 'default'"),
+        (
+            "llama",
+            {"rope_scaling": {"type": "linear", "factr": 4.0}},
+            "factr has no meaning for rope type 'linear'; did",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {"full_attention": LINEAR}},
+            "full_attention has no meaning for rope type 'default'",
+        ),
         ("llama", {"architectures": "LlamaForCausalLM"}, "architectures is 'LlamaForCausalLM'; this project trains"),
     ],
-)  # fmt: skip
+)
 def test_messages(family: str, values: dict[str, Any], message: str):
     with pytest.raises(UserError) as error:
         ModelConfig.from_hf({**base(family), **values}, "a/config.json")
@@ -272,7 +297,10 @@ def test_an_override_takes_effect_in_every_spelling(file: Any, overrides: Any, t
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"num_hiden_layers": 1}, "model.overrides.num_hiden_layers: config.json of a mixtral has no such key; did you mean 'num_hidden_layers'?"),
+        (
+            {"num_hiden_layers": 1},
+            "model.overrides.num_hiden_layers: config.json of a mixtral has no such key; did you mean 'num_hid",
+        ),
         ({"mlp_biass": 1}, "did you mean 'mlp_bias'?"),
         ({"rope_theta": -5}, "with model.overrides: rope_theta is -5; a number above 0"),
         ({"rope_theta": float("nan")}, "rope_theta is nan"),
@@ -285,7 +313,7 @@ def test_an_override_takes_effect_in_every_spelling(file: Any, overrides: Any, t
         ({"num_experts": 4, "num_local_experts": 2}, "num_experts is 4 and num_local_experts is 2"),
         ({"quantization_config": {}}, "model.overrides.quantization_config: config.json of a mixtral has no such key"),
     ],
-)  # fmt: skip
+)
 def test_overrides_that_are_refused(overrides: dict[str, Any], message: str):
     def read() -> ModelConfig:
         values = hf_keys.with_overrides(base("mixtral"), overrides, "there/config.json")

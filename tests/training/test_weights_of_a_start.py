@@ -39,5 +39,5 @@ def test_weights_of_another_config(tiny_config: Path, exported: Path, trained: t
     wider.write_text(
         json.dumps(json.loads(Path("configs/models/tiny_mixtral.json").read_text()) | {"rms_norm_eps": 1e-6})
     )
-    with pytest.raises(UserError, match="norm_eps is 1e-06 in .* and 1e-05 in"):
+    with pytest.raises(UserError, match=r"norm_eps is 1e-06 in .* and 1e-05 in"):
         weights.read_base(configs.load(tiny_config, [*run, f"model.config={wider}"]))

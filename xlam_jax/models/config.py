@@ -193,7 +193,10 @@ def _scaling(numbers: dict[str, Any]) -> RopeScaling | None:
 
 
 def read_hf_config(path: Path) -> dict[str, Any]:
-    """Reads a `config.json`, or another JSON object of a Hugging Face folder. Raises `UserError` where the file is missing, not a JSON object, or has a key twice."""
+    """Reads a `config.json`, or another JSON object of a Hugging Face folder.
+
+    Raises `UserError` where the file is missing, not a JSON object, or has a key twice.
+    """
     try:
         hf = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
     except FileNotFoundError:
