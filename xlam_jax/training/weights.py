@@ -20,11 +20,12 @@ from xlam_jax.training import checkpoint
 from xlam_jax.training.step import place
 
 
-def read_base(resolved: Resolved) -> Params | None:
+def read_base(resolved: Resolved, *, exporting: bool = False) -> Params | None:
     """The weights that `model.init_from` names, a whole model without adapters, none of them read yet: `place` reads
     what each host's devices hold. None for random ones.
 
-    Raises `UserError` when they are those of another model.
+    Raises `UserError` when they are those of another model, or of another config.json: the second not when `exporting`,
+    for a run that has been trained is exported as it was trained.
     """
     from converters.hf_to_orbax import HFWeights
 
@@ -35,12 +36,14 @@ def read_base(resolved: Resolved) -> Params | None:
     if checkpoint.is_checkpoint(Path(named)):
         step = checkpoint.resolve(Path(named))
         checkpoint.check_params(step, like)
-        check_same_config(resolved, checkpoint.load_hf_config(step))
+        if not exporting:
+            check_same_config(resolved, checkpoint.load_hf_config(step))
         return checkpoint.open_params(step)
     opened = HFWeights(named)
     params = opened.params()
     checkpoint.same_shapes(named, params, like)
-    check_same_config(resolved, opened.hf_config)
+    if not exporting:
+        check_same_config(resolved, opened.hf_config)
     return params
 
 
@@ -175,7 +178,7 @@ def open_whole(step_dir: Path) -> Params:
     if resolved is None:
         checkpoint.check_params(step_dir, shapes(ModelConfig.from_hf(checkpoint.load_hf_config(step_dir))))
         return checkpoint.open_params(step_dir)
-    base = read_base(resolved)
+    base = read_base(resolved, exporting=True)
     if base is None:
         base = jax.device_get(trainable(resolved.model, initialize(resolved.model, resolved.config.seed))[1])
     dtype = jnp.dtype(resolved.config.model.compute_dtype)
