@@ -2,9 +2,9 @@
 
 import argparse
 import atexit
-import json
 import re
 import shutil
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from converters.folders import Work, refuse_existing, resumable_folder
-from converters.hf_map import Tensor, parameter, tensors
+from converters.hf_map import EMBEDDING, HEAD, Tensor, parameter, tensors
 from converters.shards import DTYPES, Shard, ahead
 from converters.work import Told, add_arguments, check_finite, compare, dtype_of
+from xlam_jax import strict_json
 from xlam_jax.errors import UserError, run
+from xlam_jax.models import hf_keys
 from xlam_jax.models.config import ModelConfig, read_hf_config
 
 if TYPE_CHECKING:
@@ -121,12 +123,17 @@ class HFWeights:
         """
         self.name = str(folder)
         self.files = _small_files(self.name)
-        remote = "://" in self.name
-        self._url = self.name.rstrip("/") if remote else str(self.files)
-        self.hf_config = read_hf_config(self.files / "config.json")
-        self.config = ModelConfig.from_hf(self.hf_config, f"{self.name}/config.json")
-        shards = {name: Shard(f"{self._url}/{name}") for name in _weight_files(self.files, self.name, remote)}
-        self.sources = _locate(self.name, shards, list(tensors(self.config)))
+        self._url = self.name.rstrip("/") if "://" in self.name else str(self.files)
+        origin = f"{self.name}/config.json"
+        hf_config = read_hf_config(self.files / "config.json")
+        self.config = ModelConfig.from_hf(hf_config, origin)
+        names, index = _weight_files(self.files, self.name)
+        shards = {name: Shard(f"{self._url}/{name}") for name in names}
+        refuse_quantized(self.name, shards, hf_config)
+        self.sources = _locate(self.name, shards, list(tensors(self.config)), index)
+        self.hf_config, dropped = hf_keys.without_quantization(hf_config, origin)
+        self.warnings = [*dropped, *hf_keys.warnings_of(hf_config, self.config.family, origin)]
+        """What config.json asks for and this project does not do, a line each."""
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each file with weights."""
@@ -200,29 +207,76 @@ def _fetched(url: str) -> Path:
     return folder
 
 
-def _weight_files(folder: Path, name: str, remote: bool) -> list[str]:
-    if (folder / SINGLE).is_file():
-        return [SINGLE]
-    index = folder / INDEX
-    if not index.is_file():
+def _weight_files(folder: Path, name: str) -> tuple[list[str], dict[str, str]]:
+    """The files with weights, and which of them the index names for each tensor: {} where one file has all."""
+    single, index = (folder / SINGLE).is_file(), (folder / INDEX).is_file()
+    if single and index:
+        raise UserError(
+            f"{name}: both {SINGLE} and {INDEX} are there; transformers reads the first and vLLM the second: remove "
+            "the one that is not meant"
+        )
+    if single:
+        return [SINGLE], {}
+    if not index:
         others = sorted(path.name for pattern in ("*.safetensors", "*.bin", "*.pth") for path in folder.glob(pattern))
         found = f"; it holds {', '.join(others[:4])}" + (", …" if len(others) > 4 else "") if others else ""
         raise UserError(
             f"{name}: neither {SINGLE} nor {INDEX} is there{found}; download the folder again, or load and save the "
             "model with transformers to get them"
         )
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{name}/{INDEX}: no weight_map in it ({error!r}); download the file again") from None
+    weight_map = _weight_map(folder / INDEX, f"{name}/{INDEX}")
+    names = sorted(set(weight_map.values()))
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise UserError(
             f"{name}/{INDEX}: names {len(names)} shards, of which {len(missing)} are not there: {', '.join(missing)}; "
             "download them too"
         )
-    return names
+    return names, weight_map
+
+
+def _weight_map(path: Path, origin: str) -> dict[str, str]:
+    """The index of a folder with several files: tensor → name of a file next to it."""
+    try:
+        index = strict_json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{origin}: not valid JSON ({error}); download the file again") from None
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{origin}: no weight_map in it; download the file again")
+    for key, file in weight_map.items():
+        if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file):
+            raise UserError(
+                f"{origin}: names {file!r} for {key}; the name of a .safetensors file in the same folder is expected"
+            )
+    return weight_map
+
+
+QUANTIZED = re.compile(
+    r"\.(qweight|qzeros|g_idx|scales|weight_packed|weight_scale(_inv|_2)?|weight_zero_point|(input|output|[qkv])_scale"
+    r"|weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..+)|SCB|W_q|codes|codebooks)$"
+)
+"""Tensors that only quantized weights have: of GPTQ, AWQ, compressed-tensors, FP8, bitsandbytes, HQQ and AQLM."""
+
+
+def quantized_tensor(shards: Mapping[str, Shard]) -> str | None:
+    """The name and dtype of a tensor by which weights are known to be quantized; None for plain ones."""
+    for shard in shards.values():
+        for key, stored in shard.tensors.items():
+            if QUANTIZED.search(key) or (stored.dtype not in DTYPES and not key.endswith(BUFFER)):
+                return f"{key} is {stored.dtype}"
+    return None
+
+
+def refuse_quantized(folder: str, shards: Mapping[str, Shard], hf_config: Mapping[str, Any]) -> None:
+    """Raises `UserError` for quantized weights."""
+    tensor, method = quantized_tensor(shards), hf_keys.quantization_method(hf_config)
+    if tensor:
+        named = f" (config.json: quantization {method})" if method else ""
+        raise UserError(
+            f"{folder}: {tensor}; quantized weights are not read{named}. Use the model's unquantized weights, in "
+            "bfloat16, float16 or float32; train.trainable: qlora quantizes them itself"
+        )
 
 
 FUSED = {"w1": ("gate_up_proj", 0), "w3": ("gate_up_proj", 1), "w2": ("down_proj", 0)}
@@ -244,13 +298,45 @@ def _fused(tensor: Tensor, config_experts: int, shapes: Mapping[str, tuple[int, 
     return None
 
 
-def _locate(folder: str, files: "dict[str, Shard]", wanted: list[Tensor]) -> list[tuple[Tensor, Source]]:
-    """Where each tensor stands; everything that is wrong is told at once."""
+HEAD_KEY, EMBEDDING_KEY = HEAD[0][2], EMBEDDING[0][2]
+BUFFER = "rotary_emb.inv_freq"
+"""A buffer that transformers before 4.32 saved."""
+ROWS = 2**24
+"""Values of the head and the embedding that are compared at a time."""
+
+
+def _is_copy_of_embedding(shards: Mapping[str, Shard], found: Mapping[str, list[str]]) -> bool:
+    """Whether the head of a tied model, which some tools save too, equals the embedding value by value."""
+    (head_file, *_), (embedding_file, *_) = found[HEAD_KEY], found[EMBEDDING_KEY]
+    head, embedding = shards[head_file].tensors[HEAD_KEY], shards[embedding_file].tensors[EMBEDDING_KEY]
+    if head.shape != embedding.shape:
+        return False
+    size = prod(head.shape)
+    for first in range(0, size, ROWS):
+        part = first, (min(ROWS, size - first),)
+        if not np.array_equal(
+            shards[head_file].read(HEAD_KEY, part), shards[embedding_file].read(EMBEDDING_KEY, part), equal_nan=False
+        ):
+            return False
+    return True
+
+
+def _locate(
+    folder: str, files: "dict[str, Shard]", wanted: list[Tensor], index: Mapping[str, str]
+) -> list[tuple[Tensor, Source]]:
+    """Where each tensor is stored; everything that is wrong is reported at once."""
     found: dict[str, list[str]] = {}
     for name, file in files.items():
         for key in file.tensors:
-            if not key.endswith("rotary_emb.inv_freq"):  # a buffer that transformers before 4.32 saved
+            if not key.endswith(BUFFER):
                 found.setdefault(key, []).append(name)
+    if HEAD_KEY in found and EMBEDDING_KEY in found and all(tensor.key != HEAD_KEY for tensor in wanted):
+        if not _is_copy_of_embedding(files, found):
+            raise UserError(
+                f"{folder}: tie_word_embeddings is true in config.json, and {HEAD_KEY} in {found[HEAD_KEY][0]} is not "
+                f"equal to {EMBEDDING_KEY}; set tie_word_embeddings to false to read both, or remove the first"
+            )
+        del found[HEAD_KEY]
     shapes = {key: files[names[0]].tensors[key].shape for key, names in found.items()}
     experts = 1 + max((tensor.at[1] for tensor in wanted if len(tensor.at) > 1), default=-1)
     places: dict[str, tuple[str, Any]] = {}
@@ -262,6 +348,11 @@ def _locate(folder: str, files: "dict[str, Shard]", wanted: list[Tensor]) -> lis
     wrong = [f"{key} is missing" for key in sorted(used - found.keys())]
     wrong += [f"{key} in {found[key][0]} is not part of this model" for key in sorted(found.keys() - used)]
     wrong += [f"{key} is in {' and in '.join(names)}" for key, names in sorted(found.items()) if len(names) > 1]
+    for key in sorted(used & found.keys()) if index else ():
+        if len(found[key]) == 1 and index.get(key) != found[key][0]:
+            wrong.append(f"{key} is in {found[key][0]}, and {INDEX} names {index.get(key, 'no file')} for it")
+    absent = index.keys() - used - {key for file in files.values() for key in file.tensors}
+    wrong += [f"{key} is not in {index[key]}, which {INDEX} names for it" for key in sorted(absent)]
     dtypes: dict[tuple[str, ...], Counter[str]] = {}
     for tensor in wanted:
         key, part = places[tensor.key]
@@ -270,8 +361,6 @@ def _locate(folder: str, files: "dict[str, Shard]", wanted: list[Tensor]) -> lis
             dtypes.setdefault(tensor.path, Counter())[stored.dtype] += 1
             if part is None and stored.shape != tensor.shape:
                 wrong.append(f"{key} has shape {stored.shape}, config.json means {tensor.shape}")
-            if stored.dtype not in DTYPES:
-                wrong.append(f"{key} is {stored.dtype}; quantized weights are not read")
     wrong += [
         f"{path[-1]} of the layers comes in {' and '.join(sorted(kinds))}; one dtype is needed"
         for path, kinds in dtypes.items()
@@ -317,6 +406,8 @@ def main() -> None:
     args = parser.parse_args()
     refuse_existing(args.out)
     opened = HFWeights(args.hf)
+    for line in opened.warnings:
+        print(f"warning: {line}", file=sys.stderr)
 
     dtype = dtype_of(args.dtype)
     source = {"hf": opened.name, "dtype": args.dtype, "files": opened.stamps()}

@@ -43,6 +43,7 @@ def foreign(folder: str) -> dict[str, str]:
         "dtype": _dtypes(held),
         "layout": "experts of a layer fused in one tensor" if fused else "one tensor for each matrix",
         "tokenizer": _tokenizer(opened.files, TOKENIZER_FILES),
+        **({"warnings": "\n".join(opened.warnings)} if opened.warnings else {}),
     }
 
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from converters.hf_to_orbax import INDEX, SINGLE
 from converters.shards import Place, Shard, ahead, header_of
 from converters.work import Told, add_arguments, check_finite, compare, dtype_of, size_of
 from xlam_jax.errors import UserError, run
+from xlam_jax.models import hf_keys
 from xlam_jax.models.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -38,6 +40,9 @@ def write_hf(
     numbers.
     """
     config = ModelConfig.from_hf(hf_config)
+    hf_config, dropped = hf_keys.without_quantization({"model_type": config.family} | hf_config, f"config.json of {of}")
+    for line in dropped:
+        print(f"warning: {line}", file=sys.stderr)
 
     def place(tensor: Tensor) -> Place:
         return Place(tensor.key, np.dtype(dtype or parameter(params, tensor.path).dtype), tensor.shape)
@@ -129,6 +134,9 @@ def main() -> None:
         with new_folder(Path(args.out)) as part:
             base = with_adapters.config.model.init_from
             write_peft(part, with_adapters.model, checkpoint.load_params(step), base)
+        if changed := with_adapters.config.model.overrides:
+            print(f"warning: the adapters were trained with model.overrides {changed}; change the base's config.json "
+                  "likewise where they are loaded, or export with --lora merge", file=sys.stderr)  # fmt: skip
         print(f"{args.out}: the adapters of step {step.name} of {args.checkpoint}, for {base or 'a random base'}")
         return
     hf_config = checkpoint.load_hf_config(step)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from converters.shards import read_tensors
 from xlam_jax.errors import UserError
 from xlam_jax.models.config import Lora, ModelConfig
 
@@ -69,14 +70,11 @@ def write_peft(folder: Path, config: ModelConfig, adapters: "Params", base: str 
 
 def read_peft(folder: Path, config: ModelConfig) -> "Params":
     """Reads a PEFT folder as the adapters of a model. Raises `UserError` when they are others than `config.lora`."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
     lora = _lora(config)
     try:
         described = dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
-        tensors = load_file(folder / WEIGHTS)
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        tensors = read_tensors(str(folder / WEIGHTS))
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(
             f"{folder}: no PEFT adapter can be read there ({error}); {CONFIG} and {WEIGHTS} are expected"
         ) from None

@@ -191,6 +191,9 @@ def split(words: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _adapters(given: Sequence[str]) -> dict[str, Path]:
+    from converters.peft import WEIGHTS
+    from converters.shards import Shard
+
     adapters: dict[str, Path] = {}
     for one in given:
         name, equals, folder = one.partition("=")
@@ -201,12 +204,20 @@ def _adapters(given: Sequence[str]) -> dict[str, Path]:
                 f"--lora {one}: no adapter_config.json in {folder}; "
                 "`python -m converters.orbax_to_hf --lora adapter` writes such a folder"
             )
+        if (weights := Path(folder) / WEIGHTS).is_file():
+            Shard(str(weights))
         adapters[name] = Path(folder).resolve()
     return adapters
 
 
 def _rank(folder: Path) -> int:
-    return int(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("r") or 16)
+    from xlam_jax.models.config import read_hf_config
+
+    path = folder / "adapter_config.json"
+    rank = read_hf_config(path).get("r", 8)  # peft's default
+    if type(rank) is not int or rank < 1:
+        raise UserError(f"{path}: r is {rank!r}; the adapter's rank, a positive whole number, is needed")
+    return rank
 
 
 def check_port(host: str, port: int) -> None:
@@ -268,18 +279,23 @@ def model_folder(given: str, exported: Path | None, export: bool, values: bool =
 
 
 def _check_folder(folder: Path, values: bool) -> None:
-    """Tells at once what vLLM would tell after minutes, or never: weights cut off, missing or of another shape, values
-    that are no numbers, a tokenizer with more tokens than the embedding."""
-    from converters.hf_to_orbax import HFWeights
+    """Reports at once what vLLM would report after minutes, or never: weights cut off, missing or of another shape,
+    values that are not numbers, a config.json of another model, a tokenizer with more tokens than the embedding."""
+    from converters.hf_to_orbax import HFWeights, quantized_tensor
     from converters.shards import Shard
     from converters.work import check_values
-    from xlam_jax.models.config import FAMILIES
+    from xlam_jax.models import hf_keys
 
     config = _hf_config(folder)
-    family = next(iter(config.get("architectures") or ()), None)
     shards = [Shard(str(path)) for path in sorted(folder.glob("*.safetensors"))]
-    if family in FAMILIES and "quantization_config" not in config:
+    method = hf_keys.quantization_method(config)
+    if hf_keys.family_of(config) and method is None:
         HFWeights(folder)
+    elif hf_keys.family_of(config) and not quantized_tensor({shard.url: shard for shard in shards}):
+        raise UserError(
+            f"{folder / 'config.json'}: has a quantization_config ({method}), and the weights are not quantized; "
+            "remove it from config.json, or vLLM serves other weights than these"
+        )
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise UserError(f"{folder}: has no tokenizer; put the model's tokenizer files there")
     _check_tokenizer(folder / "tokenizer.json", config.get("vocab_size"))
@@ -305,12 +321,10 @@ def _check_tokenizer(path: Path, vocab_size: object) -> None:
 
 
 def _hf_config(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except OSError:
-        return {}
-    except ValueError as error:
-        raise UserError(f"{folder / 'config.json'}: not valid JSON: {error}") from None
+    from xlam_jax.models.config import read_hf_config
+
+    path = folder / "config.json"
+    return read_hf_config(path) if path.is_file() else {}
 
 
 def _limits(folder: Path, extra: Sequence[str]) -> list[str]:
@@ -335,7 +349,9 @@ def _limits(folder: Path, extra: Sequence[str]) -> list[str]:
 
 def _tokenizer_config(folder: Path) -> dict[str, Any]:
     path = folder / "tokenizer_config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    from xlam_jax.models.config import read_hf_config
+
+    return read_hf_config(path) if path.is_file() else {}
 
 
 def _pass_on(server: "subprocess.Popen[bytes]", last: "deque[str]", errors: list[str]) -> None:

@@ -1,5 +1,6 @@
 """The schema: origins, overrides, and messages for wrong values."""
 
+import json
 import re
 from pathlib import Path
 
@@ -79,6 +80,13 @@ def test_origins_follow_extends_and_overrides(tmp_path: Path):
         (["model.overrides.num_attention_heads=3"], "num_attention_heads is 3 and num_key_value_heads is 2"),
         (["model.overrides.architectures=[GPT2LMHeadModel]"], "MixtralForCausalLM"),
         (["model.overrides.rope_scaling={rope_type: yarn, factor: 2}"], "'yarn' is not implemented"),
+        (["model.overrides.num_hiden_layers=1"], "no such key; did you mean 'num_hidden_layers'?"),
+        (["model.overrides.rope_theta=.nan"], "rope_theta is nan; a number above 0 is needed"),
+        (["model.overrides.rms_norm_eps=-5"], "with model.overrides: rms_norm_eps is -5; a decimal number above 0"),
+        (["model.overrides.tie_word_embeddings='false'"], "tie_word_embeddings is 'false'; true or false is needed"),
+        (["model.overrides.vocab_size=null"], "vocab_size is None; a positive whole number"),
+        (["model.overrides.sliding_window=0"], "sliding_window is 0; a positive whole number"),
+        (["model.overrides.bos_token_id=2020-01-01"], "a JSON value is needed"),
         (["model.config=nowhere.json"], "nowhere.json: no such file"),
     ],
 )
@@ -86,6 +94,24 @@ def test_wrong_values_are_named(overrides: list[str], message: str):
     with pytest.raises(UserError) as error:
         configs.load(QUICKSTART, overrides)
     assert message in str(error.value)
+
+
+def test_what_the_config_json_asks_for_is_used_or_reported(tmp_path: Path):
+    hf = json.loads((ROOT / "configs/models/tiny_mixtral.json").read_text())
+    del hf["rope_theta"]
+    hf |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "router_jitter_noise": 0.1}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(hf | {"router_aux_loss_coef": 0.5, "quantization_config": {"quant_method": "fp8"}}))
+    resolved = configs.load(QUICKSTART, [f"model.config={path}", "model.overrides.rope_theta=5e6"])
+    assert resolved.model.rope_theta == 5e6
+    assert resolved.hf_config["rope_parameters"]["rope_theta"] == 5e6
+    assert "quantization_config" not in resolved.hf_config
+    assert resolved.warnings == (
+        f"{path}: quantization_config (fp8) is dropped; the weights are not quantized",
+        f"{path}: router_jitter_noise is 0.1, which transformers applies in training and this project does not",
+        f"{path}: router_aux_loss_coef is 0.5; train.router_aux_weight, 0.02, is used",
+    )
+    assert configs.load(QUICKSTART).warnings == ()
 
 
 def test_files_that_are_no_configs(tmp_path: Path):

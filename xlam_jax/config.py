@@ -21,6 +21,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from xlam_jax.errors import UserError, nearest
+from xlam_jax.models import hf_keys
 from xlam_jax.models.config import Lora, ModelConfig, read_hf_config
 
 Count = Annotated[int, Field(gt=0)]
@@ -57,7 +58,7 @@ class Model(Section):
     config: str
     """A Hugging Face config.json, or a folder that holds one."""
     overrides: dict[str, Any] = {}
-    """Fields of that config.json to replace, such as `num_hidden_layers: 2`."""
+    """Fields of that config.json to replace, such as `num_hidden_layers: 2`; only those that the family has."""
     init_from: str | None = None
     """Weights to start from: a folder in Hugging Face format or made by converters.hf_to_orbax. None: random."""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -402,6 +403,8 @@ class Resolved(typing.NamedTuple):
     hf_config: dict[str, Any]
     """The model's config.json with `model.overrides` applied."""
     model: ModelConfig
+    warnings: tuple[str, ...] = ()
+    """What the model's config.json asks for and this project does not do, a line each."""
 
 
 def load(path: Path, overrides: list[str] | None = None) -> Resolved:
@@ -418,15 +421,20 @@ def load(path: Path, overrides: list[str] | None = None) -> Resolved:
         raise UserError("\n  ".join(_explain(problem, origins, str(path)) for problem in error.errors())) from None
     hf_path = Path(config.model.config)
     hf_path = hf_path / "config.json" if hf_path.is_dir() else hf_path
-    hf_config = read_hf_config(hf_path) | config.model.overrides
-    resolved = Resolved(config, origins, hf_config, model_of(config, hf_config, str(hf_path)))
-    _check(config, resolved.model)
-    return resolved
+    hf_config = hf_keys.with_overrides(read_hf_config(hf_path), config.model.overrides, str(hf_path))
+    hf_config, dropped = hf_keys.without_quantization(hf_config, str(hf_path))
+    model = model_of(config, hf_config, str(hf_path))
+    warnings = [*dropped, *hf_keys.warnings_of(hf_config, model.family, str(hf_path))]
+    used = config.train.router_aux_weight
+    if model.experts and (unused := hf_config.get("router_aux_loss_coef", used)) != used:
+        warnings.append(f"{hf_path}: router_aux_loss_coef is {unused}; train.router_aux_weight, {used}, is used")
+    _check(config, model)
+    return Resolved(config, origins, hf_config, model, tuple(warnings))
 
 
 def model_of(config: Config, hf_config: dict[str, Any], origin: str = "config.json") -> ModelConfig:
     """The model that a run trains, with its adapters."""
-    model = ModelConfig.from_hf(hf_config, origin)
+    model = ModelConfig.from_hf(hf_config, origin, config.model.overrides)
     return model if config.train.trainable == "full" else replace(model, lora=_lora(config, model))
 
 

@@ -217,6 +217,8 @@ def train(resolved: Resolved, run: Path, progress: "Progress", hosts: Hosts, pro
     from xlam_jax.training.setup import RUN, about, compiled_step, set_up
     from xlam_jax.training.trackers import flat, open_trackers
 
+    for line in resolved.warnings:
+        progress.line(f"warning: {line}")
     made = set_up(resolved, progress)
     distributed.agree(hosts, facts_of_data(made))
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from converters import hf_to_orbax, orbax_to_hf
+from converters import hf_to_orbax, inspect, orbax_to_hf
 from converters.hf_map import tensors
 from converters.hf_to_orbax import load_hf
 from xlam_jax.errors import UserError
@@ -221,6 +222,118 @@ def test_what_does_not_fit(
     for part in expected:
         assert part in str(error.value)
     assert not (tmp_path / "orbax").exists()
+
+
+def reindex(folder: Path, change: Callable[[dict[str, str]], object]) -> None:
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    change(index["weight_map"])
+    path.write_text(json.dumps(index))
+
+
+def swap_offsets(folder: Path) -> None:
+    """Gives two tensors of one shape the same bytes, as a careless tool might."""
+    path = folder / "model-00002-of-00008.safetensors"
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    first, second = list(key for key in header if key != "__metadata__")[:2]
+    header[first]["data_offsets"] = header[second]["data_offsets"]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+
+
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (swap_offsets, "model-00002-of-00008.safetensors: truncated or damaged"),
+        (
+            lambda folder: reindex(folder, lambda files: files.update({NORM: "../x.safetensors"})),
+            "names '../x.safetens",
+        ),
+        (lambda folder: reindex(folder, lambda files: files.update({NORM: "/etc/passwd"})), "names '/etc/passwd' for"),
+        (lambda folder: reindex(folder, lambda files: files.update({NORM: 3})), f"names 3 for {NORM}"),
+        (
+            lambda folder: reindex(folder, lambda files: files.update({NORM: "model-00001-of-00008.safetensors"})),
+            "and model.safetensors.index.json names model-00001-of-00008.safetensors for it",
+        ),
+        (lambda folder: reindex(folder, lambda files: files.pop(NORM)), "index.json names no file for it"),
+        (
+            lambda folder: reindex(folder, lambda files: files.update({"x": files[NORM]})),
+            "x is not in model-0000",
+        ),
+        (
+            lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b", "a": "b"}}'),
+            "index.json: not valid JSON (the key 'a' occurs twice)",
+        ),
+        (
+            lambda folder: shutil.copyfile(folder / "model-00001-of-00008.safetensors", folder / "model.safetensors"),
+            "both model.safetensors and model.safetensors.index.json are there",
+        ),
+        (
+            lambda folder: edit(folder, lambda values: values.update({"model.layers.0.up.qweight": np.ones(3)})),
+            "model.layers.0.up.qweight is F64; quantized weights are not read",
+        ),
+        (
+            lambda folder: (
+                edit(folder, lambda values: values.update({NORM: np.ones(32, np.uint8)})),
+                set_config(folder, quantization_config={"quant_method": "bitsandbytes"}),
+            ),
+            f"{NORM} is U8; quantized weights are not read (config.json: quantization bitsandbytes)",
+        ),
+    ],
+)
+def test_contradictions_of_files_and_index(
+    sharded: Path, tmp_path: Path, damage: Callable[[Path], object], expected: str
+):
+    folder = tmp_path / "hf"
+    shutil.copytree(sharded, folder)
+    damage(folder)
+    for read in (load_hf, lambda folder: inspect.foreign(str(folder))):
+        with pytest.raises(UserError) as error:
+            read(folder)
+        assert expected in str(error.value)
+
+
+def test_a_quantization_config_without_quantized_weights_is_dropped(
+    tmp_path: Path, convert: Command, capsys: pytest.CaptureFixture[str]
+):
+    original = saved(tmp_path / "hf", "mistral")
+    set_config(original, quantization_config={"quant_method": "bitsandbytes"}, attention_dropout=0.25)
+    convert(hf_to_orbax, "--hf", original, "--out", tmp_path / "orbax")
+    said = capsys.readouterr().err
+    assert "quantization_config (bitsandbytes) is dropped; the weights are not quantized" in said
+    assert "attention_dropout is 0.25, which transformers applies in training" in said
+    assert "quantization_config (bitsandbytes) is dropped" in inspect.foreign(str(original))["warnings"]
+    convert(orbax_to_hf, "--checkpoint", tmp_path / "orbax", "--out", tmp_path / "back")
+    assert "quantization_config" not in json.loads((tmp_path / "back" / "config.json").read_text())
+
+
+def test_a_tied_model_with_its_head_in_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(hf_to_orbax, "ROWS", 100)
+    folder = saved(tmp_path / "hf", "mistral-tied")
+    file = folder / "model.safetensors"
+    values = load_file(file)
+    save_file(values | {"lm_head.weight": values["model.embed_tokens.weight"].copy()}, file)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = AutoModelForCausalLM.from_pretrained(folder)
+    _, params = load_hf(folder)
+    assert "head" not in params
+    np.testing.assert_array_equal(params["embedding"], theirs.lm_head.weight.detach().numpy())
+
+    other = values["model.embed_tokens.weight"].copy()
+    other[-1, -1] += 1
+    for head in (other, other[:-1]):
+        save_file(values | {"lm_head.weight": head}, file)
+        with pytest.raises(UserError, match=r"tie_word_embeddings is true .* not equal to model\.embed"):
+            load_hf(folder)
+    save_file(values | {"lm_head.weight": other}, file)
+    set_config(folder, tie_word_embeddings=False)
+    np.testing.assert_array_equal(load_hf(folder)[1]["head"], other)
 
 
 def test_an_existing_output_is_refused(sharded: Path, tmp_path: Path, convert: Command):

@@ -240,6 +240,29 @@ def test_truncated_weights(commands: Commands, model: Path, monkeypatch: pytest.
     assert f"{model}/model.safetensors: truncated or damaged, 9 bytes" in said
 
 
+def test_a_quantization_config_without_quantized_weights(exported: Path, tmp_path: Path):
+    model = shutil.copytree(exported, tmp_path / "copy")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
+    with pytest.raises(
+        UserError, match=r"config.json: has a quantization_config \(awq\), and the weights are not quant"
+    ):
+        serve.model_folder(str(model), None, export=True)
+    (model / "config.json").write_text(json.dumps(config | {"rope_scaling": {"type": "linear", "factor": "4"}}))
+    with pytest.raises(UserError, match="factor must be a number above 0"):
+        serve.model_folder(str(model), None, export=True)
+
+
+def test_adapters_that_cannot_be_read(commands: Commands, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(serve, "package", lambda: "vllm")
+    call = ("serving.serve", "--model", model, "--lora", f"a={tmp_path}", "--port", launch.free_ports())
+    for text, message in [("{", "not valid JSON"), ("[]", "contains a list"), ('{"r": "8"}', "r is '8'")]:
+        (tmp_path / "adapter_config.json").write_text(text)
+        assert f"{tmp_path}/adapter_config.json: {message}" in commands.fails(*call)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"\x50\0\0\0\0\0\0\0{")
+    assert f"{tmp_path}/adapter_model.safetensors: truncated or damaged" in commands.fails(*call)
+
+
 def test_values_that_are_no_numbers(commands: Commands, model: Path, monkeypatch: pytest.MonkeyPatch):
     from safetensors.numpy import save_file
 

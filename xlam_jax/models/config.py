@@ -1,17 +1,15 @@
 """What a model is: read from a Hugging Face `config.json`, the one description every tool of the field shares."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from xlam_jax.errors import UserError, nearest
-
-FAMILIES = {
-    "MistralForCausalLM": "mistral",
-    "MixtralForCausalLM": "mixtral",
-    "LlamaForCausalLM": "llama",
-}
+from xlam_jax.models import hf_keys
+from xlam_jax.models.hf_keys import FAMILIES, Values
+from xlam_jax.strict_json import unique_keys
 
 # What a config.json that leaves a key out means by it: the defaults of transformers.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -92,62 +90,81 @@ class ModelConfig:
     """Adapters beside the weights; no part of a config.json."""
 
     @classmethod
-    def from_hf(cls, hf: dict[str, Any], origin: str = "config.json") -> "ModelConfig":
-        """Reads the fields of a Hugging Face config. Raises `UserError` for what this decoder does not compute."""
+    def from_hf(cls, hf: dict[str, Any], origin: str = "config.json", overridden: Iterable[str] = ()) -> "ModelConfig":
+        """Reads the fields of a Hugging Face config, as transformers reads them.
+
+        `overridden`: the keys that `model.overrides` set, for messages. Raises `UserError` for values of another type
+        or out of range, for two spellings that contradict each other, and for what this decoder does not compute.
+        """
         architectures = hf.get("architectures") or []
-        family = FAMILIES.get(architectures[0]) if architectures else None
+        family = hf_keys.family_of(hf)
         if family is None:
             raise UserError(
                 f"{origin}: architectures is {architectures!r}; this project trains {', '.join(FAMILIES)}"
-                + (nearest(str(architectures[0]), FAMILIES) if architectures else "")
+                + (
+                    nearest(str(architectures[0]), FAMILIES)
+                    if isinstance(architectures, list) and architectures
+                    else ""
+                )
             )
-        hf = DEFAULTS[family] | hf
-        for key, only in {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}.items():
-            if hf.get(key, only) != only:
-                raise UserError(f"{origin}: {key} is {hf[key]!r}, and only {only!r} is implemented")
-
-        def size(key: str, default: int | None = None) -> int:
-            value = hf.get(key)
-            value = default if value is None else value
-            if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-                raise UserError(f"{origin}: {key} is {value!r}; a positive whole number is needed")
-            return value
-
-        heads = size("num_attention_heads")
-        kv_heads = size("num_key_value_heads", heads)
+        default = DEFAULTS[family]
+        hf_keys.check_aliases(Values(hf, origin, overridden), family)
+        if family == "mixtral" and "num_experts" in hf:
+            hf = {"num_local_experts": hf["num_experts"]} | hf
+        values = Values(hf, origin, overridden)
+        if hf.get("model_type", family) != family:
+            raise values.error("model_type", "architectures", expected=f"{family!r} belongs to that architecture")
+        if hf.get("hidden_act", "silu") != "silu":
+            raise values.error("hidden_act", expected="only 'silu' is implemented")
+        heads = values.size("num_attention_heads")
+        kv_heads = values.size(
+            "num_key_value_heads", default.get("num_key_value_heads", heads), nullable=family == "llama"
+        )
         if heads % kv_heads:
-            raise UserError(
-                f"{origin}: num_attention_heads is {heads} and num_key_value_heads is {kv_heads}; "
-                "the first must be a multiple of the second"
+            raise values.error(
+                "num_attention_heads", "num_key_value_heads", expected="the first must be a multiple of the second"
             )
-        head_dim = size("head_dim", size("hidden_size") // heads)
+        hidden_size = values.size("hidden_size")
+        if hidden_size % heads and (family == "llama" or hf.get("head_dim") is None):
+            raise values.error(
+                "hidden_size", "num_attention_heads", expected="the first must be a multiple of the second"
+            )
+        head_dim = values.size("head_dim", hidden_size // heads, nullable=True)
         if head_dim % 2:
-            raise UserError(f"{origin}: head_dim is {head_dim}; rotary positions need an even number")
-        experts = size("num_local_experts") if family == "mixtral" else 0
-        experts_per_token = size("num_experts_per_tok") if family == "mixtral" else 0
-        if experts_per_token > experts:
-            raise UserError(
-                f"{origin}: num_experts_per_tok is {experts_per_token}, more than num_local_experts, {experts}"
-            )
-        theta, scaling = _rope(hf, origin)
+            raise values.error("head_dim", expected=f"heads of {head_dim}; rotary positions need an even number")
+        layers = values.size("num_hidden_layers", most=hf_keys.MOST_LAYERS)
+        experts, experts_per_token = 0, 0
+        if family == "mixtral":
+            experts = values.size("num_local_experts", default["num_local_experts"], most=hf_keys.MOST_LAYERS)
+            experts_per_token = values.size("num_experts_per_tok", default["num_experts_per_tok"])
+            if experts_per_token > experts:
+                raise values.error(
+                    "num_experts_per_tok", "num_local_experts", expected="the first must not be more than the second"
+                )
+        window = None
+        if family != "llama" and hf.get("sliding_window", default.get("sliding_window")) is not None:
+            window = values.size("sliding_window", default.get("sliding_window"))
+        hf_keys.check_keys(values, family, layers, window)
+        max_positions = values.size("max_position_embeddings", default["max_position_embeddings"])
+        theta, scaling = hf_keys.rope(values, default["rope_theta"], max_positions)
         return cls(
             family=family,
-            vocab_size=size("vocab_size"),
-            hidden_size=size("hidden_size"),
-            mlp_size=size("intermediate_size"),
-            layers=size("num_hidden_layers"),
+            vocab_size=values.size("vocab_size"),
+            hidden_size=hidden_size,
+            mlp_size=values.size("intermediate_size"),
+            layers=layers,
             heads=heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
             experts=experts,
             experts_per_token=experts_per_token,
             rope_theta=theta,
-            rope_scaling=scaling,
-            sliding_window=None if family == "llama" else hf.get("sliding_window"),
-            max_positions=size("max_position_embeddings"),
-            norm_eps=float(hf["rms_norm_eps"]),
-            tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
-            initializer_range=float(hf.get("initializer_range", 0.02)),
+            rope_scaling=_scaling(scaling),
+            sliding_window=window,
+            max_positions=max_positions,
+            norm_eps=values.decimal("rms_norm_eps", default["rms_norm_eps"], most=1.0),
+            tie_embeddings=values.flag("tie_word_embeddings", False),
+            initializer_range=values.decimal("initializer_range", 0.02, most=1.0),
         )
 
     def parameters(self) -> int:
@@ -160,37 +177,32 @@ class ModelConfig:
         return self.layers * block + embeddings + self.hidden_size
 
 
-def _rope(hf: dict[str, Any], origin: str) -> tuple[float, RopeScaling | None]:
-    # transformers 5 writes rope_parameters; older files hold rope_theta beside rope_scaling.
-    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-    theta = float(rope.get("rope_theta", hf["rope_theta"]))
-    kind = rope.get("rope_type", rope.get("type", "default"))
+def _scaling(numbers: dict[str, Any]) -> RopeScaling | None:
+    kind = numbers["rope_type"]
     if kind == "default":
-        return theta, None
-    try:
-        if kind == "linear":
-            return theta, RopeScaling(kind=kind, factor=float(rope["factor"]))
-        if kind == "llama3":
-            return theta, RopeScaling(
-                kind=kind,
-                factor=float(rope["factor"]),
-                low_freq_factor=float(rope["low_freq_factor"]),
-                high_freq_factor=float(rope["high_freq_factor"]),
-                original_max_positions=int(rope["original_max_position_embeddings"]),
-            )
-    except KeyError as error:
-        raise UserError(f"{origin}: rope type {kind!r} needs {error}, and only {', '.join(rope)} are given") from None
-    raise UserError(f"{origin}: rope type {kind!r} is not implemented; known are 'default', 'linear' and 'llama3'")
+        return None
+    if kind == "linear":
+        return RopeScaling(kind=kind, factor=float(numbers["factor"]))
+    return RopeScaling(
+        kind=kind,
+        factor=float(numbers["factor"]),
+        low_freq_factor=float(numbers["low_freq_factor"]),
+        high_freq_factor=float(numbers["high_freq_factor"]),
+        original_max_positions=numbers["original_max_position_embeddings"],
+    )
 
 
 def read_hf_config(path: Path) -> dict[str, Any]:
-    """Reads a `config.json`. Raises `UserError` where the file is missing or not a JSON object."""
+    """Reads a `config.json`, or another JSON object of a Hugging Face folder.
+
+    Raises `UserError` where the file is missing, not a JSON object, or has a key twice.
+    """
     try:
-        hf = json.loads(path.read_text(encoding="utf-8"))
+        hf = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; a Hugging Face config.json is expected here") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(hf, dict):
-        raise UserError(f"{path}: holds a {type(hf).__name__}; a JSON object is expected")
+        raise UserError(f"{path}: contains a {type(hf).__name__}; a JSON object is expected")
     return hf

@@ -15,6 +15,8 @@ def dry_run(resolved: Resolved, *, quiet: bool = False) -> int:
     """
     config, progress = resolved.config, Progress(quiet=quiet)
     tell = (lambda _: None) if quiet else print
+    for line in resolved.warnings:
+        progress.line(f"warning: {line}")
     made = set_up(resolved, progress)
 
     import jax

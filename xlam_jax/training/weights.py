@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from xlam_jax.config import Config, Resolved, model_of
 from xlam_jax.errors import UserError
+from xlam_jax.models import hf_keys
 from xlam_jax.models.config import ModelConfig
 from xlam_jax.models.nf4 import NF4, dense
 from xlam_jax.models.params import Params, freeze, initialize, shapes, trainable
@@ -19,11 +20,12 @@ from xlam_jax.training import checkpoint
 from xlam_jax.training.step import place
 
 
-def read_base(resolved: Resolved) -> Params | None:
+def read_base(resolved: Resolved, *, exporting: bool = False) -> Params | None:
     """The weights that `model.init_from` names, a whole model without adapters, none of them read yet: `place` reads
     what each host's devices hold. None for random ones.
 
-    Raises `UserError` when they are those of another model.
+    Raises `UserError` when they are those of another model, or of another config.json: the second not when `exporting`,
+    for a run that has been trained is exported as it was trained.
     """
     from converters.hf_to_orbax import HFWeights
 
@@ -34,10 +36,34 @@ def read_base(resolved: Resolved) -> Params | None:
     if checkpoint.is_checkpoint(Path(named)):
         step = checkpoint.resolve(Path(named))
         checkpoint.check_params(step, like)
+        if not exporting:
+            check_same_config(resolved, checkpoint.load_hf_config(step))
         return checkpoint.open_params(step)
-    params = HFWeights(named).params()
+    opened = HFWeights(named)
+    params = opened.params()
     checkpoint.same_shapes(named, params, like)
+    if not exporting:
+        check_same_config(resolved, opened.hf_config)
     return params
+
+
+def check_same_config(resolved: Resolved, stored: dict[str, Any]) -> None:
+    """Raises `UserError` where the config.json next to `model.init_from`'s weights describes another computation than
+    `model.config`, such as another rope_theta or window, unless `model.overrides` asks for it."""
+    section = resolved.config.model
+    named = f"{section.init_from}/config.json"
+    theirs = asdict(ModelConfig.from_hf(hf_keys.with_overrides(stored, section.overrides, named), named))
+    ours = asdict(resolved.model)
+    different = [
+        f"{key} is {ours[key]} in {section.config} and {theirs[key]} in {named}"
+        for key in ("rope_theta", "rope_scaling", "sliding_window", "norm_eps", "experts_per_token", "tie_embeddings")
+        if ours[key] != theirs[key]
+    ]
+    if different:
+        raise UserError(
+            f"model.init_from: {'; '.join(different)}; set model.config to {section.init_from}, and name what is meant "
+            "to differ in model.overrides"
+        )
 
 
 def read_adapters(resolved: Resolved) -> Params | None:
@@ -152,7 +178,7 @@ def open_whole(step_dir: Path) -> Params:
     if resolved is None:
         checkpoint.check_params(step_dir, shapes(ModelConfig.from_hf(checkpoint.load_hf_config(step_dir))))
         return checkpoint.open_params(step_dir)
-    base = read_base(resolved)
+    base = read_base(resolved, exporting=True)
     if base is None:
         base = jax.device_get(trainable(resolved.model, initialize(resolved.model, resolved.config.seed))[1])
     dtype = jnp.dtype(resolved.config.model.compute_dtype)
