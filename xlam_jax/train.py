@@ -248,12 +248,18 @@ def train(resolved: Resolved, run: Path, progress: "Progress", hosts: Hosts, pro
 
     # ---- state: 1. this run's newest checkpoint; 2. model.init_from; 3. random -------------------------------------
     metadata = {"config": config.model_dump(mode="json"), "model": resolved.hf_config, "base": beside}
-    saves = checkpoint.Checkpoints(run, keep=config.checkpoint.keep, metadata=metadata, best=config.checkpoint.best)
     data_state = None
     if start:
-        saved = saves.saved_metadata(start)
+        restored = checkpoint.restore_newest(
+            run,
+            start,
+            _items(made.state),
+            on_damage=config.checkpoint.on_damage,
+            hosts=hosts,
+            report=progress.line,
+        )
+        start, items, data_state, saved = restored
         weights.check_base(run, saved.get("base"), beside or "", config.model.init_from)
-        items, data_state = saves.restore(start, _items(made.state))
         state = steps.State(step=steps.put(np.int32(start), made.state.step.sharding), **items)
         metadata["reference"] = saved.get("reference")
         progress.line(f"continuing {run} after step {start}")
@@ -264,6 +270,8 @@ def train(resolved: Resolved, run: Path, progress: "Progress", hosts: Hosts, pro
     if start >= config.train.steps:
         progress.line(f"{run} is finished: {start} of {config.train.steps} steps")
         return 0
+    checkpoint.check_names(run, range(start + 1, config.train.steps + 1))
+    saves = checkpoint.Checkpoints(run, keep=config.checkpoint.keep, metadata=metadata, best=config.checkpoint.best)
     if hosts.first:
         write_text(run / RUN, json.dumps(about(resolved, made, run), indent=1) + "\n")
     loaded = made.loaded

@@ -263,7 +263,7 @@ def test_the_newest_checkpoint_that_all_see_is_taken(tmp_path: Path):
         runs = [tmp_path / "-".join(map(str, ("run", *own))) for own in steps]
         for run, own in zip(runs, steps, strict=True):
             for step in own:
-                (run / "checkpoints" / str(step)).mkdir(parents=True, exist_ok=True)
+                (run / "checkpoints" / str(step) / "params").mkdir(parents=True, exist_ok=True)
             (run / "checkpoints" / "99.orbax-checkpoint-tmp").mkdir(parents=True, exist_ok=True)  # not whole
         taken, told = [], io.StringIO()
 
