@@ -103,7 +103,11 @@ def check_run_folder(run: Path, resolved: Resolved) -> None:
         if run.exists() and (not run.is_dir() or any(entry.suffix != ".part" for entry in run.iterdir())):
             raise UserError(f"output_dir: {run} exists and is not a run of this program; choose another folder")
         return
-    old = configs.Config.model_validate(yaml.safe_load(saved.read_text(encoding="utf-8")))
+    try:
+        old = configs.Config.model_validate(yaml.safe_load(saved.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, ValueError) as error:  # of pydantic and of decoding, too
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{saved}: can't be read ({reason}); restore the file, or choose another output_dir") from None
     different = configs.differences(old, resolved.config)
     new_hf = resolved.hf_config
     old_hf = read_hf_config(run / "config.json") if (run / "config.json").exists() else new_hf  # killed before it wrote
