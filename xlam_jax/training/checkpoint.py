@@ -12,6 +12,7 @@ every array by value, digests of the tokenizer's files and a digest of themselve
 compared with them, and what differs raises `DamagedError`.
 """
 
+import errno
 import json
 import logging
 import math
@@ -31,6 +32,7 @@ from orbax.checkpoint import v1 as ocp
 from xlam_jax.errors import UserError
 from xlam_jax.models.params import Params
 from xlam_jax.outputs import write_text
+from xlam_jax.parallel.link import Hosts
 from xlam_jax.training import checksums
 
 # Orbax logs every phase of every save, and every error once a thread; what fails is raised by `save` and `wait`.
@@ -255,7 +257,7 @@ def restore_newest(
     items: dict[str, Any],
     *,
     on_damage: Literal["fallback", "error"],
-    hosts: Any,
+    hosts: Hosts,
     report: Callable[[str], None],
 ) -> Restored:
     """`restore` of the newest intact step up to `newest`; all `hosts` call it together and get the same one.
@@ -293,7 +295,7 @@ def restore_newest(
     )
 
 
-def _set_aside(run: Path, problems: dict[int, str], hosts: Any, report: Callable[[str], None]) -> None:
+def _set_aside(run: Path, problems: dict[int, str], hosts: Hosts, report: Callable[[str], None]) -> None:
     """Renames damaged steps, on one host, while all wait."""
     for step, problem in problems.items():
         path = run / STEPS / str(step)
@@ -702,10 +704,13 @@ def _open(step_dir: Path, item: str, names: list[str], metadata: dict[str, Any])
     return opened
 
 
+_TRANSIENT = (errno.EPERM, errno.ENOMEM, errno.EACCES, errno.ENFILE, errno.EMFILE)
+
+
 def _unreadable(step_dir: Path, name: str, error: Exception) -> UserError:
     """Damage, or what keeps an undamaged file from being read."""
     reason = str(error).strip().splitlines()[0][:300]
-    if "PERMISSION_DENIED" in reason or "RESOURCE_EXHAUSTED" in reason:
+    if "PERMISSION_DENIED" in reason or re.search(rf"OS error ({'|'.join(map(str, _TRANSIENT))})\b", str(error)):
         return UserError(f"{step_dir / name}: can't be read ({reason})")
     return DamagedError(step_dir, f"{name} can't be read ({reason})")
 

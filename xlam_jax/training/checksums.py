@@ -84,8 +84,11 @@ def _units(array: jax.Array, lead: int) -> jax.Array:
 
 def _mixed(words: Any, places: Any) -> tuple[Any, Any]:
     """The words, each mixed with its place, in two ways; u32 arrays of NumPy or JAX."""
-    mixed = (words ^ (places * np.uint32(0x9E3779B1))) * np.uint32(0x85EBCA6B)
-    mixed = mixed ^ (mixed >> np.uint32(15))
+    mixed = words ^ (places * np.uint32(0x9E3779B1))
+    # the finalizer of MurmurHash3: less mixing misses changes of many sign bits
+    mixed = (mixed ^ (mixed >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+    mixed = (mixed ^ (mixed >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+    mixed = mixed ^ (mixed >> np.uint32(16))
     return mixed, mixed * (places * np.uint32(2) + np.uint32(1))
 
 
