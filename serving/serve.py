@@ -274,6 +274,9 @@ def model_folder(given: str, exported: Path | None, export: bool, values: bool =
     done = subprocess.run(words, capture_output=True, text=True, check=False)  # its memory is freed with it
     if done.returncode:
         raise UserError(f"{folder}: could not be exported: {done.stderr.strip().removeprefix('error: ')}")
+    for line in done.stderr.splitlines():
+        if line.startswith("warning: "):
+            print(line, file=sys.stderr)
     write_text(out / EXPORTED, f"{checkpoint.stamp(step)}\n")
     return out.resolve()
 

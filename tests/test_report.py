@@ -374,13 +374,13 @@ def test_damaged_lines_are_told_and_a_cut_last_line_is_not(tmp_path, capsys):
     page = page_of(tmp_path, run)
     metrics, answers = capsys.readouterr().err.splitlines()
     assert metrics == (
-        f"warning: {run}/metrics.jsonl: line 3, exact, parsable: no finite number; line 4 is no JSON; "
+        f"warning: {run}/metrics.jsonl: line 3, exact, parsable: no finite number; line 4 is not valid JSON; "
         "line 5 is no record with step and kind; line 6 has the unknown kind 'later'; "
         "line 7 is no record with step and kind: left out"
     )
     assert answers == (
-        f"warning: {run}/samples.jsonl: line 3 is no JSON; line 4 is no sample with a step; line 6 is no sample with a "
-        "step: left out"
+        f"warning: {run}/samples.jsonl: line 3 is not valid JSON; line 4 is no sample with a step; line 6 is no sample "
+        "with a step: left out"
     )
     assert page.figures["Loss nats per trained token"].curves["train"].steps == list(range(1, 21))
     assert page.figures["Requests share"].curves["exact"].steps == [0, 20]

@@ -316,6 +316,9 @@ class Checkpoint(Section):
     best: str | None = Field(default=None, json_schema_extra=CHANGEABLE)
     """A metric of the evaluations, such as heldout.loss, heldout.kinds.arguments.loss, heldout.accuracy (pairs) or
     requests.exact: the best checkpoint by it is kept as well."""
+    on_damage: Literal["fallback", "error"] = Field(default="fallback", json_schema_extra=CHANGEABLE)
+    """When the newest checkpoint is damaged: report it, rename it to STEP.damaged and continue from the newest intact
+    one; or stop. Where none is intact the run stops in any case."""
 
 
 class Track(Section):

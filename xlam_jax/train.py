@@ -103,7 +103,11 @@ def check_run_folder(run: Path, resolved: Resolved) -> None:
         if run.exists() and (not run.is_dir() or any(entry.suffix != ".part" for entry in run.iterdir())):
             raise UserError(f"output_dir: {run} exists and is not a run of this program; choose another folder")
         return
-    old = configs.Config.model_validate(yaml.safe_load(saved.read_text(encoding="utf-8")))
+    try:
+        old = configs.Config.model_validate(yaml.safe_load(saved.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, ValueError) as error:  # of pydantic and of decoding, too
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{saved}: can't be read ({reason}); restore the file, or choose another output_dir") from None
     different = configs.differences(old, resolved.config)
     new_hf = resolved.hf_config
     old_hf = read_hf_config(run / "config.json") if (run / "config.json").exists() else new_hf  # killed before it wrote
@@ -250,12 +254,18 @@ def train(resolved: Resolved, run: Path, progress: "Progress", hosts: Hosts, pro
 
     # ---- state: 1. this run's newest checkpoint; 2. model.init_from; 3. random -------------------------------------
     metadata = {"config": config.model_dump(mode="json"), "model": resolved.hf_config, "base": beside}
-    saves = checkpoint.Checkpoints(run, keep=config.checkpoint.keep, metadata=metadata, best=config.checkpoint.best)
     data_state = None
     if start:
-        saved = saves.saved_metadata(start)
+        restored = checkpoint.restore_newest(
+            run,
+            start,
+            _items(made.state),
+            on_damage=config.checkpoint.on_damage,
+            hosts=hosts,
+            report=progress.line,
+        )
+        start, items, data_state, saved = restored
         weights.check_base(run, saved.get("base"), beside or "", config.model.init_from)
-        items, data_state = saves.restore(start, _items(made.state))
         state = steps.State(step=steps.put(np.int32(start), made.state.step.sharding), **items)
         metadata["reference"] = saved.get("reference")
         progress.line(f"continuing {run} after step {start}")
@@ -266,6 +276,8 @@ def train(resolved: Resolved, run: Path, progress: "Progress", hosts: Hosts, pro
     if start >= config.train.steps:
         progress.line(f"{run} is finished: {start} of {config.train.steps} steps")
         return 0
+    checkpoint.check_names(run, range(start + 1, config.train.steps + 1))
+    saves = checkpoint.Checkpoints(run, keep=config.checkpoint.keep, metadata=metadata, best=config.checkpoint.best)
     if hosts.first:
         write_text(run / RUN, json.dumps(about(resolved, made, run), indent=1) + "\n")
     loaded = made.loaded

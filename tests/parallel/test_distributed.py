@@ -2,6 +2,7 @@
 
 import io
 import re
+import shutil
 import socket
 import subprocess
 import threading
@@ -10,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import pytest
 import yaml
 from jax._src import cloud_tpu_init
@@ -23,6 +25,7 @@ from xlam_jax.launch import free_ports
 from xlam_jax.parallel import distributed
 from xlam_jax.parallel.distributed import Place, agree, check_shared, facts, find
 from xlam_jax.parallel.link import Hosts, Hub, Link
+from xlam_jax.training import checkpoint
 from xlam_jax.training.progress import Progress
 
 JOBSET = {
@@ -263,7 +266,7 @@ def test_the_newest_checkpoint_that_all_see_is_taken(tmp_path: Path):
         runs = [tmp_path / "-".join(map(str, ("run", *own))) for own in steps]
         for run, own in zip(runs, steps, strict=True):
             for step in own:
-                (run / "checkpoints" / str(step)).mkdir(parents=True, exist_ok=True)
+                (run / "checkpoints" / str(step) / "params").mkdir(parents=True, exist_ok=True)
             (run / "checkpoints" / "99.orbax-checkpoint-tmp").mkdir(parents=True, exist_ok=True)  # not whole
         taken, told = [], io.StringIO()
 
@@ -285,6 +288,28 @@ def test_the_newest_checkpoint_that_all_see_is_taken(tmp_path: Path):
     assert taken == []
     assert all(message and f"host 1 ({name}) sees none); output_dir must be on a file system" in message
                for message in messages)  # fmt: skip
+
+
+def test_hosts_fall_back_together(tmp_path: Path):
+    """Damage that one host alone meets makes all of them take the older step."""
+    saves = checkpoint.Checkpoints(tmp_path / "0", keep=2, metadata={})
+    for step in (1, 2):
+        saves.save(step, {"params": {"w": jnp.full(8, step)}}, {})
+    saves.wait()
+    saves.close()
+    shutil.copytree(tmp_path / "0", tmp_path / "1")
+    (tmp_path / "1/checkpoints/2/params/manifest.ocdbt").write_bytes(b"")
+    restored, said = [], io.StringIO()
+
+    def restore(hosts: Hosts, run: Path) -> None:
+        report = Progress(said, quiet=not hosts.first).line
+        items = {"params": {"w": jnp.zeros(8)}}
+        restored.append(checkpoint.restore_newest(run, 2, items, on_damage="fallback", hosts=hosts, report=report))
+
+    assert together([tmp_path / "0", tmp_path / "1"], restore) == [None, None]
+    assert [(one.step, one.items["params"]["w"].tolist()) for one in restored] == [(1, [1] * 8)] * 2
+    assert f"{tmp_path}/1/checkpoints/2 is damaged: params/w can't be read" in said.getvalue()
+    assert checkpoint.whole_steps(tmp_path / "0") == [1]  # its first host renames for all
 
 
 # ---- the files that users start from --------------------------------------------------------------------------------

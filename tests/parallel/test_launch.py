@@ -46,11 +46,16 @@ def work(task: dict[str, Any]) -> None:
         for other in task["others"]:
             for name, mesh in zip(meshes, [*list(meshes.values())[1:], *meshes.values()], strict=False):
                 made = set_up(resolve(task, root, mesh), progress)
-                saved = checkpoint.Checkpoints(Path(other) / name, keep=1, metadata={})
-                state, data = saved.restore(STEPS, train._items(made.state))
-                saved.close()
+                saved = checkpoint.restore_newest(
+                    Path(other) / name,
+                    STEPS,
+                    train._items(made.state),
+                    on_damage="error",
+                    hosts=hosts,
+                    report=progress.line,
+                )
                 again = checkpoint.Checkpoints(root / "again" / Path(other).name / name, keep=1, metadata={})
-                again.save(STEPS, state, data)
+                again.save(STEPS, saved.items, saved.data)
                 again.wait()
                 again.close()
 

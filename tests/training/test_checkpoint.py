@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xlam_jax.training.checkpoint import Checkpoints, better, load_params, open_params
+from xlam_jax.training.checkpoint import Checkpoints, better, load_params, open_params, restore
 
 
 def steps_of(run: Path) -> list[int]:
@@ -28,7 +28,7 @@ def test_the_best_is_kept_beside_the_newest(tmp_path: Path, metric: str, best: i
         saves.save(step, {"params": {"w": jnp.full(3, step)}}, {}, None if value is None else {metric: value})
         saves.wait()
     assert saves.best() == (best, values[best])
-    assert saves.latest() == 6
+    assert saves.steps()[-1] == 6
     saves.close()
     assert steps_of(tmp_path) == [best, 6]
 
@@ -44,10 +44,10 @@ def test_an_average_is_what_is_loaded(tmp_path: Path):
     saves = Checkpoints(tmp_path, keep=1, metadata={})
     saves.save(1, {"params": {"w": jnp.zeros(2)}, "ema": {"w": jnp.ones(2)}}, {"s": "place"})
     saves.wait()
-    items, data = saves.restore(1, {"params": {"w": jnp.zeros(2)}, "ema": {"w": jnp.zeros(2)}})
     saves.close()
-    assert data == {"s": "place"}
-    assert items["params"]["w"].tolist() == [0, 0]
+    restored = restore(tmp_path / "checkpoints" / "1", {"params": {"w": jnp.zeros(2)}, "ema": {"w": jnp.zeros(2)}})
+    assert restored.data == {"s": "place"}
+    assert restored.items["params"]["w"].tolist() == [0, 0]
     assert load_params(tmp_path / "checkpoints" / "1")["w"].tolist() == [1, 1]
 
 

@@ -12,14 +12,12 @@ import numpy as np
 
 from xlam_jax.config import Config
 from xlam_jax.errors import UserError
+from xlam_jax.journals import SHOWN, json_lines, summarize
 from xlam_jax.train import CONFIG
 from xlam_jax.training.metrics import METRICS
 from xlam_jax.training.setup import RUN
 
 KINDS_OF_RECORDS = ("train", "heldout", "requests")
-SHOWN = 5
-"""Places of a file that a warning names; the rest is counted."""
-
 Keys = tuple[str, ...]
 """Keys that lead to a number in a record, such as ("sources", "webshop", "loss")."""
 
@@ -160,33 +158,6 @@ class _Columns:
         return Table(steps, columns, gaps), missing, twice
 
 
-def json_lines(path: Path, problems: list[str]) -> Iterator[tuple[int, Any]]:
-    """Yields (number, value) of a file's lines. A line that is not JSON is told in `problems` and left out; a last line
-    that a kill cut short is left out."""
-    from pydantic_core import from_json  # three times as fast as json on these records
-
-    with path.open("rb") as file:
-        for at, line in enumerate(file, 1):
-            try:
-                value = from_json(line)
-            except ValueError:
-                try:
-                    value = json.loads(line)  # it also takes half a surrogate pair
-                except ValueError:
-                    if line.endswith(b"\n"):
-                        problems.append(f"line {at} is no JSON")
-                    continue
-            yield at, value
-
-
-def told(path: Path, problems: list[str], done: str = "left out") -> list[str]:
-    """One warning for all that is wrong with a file, or none."""
-    if not problems:
-        return []
-    rest = f", and {len(problems) - SHOWN:,} more like this" if len(problems) > SHOWN else ""
-    return [f"{path}: {'; '.join(problems[:SHOWN])}{rest}: {done}"]
-
-
 def ranges(spans: list[tuple[int, int]]) -> str:
     """`step 3, steps 7 to 9`."""
     shown = [f"step {a:,}" if a == b else f"steps {a:,} to {b:,}" for a, b in spans[:SHOWN]]
@@ -250,7 +221,7 @@ def _tables(path: Path, warnings: list[str]) -> dict[str, Table]:
             )
         elif bad:
             problems.append(f"line {at}, {', '.join(bad)}: no finite number")
-    warnings += told(path, problems) + told(path, not_finite, "not drawn")
+    warnings += summarize(path, problems) + summarize(path, not_finite, "not drawn")
     tables = {}
     for kind, columns in kinds.items():
         tables[kind], missing, twice = columns.table(consecutive=kind == "train")

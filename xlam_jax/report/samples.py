@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from xlam_jax.data.schemas import hashable
+from xlam_jax.journals import json_lines, summarize
 from xlam_jax.report.plots import color_class
-from xlam_jax.report.runs import json_lines, told
 from xlam_jax.training.metrics import SAMPLES
 
 REQUESTS = 40
@@ -80,7 +80,7 @@ def read(run: Path, warnings: list[str]) -> Samples:
             cut=record.get("finish_reason") == "length",
             marks={mark: record[mark] is True for mark in MARKS if mark in record},
         )
-    warnings += told(path, problems)
+    warnings += summarize(path, problems)
     return Samples(requests, len(hidden))
 
 

@@ -7,19 +7,23 @@ A run folder, and a converted model alike, look so:
     checkpoints/<step>/    Orbax: the items params, opt and data, and ema where a run keeps an average of its params;
                            with the run's configuration as metadata
 
-A step folder gets its name only once it is whole (Orbax writes beside and renames), so a folder with a number for a
-name can be trusted.
+A step folder gets its name only once it is whole (Orbax writes beside and renames). Its metadata contain a checksum of
+every array by value, digests of the tokenizer's files and a digest of themselves; everything that is read back is
+compared with them, and what differs raises `DamagedError`.
 """
 
+import errno
 import json
 import logging
 import math
+import re
 import shutil
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -28,6 +32,8 @@ from orbax.checkpoint import v1 as ocp
 from xlam_jax.errors import UserError
 from xlam_jax.models.params import Params
 from xlam_jax.outputs import write_text
+from xlam_jax.parallel.link import Hosts
+from xlam_jax.training import checksums
 
 # Orbax logs every phase of every save, and every error once a thread; what fails is raised by `save` and `wait`.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -35,6 +41,10 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)
 STEPS = "checkpoints"
 TOKENIZER = "tokenizer"
 HF_CONFIG = "config.json"
+METADATA = "_CHECKPOINT_METADATA"
+ARRAYS, FILES, DIGEST, METRICS = "arrays", "files", "digest", "metrics"
+"""What `save` adds to the metadata of a step: shape, dtype and checksums of each item's arrays; digests of files of the
+run folder; a digest of the metadata; and the metrics that the best checkpoint is chosen by."""
 CHUNK = 2**25
 """Bytes of a chunk of a model that is written layer by layer, at most."""
 
@@ -43,57 +53,74 @@ LARGE = 2**24
 """Bytes of a parameter that is stored layer by layer; smaller ones take a chunk of each device's part."""
 
 
+class DamagedError(UserError):
+    """A step folder whose files are missing, can't be decoded, or contain other values than were saved."""
+
+    def __init__(self, step_dir: Path, reason: str):
+        self.problem = f"{step_dir} is damaged: {reason}"
+        older = [str(step) for step in reversed(whole_steps(step_dir.parent.parent)) if str(step) != step_dir.name]
+        advice = (
+            f"give another step of this run ({', '.join(older)}), which is verified in turn"
+            if older
+            else "there is no other step here: train or convert again, or restore the folder from a copy"
+        )
+        super().__init__(f"{self.problem}; {advice}")
+
+
 class Checkpoints:
-    """The checkpoints of one run: saved in the background, the newest `keep` of them kept, and the one whose `best`
+    """Saves the checkpoints of one run in the background. Keeps the newest `keep` of them, and the one whose `best`
     metric is the best."""
 
     def __init__(self, run: Path, *, keep: int, metadata: dict[str, Any], best: str | None = None):
-        _let_wait_tell()
+        _silence_orbax_threads()
         self._folder = run / STEPS
         self._metadata = metadata
-        self._best = best
-        policies = ocp.training.preservation_policies
-        kept: list[Any] = [policies.LatestN(n=keep)]
-        if best:
-            kept.append(
-                policies.BestN(
-                    get_metric_fn=lambda metrics: _rank(metrics, best), n=1, keep_checkpoints_without_metrics=False
-                )
-            )
+        self._files = {f"{TOKENIZER}/{name}": digest for name, digest in _digests(run / TOKENIZER).items()}
+        self._best, self._keep = best, keep
         self._orbax = ocp.training.Checkpointer(
             str(self._folder.absolute()),
-            preservation_policy=policies.AnyPreservationPolicy(kept),  # pyright: ignore[reportArgumentType]
+            preservation_policy=self,
+            step_name_format=_StepNames(),
             cleanup_tmp_directories=True,
         )
-
-    def latest(self) -> int | None:
-        """The newest step that is whole, or None."""
-        newest = self._orbax.latest
-        return None if newest is None else newest.step
+        self._metrics = {info.step: _saved_metrics(self._folder / str(info.step), info) for info in self._infos()}
 
     def steps(self) -> list[int]:
         """The steps that are kept, whole, in order."""
-        return sorted(one.step for one in self._orbax.checkpoints)
+        return sorted(info.step for info in self._infos())
 
     def best(self) -> tuple[int, float] | None:
         """The step with the best metric, and the metric; None where no kept step has it."""
+        return self._best_of(self.steps())
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Orbax's question which of the steps, in order, stay."""
+        steps = [info.step for info in checkpoints]
+        best = self._best_of(steps)
+        return [step in steps[-self._keep :] or (best is not None and step == best[0]) for step in steps]
+
+    def _best_of(self, steps: Sequence[int]) -> tuple[int, float] | None:
         name = self._best or ""
-        values: dict[int, Any] = {one.step: one.metrics for one in self._orbax.checkpoints}
-        ranked = [(_rank(metrics, name), step) for step, metrics in values.items() if name in (metrics or {})]
-        step = max(ranked)[1] if ranked else None
-        return None if step is None else (step, values[step][name])
+        values = {step: self._metrics[step][name] for step in steps if name in self._metrics.get(step, {})}
+        if not values:
+            return None
+        step = max(values, key=lambda one: (values[one] if better(name, 1.0, 0.0) else -values[one], one))
+        return step, values[step]
 
     def save(self, step: int, items: dict[str, Any], data: dict[str, Any], metrics: Any = None) -> None:
-        """Starts saving trees of arrays by name; returns as soon as they are copied. Raises `UserError` when an earlier
-        save failed."""
+        """Starts saving trees of arrays by name; returns as soon as they are copied. All hosts call it together.
+
+        Raises `UserError` when an earlier save failed.
+        """
         items = {**items, "data": {"states": _encode(data)}}
+        metadata = self._metadata | {METRICS: metrics or {}, FILES: self._files, ARRAYS: _describe(items)}
+        metadata |= {DIGEST: _digest(metadata)}
         context = ocp.Context()
         context.array.saving.scoped_storage_options_creator = _by_layers
+        self._metrics[step] = metrics or {}
         try:
             with context:
-                self._orbax.save_checkpointables_async(
-                    step, items, force=True, metrics=metrics, custom_metadata=self._metadata
-                )
+                self._orbax.save_checkpointables_async(step, items, force=True, custom_metadata=metadata)
         except Exception as error:
             raise self._explain(error) from error
 
@@ -104,18 +131,12 @@ class Checkpoints:
         except Exception as error:
             raise self._explain(error) from error
 
-    def restore(self, step: int, items: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Loads a step; `items` are trees of `jax.ShapeDtypeStruct`s that say shapes and shardings."""
-        loaded = self._orbax.load_checkpointables(step, {**items, "data": None})
-        return loaded, _decode(loaded.pop("data")["states"])
-
-    def saved_metadata(self, step: int) -> dict[str, Any]:
-        """What was saved beside a step."""
-        return load_metadata(self._folder / str(step))
-
     def close(self) -> None:
         """Ends the background threads."""
         self._orbax.close()
+
+    def _infos(self) -> Sequence[Any]:
+        return self._orbax.checkpoints
 
     def _explain(self, error: Exception) -> Exception:
         """Turns a full disk into a message; anything else stays what it is."""
@@ -132,6 +153,216 @@ class Checkpoints:
         )
 
 
+class _StepNames:
+    """Orbax's names of steps, restricted to step folders of ours: it neither counts nor deletes anything else."""
+
+    def __init__(self) -> None:
+        self._standard = ocp.path.step.standard_name_format()
+
+    def build_name(self, step: int) -> str:
+        return self._standard.build_name(step)
+
+    def find_all(self, base_path: Any) -> Iterator[Any]:
+        return (one for one in self._standard.find_all(base_path) if _usable(Path(base_path) / one.path.name))
+
+    def find_step(self, base_path: Any, step: int) -> Any:
+        return self._standard.find_step(base_path, step)
+
+
+def _usable(step_dir: Path) -> bool:
+    """Whether Orbax may see a step: metadata that are damaged make it fail. It may delete one that it began to."""
+    try:
+        load_metadata(step_dir)
+    except DamagedError:
+        return _is_step(step_dir) and not (step_dir / METADATA).exists()
+    return True
+
+
+def _saved_metrics(step_dir: Path, info: Any) -> dict[str, float]:
+    """The metrics that a step was saved with. Earlier versions left them to Orbax."""
+    metadata = load_metadata(step_dir) if (step_dir / METADATA).exists() else {}
+    return metadata.get(METRICS, info.metrics) or {}
+
+
+def _named(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+    """The leaves of a tree by their paths, joined by dots: what Orbax calls its arrays."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _describe(items: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Shape, dtype and checksums of each array of each item."""
+    arrays = {item: _named(tree) for item, tree in items.items()}
+    sums = _sums(arrays)
+    return {
+        item: {
+            name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "sums": sums[item][name]}
+            for name, leaf in leaves.items()
+        }
+        for item, leaves in arrays.items()
+    }
+
+
+def _sums(arrays: dict[str, dict[str, Any]]) -> dict[str, dict[str, str]]:
+    """The checksums of each item's arrays, those on devices in one program."""
+    on_devices = {
+        item: {n: one for n, one in named.items() if isinstance(one, jax.Array)} for item, named in arrays.items()
+    }
+    flat = {f"{item}.{name}": one for item, named in on_devices.items() for name, one in named.items()}
+    sums = checksums.of_tree(flat)
+    return {
+        item: {
+            name: sums[f"{item}.{name}"] if name in on_devices[item] else checksums.of_array(name, one)
+            for name, one in named.items()
+        }
+        for item, named in arrays.items()
+    }
+
+
+def _digest(metadata: dict[str, Any]) -> str:
+    """A digest of metadata, however they are spelled in JSON."""
+    rest = {key: value for key, value in metadata.items() if key != DIGEST}
+    return sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """Digests of a folder's files by name."""
+    files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+    return {path.name: sha256(path.read_bytes()).hexdigest()[:32] for path in files}
+
+
+class Restored(NamedTuple):
+    """A step, read back and verified."""
+
+    step: int
+    items: dict[str, Any]
+    data: dict[str, Any]
+    metadata: dict[str, Any]
+
+
+def restore(step_dir: Path, items: dict[str, Any]) -> Restored:
+    """Reads a step and verifies it; `items` are trees of `jax.ShapeDtypeStruct`s that give shapes and shardings.
+
+    Raises `DamagedError`, and `UserError` for a step of another model or optimizer.
+    """
+    restored = _read(step_dir, items)
+    if reason := _differences(restored):
+        raise DamagedError(step_dir, reason)
+    return restored
+
+
+def restore_newest(
+    run: Path,
+    newest: int,
+    items: dict[str, Any],
+    *,
+    on_damage: Literal["fallback", "error"],
+    hosts: Hosts,
+    report: Callable[[str], None],
+) -> Restored:
+    """`restore` of the newest intact step up to `newest`; all `hosts` call it together and get the same one.
+
+    A damaged newer step is reported and renamed to STEP.damaged: the run saves its number again. Raises `UserError`
+    at the first damaged step where `on_damage` is "error", and where no step is intact; then nothing is renamed.
+    """
+    visible = [set(steps) for steps in hosts.gather(whole_steps(run))]
+    problems: dict[int, str] = {}
+    for step in sorted((step for step in set.intersection(*visible) if step <= newest), reverse=True):
+        restored, problem = None, None
+        try:
+            restored = _read(run / STEPS / str(step), items, report)
+        except DamagedError as error:
+            problem = error.problem
+        problem = next(filter(None, hosts.gather(problem)), None)
+        if problem is None and restored is not None:  # of all hosts: the sums below are computed together
+            reason = _differences(restored)
+            if reason is None:
+                check_files(run / STEPS / str(step))
+                _set_aside(run, problems, hosts, report)
+                if problems:
+                    report(f"continuing from {run / STEPS / str(step)}, the newest intact checkpoint")
+                return restored
+            problem = DamagedError(run / STEPS / str(step), reason).problem
+        problems[step] = problem or ""
+        if on_damage == "error":
+            raise UserError(
+                f"{problem}; set checkpoint.on_damage=fallback to continue from the newest intact checkpoint"
+            )
+    reasons = "\n  ".join(problems.values())
+    raise UserError(
+        f"{run / STEPS}: no checkpoint is intact; restore one from a copy, or start again in another output_dir\n"
+        f"  {reasons}"
+    )
+
+
+def _set_aside(run: Path, problems: dict[int, str], hosts: Hosts, report: Callable[[str], None]) -> None:
+    """Renames damaged steps, on one host, while all wait."""
+    for step, problem in problems.items():
+        path = run / STEPS / str(step)
+        aside = path.with_name(f"{step}.damaged")
+        for number in range(2, 1000):
+            if not aside.exists():
+                break
+            aside = path.with_name(f"{step}.damaged-{number}")
+        report(f"{problem}; it is kept as {aside.name}")
+        if hosts.first:
+            path.rename(aside)
+    if problems:
+        hosts.gather(None)
+
+
+def _read(step_dir: Path, items: dict[str, Any], report: Callable[[str], None] | None = None) -> Restored:
+    """Reads what belongs to this host's devices; of a host alone, not of all together."""
+    metadata = load_metadata(step_dir)
+    if ARRAYS in metadata:
+        for item, tree in items.items():
+            stored = {name: _Shaped(tuple(one["shape"])) for name, one in metadata[ARRAYS].get(item, {}).items()}
+            same_shapes(step_dir / item, stored, _named(tree))
+    else:
+        _note_unverified(step_dir, report)
+
+    def placed(item: str, path: Any, like: Any) -> jax.Array:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        stored = _open(step_dir, item, [name], metadata)[name]
+        same_shapes(step_dir / item, {name: stored}, {name: like})
+        return stored.unverified(like.sharding)
+
+    loaded = {
+        item: jax.tree_util.tree_map_with_path(lambda path, like, item=item: placed(item, path, like), tree)
+        for item, tree in items.items()
+    }
+    states = _open(step_dir, "data", ["states"], metadata)["states"][...]
+    try:
+        data = _decode(states)
+    except ValueError as error:
+        raise DamagedError(step_dir, f"data: the position in the data can't be decoded ({error})") from None
+    return Restored(int(step_dir.name), loaded, data, metadata)
+
+
+class _Shaped(NamedTuple):
+    shape: tuple[int, ...]
+
+
+def _differences(restored: Restored) -> str | None:
+    """Which arrays differ from what was saved, or None. All hosts call it together."""
+    saved = restored.metadata.get(ARRAYS)
+    if saved is None:
+        return None
+    sums = _sums({item: _named(tree) for item, tree in restored.items.items()})
+    different = [
+        f"{item}/{name}"
+        for item, named in sums.items()
+        for name, value in named.items()
+        if saved[item][name]["sums"] != value
+    ]
+    return _mismatch(different) if different else None
+
+
+def _mismatch(names: list[str]) -> str:
+    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"the values of {', '.join(names[:3])}{rest} differ from the checksums of what was saved"
+
+
 def _by_layers(key: Any, value: Any) -> Any:
     """Large parameters are stored in chunks of a layer (and expert): an export reads them one after the other."""
     names = [str(getattr(part, "key", getattr(part, "name", ""))) for part in key]
@@ -146,20 +377,13 @@ def better(metric: str, value: float, than: float) -> bool:
     return value < than if metric.endswith(("loss", "kl")) else value > than
 
 
-def _rank(metrics: Any, name: str) -> float:
-    """Grows as the metric gets better; the least for a step that was saved without it."""
-    if name not in (metrics or {}):
-        return -math.inf
-    return metrics[name] if better(name, 1.0, 0.0) else -metrics[name]
-
-
-def _let_wait_tell() -> None:
+def _silence_orbax_threads() -> None:
     """Keeps Python from printing what ends an Orbax thread: `save` and `wait` raise the same error where it is met."""
     usual = threading.excepthook
 
-    def hook(told: threading.ExceptHookArgs) -> None:
-        if not type(told.thread).__module__.startswith("orbax."):
-            usual(told)
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        if not type(arguments.thread).__module__.startswith("orbax."):
+            usual(arguments)
 
     threading.excepthook = hook
 
@@ -181,12 +405,30 @@ def _decode(states: Any) -> dict[str, Any]:
 
 
 def whole_steps(run: Path) -> list[int]:
-    """The steps of a run folder that are whole, in order."""
+    """The steps of a run folder that are whole, in order; other entries of its checkpoints/ are ignored."""
     return sorted(_steps(run / STEPS))
 
 
+def check_names(run: Path, steps: range) -> None:
+    """Raises `UserError` when something that is no step has the name of one that the run is going to save."""
+    for entry in (run / STEPS).iterdir() if (run / STEPS).is_dir() else ():
+        if _is_number(entry.name) and int(entry.name) in steps and not _is_step(entry):
+            raise UserError(
+                f"{entry}: not a checkpoint, but it has the name of one that this run is going to save; move it away"
+            )
+
+
 def _steps(folder: Path) -> list[int]:
-    return [int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()] if folder.is_dir() else []
+    return [int(entry.name) for entry in folder.iterdir() if _is_step(entry)] if folder.is_dir() else []
+
+
+def _is_step(entry: Path) -> bool:
+    """Whether an entry of checkpoints/ is a step: named by its number alone, with metadata or parameters in it."""
+    return _is_number(entry.name) and any((entry / name).exists() for name in (METADATA, "params", "ema"))
+
+
+def _is_number(name: str) -> bool:
+    return re.fullmatch("0|[1-9][0-9]*", name) is not None
 
 
 def resolve(path: Path) -> Path:
@@ -196,7 +438,7 @@ def resolve(path: Path) -> Path:
     """
     if not path.exists():
         raise UserError(f"{path}: no such folder; a run folder or one of its {STEPS}/STEP folders is expected")
-    if path.name.isdigit() and path.parent.name == STEPS:
+    if _is_number(path.name) and path.parent.name == STEPS:
         return path
     steps = _steps(path / STEPS)
     if not steps:
@@ -207,62 +449,80 @@ def resolve(path: Path) -> Path:
 
 
 def load_metadata(step_dir: Path) -> dict[str, Any]:
-    """What was saved beside a step: the run's `config`, the `model`'s, and the fingerprint of its `base`."""
-    metadata: Any = ocp.checkpointables_metadata(str(step_dir.absolute())).custom_metadata
-    return metadata or {}
+    """What was saved with a step: the run's `config`, the `model`'s, the fingerprint of its `base`, and checksums.
+
+    Raises `DamagedError` when it is missing, can't be parsed, or does not match its digest. A step of an earlier
+    version has neither digest nor checksums.
+    """
+    return _metadata(step_dir)[1]
+
+
+def _metadata(step_dir: Path) -> tuple[list[str], dict[str, Any]]:
+    """The names of a step's items, and what was saved with it."""
+    try:
+        note = json.loads((step_dir / METADATA).read_bytes())
+        items, custom = list(note["item_handlers"]), note["custom_metadata"] or {}
+        signed = {ARRAYS, FILES, DIGEST, METRICS} & custom.keys()
+        whole = not signed or custom[DIGEST] == _digest(custom)
+    except PermissionError:
+        raise
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError)
+        raise DamagedError(
+            step_dir, f"{METADATA} {'is missing' if missing else f'can not be read ({error})'}"
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedError(step_dir, f"{METADATA} can't be parsed ({type(error).__name__}: {error})"[:300]) from None
+    if not whole:
+        raise DamagedError(step_dir, f"the contents of {METADATA} do not match their digest")
+    return items, custom
+
+
+_noted: set[str] = set()
+
+
+def _note_unverified(step_dir: Path, report: Callable[[str], None] | None = None) -> None:
+    """Warns, once in a process, of a checkpoint without checksums."""
+    if not _noted:
+        _noted.add(str(step_dir))
+        text = f"warning: {step_dir}: saved by an earlier version, without checksums: damage can't be detected"
+        if report:
+            report(text)
+        else:
+            print(text, file=sys.stderr)
 
 
 def is_checkpoint(path: Path) -> bool:
     """Whether `resolve` would find a step here."""
-    return (path.name.isdigit() and path.parent.name == STEPS) or bool(_steps(path / STEPS))
+    return (_is_number(path.name) and path.parent.name == STEPS) or bool(_steps(path / STEPS))
 
 
-def load_params(step_dir: Path, target: Any = None) -> Params:
-    """Loads the parameters of a step; `target` (shapes with shardings) places them, else they come as numpy arrays.
-    Where the run kept a moving average of them, it is that.
+def load_params(step_dir: Path) -> Params:
+    """The parameters of a step as numpy arrays; where the run kept a moving average of them, it is that.
 
-    Raises `UserError` when they can't be read or are those of a model of other shapes than `target`.
+    Raises `DamagedError`.
     """
-    path = str(step_dir.absolute())
-    try:
-        item, stored = _stored(step_dir)
-        if target is None:
-            # Arrays that take no memory: for Orbax an abstract numpy array is a numpy array.
-            target = jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), stored)
-        else:
-            same_shapes(step_dir, stored, target)
-        return ocp.load_checkpointables(path, {item: target})[item]
-    except (ValueError, OSError, KeyError) as error:
-        raise _unreadable(step_dir, error) from error
+    return jax.tree.map(np.asarray, open_params(step_dir))
 
 
 def check_params(step_dir: Path, like: Any) -> None:
     """Raises `UserError` when the parameters of a step are not those of a model of these shapes; reads none of them."""
-    same_shapes(step_dir, _stored(step_dir)[1], like)
+    same_shapes(step_dir, open_params(step_dir), like)
 
 
 def stamp(step_dir: Path) -> str:
     """What tells a step from every other one, of other runs too; a copy has the same. Orbax notes the nanoseconds."""
-    note = step_dir / "_CHECKPOINT_METADATA"
+    note = step_dir / METADATA
     held = note.read_bytes() if note.is_file() else str(step_dir.stat().st_mtime_ns).encode()
     return f"step {step_dir.name}, {sha256(held).hexdigest()[:16]}"
 
 
-def _stored(step_dir: Path) -> tuple[str, Any]:
-    """The item that holds a step's parameters, and their shapes."""
-    items: Any = ocp.checkpointables_metadata(str(step_dir.absolute())).metadata
-    item = "ema" if "ema" in items else "params"
-    return item, items[item]
-
-
 def same_shapes(folder: str | Path, stored: Any, wanted: Any) -> None:
     """Raises `UserError` naming the parameters whose shapes differ from those wanted."""
-
-    def by_name(tree: Any) -> dict[str, tuple[int, ...]]:
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
-        return {jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape) for path, leaf in leaves}
-
-    has, needs = by_name(stored), by_name(wanted)
+    shaped = lambda node: hasattr(node, "shape")  # noqa: E731
+    has, needs = (
+        {name: tuple(leaf.shape) for name, leaf in _named(tree, is_leaf=shaped).items()} for tree in (stored, wanted)
+    )
     differences = [
         f"{name} is {has.get(name, 'missing')} in the checkpoint and {needs.get(name, 'unknown')} in the model"
         for name in sorted(has.keys() | needs.keys())
@@ -273,84 +533,186 @@ def same_shapes(folder: str | Path, stored: Any, wanted: Any) -> None:
 
 
 def load_hf_config(step_dir: Path) -> dict[str, Any]:
-    """The Hugging Face config of the model in a step folder."""
+    """The Hugging Face config of the model in a step folder.
+
+    Raises `UserError` when it differs from the one that the step was saved with.
+    """
     from xlam_jax.models.config import read_hf_config
 
-    return read_hf_config(step_dir.parent.parent / HF_CONFIG)
+    path = step_dir.parent.parent / HF_CONFIG
+    hf_config = read_hf_config(path)
+    saved = load_metadata(step_dir).get("model") or hf_config
+    different = [
+        f"{key} is {hf_config.get(key)!r} there and {saved.get(key)!r} in the checkpoint"
+        for key in sorted(saved.keys() | hf_config.keys())
+        if saved.get(key) != hf_config.get(key)
+    ]
+    if different:
+        raise UserError(
+            f"{path}: not the config that {step_dir} was saved with: {'; '.join(different[:5])}; restore the file"
+        )
+    return hf_config
 
 
 def tokenizer_dir(step_dir: Path) -> Path | None:
-    """The tokenizer kept beside a step folder, if there is one."""
+    """The tokenizer kept beside a step folder, if there is one.
+
+    Raises `UserError` when a file of it differs from what it was when the step was saved.
+    """
     folder = step_dir.parent.parent / TOKENIZER
+    check_files(step_dir)
     return folder if folder.is_dir() else None
 
 
-class StoredParameter:
-    """One of a step's parameters, read by its layers when they are asked for."""
+def check_files(step_dir: Path) -> None:
+    """Raises `UserError` when the tokenizer beside a step is not the one that it was saved with. Further files are
+    fine."""
+    run = step_dir.parent.parent
+    now = _digests(run / TOKENIZER)
+    for name, digest in load_metadata(step_dir).get(FILES, {}).items():
+        if now.get(name.removeprefix(f"{TOKENIZER}/")) != digest:
+            raise UserError(
+                f"{run / name}: missing, damaged or changed since {step_dir} was saved; restore the file (a run writes "
+                f"{run / TOKENIZER} anew when it is continued without that folder)"
+            )
 
-    def __init__(self, name: str, store: Any, dtype: np.dtype | None = None):
-        self._name, self._store = name, store
+
+class StoredParameter:
+    """One of a step's parameters, read by its layers when they are asked for, and verified as they are read."""
+
+    def __init__(self, step_dir: Path, item: str, name: str, store: Any, sums: str | None = None, dtype: Any = None):
+        """`sums`: its checksums, where the metadata have them."""
+        self._step_dir, self._item, self._name, self._store, self._sums = step_dir, item, name, store, sums
         self.shape = tuple(store.shape)
-        self.dtype = dtype or store.dtype.numpy_dtype
+        self.dtype = np.dtype(dtype or store.dtype.numpy_dtype)
         self.size, self.ndim = math.prod(self.shape), len(self.shape)
 
     def astype(self, dtype: Any) -> "StoredParameter":
         """The same, converted when it is read."""
-        return StoredParameter(self._name, self._store, np.dtype(dtype))
+        return StoredParameter(self._step_dir, self._item, self._name, self._store, self._sums, dtype)
 
     def __getitem__(self, at: Any) -> np.ndarray:
-        """A slice. Raises `UserError` when it is damaged."""
-        try:
-            return self._store[at].read().result().astype(self.dtype, copy=False)
-        except ValueError as error:
-            raise UserError(
-                f"{self._name}: can't be read ({str(error).strip().splitlines()[0][:300]}); the folder is damaged: use "
-                "another step, or convert the weights again"
-            ) from None
+        """A slice by integers and slices; the layers that it lies in are read whole. Raises `DamagedError`."""
+        at = () if at is Ellipsis else at if isinstance(at, tuple) else (at,)
+        if self._sums is None:
+            return self._raw(at).astype(self.dtype, copy=False)
+        lead = checksums.leading_axes(self._name, self.ndim)
+        units = self._raw(at[:lead])
+        indices = np.arange(math.prod(self.shape[:lead])).reshape(self.shape[:lead])[at[:lead]]
+        flat = units.reshape(indices.size, *self.shape[lead:])
+        for unit, values in zip(indices.reshape(-1), flat, strict=True):
+            if checksums.of_unit(values) != self._sums[16 * unit : 16 * unit + 16]:
+                raise DamagedError(self._step_dir, _mismatch([f"{self._item}/{self._name}"]))
+        return units[(slice(None),) * indices.ndim + at[lead:]].astype(self.dtype, copy=False)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """All of it."""
         return self[...].astype(dtype or self.dtype, copy=False)
 
     def placed(self, sharding: jax.sharding.Sharding) -> jax.Array:
-        """Laid out over the devices: each host reads what belongs to its own."""
-        return jax.make_array_from_callback(self.shape, sharding, lambda index: self[index])
+        """Laid out over the devices: each host reads what belongs to its own. All hosts call it together."""
+        array = self.unverified(sharding)
+        if self._sums is not None and checksums.of_tree({self._name: array})[self._name] != self._sums:
+            raise DamagedError(self._step_dir, _mismatch([f"{self._item}/{self._name}"]))
+        return array if array.dtype == self.dtype else jax.device_put(array.astype(self.dtype), sharding)
+
+    def unverified(self, sharding: jax.sharding.Sharding) -> jax.Array:
+        """`placed` in the dtype of the file, before the comparison that takes all hosts."""
+        return jax.make_array_from_callback(self.shape, sharding, self._raw)
+
+    def _raw(self, at: Any) -> np.ndarray:
+        try:
+            return self._store[at].read().result()
+        except ValueError as error:
+            raise _unreadable(self._step_dir, f"{self._item}/{self._name}", error) from None
 
 
 def open_params(step_dir: Path) -> Params:
-    """The parameters of a step as `load_params` has them, none of them read yet: `StoredParameter`s.
+    """The parameters of a step as `load_params` has them, none of them read yet: `StoredParameter`s. Raises
+    `DamagedError`."""
+    items, metadata = _metadata(step_dir)
+    if ARRAYS not in metadata:
+        _note_unverified(step_dir)
+    items = metadata.get(ARRAYS, items)
+    item = "ema" if "ema" in items else "params"
+    names = list(metadata[ARRAYS][item]) if ARRAYS in metadata else _stored_names(step_dir, item)
+    params: Params = {}
+    for name, stored in _open(step_dir, item, names, metadata).items():
+        *parents, last = name.split(".")
+        node = params
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = stored
+    return params
+
+
+def _stored_names(step_dir: Path, item: str) -> list[str]:
+    """The arrays that Orbax names in an item."""
+    form = _form(step_dir, item)
+    try:
+        return [".".join(key["key"] for key in one["key_metadata"]) for one in form["tree_metadata"].values()]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DamagedError(step_dir, f"{item}/_METADATA can't be parsed ({error!r})") from None
+
+
+def _form(step_dir: Path, item: str) -> dict[str, Any]:
+    """What Orbax says of how an item is stored."""
+    try:
+        form = json.loads((step_dir / item / "_METADATA").read_bytes())
+        bool(form["use_ocdbt"]), bool(form["use_zarr3"])
+    except PermissionError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedError(step_dir, f"{item}/_METADATA can't be read ({error})") from None
+    return form
+
+
+def _open(step_dir: Path, item: str, names: list[str], metadata: dict[str, Any]) -> dict[str, StoredParameter]:
+    """Opens arrays of an item by their names. Raises `DamagedError` when one can't be opened, or has another shape or
+    dtype than was saved.
 
     They are opened by TensorStore, as Orbax lays them out: one zarr array each, in one store of keys or a folder each.
-    Raises `UserError` when they can't be.
     """
     import tensorstore
 
-    try:
-        item, stored = _stored(step_dir)
-        folder = (step_dir / item).absolute()
-        form = json.loads((folder / "_METADATA").read_text(encoding="utf-8"))
-
-        def opened(path: Any, _: Any) -> StoredParameter:
-            name = jax.tree_util.keystr(path, simple=True, separator=".")
-            at = (
-                {"driver": "ocdbt", "base": f"file://{folder}/", "path": f"{name}/"}
-                if form["use_ocdbt"]
-                else {"driver": "file", "path": f"{folder}/{name}/"}
+    folder, form = (step_dir / item).absolute(), _form(step_dir, item)
+    saved = metadata[ARRAYS][item] if ARRAYS in metadata else {}
+    pending = {}
+    for name in names:
+        at = (
+            {"driver": "ocdbt", "base": f"file://{folder}/", "path": f"{name}/"}
+            if form["use_ocdbt"]
+            else {"driver": "file", "path": f"{folder}/{name}/"}
+        )
+        spec = {"driver": "zarr3" if form["use_zarr3"] else "zarr", "kvstore": at, "recheck_cached_data": False}
+        spec["fill_missing_data_reads"] = False  # a lost file is an error, and not zeros
+        pending[name] = tensorstore.open(spec, read=True)
+    opened = {}
+    for name, future in pending.items():
+        try:
+            store = future.result()
+        except ValueError as error:
+            raise _unreadable(step_dir, f"{item}/{name}", error) from None
+        stored = StoredParameter(step_dir, item, name, store, saved.get(name, {}).get("sums"))
+        if name in saved and (list(stored.shape), str(stored.dtype)) != (saved[name]["shape"], saved[name]["dtype"]):
+            raise DamagedError(
+                step_dir,
+                f"{item}/{name} is {stored.dtype} {stored.shape}, and was saved as {saved[name]['dtype']} "
+                f"{tuple(saved[name]['shape'])}",
             )
-            spec = {"driver": "zarr3" if form["use_zarr3"] else "zarr", "kvstore": at, "recheck_cached_data": False}
-            spec["fill_missing_data_reads"] = False  # a lost file is an error, and not zeros
-            return StoredParameter(f"{folder}/{name}", tensorstore.open(spec, read=True).result())
-
-        return jax.tree_util.tree_map_with_path(opened, stored)
-    except (ValueError, OSError, KeyError) as error:
-        raise _unreadable(step_dir, error) from error
+        opened[name] = stored
+    return opened
 
 
-def _unreadable(step_dir: Path, error: Exception) -> UserError:
-    return UserError(
-        f"{step_dir}: the parameters can't be read ({str(error).strip().splitlines()[0][:300]}); "
-        "the folder is damaged or not a checkpoint of this project; use another step"
-    )
+_TRANSIENT = (errno.EPERM, errno.ENOMEM, errno.EACCES, errno.ENFILE, errno.EMFILE)
+
+
+def _unreadable(step_dir: Path, name: str, error: Exception) -> UserError:
+    """Damage, or what keeps an undamaged file from being read."""
+    reason = str(error).strip().splitlines()[0][:300]
+    if "PERMISSION_DENIED" in reason or re.search(rf"OS error ({'|'.join(map(str, _TRANSIENT))})\b", str(error)):
+        return UserError(f"{step_dir / name}: can't be read ({reason})")
+    return DamagedError(step_dir, f"{name} can't be read ({reason})")
 
 
 class NewModel:
@@ -367,10 +729,17 @@ class NewModel:
         if not self._folder.is_dir():
             context = ocp.Context()
             context.array.saving.use_ocdbt = False
+            leaf = lambda node: not isinstance(node, dict)  # noqa: E731
+            # the chunks have checksums of their own
+            arrays = {
+                name: {"shape": list(one.shape), "dtype": str(one.dtype)} for name, one in _named(like, leaf).items()
+            }
+            metadata = {"model": json.loads((folder / HF_CONFIG).read_text(encoding="utf-8"))}
+            metadata |= {ARRAYS: {"params": arrays}, FILES: {}}
+            metadata |= {DIGEST: _digest(metadata)}
             with context:
-                leaf = lambda node: not isinstance(node, dict)  # noqa: E731
                 tiny = jax.tree.map(lambda one: np.zeros((1,), one.dtype), like, is_leaf=leaf)
-                ocp.save_checkpointables(str(self._folder), {"params": tiny})
+                ocp.save_checkpointables(str(self._folder), {"params": tiny}, custom_metadata=metadata)
         self._split = split
         self._stores: dict[tuple[str, ...], Any] = {}
         self._like = like

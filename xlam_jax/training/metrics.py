@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from xlam_jax.journals import json_lines, summarize
 from xlam_jax.training.progress import Progress, Status, duration
 from xlam_jax.training.trackers import METRICS, Trackers, flat
 
@@ -53,8 +54,9 @@ class Metrics:
         self._shown: dict[str, str] = {}
         self._status: Status | None = None
         if writes:
-            _keep_until(start, run / METRICS)
-            _keep_until(start, run / SAMPLES)
+            for name in (METRICS, SAMPLES):
+                for warning in _keep_until(start, run / name):
+                    progress.line(f"warning: {warning}")
             for record in read(run):
                 self._remember(record)
             self._file = (run / METRICS).open("a", encoding="utf-8")
@@ -138,13 +140,14 @@ class Metrics:
 
     def _remember(self, record: Mapping[str, Any]) -> None:
         """Keeps what later steps show of it."""
-        if record["kind"] == "train":
-            if record["loss"] is not None and _is_finite(record["loss"]):
-                self._losses.append(record["loss"])
-        elif record["kind"] == "heldout":
-            self._shown["held-out"] = f"{_number(record['loss'])} at {record['step']}"
-        elif record["kind"] == "requests":
-            self._shown["exact"] = f"{_percent(record['exact'])} at {record['step']}"
+        kind, loss, exact = record["kind"], record.get("loss"), record.get("exact")
+        if kind == "train":
+            if loss is not None and _is_finite(loss):
+                self._losses.append(loss)
+        elif kind == "heldout":
+            self._shown["held-out"] = f"{_number(loss)} at {record['step']}"
+        elif kind == "requests":
+            self._shown["exact"] = f"{_percent(exact)} at {record['step']}"
 
     def _state(self, step: int, values: Mapping[str, Any]) -> Status:
         taken = step - self._first[0]
@@ -164,29 +167,34 @@ class Metrics:
 
 
 def read(run: Path) -> list[dict[str, Any]]:
-    """The records of a run so far; a last line that a kill cut short is left out."""
-    return list(_lines(run / METRICS))
+    """The records of a run so far. Lines that are no records are skipped; a resumed run removes and reports them."""
+    return list(_records(run / METRICS, []))
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
+def _records(path: Path, problems: list[str]) -> Iterator[dict[str, Any]]:
     if not path.exists():
         return
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                return
+    for at, record in json_lines(path, problems):
+        known = isinstance(record, dict) and type(record.get("step")) is int
+        if known and (path.name != METRICS or isinstance(record.get("kind"), str)):
+            yield record
+        else:
+            problems.append(f"line {at} is not a record with a step")
 
 
-def _keep_until(step: int, path: Path) -> None:
-    """Takes lines after a step out of a file, and all of them where the step is 0."""
+def _keep_until(step: int, path: Path) -> list[str]:
+    """Removes the lines after a step from a file, all of them where the step is 0, and those that can't be read.
+    Returns a warning of the latter."""
     if not path.exists():
-        return
+        return []
+    problems: list[str] = []
     part = path.with_suffix(".part")
     with part.open("w", encoding="utf-8") as kept:
-        kept.writelines(json.dumps(line) + "\n" for line in _lines(path) if line["step"] <= step and step)
+        kept.writelines(
+            json.dumps(record) + "\n" for record in _records(path, problems) if record["step"] <= step and step
+        )
     part.replace(path)
+    return summarize(path, problems, "removed; the other lines are kept")
 
 
 def _is_finite(value: Any) -> bool:
@@ -243,7 +251,7 @@ def plot(run: Path) -> Path:
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel=f"loss ({unit})", title=run.name)
     train, heldout = (
-        [(one["step"], one["loss"]) for one in records if one["kind"] == kind and one["loss"] is not None]
+        [(one["step"], one["loss"]) for one in records if one["kind"] == kind and one.get("loss") is not None]
         for kind in ("train", "heldout")
     )
     if train:
