@@ -1,83 +1,35 @@
 """Training on pairs: the reference policy, kill and resume, wrong input; and what a run tells of itself."""
 
 import json
-import signal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
-from support import ROOT, Commands, same_arrays, train_losses
-from test_train import TRAIN, wait_for_step
+from small_pairs import write_config, write_pairs
+from support import ROOT, Commands, assert_same_run, train_losses
+from test_train import TRAIN
 
 from xlam_jax import config as configs
 from xlam_jax import train
 from xlam_jax.errors import UserError
 from xlam_jax.parallel.link import Hosts
-from xlam_jax.training import checkpoint
 from xlam_jax.training.dry_run import dry_run
 from xlam_jax.training.progress import Progress
 
-TOOLS = [
-    {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": {}}}}
-    for name in ("look", "take", "leave")
-]
 LORA = ("train.trainable=lora", "lora.rank=4")
-
-
-def row(number: int) -> dict[str, Any]:
-    def call(name: str) -> dict[str, Any]:
-        function = {"name": name, "arguments": {"thing": number}}
-        return {
-            "role": "assistant",
-            "content": "",
-            "tool_calls": [{"type": "function", "id": "c", "function": function}],
-        }
-
-    return {
-        "unique_trajectory_id": f"pair {number}",
-        "tools": TOOLS,
-        "conversation": [{"role": "user", "content": f"Take thing {number}."}],
-        "chosen": [call("take")],
-        "rejected": [call("leave"), {"role": "tool", "tool_call_id": "c", "content": "gone"}, call("look")],
-    }
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    path.write_text("".join(json.dumps(row(number)) + "\n" for number in range(60)), encoding="utf-8")
-    return path
+    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl")
 
 
 @pytest.fixture(scope="module")
 def config(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny dense model on pairs that differ in the function that is called."""
-    path = tmp_path_factory.mktemp("config") / "dpo.yaml"
-    model = {"architectures": ["MistralForCausalLM"], "vocab_size": 2048, "hidden_size": 32, "intermediate_size": 48,
-             "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": None,
-             "max_position_embeddings": 512}  # fmt: skip
-    (path.parent / "config.json").write_text(json.dumps(model), encoding="utf-8")
-    path.write_text(
-        f"""
-output_dir: {path.parent}/unused
-model: {{config: {path.parent}/config.json, compute_dtype: float32, remat: none}}
-data:
-  tokenizer: {ROOT}/examples/quickstart/tokenizer
-  sequence_length: 384
-  sources: [{{name: things, files: ["{pairs}"], format: pairs}}]
-  heldout: 0.2
-  streams: 2
-  max_pairs: 2
-objective: {{kind: sigmoid}}
-train: {{steps: 8, batch_size: 4, learning_rate: 3.0e-3}}
-eval: {{every: 4}}
-checkpoint: {{every: 3}}
-""",
-        encoding="utf-8",
-    )
-    return path
+    return write_config(tmp_path_factory.mktemp("config"), pairs)
 
 
 def started(config: Path, run: Path, *overrides: str, profiled: range | None = None) -> list[dict[str, Any]]:
@@ -108,14 +60,10 @@ def test_adapters_off_and_precomputed_are_one_reference(config: Path, tmp_path: 
 def test_killed_runs_end_with_the_same_bits(commands: Commands, config: Path, tmp_path: Path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     started(config, whole)
-    process = commands.start(TRAIN, "--config", config, f"output_dir={killed}")
-    wait_for_step(killed, 5, process)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    commands.kill(TRAIN, "--config", config, f"output_dir={killed}", at="step 5/8 ")
     started(config, killed)
-    assert train_losses(whole) == train_losses(killed)
+    assert_same_run(whole, killed)
     assert list(train_losses(killed)) == list(range(1, 9))
-    assert same_arrays(*(checkpoint.load_params(checkpoint.resolve(run)) for run in (whole, killed)))
     assert len(json.loads((killed / "run.json").read_text(encoding="utf-8"))["started"]) == 2
 
 
