@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import sys
 import time
 from multiprocessing import get_context
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from small_pairs import write_config, write_pairs
-from support import Commands, assert_same_run
+from support import assert_same_run
 from test_adapters import LORA, QLORA
 from test_train import TRAIN
 
@@ -55,9 +56,9 @@ def run_training(arguments: list[str], connection: Connection) -> None:
     errors.run(train.main)
 
 
-def start_and_kill(arguments: list[str], at: str, count: int, delay: float) -> str:
-    """Starts a training command, and kills it `delay` seconds after its stderr has had `at` for the `count`-th time.
-    Returns its stderr until then."""
+def train_forked(arguments: list[str], kill: tuple[str, int, float] | None = None) -> str:
+    """Runs a training command to its end, or kills it: (text, count, delay) is `delay` seconds after its stderr has had
+    the text for the `count`-th time. Returns its stderr until then."""
     context = get_context("forkserver")
     context.set_forkserver_preload(list(IMPORTED))
     ours, theirs = context.Pipe(duplex=False)
@@ -65,17 +66,22 @@ def start_and_kill(arguments: list[str], at: str, count: int, delay: float) -> s
     process.start()
     theirs.close()
     said = ""
-    while said.count(at) < count:
-        said += ours.recv()  # EOFError: it ended by itself
-    time.sleep(delay)
-    process.kill()
+    while kill is None or said.count(kill[0]) < kill[1]:
+        try:
+            said += ours.recv()
+        except EOFError:  # it has ended by itself
+            break
+    if kill:
+        time.sleep(kill[2])
+        process.kill()
     process.join()
+    assert process.exitcode == (-signal.SIGKILL if kill else 0), said
     return said
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_random_kills_change_no_bit(kind: str, commands: Commands, tiny_config: Path, tmp_path: Path):
+def test_random_kills_change_no_bit(kind: str, tiny_config: Path, tmp_path: Path):
     draw = random.Random(kind)
     config = tiny_config
     if kind == "dpo":
@@ -85,15 +91,15 @@ def test_random_kills_change_no_bit(kind: str, commands: Commands, tiny_config: 
         "eval.requests_every=15", "eval.max_new_tokens=4", *KINDS[kind],
     )  # fmt: skip
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    commands.run(TRAIN, *common, f"output_dir={whole}", limit=3600)
+    train_forked([*common, f"output_dir={whole}"])
     resumed = 0
     for _ in range(KILLS):
         at, count = f"/{STEPS}  loss", draw.randint(1, 3)
         if draw.random() < 0.25:
             at, count = draw.choice(START_UP), 1
-        said = start_and_kill([*common, f"output_dir={killed}"], at, count, draw.random() * 0.05)
+        said = train_forked([*common, f"output_dir={killed}"], kill=(at, count, draw.random() * 0.05))
         resumed += "continuing" in said
-    commands.run(TRAIN, *common, f"output_dir={killed}", limit=3600)
+    train_forked([*common, f"output_dir={killed}"])
     assert resumed > KILLS / 2
     assert_same_run(whole, killed)
     for file in (whole / "reference").glob("*"):
