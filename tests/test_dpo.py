@@ -1,6 +1,7 @@
 """Training on pairs: the reference policy, kill and resume, wrong input; and what a run tells of itself."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,43 @@ def test_a_reference_of_something_else_is_refused(config: Path, pairs: Path, tmp
     assert {path.name: path.read_bytes() for path in cache.iterdir()} == {
         name: content for name, content in before.items() if name != "0.train.npy"
     }
+
+
+def first_loss(records: list[dict[str, Any]]) -> float:
+    """The held-out loss before the first step: ln 2 where the reference is what the run starts from."""
+    return next(record["loss"] for record in records if record["kind"] == "heldout")
+
+
+@pytest.mark.parametrize("method", [(), (*LORA, "objective.reference=precomputed")], ids=["full", "lora"])
+def test_a_lost_reference_is_computed_from_the_weights_it_names(config: Path, tmp_path: Path, method: tuple[str, ...]):
+    """Once more after a kill, with the reference gone or another cache named: never from what is trained by then."""
+    whole, killed, cache = tmp_path / "whole", tmp_path / "killed", tmp_path / "cache"
+    started(config, whole, *method)
+    shutil.copytree(whole, killed)
+    shutil.rmtree(killed / "checkpoints" / "8")
+    shutil.rmtree(killed / "reference")
+    started(config, killed, *method, f"objective.reference_cache={cache}")
+    assert_same_run(whole, killed)
+    for file in (whole / "reference").iterdir():
+        assert file.read_bytes() == (cache / file.name).read_bytes()
+    # another run finds in the cache what it starts from
+    other = started(config, tmp_path / "other", *method, f"objective.reference_cache={cache}", "train.steps=1")
+    np.testing.assert_allclose(first_loss(other), np.log(2), rtol=1e-6)
+
+
+def test_a_reference_whose_weights_are_gone_is_refused(config: Path, tmp_path: Path):
+    base, run = tmp_path / "base", tmp_path / "run"
+    started(config, base)
+    named = f"model.init_from={base}"
+    started(config, run, named)
+    shutil.rmtree(run / "checkpoints" / "8")
+    started_from = shutil.move(run / "reference", tmp_path / "reference")
+    shutil.move(base / "checkpoints" / "8", tmp_path / "8")  # the base is now an earlier step
+    with pytest.raises(UserError, match=r"its reference policy has weights of fingerprint \w{16}, and") as error:
+        started(config, run, named)
+    assert f"model.init_from, {base}, now gives " in str(error.value)
+    assert not (run / "reference").exists()
+    started(config, run, named, f"objective.reference_cache={started_from}")  # its numbers are still those of the base
 
 
 def test_a_loss_that_is_no_number_stops_the_run(config: Path, tmp_path: Path):
