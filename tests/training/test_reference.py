@@ -60,9 +60,15 @@ def flip(position: int) -> Callable[[bytes], bytes]:
 
 
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
-    "first byte": flip(0), "header": flip(30), "number": flip(-9), "last byte": flip(-1),
-    "half": lambda it: it[: len(it) // 2], "empty": lambda it: b"", "zeros": lambda it: bytes(len(it)), "longer": lambda it: it + b"\0",
-}  # fmt: skip
+    "first byte": flip(0),
+    "header": flip(30),
+    "number": flip(-9),
+    "last byte": flip(-1),
+    "half": lambda content: content[: len(content) // 2],
+    "empty": lambda content: b"",
+    "zeros": lambda content: bytes(len(content)),
+    "longer": lambda content: content + b"\0",
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
