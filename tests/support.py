@@ -9,8 +9,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -50,6 +52,23 @@ class Commands:
             stderr=subprocess.PIPE,
             text=True,
         )
+
+    def kill(self, module: str, *arguments: object, at: str, count: int = 1, delay: float = 0.0, **extra: str) -> str:
+        """Starts a command and ends it with SIGKILL, `delay` seconds after its stderr has had `at` in `count` lines.
+        Returns its stderr. The command must not end by itself before."""
+        process = self.start(module, *arguments, **extra)
+        assert process.stderr
+        lines: list[str] = []
+        for line in process.stderr:
+            lines.append(line)
+            count -= at in line
+            if not count:
+                break
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        lines.append(process.communicate()[1])
+        assert process.returncode == -signal.SIGKILL, "".join(lines)
+        return "".join(lines)
 
     def run(
         self, module: str, *arguments: object, code: int = 0, limit: float = 600, **extra: str
@@ -108,6 +127,40 @@ def train_losses(run: Path) -> dict[int, float]:
             assert record["step"] not in losses
             losses[record["step"]] = record["loss"]
     return losses
+
+
+def saved_arrays(run: Path) -> Any:
+    """Everything that the newest checkpoint of a run holds: parameters, optimizer, state of the data."""
+    import jax
+    import numpy as np
+    from orbax.checkpoint import v1 as ocp
+
+    newest = max((run / "checkpoints").iterdir(), key=lambda step: int(step.name))
+    path = str(newest.absolute())
+    items: Any = ocp.checkpointables_metadata(path).metadata
+    # arrays without memory of their own: Orbax takes them for a request of numpy arrays
+    like = jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), dict(items))
+    return ocp.load_checkpointables(path, like)
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without what depends on time; a step that is there twice is an error."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = [(line["step"], line["kind"]) for line in lines]
+    assert len(set(steps)) == len(steps), steps
+    return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in lines]
+
+
+def assert_same_run(whole: Path, killed: Path) -> None:
+    """A run that was killed and resumed equals an uninterrupted one bit for bit; nothing is lost or left behind."""
+    assert records(whole) == records(killed)
+    for name in ("samples.jsonl", "config.json"):
+        assert (whole / name).exists() == (killed / name).exists()
+        assert not (whole / name).exists() or (whole / name).read_bytes() == (killed / name).read_bytes()
+    kept = [sorted(entry.name for entry in (run / "checkpoints").iterdir()) for run in (whole, killed)]
+    assert kept[0] == kept[1]
+    assert not [entry for entry in killed.rglob("*") if ".part" in entry.name or "-tmp" in entry.name]
+    assert same_arrays(saved_arrays(whole), saved_arrays(killed))
 
 
 def as_killed(run: Path, to: Path) -> None:

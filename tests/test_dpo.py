@@ -1,83 +1,36 @@
 """Training on pairs: the reference policy, kill and resume, wrong input; and what a run tells of itself."""
 
 import json
-import signal
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
-from support import ROOT, Commands, same_arrays, train_losses
-from test_train import TRAIN, wait_for_step
+from small_pairs import write_config, write_pairs
+from support import ROOT, Commands, assert_same_run, train_losses
+from test_train import TRAIN
 
 from xlam_jax import config as configs
 from xlam_jax import train
 from xlam_jax.errors import UserError
 from xlam_jax.parallel.link import Hosts
-from xlam_jax.training import checkpoint
 from xlam_jax.training.dry_run import dry_run
 from xlam_jax.training.progress import Progress
 
-TOOLS = [
-    {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": {}}}}
-    for name in ("look", "take", "leave")
-]
 LORA = ("train.trainable=lora", "lora.rank=4")
-
-
-def row(number: int) -> dict[str, Any]:
-    def call(name: str) -> dict[str, Any]:
-        function = {"name": name, "arguments": {"thing": number}}
-        return {
-            "role": "assistant",
-            "content": "",
-            "tool_calls": [{"type": "function", "id": "c", "function": function}],
-        }
-
-    return {
-        "unique_trajectory_id": f"pair {number}",
-        "tools": TOOLS,
-        "conversation": [{"role": "user", "content": f"Take thing {number}."}],
-        "chosen": [call("take")],
-        "rejected": [call("leave"), {"role": "tool", "tool_call_id": "c", "content": "gone"}, call("look")],
-    }
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    path.write_text("".join(json.dumps(row(number)) + "\n" for number in range(60)), encoding="utf-8")
-    return path
+    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl")
 
 
 @pytest.fixture(scope="module")
 def config(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny dense model on pairs that differ in the function that is called."""
-    path = tmp_path_factory.mktemp("config") / "dpo.yaml"
-    model = {"architectures": ["MistralForCausalLM"], "vocab_size": 2048, "hidden_size": 32, "intermediate_size": 48,
-             "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": None,
-             "max_position_embeddings": 512}  # fmt: skip
-    (path.parent / "config.json").write_text(json.dumps(model), encoding="utf-8")
-    path.write_text(
-        f"""
-output_dir: {path.parent}/unused
-model: {{config: {path.parent}/config.json, compute_dtype: float32, remat: none}}
-data:
-  tokenizer: {ROOT}/examples/quickstart/tokenizer
-  sequence_length: 384
-  sources: [{{name: things, files: ["{pairs}"], format: pairs}}]
-  heldout: 0.2
-  streams: 2
-  max_pairs: 2
-objective: {{kind: sigmoid}}
-train: {{steps: 8, batch_size: 4, learning_rate: 3.0e-3}}
-eval: {{every: 4}}
-checkpoint: {{every: 3}}
-""",
-        encoding="utf-8",
-    )
-    return path
+    return write_config(tmp_path_factory.mktemp("config"), pairs)
 
 
 def started(config: Path, run: Path, *overrides: str, profiled: range | None = None) -> list[dict[str, Any]]:
@@ -108,14 +61,10 @@ def test_adapters_off_and_precomputed_are_one_reference(config: Path, tmp_path: 
 def test_killed_runs_end_with_the_same_bits(commands: Commands, config: Path, tmp_path: Path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     started(config, whole)
-    process = commands.start(TRAIN, "--config", config, f"output_dir={killed}")
-    wait_for_step(killed, 5, process)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    commands.kill(TRAIN, "--config", config, f"output_dir={killed}", at="step 5/8 ")
     started(config, killed)
-    assert train_losses(whole) == train_losses(killed)
+    assert_same_run(whole, killed)
     assert list(train_losses(killed)) == list(range(1, 9))
-    assert same_arrays(*(checkpoint.load_params(checkpoint.resolve(run)) for run in (whole, killed)))
     assert len(json.loads((killed / "run.json").read_text(encoding="utf-8"))["started"]) == 2
 
 
@@ -137,6 +86,43 @@ def test_a_reference_of_something_else_is_refused(config: Path, pairs: Path, tmp
     assert {path.name: path.read_bytes() for path in cache.iterdir()} == {
         name: content for name, content in before.items() if name != "0.train.npy"
     }
+
+
+def first_loss(records: list[dict[str, Any]]) -> float:
+    """The held-out loss before the first step: ln 2 where the reference is what the run starts from."""
+    return next(record["loss"] for record in records if record["kind"] == "heldout")
+
+
+@pytest.mark.parametrize("method", [(), (*LORA, "objective.reference=precomputed")], ids=["full", "lora"])
+def test_a_lost_reference_is_computed_from_the_weights_it_names(config: Path, tmp_path: Path, method: tuple[str, ...]):
+    """Once more after a kill, with the reference gone or another cache named: never from what is trained by then."""
+    whole, killed, cache = tmp_path / "whole", tmp_path / "killed", tmp_path / "cache"
+    started(config, whole, *method)
+    shutil.copytree(whole, killed)
+    shutil.rmtree(killed / "checkpoints" / "8")
+    shutil.rmtree(killed / "reference")
+    started(config, killed, *method, f"objective.reference_cache={cache}")
+    assert_same_run(whole, killed)
+    for file in (whole / "reference").iterdir():
+        assert file.read_bytes() == (cache / file.name).read_bytes()
+    # another run finds in the cache what it starts from
+    other = started(config, tmp_path / "other", *method, f"objective.reference_cache={cache}", "train.steps=1")
+    np.testing.assert_allclose(first_loss(other), np.log(2), rtol=1e-6)
+
+
+def test_a_reference_whose_weights_are_gone_is_refused(config: Path, tmp_path: Path):
+    base, run = tmp_path / "base", tmp_path / "run"
+    started(config, base)
+    named = f"model.init_from={base}"
+    started(config, run, named)
+    shutil.rmtree(run / "checkpoints" / "8")
+    started_from = shutil.move(run / "reference", tmp_path / "reference")
+    shutil.move(base / "checkpoints" / "8", tmp_path / "8")  # the base is now an earlier step
+    with pytest.raises(UserError, match=r"its reference policy has weights of fingerprint \w{16}, and") as error:
+        started(config, run, named)
+    assert f"model.init_from, {base}, now gives " in str(error.value)
+    assert not (run / "reference").exists()
+    started(config, run, named, f"objective.reference_cache={started_from}")  # its numbers are still those of the base
 
 
 def test_a_loss_that_is_no_number_stops_the_run(config: Path, tmp_path: Path):

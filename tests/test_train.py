@@ -7,12 +7,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from support import ROOT, Commands, same_arrays, train_losses
+from support import ROOT, Commands, assert_same_run, same_arrays, train_losses
 
 from xlam_jax import config as configs
 from xlam_jax.training import checkpoint, weights
@@ -30,18 +29,6 @@ def terminate() -> None:
     signal.raise_signal(signal.SIGTERM)
 
 
-def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
-    """Returns once metrics.jsonl tells of `step`."""
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline:
-        assert process.poll() is None, f"ended before step {step}: {process.stderr.read() if process.stderr else ''}"
-        path = run / "metrics.jsonl"
-        if path.exists() and any(f'"step": {step},' in line for line in path.read_text().splitlines()):
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"step {step} not reached")
-
-
 @pytest.mark.parametrize(
     ("dtype", "kills"),
     # Before the first checkpoint (3), and in the middle of a later interval.
@@ -56,15 +43,11 @@ def test_killed_runs_end_with_the_same_bits(
         whole = tmp_path / "whole"
         commands.run(TRAIN, *common, f"output_dir={whole}")
     for step in kills:
-        process = commands.start(TRAIN, *common, f"output_dir={killed}")
-        wait_for_step(killed, step, process)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        commands.kill(TRAIN, *common, f"output_dir={killed}", at=f"step {step}/10  loss")
     result = commands.run(TRAIN, *common, f"output_dir={killed}")
     assert re.search(r"continuing \S+ after step [369]\n", result.stderr)
-    assert train_losses(whole) == train_losses(killed)
+    assert_same_run(whole, killed)
     assert list(train_losses(whole)) == list(range(1, 11))
-    assert same_arrays(final_state(whole), final_state(killed))
 
 
 def test_sigterm_saves_and_the_run_goes_on(commands: Commands, tiny_config: Path, tmp_path: Path):

@@ -186,6 +186,9 @@ class Data(Section):
     (system and tools stay); or it is split between turns, each part with as many turns before it as fit."""
     cache: str | None = Field(default=None, json_schema_extra=CHANGEABLE)
     """A folder made by python -m xlam_jax.data prepare, read in place of the sources; a stale one is refused."""
+    on_change: Literal["error", "warn"] = Field(default="error", json_schema_extra=CHANGEABLE)
+    """When a run is resumed and a source or the tokenizer is not what it was at the checkpoint: refuse, or report what
+    changed and where the data continue."""
     streams: Count = 8
     """Independent streams that the data is dealt to; each packs on its own. Fixes the batches for any host count."""
     packing_bins: Count = 16

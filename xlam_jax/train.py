@@ -23,8 +23,8 @@ from xlam_jax.training.trackers import check_trackers
 
 if TYPE_CHECKING:
     from xlam_jax.data.corpus import Loaded
+    from xlam_jax.data.identity import Identity
     from xlam_jax.training.progress import Progress
-    from xlam_jax.training.setup import Setup
     from xlam_jax.training.step import State
 
 CONFIG = "config.yaml"
@@ -146,16 +146,17 @@ class Stop:
         self.asked = True
 
 
-def facts_of_data(made: "Setup") -> dict[str, Any]:
-    """What hosts must have found alike: the vocabulary and the data."""
-    from xlam_jax.data import corpus
+def facts_of_data(identity: "Identity") -> dict[str, Any]:
+    """What all hosts must have alike: the tokenizer and the examples of each source."""
+    from xlam_jax.data.identity import describe_source, describe_tokenizer
 
-    vocabulary = json.dumps([made.tokenizer.get_vocab(), made.tokenizer.chat_template], sort_keys=True)
-    told: dict[str, Any] = {"the digest of the tokenizer": distributed.digest(vocabulary)}
-    for one in made.loaded:
-        about = f"{len(one.train)} to train, {len(one.heldout)} held out, {corpus.trained(one.train).sum():.0f} tokens"
-        told[f"the trajectories of {one.source.name}"] = f"{about}, ids {distributed.digest(json.dumps(list(one.ids)))}"
-    return told
+    sources = {
+        name: {part: of_source[part] for part in of_source if part != "dataset"}
+        for name, of_source in identity["data"].items()
+    }
+    return {"the tokenizer": describe_tokenizer(identity["tokenizer"])} | {
+        f"the data of {name}": describe_source(of_source) for name, of_source in sources.items()
+    }
 
 
 def newest_step(run: Path, hosts: Hosts, progress: "Progress") -> int:
@@ -214,17 +215,24 @@ def train(resolved: Resolved, run: Path, progress: "Progress", hosts: Hosts, pro
     stop = Stop()
 
     from xlam_jax.data import pipeline
+    from xlam_jax.data.identity import identify
     from xlam_jax.data.tokenizer import save
-    from xlam_jax.outputs import write_text
+    from xlam_jax.outputs import remove_parts, replace_folder, write_text
+    from xlam_jax.parallel.mesh import cpu_threads, keep_cpu_threads
     from xlam_jax.training.metrics import Metrics, plot
     from xlam_jax.training.progress import duration
+    from xlam_jax.training.resume import check_data, check_threads, read_run
     from xlam_jax.training.setup import RUN, about, compiled_step, set_up
     from xlam_jax.training.trackers import flat, open_trackers
 
     for line in resolved.warnings:
         progress.line(f"warning: {line}")
+    before = read_run(run / RUN, progress.line)
+    if threads := before.get("cpu_threads"):
+        keep_cpu_threads(threads[hosts.process if len(threads) == hosts.count else 0], config.mesh.cpu_devices)
     made = set_up(resolved, progress)
-    distributed.agree(hosts, facts_of_data(made))
+    identity = identify(made.loaded, made.tokenizer, config.data.tokenizer)
+    distributed.agree(hosts, facts_of_data(identity))
 
     import jax
     import numpy as np
@@ -236,8 +244,8 @@ def train(resolved: Resolved, run: Path, progress: "Progress", hosts: Hosts, pro
 
     start = newest_step(run, hosts, progress)
     # read before the run folder is touched: the weights may be missing, or another model's
-    base = weights.read_base(resolved) if made.frozen or not start else None
-    given = weights.read_adapters(resolved) if resolved.model.lora else base
+    base = weights.read_base(resolved) if made.frozen else None
+    initial = None if start else weights.read_initial(resolved)
     frozen = weights.frozen(resolved, base, made.frozen, made.dtype)
     beside = weights.fingerprint(frozen) if frozen else None
 
@@ -245,15 +253,15 @@ def train(resolved: Resolved, run: Path, progress: "Progress", hosts: Hosts, pro
     # The config first: it says whose folder this is, should the run be killed before the rest is written.
     if hosts.first:
         run.mkdir(parents=True, exist_ok=True)
+        remove_parts(run)
         write_text(run / CONFIG, configs.to_yaml(config))
         checkpoint.write_hf_config(run, resolved.hf_config)
-        if not (run / checkpoint.TOKENIZER).exists():
-            save(made.tokenizer, run / f"{checkpoint.TOKENIZER}.part", config.data.format)
-            (run / f"{checkpoint.TOKENIZER}.part").replace(run / checkpoint.TOKENIZER)
     distributed.check_shared(hosts, run / CONFIG)
 
     # ---- state: 1. this run's newest checkpoint; 2. model.init_from; 3. random -------------------------------------
-    metadata = {"config": config.model_dump(mode="json"), "model": resolved.hf_config, "base": beside}
+    metadata = {"config": config.model_dump(mode="json"), "model": resolved.hf_config, "base": beside, **identity}
+    metadata["cpu_threads"] = hosts.gather(cpu_threads()) if jax.default_backend() == "cpu" else None
+    changes = before.get("data_changes", [])
     data_state = None
     if start:
         restored = checkpoint.restore_newest(
@@ -268,23 +276,42 @@ def train(resolved: Resolved, run: Path, progress: "Progress", hosts: Hosts, pro
         weights.check_base(run, saved.get("base"), beside or "", config.model.init_from)
         state = steps.State(step=steps.put(np.int32(start), made.state.step.sharding), **items)
         metadata["reference"] = saved.get("reference")
+        change, data_state = check_data(run, start, saved, identity, config.data, data_state, progress.line)
+        changes += [change] if change else []
+        check_threads(start, saved.get("cpu_threads"), metadata["cpu_threads"], progress.line)
         progress.line(f"continuing {run} after step {start}")
     else:
-        state = steps.init_state(made.state, made.tx, weights.fresh(resolved, given, made.state.params))
+        state = steps.init_state(made.state, made.tx, weights.fresh(resolved, initial, made.state.params))
         progress.line(f"weights from {config.model.init_from or 'the seed'}")
-    del base, given
+    del base, initial
+    if hosts.first:
+        replaced = replace_folder(
+            run / checkpoint.TOKENIZER, lambda part: save(made.tokenizer, part, config.data.format)
+        )
+        if replaced:
+            progress.line(f"{run / checkpoint.TOKENIZER}: written again, as it was not {config.data.tokenizer}")
     if start >= config.train.steps:
         progress.line(f"{run} is finished: {start} of {config.train.steps} steps")
         return 0
     checkpoint.check_names(run, range(start + 1, config.train.steps + 1))
     saves = checkpoint.Checkpoints(run, keep=config.checkpoint.keep, metadata=metadata, best=config.checkpoint.best)
     if hosts.first:
-        write_text(run / RUN, json.dumps(about(resolved, made, run), indent=1) + "\n")
+        started = about(resolved, made, before) | {"cpu_threads": metadata["cpu_threads"], "data_changes": changes}
+        write_text(run / RUN, json.dumps(started, indent=1) + "\n")
     loaded = made.loaded
     if configs.reference(config) == "precomputed":
         from xlam_jax.training import reference
 
-        metadata["reference"] = metadata.get("reference") or weights.fingerprint(state.params)
+        def policy() -> Any:
+            """The weights that the run starts from, which a resumed run reads again."""
+            return weights.fresh(resolved, weights.read_initial(resolved), made.state.params) if start else state.params
+
+        def score() -> "reference.Scores":
+            params = policy()
+            weights.check_policy(resolved, metadata["reference"], weights.fingerprint(params))
+            return reference.compute(resolved, made, params, frozen, progress)
+
+        metadata["reference"] = metadata.get("reference") or weights.fingerprint(policy())
         loaded, found = reference.attach(
             Path(config.objective.reference_cache or run / "reference"),
             loaded,
@@ -294,7 +321,8 @@ def train(resolved: Resolved, run: Path, progress: "Progress", hosts: Hosts, pro
                 model=resolved.hf_config,
                 dtype=config.model.compute_dtype,
             ),
-            lambda: reference.compute(resolved, made, state.params, frozen, progress),
+            score,
+            progress.line,
             writes=hosts.first,
         )
         progress.line("reference policy: " + ("read" if found else "computed, and kept"))

@@ -317,3 +317,27 @@ def test_heldout_batches_read_no_more_than_they_give():
     assert max(reads) < 200
     halves = [list(pipeline.heldout_batches([held], DATA, rows=2, limit=2, mine=block(2, at, 2))) for at in (0, 1)]
     assert all(same(whole, joined(list(parts))) for whole, *parts in zip(batches, *halves, strict=True))
+
+
+@SEARCH
+@given(st.integers(1, 25), st.integers(1, 25), st.integers(0, 12), st.integers(1, 3))
+def test_data_that_changed_continue_at_the_same_draw_and_leave_none_out(
+    size: int, size_now: int, batches: int, windows: int
+):
+    weights = {"a": 2.0, "b": 1.0}
+    sources, changed = loaded({"a": size, "b": 7}, weights), loaded({"a": size_now, "b": 7}, weights)
+    listed = [one.source for one in sources]
+    data = DATA.model_copy(update={"streams": 2, "packing_bins": 3, "sources": listed})
+    before, after = (pipeline.Loader(one, data, batch_size=2, seed=1) for one in (sources, changed))
+    for _ in range(batches):
+        next(before)
+    state = json.loads(json.dumps(before.state()))
+    begin = pipeline.draws(state, shares(sources, data), data.streams)
+    assert sum(begin) == sum(place["parent"]["next_index"] for place in state.values())
+    after.restore(pipeline.packed_again(state))
+    seen = Counter[int]()
+    for _ in range(windows * data.packing_bins):  # whole windows: all that was drawn is given out
+        next(after)
+        seen.update(source for source, _ in after.origins())
+    end = pipeline.draws(after.state(), shares(changed, data), data.streams)
+    assert [seen[source] for source in (0, 1)] == [last - first for first, last in zip(begin, end, strict=True)]

@@ -6,6 +6,9 @@ the n+1 ids of an example, int32, the n weights of its labels, float32, and thei
 length of the chosen side's record, uint32, and both sides' records. Opening reads no example; each is read when it is
 drawn, by its index.
 
+`meta.json` also has the digests of each source's examples (`identity`), so that a run may change between a cache and
+the sources it was made of.
+
 The key keeps its parts, so that a stale cache is refused with the names of those that changed: the content of every
 source file, how the source is read, tokenizer, template, format and loss, the held-out share, the code that renders,
 and the row length where a trajectory was too long for it. What only mixes or packs (weights, epochs, streams) is no
@@ -28,13 +31,14 @@ import numpy as np
 from converters import trajectories
 from converters.folders import new_folder
 from xlam_jax.config import PAIRS, Data, Source
-from xlam_jax.data import corpus
+from xlam_jax.data import corpus, identity
 from xlam_jax.data.corpus import Example, Loaded, Progress
 from xlam_jax.data.sources import open_array_record
+from xlam_jax.data.tokenizer import text_to_ids_digest
 from xlam_jax.data.trajectory import Trajectory, read_jsonl, to_dict
 from xlam_jax.errors import UserError
 
-LAYOUT = 2
+LAYOUT = 3
 """Of the folder. A cache of another layout is refused."""
 META = "meta.json"
 PARTS = ("train", "heldout")
@@ -98,7 +102,9 @@ def open(folder: str | Path, data: Data, tokenizer: Any, progress: Progress = la
         train, heldout = (CachedExamples(Path(f"{at}.{name}"), pairs) for name in PARTS)
         samples = [one for _, one in read_jsonl(f"{at}.samples.jsonl") if isinstance(one, Trajectory)]
         counters = (Counter(about[name]) for name in ("dropped", "repaired", "changed"))
-        loaded.append(Loaded(source, train, heldout, _Ids(Path(f"{at}.ids.json")), samples, None, *counters))
+        digests, dataset = about["digests"], about["dataset"]
+        ids = _Ids(Path(f"{at}.ids.json"))
+        loaded.append(Loaded(source, train, heldout, ids, samples, None, *counters, digests=digests, dataset=dataset))
         progress(corpus.summary(loaded[-1]))
     return loaded
 
@@ -238,6 +244,8 @@ def _about(at: int, one: Loaded) -> dict[str, Any]:
         "repaired": one.repaired,
         "changed": one.changed,
         "longest": longest,
+        "digests": identity.source_digests(one),
+        "dataset": one.dataset,
         "all_fit": not one.changed and not one.dropped["too-long"],
     }
 
@@ -252,7 +260,7 @@ def _key(data: Data, tokenizer: Any) -> dict[str, Any]:
     return {
         "layout": LAYOUT,
         "settings": dict(_flat(settings, "data.")),
-        "tokenizer": {"name": data.tokenizer, "content": _tokenizer(tokenizer)},
+        "tokenizer": {"name": data.tokenizer, "content": text_to_ids_digest(tokenizer)},
         "template": _digest(json.dumps(tokenizer.chat_template)) if data.format == "native" else "",
         "code": _code(),
         "sources": {
@@ -320,15 +328,6 @@ def _digest(*parts: str | bytes) -> str:
 def _file_digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _tokenizer(tokenizer: Any) -> str:
-    """A digest of what turns text into ids, wherever the tokenizer was loaded from."""
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    for unused in ("truncation", "padding"):
-        backend.pop(unused, None)
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    return _digest(json.dumps([backend, special], sort_keys=True))
 
 
 def _code() -> str:

@@ -76,6 +76,10 @@ class Loaded(NamedTuple):
     """Reason → defects mended."""
     changed: Counter[str]
     """Reason → trajectories that did not fit and were cut or split."""
+    digests: dict[str, str] | None = None
+    """Of `train` and `heldout`, where they are known without reading every example: see `identity`."""
+    dataset: dict[str, Any] | None = None
+    """Of a dataset on a hub: its `revision` (the commit; None where unknown) and the `rows` that were read."""
 
 
 class Columns(NamedTuple):
@@ -295,8 +299,9 @@ def _load_source(source: Source, data: Data, renderer: "_Renderer", progress: Pr
     samples: list[tuple[int, str, Trajectory]] = []  # a heap, the last to be taken on top
     trajectories: list[Any] | None = [] if annotate or data.augment.active else None
     dropped, repaired, changed = Counter[str](), Counter[str](), Counter[str]()
+    dataset: dict[str, Any] = {}
     began = told = time.monotonic()
-    for number, (item, fitted) in enumerate(renderer.render(sources.read(source)), start=1):
+    for number, (item, fitted) in enumerate(renderer.render(sources.read(source, dataset)), start=1):
         repaired.update(repair.reason for repair in item.repairs)
         match item.trajectory:
             case Filtered(reason):
@@ -325,7 +330,18 @@ def _load_source(source: Source, data: Data, renderer: "_Renderer", progress: Pr
             progress(f"{source.name}: {number:,} read, {number / (now - began):,.0f} a second")
             told = now
     chosen = [side for _, _, side in sorted(samples, reverse=True)]
-    return Loaded(source, train.examples, heldout.examples, train.ids, chosen, trajectories, dropped, repaired, changed)
+    return Loaded(
+        source,
+        train.examples,
+        heldout.examples,
+        train.ids,
+        chosen,
+        trajectories,
+        dropped,
+        repaired,
+        changed,
+        dataset=dataset or None,
+    )
 
 
 class _Part:

@@ -13,7 +13,7 @@ from math import lcm
 
 from grain.transforms import DatasetSelectionMap
 
-from xlam_jax.config import Data
+from xlam_jax.config import Data, Source
 from xlam_jax.data.corpus import Loaded, trained
 from xlam_jax.errors import UserError
 
@@ -42,6 +42,11 @@ class Mixture(DatasetSelectionMap):
             rest, draw, next_draw = rest - weight, left, next_left
         raise AssertionError("the last source takes every draw that is left")
 
+    def counts_from_start(self, draws: int) -> list[int]:
+        """How often each source is among the first `draws` draws of this mixture."""
+        counts = self.counts(self._start + draws)
+        return [count - before for count, before in zip(counts, self._before, strict=True)]
+
     def counts(self, draws: int) -> list[int]:
         """How often each source is among the first `draws` draws of the mixture that starts at zero."""
         rest, counts = sum(self._weights), []
@@ -57,21 +62,27 @@ def shares(loaded: Sequence[Loaded], data: Data) -> list[Fraction]:
 
     Raises `UserError` when tokens are to be shared and a source has none that carries loss.
     """
-    weights = [_weight(one) for one in loaded]
-    if data.share == "tokens":
-        for at, one in enumerate(loaded):
-            carry_loss = int(trained(one.train).sum())
-            if not carry_loss:
-                raise UserError(f"data.share is tokens, and no token of source {one.source.name} carries loss; drop it")
-            weights[at] *= Fraction(len(one.train), carry_loss)
+    trained_tokens = [int(trained(one.train).sum()) for one in loaded] if data.share == "tokens" else None
+    return shares_of_sizes([one.source for one in loaded], [len(one.train) for one in loaded], trained_tokens)
+
+
+def shares_of_sizes(
+    sources: Sequence[Source], sizes: Sequence[int], trained_tokens: Sequence[int] | None = None
+) -> list[Fraction]:
+    """The same from the number of each source's trajectories. `trained_tokens`: of each source, where those are shared
+    and not the trajectories."""
+    weights = [_weight(source, size) for source, size in zip(sources, sizes, strict=True)]
+    for at, tokens in enumerate(trained_tokens or ()):
+        if not tokens:
+            raise UserError(f"data.share is tokens, and no token of source {sources[at].name} carries loss; drop it")
+        weights[at] *= Fraction(sizes[at], tokens)
     total = sum(weights)
     return [weight / total for weight in weights]
 
 
-def _weight(loaded: Loaded) -> Fraction:
-    source = loaded.source
+def _weight(source: Source, size: int) -> Fraction:
     if source.epochs is not None:
-        return Fraction(source.size or len(loaded.train)) * Fraction(source.epochs)
+        return Fraction(source.size or size) * Fraction(source.epochs)
     return Fraction(1 if source.weight is None else source.weight)
 
 

@@ -8,7 +8,8 @@ reads the streams that give the rows its devices need, so that the number of hos
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
 from itertools import accumulate, islice
 from typing import Any, Literal, NamedTuple, overload
 
@@ -169,6 +170,30 @@ class Loader:
         """Goes to a saved place. Takes as long at any place."""
         for name, stream in self._streams.items():
             stream.set_state(state[name])
+
+
+def draws(state: Mapping[str, Any], weights: Sequence[Fraction], streams: int) -> list[int]:
+    """How often each source was drawn before the rows that are packed at a saved place, over all streams.
+
+    `weights` are the sources' shares. A source of n examples whose draws are d so far is in epoch d // n.
+    """
+    counts = [
+        stream_mixture(weights, int(stream), streams).counts_from_start(place["parent"]["next_index"])
+        for stream, place in state.items()
+    ]
+    return [sum(of_source) for of_source in zip(*counts, strict=True)]
+
+
+def packed_again(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The place at which every stream packs its current `packing_bins` rows again, from the first.
+
+    For data that changed: which of the rows packed anew were given out before cannot be known, and skipping as many as
+    were would lose examples. So examples of these rows may come twice, and none is left out.
+    """
+    return {
+        stream: place | {"next_row": 0, "counter": place["counter"] - place["next_row"]}
+        for stream, place in state.items()
+    }
 
 
 def _endless(at: int, one: Loaded, data: Data, seed: int, tokenizer: Any) -> Any:

@@ -64,16 +64,19 @@ class _Row(NamedTuple):
     repairs: tuple[Repair, ...] = ()
 
 
-def read(source: Source) -> Iterator[Item]:
+def read(source: Source, dataset: dict[str, Any] | None = None) -> Iterator[Item]:
     """Streams what a source holds, in order, up to the row that reaches `source.limit`.
 
-    Filters judge a pair by its chosen side. Raises `UserError` that names the source when it can't be read, or says
-    things that don't go together.
+    Of a dataset on a hub, `dataset` receives `revision` and, with every row, `rows`: how many were read. Filters judge
+    a pair by its chosen side. Raises `UserError` that names the source when it can't be read, or says things that don't
+    go together.
     """
     check(source)
     convert_row = _converter(source)
-    kept = 0
-    for row in _rows(source):
+    kept, dataset = 0, {} if dataset is None else dataset
+    for row in _rows(source, dataset):
+        if dataset:
+            dataset["rows"] += 1
         for item in _pairs(row) if source.format == PAIRS else _items(row, convert_row):
             if isinstance(item.trajectory, Trajectory | Pair):
                 judged = item.trajectory.chosen if isinstance(item.trajectory, Pair) else item.trajectory
@@ -194,9 +197,9 @@ def _filtered(trajectory: Trajectory, filters: Filters) -> str | None:
     return None
 
 
-def _rows(source: Source) -> Iterator[_Row]:
+def _rows(source: Source, dataset: dict[str, Any]) -> Iterator[_Row]:
     if source.dataset is not None:
-        return _dataset(source, source.dataset)
+        return _dataset(source, source.dataset, dataset)
     if source.tfds is not None:
         return _tfds(source, source.tfds)
     return (row for file in source.files for row in _file(source, Path(file)))
@@ -339,7 +342,7 @@ def _parsed(row: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def _dataset(source: Source, name: str) -> Iterator[_Row]:
+def _dataset(source: Source, name: str, of_hub: dict[str, Any]) -> Iterator[_Row]:
     folder = Path(name).expanduser()
     if folder.is_dir():
         saved = any((folder / file).is_file() for file in ("dataset_dict.json", "state.json"))
@@ -354,7 +357,7 @@ def _dataset(source: Source, name: str) -> Iterator[_Row]:
         what = "is a file; name it under files" if folder.exists() else f"no such folder{_alike(folder)}"
         _fail(source, f"dataset {name}: {what}")
     else:
-        open_ = partial(_load, source)
+        open_ = partial(_load, source, of_hub)
     return _dataset_rows(source, open_)
 
 
@@ -416,9 +419,12 @@ def _load_saved(source: Source, folder: Path) -> Any:
     return dataset
 
 
-def _load(source: Source) -> Any:
-    """A folder of other files, or a hub dataset: one downloaded before where the hub does not answer within seconds."""
-    from datasets import config, load_dataset
+def _load(source: Source, of_hub: dict[str, Any] | None = None) -> Any:
+    """A folder of other files, or a hub dataset: one downloaded before where the hub does not answer within seconds.
+
+    `of_hub` receives the revision of a hub dataset.
+    """
+    from datasets import config, load_dataset, load_dataset_builder
 
     name = str(source.dataset)
     folder = Path(name).expanduser()
@@ -426,6 +432,8 @@ def _load(source: Source) -> Any:
     config.HF_HUB_OFFLINE = offline or not (folder.is_dir() or _listens(config.HF_ENDPOINT))
     try:
         where = str(folder) if folder.is_dir() else name
+        if of_hub is not None:
+            of_hub |= {"revision": load_dataset_builder(where, source.subset).hash, "rows": 0}
         return load_dataset(where, source.subset, split=source.split, streaming=source.streaming)
     except ConnectionError as error:
         _fail(

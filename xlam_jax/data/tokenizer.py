@@ -1,12 +1,13 @@
 """Tokenizers: Mistral's own, built from the models inside mistral-common, and any fast tokenizer of a HF folder."""
 
+import hashlib
 import importlib.util
 import json
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from xlam_jax.data.formats import read_template
 from xlam_jax.data.render import chat_template
@@ -78,6 +79,25 @@ def save(tokenizer: "PreTrainedTokenizerFast", folder: str | Path, format: str =
         tokenizer.save_pretrained(str(folder))
     finally:
         tokenizer.chat_template = own
+
+
+def text_to_ids_digest(tokenizer: "PreTrainedTokenizerFast") -> str:
+    """A digest of what turns text into ids (vocabulary, merges, normalizer, pre-tokenizer, special tokens), wherever
+    the tokenizer was loaded from."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    for unused in ("truncation", "padding"):
+        backend.pop(unused, None)
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return _digest([backend, special])
+
+
+def tokenizer_digest(tokenizer: "PreTrainedTokenizerFast") -> str:
+    """A digest of everything that rendering uses: `text_to_ids_digest`, and the chat template."""
+    return _digest([text_to_ids_digest(tokenizer), tokenizer.chat_template])
+
+
+def _digest(values: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def byte_fallback_bpe(pieces: Sequence[str], scores: Sequence[float], first_byte: int) -> "Tokenizer":

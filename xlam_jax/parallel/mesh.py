@@ -47,6 +47,27 @@ RULES: Mapping[str, str | None] = {
 """Logical axis of a parameter → mesh axis that it is stored along."""
 
 
+THREADS = "PJRT_NPROC"
+"""The variable that sets the number of XLA's CPU threads."""
+
+
+def cpu_threads() -> int:
+    """How many threads XLA's CPU backend takes, read as it does: from two variables, else the CPUs that this process
+    may use. XLA splits sums among them, so with another number they differ in their last bits."""
+    for name in (THREADS, "NPROC"):
+        if (text := os.environ.get(name, "")).isdigit():
+            return int(text)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def keep_cpu_threads(threads: int, devices: int) -> None:
+    """Has XLA take as many threads as an earlier process of the same run did, unless the user has set a number, or it
+    would not do for so many devices (`split_cpu`). Has an effect before JAX first looks at them."""
+    is_set = any(os.environ.get(name, "").isdigit() for name in (THREADS, "NPROC"))
+    if not is_set and (devices == 1 or threads > 4 * devices):
+        os.environ[THREADS] = str(threads)
+
+
 def split_cpu(devices: int) -> None:
     """Splits the CPU into this many devices; has an effect before JAX first looks at them.
 
@@ -54,7 +75,7 @@ def split_cpu(devices: int) -> None:
     a collective keeps its thread. With no thread left, the one that is waited for never runs and XLA ends the process
     after 40 s; the pool is made large enough that this can't be.
     """
-    os.environ.setdefault("PJRT_NPROC", str(4 * devices + (os.cpu_count() or 1)))
+    os.environ.setdefault(THREADS, str(4 * devices + (os.cpu_count() or 1)))
     jax.config.update("jax_num_cpu_devices", devices)
 
 

@@ -1,10 +1,8 @@
 """What a run needs before its first weight is read: data, devices, objective, and the compiled step."""
 
-import json
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xlam_jax import config as configs
@@ -187,8 +185,9 @@ def compiled_step(resolved: Resolved, layout: Layout, state: Any, frozen: Any, b
     return compiled
 
 
-def about(resolved: Resolved, made: Setup, run: Path) -> dict[str, Any]:
-    """What a report needs to know of a run besides its metrics; `started` gains this start."""
+def about(resolved: Resolved, made: Setup, before: dict[str, Any]) -> dict[str, Any]:
+    """What a report needs to know of a run besides its metrics; `before` is what an earlier start wrote, to whose
+    `started` this start is added."""
     import jax
 
     from xlam_jax.data import corpus
@@ -196,7 +195,6 @@ def about(resolved: Resolved, made: Setup, run: Path) -> dict[str, Any]:
     from xlam_jax.training import cost
 
     config, device = resolved.config, jax.devices()[0]
-    before = json.loads((run / RUN).read_text(encoding="utf-8"))["started"] if (run / RUN).exists() else []
     trained = sum(cost.trainable_sizes(resolved.model).values())
     return {
         "parameters": resolved.model.parameters() + (trained if resolved.model.lora else 0),
@@ -214,5 +212,5 @@ def about(resolved: Resolved, made: Setup, run: Path) -> dict[str, Any]:
             }
             for one, share in zip(made.loaded, shares(made.loaded, config.data), strict=True)
         },
-        "started": [*before, datetime.now(UTC).isoformat(timespec="seconds")],
+        "started": [*before.get("started", []), datetime.now(UTC).isoformat(timespec="seconds")],
     }

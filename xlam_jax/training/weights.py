@@ -74,6 +74,12 @@ def read_adapters(resolved: Resolved) -> Params | None:
     return None if start is None or resolved.model.lora is None else read_peft(Path(start), resolved.model)
 
 
+def read_initial(resolved: Resolved) -> Params | None:
+    """What `fresh` starts from, none of it read yet: the adapters that `lora.init_from` names, or in full training the
+    weights that `model.init_from` names; None for random ones. Raises `UserError` when it does not fit."""
+    return read_adapters(resolved) if resolved.model.lora else read_base(resolved)
+
+
 def fresh(resolved: Resolved, given: Params | None, abstract: Params) -> Params:
     """What trains, before the first step: what was read, or random weights, or adapters that change nothing yet."""
     model, seed = resolved.model, resolved.config.seed
@@ -250,4 +256,22 @@ def check_base(run: Path, saved: str | None, now: str, init_from: str | None) ->
             f"{run}: its adapters were trained beside weights of fingerprint {saved}, and "
             f"{init_from or 'the random weights of this seed'} now gives {now}; "
             "restore the base, or train into another output_dir"
+        )
+
+
+def check_policy(resolved: Resolved, saved: str, now: str) -> None:
+    """Raises `UserError` when the weights that a run starts from are not those that its reference policy had."""
+    config = resolved.config
+    named = (
+        ("lora.init_from", config.lora.init_from)
+        if resolved.model.lora
+        else ("model.init_from", config.model.init_from)
+    )
+    key, folder = named
+    if saved != now:
+        raise UserError(
+            f"{config.output_dir}: its reference policy has weights of fingerprint {saved}, and "
+            f"{f'{key}, {folder},' if folder else 'the random weights of this seed'} now gives {now}; restore these "
+            "weights, or the folder with the reference that was computed from them (objective.reference_cache; None: "
+            "reference/ in output_dir)"
         )
