@@ -21,6 +21,7 @@ from converters.shards import DTYPES, Shard, ahead
 from converters.work import Told, add_arguments, check_finite, compare, dtype_of
 from xlam_jax.errors import UserError, run
 from xlam_jax.models.config import ModelConfig, read_hf_config
+from xlam_jax.models.generation_config import copy_generation_config
 
 if TYPE_CHECKING:
     import jax
@@ -120,7 +121,7 @@ class HFWeights:
         config says.
         """
         self.name = str(folder)
-        self.files = _small_files(self.name)
+        self.files = small_files(self.name)
         remote = "://" in self.name
         self._url = self.name.rstrip("/") if remote else str(self.files)
         self.hf_config = read_hf_config(self.files / "config.json")
@@ -162,7 +163,7 @@ def load_hf(folder: str | Path, *, dtype: Any = None) -> "tuple[dict[str, Any], 
     return opened.hf_config, jax.tree.map(np.asarray, opened.params(dtype), is_leaf=leaf)
 
 
-def _small_files(name: str) -> Path:
+def small_files(name: str) -> Path:
     """A local folder with all but the weights (and with those, where there is no other)."""
     folder = Path(name)
     if folder.is_dir():
@@ -333,6 +334,7 @@ def _convert(opened: HFWeights, dtype: np.dtype | None, work: Work, workers: int
     params = opened.params(dtype)
     leading = {tensor.path: len(tensor.at) for tensor, _ in opened.sources}
     copy_tokenizer(opened.files, work.folder / TOKENIZER)
+    copy_generation_config(opened.files, work.folder)
     write_hf_config(work.folder, opened.hf_config)
     model = NewModel(work.folder, params, leading.__getitem__)
     for path in leading:

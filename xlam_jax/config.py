@@ -266,7 +266,7 @@ class Train(Section):
     """After the warm-up: a cosine or a line down to `end_learning_rate`, constant, or constant and then the line over
     `decay_steps`."""
     decay_steps: int = Field(default=0, ge=0)
-    """wsd: the number of steps at the end that fall to `end_learning_rate`; 1 means that the last step alone takes it."""
+    """wsd: the number of steps at the end that fall to `end_learning_rate`; with 1, the last step alone takes it."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled, on every parameter but the norms."""
     beta1: Share = 0.9

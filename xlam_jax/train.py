@@ -211,6 +211,7 @@ def train(resolved: Resolved, run: Path, progress: "Progress", hosts: Hosts, pro
 
     from xlam_jax.data import pipeline
     from xlam_jax.data.tokenizer import save
+    from xlam_jax.models.generation_config import GENERATION_CONFIG, copy_generation_config, read_generation_config
     from xlam_jax.outputs import write_text
     from xlam_jax.training.metrics import Metrics, plot
     from xlam_jax.training.progress import duration
@@ -231,7 +232,10 @@ def train(resolved: Resolved, run: Path, progress: "Progress", hosts: Hosts, pro
     start = newest_step(run, hosts, progress)
     # read before the run folder is touched: the weights may be missing, or another model's
     base = weights.read_base(resolved) if made.frozen or not start else None
-    given = weights.read_adapters(resolved) if resolved.model.lora else base
+    source = None if start else weights.source_folder(resolved)
+    if source is not None:
+        read_generation_config(source / GENERATION_CONFIG)
+    given = weights.read_adapters(resolved, base) if resolved.model.lora else base
     frozen = weights.frozen(resolved, base, made.frozen, made.dtype)
     beside = weights.fingerprint(frozen) if frozen else None
 
@@ -241,6 +245,8 @@ def train(resolved: Resolved, run: Path, progress: "Progress", hosts: Hosts, pro
         run.mkdir(parents=True, exist_ok=True)
         write_text(run / CONFIG, configs.to_yaml(config))
         checkpoint.write_hf_config(run, resolved.hf_config)
+        if source is not None:
+            copy_generation_config(source, run)
         if not (run / checkpoint.TOKENIZER).exists():
             save(made.tokenizer, run / f"{checkpoint.TOKENIZER}.part", config.data.format)
             (run / f"{checkpoint.TOKENIZER}.part").replace(run / checkpoint.TOKENIZER)
