@@ -40,6 +40,7 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "chat_template.*",
+    "additional_chat_templates/*.jinja",  # of a tokenizer with several
 )
 
 
@@ -299,7 +300,9 @@ def copy_tokenizer(folder: Path, to: Path) -> bool:
     files = {path for pattern in TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()}
     to.mkdir(parents=True, exist_ok=True)
     for path in files:
-        shutil.copyfile(path, to / path.name)
+        target = to / path.relative_to(folder)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)
     return any(path.name.startswith("tokenizer") for path in files)
 
 

@@ -182,7 +182,10 @@ def read_config(folder: Path) -> AdapterConfig:
     try:
         described = json.loads(where.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{where}: can't be read ({error.strerror}); a PEFT folder with {CONFIG} is expected") from None
+        raise UserError(
+            f"{folder}: no PEFT adapter can be read there ({CONFIG}: {error.strerror}); {CONFIG} and {WEIGHTS} are "
+            "expected"
+        ) from None
     except ValueError as error:
         raise UserError(f"{where}: not valid JSON: {error}; download or save the adapter again") from None
     if not isinstance(described, dict):
