@@ -23,6 +23,7 @@ from xlam_jax import strict_json
 from xlam_jax.errors import UserError, run
 from xlam_jax.models import hf_keys
 from xlam_jax.models.config import ModelConfig, read_hf_config
+from xlam_jax.models.generation_config import copy_generation_config
 
 if TYPE_CHECKING:
     import jax
@@ -41,6 +42,7 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "chat_template.*",
+    "additional_chat_templates/*.jinja",  # of a tokenizer with several
 )
 
 
@@ -122,7 +124,7 @@ class HFWeights:
         config says.
         """
         self.name = str(folder)
-        self.files = _small_files(self.name)
+        self.files = small_files(self.name)
         self._url = self.name.rstrip("/") if "://" in self.name else str(self.files)
         origin = f"{self.name}/config.json"
         hf_config = read_hf_config(self.files / "config.json")
@@ -169,7 +171,7 @@ def load_hf(folder: str | Path, *, dtype: Any = None) -> "tuple[dict[str, Any], 
     return opened.hf_config, jax.tree.map(np.asarray, opened.params(dtype), is_leaf=leaf)
 
 
-def _small_files(name: str) -> Path:
+def small_files(name: str) -> Path:
     """A local folder with all but the weights (and with those, where there is no other)."""
     folder = Path(name)
     if folder.is_dir():
@@ -387,7 +389,9 @@ def copy_tokenizer(folder: Path, to: Path) -> bool:
     files = {path for pattern in TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()}
     to.mkdir(parents=True, exist_ok=True)
     for path in files:
-        shutil.copyfile(path, to / path.name)
+        target = to / path.relative_to(folder)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)
     return any(path.name.startswith("tokenizer") for path in files)
 
 
@@ -424,6 +428,7 @@ def _convert(opened: HFWeights, dtype: np.dtype | None, work: Work, workers: int
     params = opened.params(dtype)
     leading = {tensor.path: len(tensor.at) for tensor, _ in opened.sources}
     copy_tokenizer(opened.files, work.folder / TOKENIZER)
+    copy_generation_config(opened.files, work.folder)
     write_hf_config(work.folder, opened.hf_config)
     model = NewModel(work.folder, params, leading.__getitem__)
     for path in leading:

@@ -18,6 +18,7 @@ from converters.work import Told, add_arguments, check_finite, compare, dtype_of
 from xlam_jax.errors import UserError, run
 from xlam_jax.models import hf_keys
 from xlam_jax.models.config import ModelConfig
+from xlam_jax.models.generation_config import GENERATION_CONFIG, align, derived
 
 if TYPE_CHECKING:
     from xlam_jax.models.params import Params
@@ -28,6 +29,7 @@ def write_hf(
     hf_config: dict[str, Any],
     params: "Params",
     *,
+    generation: dict[str, Any],
     of: str,
     dtype: Any = None,
     max_shard_bytes: int = 5 * 10**9,
@@ -75,9 +77,7 @@ def write_hf(
             "weight_map": {tensor.key: name for name, shard in shards.items() for tensor in shard},
         }
         _write_json(work.folder / INDEX, index)
-    tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
-    generation = {key: hf_config[key] for key in tokens if hf_config.get(key) is not None}
-    _write_json(work.folder / "generation_config.json", {"_from_model_config": True} | generation)
+    _write_json(work.folder / GENERATION_CONFIG, generation)
     _write_json(work.folder / "config.json", kept | {"dtype": held})
     return shards
 
@@ -127,21 +127,31 @@ def main() -> None:
     from xlam_jax.training import checkpoint, weights
 
     step = checkpoint.resolve(args.checkpoint)
+    tokenizer = checkpoint.tokenizer_dir(step)
     with_adapters = weights.saved_run(step)
     if args.lora and with_adapters is None:
         raise UserError(f"{step}: holds a whole model without adapters; leave --lora {args.lora} out")
+    hf_config, generation, changes = _trained_ends(step, tokenizer)
     if args.lora == "adapter" and with_adapters is not None:
+        base = with_adapters.config.model.init_from
         with new_folder(Path(args.out)) as part:
-            base = with_adapters.config.model.init_from
-            write_peft(part, with_adapters.model, checkpoint.load_params(step), base)
+            write_peft(part, with_adapters.model, checkpoint.load_params(step), base, of=str(step))
+            if tokenizer is not None:
+                shutil.copytree(tokenizer, part, dirs_exist_ok=True)
+            _write_json(part / GENERATION_CONFIG, generation)
         if changed := with_adapters.config.model.overrides:
             print(f"warning: the adapters were trained with model.overrides {changed}; change the base's config.json "
                   "likewise where they are loaded, or export with --lora merge", file=sys.stderr)  # fmt: skip
+        if changes:
+            print(
+                f"{changes}. Servers of the base alone stop where its own files say: give them these files, with "
+                f"`--tokenizer {args.out} --generation-config {args.out}` in vLLM"
+            )
         print(f"{args.out}: the adapters of step {step.name} of {args.checkpoint}, for {base or 'a random base'}")
         return
-    hf_config = checkpoint.load_hf_config(step)
+    if changes:
+        print(changes)
     params = weights.open_whole(step)
-    tokenizer = checkpoint.tokenizer_dir(step)
     dtype = dtype_of(args.dtype)
     source = {"checkpoint": checkpoint.stamp(step), "dtype": args.dtype, "max_shard_size": args.max_shard_size}
     with output(args.out, source) as work:
@@ -151,6 +161,7 @@ def main() -> None:
             work,
             hf_config,
             params,
+            generation=generation,
             of=str(step),
             dtype=dtype,
             max_shard_bytes=args.max_shard_size,
@@ -162,6 +173,29 @@ def main() -> None:
             if "://" not in args.out:  # elsewhere config.json is written last
                 compare_logits(work.folder, hf_config, params, step, dtype)
     print(f"{args.out}: step {step.name} of {args.checkpoint}" + ("" if tokenizer else ", without a tokenizer"))
+
+
+def _trained_ends(step: Path, tokenizer: Path | None) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """config.json and generation_config.json of an export, and a line that says which token ids of config.json change.
+
+    A run stops at the tokens that ended its trained turns; converted weights keep what their source says.
+    """
+    from xlam_jax.data.render import end_tokens
+    from xlam_jax.data.tokenizer import load_tokenizer
+    from xlam_jax.training import checkpoint
+
+    hf_config, generation = checkpoint.load_hf_config(step), checkpoint.load_generation_config(step)
+    if tokenizer is None or not checkpoint.load_metadata(step).get("config"):
+        return hf_config, derived(hf_config) if generation is None else generation, ""
+    loaded = load_tokenizer(str(tokenizer))
+    config, generation = align(hf_config, generation, end_tokens(loaded), loaded)
+    changes = [
+        f"{key} {hf_config.get(key)} is now {config[key]} ({loaded.convert_ids_to_tokens(config[key])})"
+        for key in ("eos_token_id", "bos_token_id", "pad_token_id")
+        if config.get(key) != hf_config.get(key) and (key == "eos_token_id" or hf_config.get(key) is not None)
+    ]
+    line = f"config.json: {', '.join(changes)}, as the tokenizer that was trained with has it" if changes else ""
+    return config, generation, line
 
 
 def _verify(

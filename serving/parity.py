@@ -125,7 +125,7 @@ def compare(
     tolerance: float,
 ) -> tuple[Difference | None, float]:
     """The first difference between a server's answer and the checkpoint's, and the largest of log-probabilities."""
-    from xlam_jax.data.render import render_prompt
+    from xlam_jax.data.render import end_tokens, render_prompt
     from xlam_jax.generate import named, read_completion
     from xlam_jax.models.generation import generate
 
@@ -143,8 +143,7 @@ def compare(
         token = (ours + answer.completion)[worst + 1]
         told = f"token {worst + 1} ({tokenizer.decode([token])!r}) differs by {largest:.3g} in log-probability"
         return Difference("numerics", f"{told}, {tolerance:g} is allowed"), largest
-    eos: Any = tokenizer.eos_token_id
-    [mine] = generate(model, [ours], eos_id=eos, max_new_tokens=len(answer.completion))
+    [mine] = generate(model, [ours], eos_id=end_tokens(tokenizer), max_new_tokens=len(answer.completion))
     at = next((i for i, (a, b) in enumerate(zip(mine, answer.completion, strict=False)) if a != b), None)
     if at is not None:
         # Both are right where the two tokens are as likely as one another.

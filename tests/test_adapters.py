@@ -36,6 +36,8 @@ def test_adapters_train_beside_a_base_that_stays(commands: Commands, tiny_config
     run, merged, adapter = tmp_path / "run", tmp_path / "merged", tmp_path / "adapter"
     mine = tmp_path / "mine"
     shutil.copytree(exported, mine)
+    sampling = {"do_sample": True, "temperature": 0.6, "eos_token_id": [9]}
+    (mine / "generation_config.json").write_text(json.dumps(sampling), encoding="utf-8")
     common = ("--config", tiny_config, f"output_dir={run}", f"model.init_from={mine}", *LORA)
     said = commands.call(TRAIN, *common).stderr
     assert f"weights from {mine}" in said
@@ -48,6 +50,11 @@ def test_adapters_train_beside_a_base_that_stays(commands: Commands, tiny_config
     commands.call("converters.orbax_to_hf", "--checkpoint", run, "--out", merged)
     commands.call("converters.orbax_to_hf", "--checkpoint", run, "--out", adapter, "--lora", "adapter")
     assert (adapter / "adapter_config.json").is_file()
+    for file in (run / "tokenizer").iterdir():  # with the chat template
+        assert (adapter / file.name).read_bytes() == (merged / file.name).read_bytes() == file.read_bytes()
+    for folder in (adapter, merged):
+        generation = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+        assert generation.items() >= (sampling | {"eos_token_id": [2, 9]}).items()
     before, after, whole = load_hf(exported)[1], load_hf(merged)[1], weights.load_whole(step)
     assert same_arrays(after, whole)
     for name in before["blocks"]:

@@ -50,16 +50,17 @@ def prompts() -> list[list[int]]:
     return [tiny_models.tokens(1, length, seed=length)[0].tolist() for length in (40, 3, 17)]
 
 
-def hf_generate(folder: Path, prompts: list[list[int]], eos: int) -> list[list[int]]:
-    """What transformers generates for the left-padded batch, up to and with the end token."""
+def hf_generate(folder: Path, prompts: list[list[int]], *eos: int) -> list[list[int]]:
+    """What transformers generates for the left-padded batch, up to and with the first end token."""
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     hf = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
-    hf.generation_config.eos_token_id = eos if eos >= 0 else None
+    hf.generation_config.eos_token_id = list(eos) if eos != (NEVER,) else None
     out = hf.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, pad_token_id=0)
     rows = [row[longest:].tolist() for row in out]
-    return [row[: row.index(eos) + 1] if eos in row else row for row in rows]
+    ends = [next((at for at, token in enumerate(row) if token in eos), NEW) for row in rows]
+    return [row[: end + 1] for row, end in zip(rows, ends, strict=True)]
 
 
 def test_greedy_equals_transformers(folder: Path, model: Decoder, prompts: list[list[int]]):
@@ -71,6 +72,11 @@ def test_greedy_equals_transformers(folder: Path, model: Decoder, prompts: list[
     ended = generate(model, prompts, max_new_tokens=NEW, eos_id=eos)
     assert ended == hf_generate(folder, prompts, eos)
     assert len(ended[1]) <= 5 < NEW
+    # and with two of them, of which rows come to one each
+    other = ours[0][2]
+    ended = generate(model, prompts, max_new_tokens=NEW, eos_id=[eos, other])
+    assert ended == hf_generate(folder, prompts, eos, other)
+    assert len(ended[0]) <= 3
 
 
 def test_a_row_of_a_batch_equals_the_row_alone(model: Decoder, prompts: list[list[int]]):

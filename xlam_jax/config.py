@@ -261,15 +261,16 @@ class Train(Section):
     moments: Literal["float32", "bfloat16", "8bit"] = "float32"
     """How the gradient's moments are kept between steps: 8bit for adamw alone."""
     learning_rate: float = Field(gt=0)
-    """At the end of the warm-up."""
+    """At step `warmup_steps`; without a warm-up at the first step."""
     end_learning_rate: float = Field(default=0.0, ge=0)
-    """At the last step; constant has none."""
+    """At the last step; constant does not use it."""
     warmup_steps: int = Field(default=0, ge=0)
-    """Steps of linear growth from zero."""
+    """Steps of linear growth: the first takes learning_rate / warmup_steps, the last learning_rate."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    """After the warm-up: down along a cosine or a line, level, or level and then down over `decay_steps`."""
+    """After the warm-up: a cosine or a line down to `end_learning_rate`, constant, or constant and then the line over
+    `decay_steps`."""
     decay_steps: int = Field(default=0, ge=0)
-    """wsd: the last so many steps fall to `end_learning_rate`."""
+    """wsd: the number of steps at the end that fall to `end_learning_rate`; with 1, the last step alone takes it."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled, on every parameter but the norms."""
     beta1: Share = 0.9

@@ -6,7 +6,7 @@ completion parsed, by the same code that renders the training data.
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,6 +28,8 @@ class Found(NamedTuple):
     config: "ModelConfig"
     tokenizer: "PreTrainedTokenizerFast"
     load: "Callable[[], Decoder]"
+    stops: list[int]
+    """Tokens that end an answer: those that ended trained turns, and those of the source's generation config."""
 
 
 def find_model(folder: Path) -> Found:
@@ -36,8 +38,10 @@ def find_model(folder: Path) -> Found:
     Matrices are held, and products computed, in the dtype that the model's config names; norms and routers keep theirs.
     """
     from converters.hf_to_orbax import load_hf
+    from xlam_jax.data.render import end_tokens
     from xlam_jax.data.tokenizer import load_tokenizer
     from xlam_jax.models.config import ModelConfig, read_hf_config
+    from xlam_jax.models.generation_config import GENERATION_CONFIG, read_generation_config, stop_ids
     from xlam_jax.training import checkpoint, weights
 
     if not folder.is_dir():
@@ -50,8 +54,10 @@ def find_model(folder: Path) -> Found:
                 f"{folder}: the checkpoint has no tokenizer beside it; put one into {checkpoint.TOKENIZER}/"
             )
         read = partial(weights.load_whole, step)
+        generation = checkpoint.load_generation_config(step)
     elif (folder / "config.json").is_file():
         hf_config, tokenizer = read_hf_config(folder / "config.json"), folder
+        generation = read_generation_config(folder / GENERATION_CONFIG)
 
         def read() -> "Params":
             return load_hf(folder)[1]
@@ -63,7 +69,8 @@ def find_model(folder: Path) -> Found:
         )
     config = ModelConfig.from_hf(hf_config, str(folder))
     named = str(hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32")
-    return Found(config, load_tokenizer(str(tokenizer)), partial(_load, config, named, read))
+    loaded = load_tokenizer(str(tokenizer))
+    return Found(config, loaded, partial(_load, config, named, read), stop_ids(end_tokens(loaded), generation))
 
 
 def _load(config: "ModelConfig", named: str, read: "Callable[[], Params]") -> "Decoder":
@@ -118,11 +125,14 @@ class Completion(NamedTuple):
     """tool_calls or stop, where it came to its end; length, where it was cut."""
 
 
-def read_completion(new: list[int], tokenizer: "PreTrainedTokenizerFast") -> Completion:
-    """Reads a model's new tokens."""
+def read_completion(
+    new: list[int], tokenizer: "PreTrainedTokenizerFast", stops: "Collection[int] | None" = None
+) -> Completion:
+    """Reads a model's new tokens; `stops` are those that end it (default: `end_tokens` of the tokenizer)."""
+    from xlam_jax.data.render import end_tokens
     from xlam_jax.data.wire import parse_completion
 
-    ended = bool(new) and new[-1] == tokenizer.eos_token_id
+    ended = bool(new) and new[-1] in (end_tokens(tokenizer) if stops is None else stops)
     text = str(tokenizer.decode(new[:-1] if ended else new, skip_special_tokens=False))
     content, calls = parse_completion(text)
     return Completion(text, content.strip(), calls, ("tool_calls" if calls else "stop") if ended else "length")
@@ -137,13 +147,20 @@ def complete(
     model: "Decoder",
     tokenizer: "PreTrainedTokenizerFast",
     prompts: list[list[int]],
+    *,
+    stops: "Sequence[int] | None" = None,
     **sampling: Any,
 ) -> list[dict[str, Any]]:
-    """Continues rendered prompts; returns content, tool calls and why each ended, in the shape that is printed."""
+    """Continues rendered prompts up to one of the tokens `stops` (as in `read_completion`).
+
+    Returns content, tool calls and why each ended, in the shape that is printed.
+    """
+    from xlam_jax.data.render import end_tokens
     from xlam_jax.models.generation import generate
 
-    eos: Any = tokenizer.eos_token_id
-    answers = [read_completion(new, tokenizer) for new in generate(model, prompts, eos_id=eos, **sampling)]
+    stops = end_tokens(tokenizer) if stops is None else stops
+    rows = generate(model, prompts, eos_id=stops, **sampling)
+    answers = [read_completion(new, tokenizer, stops) for new in rows]
     return [
         {"content": one.content, "tool_calls": named(one.calls), "finish_reason": one.finish_reason} for one in answers
     ]
@@ -201,6 +218,7 @@ def main() -> None:
         found.load(),
         found.tokenizer,
         prompts,
+        stops=found.stops,
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         top_p=args.top_p,

@@ -217,6 +217,7 @@ def train(resolved: Resolved, run: Path, progress: "Progress", hosts: Hosts, pro
     from xlam_jax.data import pipeline
     from xlam_jax.data.identity import identify
     from xlam_jax.data.tokenizer import save
+    from xlam_jax.models.generation_config import GENERATION_CONFIG, copy_generation_config, read_generation_config
     from xlam_jax.outputs import remove_parts, replace_folder, write_text
     from xlam_jax.parallel.mesh import cpu_threads, keep_cpu_threads
     from xlam_jax.training.metrics import Metrics, plot
@@ -245,7 +246,10 @@ def train(resolved: Resolved, run: Path, progress: "Progress", hosts: Hosts, pro
     start = newest_step(run, hosts, progress)
     # read before the run folder is touched: the weights may be missing, or another model's
     base = weights.read_base(resolved) if made.frozen else None
-    initial = None if start else weights.read_initial(resolved)
+    source = None if start else weights.source_folder(resolved)
+    if source is not None:
+        read_generation_config(source / GENERATION_CONFIG)
+    initial = None if start else weights.read_initial(resolved, base)
     frozen = weights.frozen(resolved, base, made.frozen, made.dtype)
     beside = weights.fingerprint(frozen) if frozen else None
 
@@ -256,6 +260,8 @@ def train(resolved: Resolved, run: Path, progress: "Progress", hosts: Hosts, pro
         remove_parts(run)
         write_text(run / CONFIG, configs.to_yaml(config))
         checkpoint.write_hf_config(run, resolved.hf_config)
+        if source is not None:
+            copy_generation_config(source, run)
     distributed.check_shared(hosts, run / CONFIG)
 
     # ---- state: 1. this run's newest checkpoint; 2. model.init_from; 3. random -------------------------------------
@@ -304,7 +310,10 @@ def train(resolved: Resolved, run: Path, progress: "Progress", hosts: Hosts, pro
 
         def policy() -> Any:
             """The weights that the run starts from, which a resumed run reads again."""
-            return weights.fresh(resolved, weights.read_initial(resolved), made.state.params) if start else state.params
+            if not start:
+                return state.params
+            beside_adapters = weights.read_base(resolved) if resolved.model.lora else None
+            return weights.fresh(resolved, weights.read_initial(resolved, beside_adapters), made.state.params)
 
         def score() -> "reference.Scores":
             params = policy()

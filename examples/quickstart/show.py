@@ -61,7 +61,7 @@ def main() -> None:
     chosen = requests(configs.load(arguments.config), arguments.count)
     found = find_model(arguments.model)
     prompts = [render_prompt(question(one), one.tools, found.tokenizer) for one in chosen]
-    answers = complete(found.load(), found.tokenizer, prompts, max_new_tokens=160)
+    answers = complete(found.load(), found.tokenizer, prompts, stops=found.stops, max_new_tokens=160)
     equal = 0
     for one, answer in zip(chosen, answers, strict=True):
         recorded = [

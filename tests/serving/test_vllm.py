@@ -306,7 +306,7 @@ def test_the_model_of_the_quickstart_answers_its_requests_alike(quickstart: tupl
     model, url = quickstart
     chosen, found = requests(configs.load(ROOT / "configs/quickstart.yaml"), 10), find_model(model)
     prompts = [render_prompt(question(one), one.tools, found.tokenizer) for one in chosen]
-    ours = complete(found.load(), found.tokenizer, prompts, max_new_tokens=160)
+    ours = complete(found.load(), found.tokenizer, prompts, stops=found.stops, max_new_tokens=160)
     llm = xLAMChatCompletion(url, "quickstart", bad_output="mark", max_tokens=160)
     theirs = [llm.completion(question(one), one.tools)["choices"][0]["message"] for one in chosen]
     calls = [[{"name": call["name"], "arguments": call["arguments"]} for call in one["tool_calls"]] for one in theirs]

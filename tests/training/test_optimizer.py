@@ -1,5 +1,6 @@
 """Schedules by their formulas; moments in few bits against those in f32; Muon's updates as the matrices they are."""
 
+import math
 from dataclasses import replace
 
 import jax
@@ -8,6 +9,8 @@ import numpy as np
 import optax
 import pytest
 import tiny_models
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from xlam_jax.config import Train
 from xlam_jax.models.config import Lora
@@ -17,21 +20,88 @@ from xlam_jax.training.optimizer import optimizer, schedule
 BASE = Train(steps=100, batch_size=1, learning_rate=0.1, end_learning_rate=0.01, warmup_steps=10)
 
 
+def expected_rate(train: Train, step: int) -> float:
+    """The learning rate of step 1 … train.steps by the definition, in double precision."""
+    peak, end = train.learning_rate, train.end_learning_rate
+    if step <= train.warmup_steps:
+        return peak * step / train.warmup_steps
+    at_peak = max(train.warmup_steps, 1)  # the last step before the rate falls
+    if train.schedule == "wsd":
+        at_peak = max(at_peak, train.steps - train.decay_steps)
+    if train.schedule == "constant" or step <= at_peak:
+        return peak
+    done = (step - at_peak) / (train.steps - at_peak)
+    return end + (peak - end) * ((1 + math.cos(math.pi * done)) / 2 if train.schedule == "cosine" else 1 - done)
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({}, {0: 0.0, 5: 0.05, 10: 0.1, 55: 0.055, 100: 0.01}),
-        ({"schedule": "linear"}, {5: 0.05, 10: 0.1, 55: 0.055, 100: 0.01}),
-        ({"schedule": "constant"}, {5: 0.05, 10: 0.1, 99: 0.1}),
+        ({}, {1: 0.01, 5: 0.05, 10: 0.1, 55: 0.055, 100: 0.01}),
+        ({"schedule": "linear"}, {1: 0.01, 10: 0.1, 55: 0.055, 100: 0.01}),
+        ({"schedule": "constant"}, {1: 0.01, 5: 0.05, 10: 0.1, 100: 0.1}),
         ({"schedule": "wsd", "decay_steps": 20}, {5: 0.05, 10: 0.1, 80: 0.1, 90: 0.055, 100: 0.01}),
-        ({"warmup_steps": 0}, {0: 0.1, 50: 0.055, 100: 0.01}),
+        ({"schedule": "wsd", "decay_steps": 1}, {99: 0.1, 100: 0.01}),
+        ({"schedule": "wsd", "decay_steps": 90}, {10: 0.1, 55: 0.055, 100: 0.01}),
+        ({"warmup_steps": 0, "steps": 101}, {1: 0.1, 51: 0.055, 101: 0.01}),
+        ({"warmup_steps": 1}, {1: 0.1, 100: 0.01}),
+        ({"warmup_steps": 99}, {1: 0.1 / 99, 99: 0.1, 100: 0.01}),
+        ({"warmup_steps": 0, "steps": 1}, {1: 0.1}),
     ],
     ids=lambda changes: str(changes),
 )
 def test_schedules(changes: dict, expected: dict[int, float]):
-    rate = schedule(BASE.model_copy(update=changes))
+    train = BASE.model_copy(update=changes)
+    rate = schedule(train)
     for step, value in expected.items():
-        assert float(rate(step)) == pytest.approx(value, abs=1e-6), step
+        assert float(rate(step - 1)) == pytest.approx(value, rel=1e-6), step
+        assert expected_rate(train, step) == pytest.approx(value, rel=1e-12), step
+
+
+@st.composite
+def trainings(draw: st.DrawFn) -> Train:
+    steps = draw(st.integers(1, 5000) | st.integers(1, 4))
+    warmup = draw(st.integers(0, steps - 1) | st.sampled_from([0, steps - 1]))
+    kind = draw(st.sampled_from(["cosine", "linear", "constant", "wsd"]))
+    peak = draw(st.floats(1e-6, 1.0))
+    return Train(
+        steps=steps,
+        batch_size=1,
+        learning_rate=peak,
+        end_learning_rate=draw(st.sampled_from([0.0, peak]) | st.floats(0.0, peak)),
+        warmup_steps=warmup,
+        schedule=kind,
+        decay_steps=draw(st.integers(1, steps - warmup) | st.just(1)) if kind == "wsd" else 0,
+    )
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(trainings())
+def test_a_schedule_keeps_its_ends_and_equals_the_formula(train: Train):
+    top, peak, end = max(train.warmup_steps, 1), np.float32(train.learning_rate), np.float32(train.end_learning_rate)
+    # a fixed number of steps, so that one compilation serves all examples
+    steps = np.sort(np.concatenate([[1, top, train.steps], np.linspace(1, train.steps, 61).round()])).astype(int)
+    rates = np.asarray(schedule(train)(jnp.asarray(steps - 1)))
+    expected = [expected_rate(train, step) for step in steps]
+    np.testing.assert_allclose(rates, expected, rtol=1e-5, atol=1e-6 * peak)
+    assert rates[0] > 0
+    assert (rates[steps == top] == peak).all()
+    if train.schedule != "constant" and train.steps > 1:
+        assert rates[-1] == end
+    assert (np.diff(rates[steps <= top]) >= 0).all()
+    assert (np.diff(rates[steps >= top]) <= 1e-6 * peak).all()
+
+
+def test_the_first_step_of_a_warm_up_moves_and_the_last_step_decays():
+    """The optimizer applies the schedule from its first step: a step on a gradient of ones moves by its rate."""
+    train = BASE.model_copy(update={"steps": 3, "warmup_steps": 2, "schedule": "wsd", "decay_steps": 1})
+    tx = optax.scale_by_learning_rate(schedule(train))
+    state = tx.init({})
+    moves = []
+    for _ in range(3):
+        update, state = tx.update({"w": jnp.ones(())}, state)
+        moves.append(-float(update["w"]))
+    assert moves == pytest.approx([0.05, 0.1, 0.01], rel=1e-6)
 
 
 def run(changes: dict, steps: int = 8, lora: bool = False):

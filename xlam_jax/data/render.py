@@ -18,6 +18,7 @@ from xlam_jax.data.formats import PLAIN, Format, Layout, Variant, find
 from xlam_jax.data.trajectory import (
     InvalidTrajectory,
     Message,
+    ToolCall,
     Trajectory,
     parse_messages,
     parse_tools,
@@ -35,6 +36,7 @@ __all__ = [
     "Rendered",
     "Span",
     "chat_template",
+    "end_tokens",
     "render",
     "render_all",
     "render_prompt",
@@ -192,6 +194,46 @@ def chat_template(tokenizer: "PreTrainedTokenizerFast", format: str = "xlam") ->
     Raises `UserError` for `native` with a tokenizer that has no template.
     """
     return known(tokenizer, format)[1].template
+
+
+_QUESTION = Message("user", "a")
+_PROBES = (
+    Trajectory("", None, None, "", [], (_QUESTION, Message("assistant", "b"))),
+    Trajectory(
+        "",
+        None,
+        None,
+        "",
+        [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}],
+        (_QUESTION, Message("assistant", "", tool_calls=(ToolCall(id="call00000", name="f", arguments={}),))),
+    ),
+)
+"""A turn of text and a turn that calls a tool: templates may end them with different tokens."""
+
+
+def end_tokens(tokenizer: "PreTrainedTokenizerFast", format: str | None = None) -> tuple[int, ...]:
+    """Returns the tokens that end assistant turns in a format: generation must stop at each of them.
+
+    They are read from rendered turns, so that a template that ends turns with another token than the tokenizer's
+    end-of-sequence token is understood. Where it renders none, it is the latter. Without a `format` it is that of the
+    tokenizer's chat template, as in `render_prompt`.
+    """
+    name = format or ("native" if tokenizer.chat_template else "xlam")
+    ends: dict[int, None] = {}
+    for probe in _PROBES:
+        try:
+            codec, format_ = known(tokenizer, name)
+            rendered = [encode(layout, codec, Loss()) for layout in format_.layouts(probe)]
+        except (InvalidTrajectory, UserError):  # the format writes no such turn
+            continue
+        for sequence in rendered:
+            for span in sequence.spans:
+                tokens = sequence.input_ids[span.start : span.end] if span.kind == "eos" else []
+                special = [int(token) for token in tokens if token in codec.special_ids]
+                ends |= dict.fromkeys(special[:1])
+    if not ends and tokenizer.eos_token_id is not None:
+        return (int(tokenizer.eos_token_id),)  # pyright: ignore[reportArgumentType]
+    return tuple(ends)
 
 
 @dataclass

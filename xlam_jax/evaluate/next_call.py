@@ -6,7 +6,7 @@ same held-out data give the same requests in every run, and fewer requests are t
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -164,11 +164,13 @@ def answer(
     asked: Sequence[Prompted],
     generate: Callable[[list[list[int]]], list[list[int]]],
     tokenizer: "PreTrainedTokenizerFast",
+    stops: Collection[int] | None = None,
 ) -> list[Answer]:
-    """Lets a model answer; `generate` gives the new tokens of each prompt, the end token included where one came."""
+    """Lets a model answer; `generate` gives the new tokens of each prompt, up to and with one of the tokens `stops`
+    (as in `read_completion`) where it came."""
     answers = []
     for one, new in zip(asked, generate([one.prompt for one in asked]), strict=True):
-        completion = read_completion(new, tokenizer)
+        completion = read_completion(new, tokenizer, stops)
         answers.append(Answer(one.request, completion, score(one.request, completion.calls)))
     return answers
 

@@ -49,7 +49,8 @@ class _Options(NamedTuple):
 
     first: Any
     """The first chunk that holds a token of any prompt."""
-    eos_id: Any
+    stops_E: Any
+    """The tokens that end a row."""
     temperature: Any
     top_p: Any
     seed: Any
@@ -89,13 +90,14 @@ class Generate:
         prompts: Sequence[Sequence[int]],
         *,
         max_new_tokens: int,
-        eos_id: int,
+        eos_id: int | Sequence[int],
         rows: int | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
     ) -> list[list[int]]:
-        """Continues each prompt by up to `max_new_tokens` tokens; a row that ends by itself ends with `eos_id`.
+        """Continues each prompt by up to `max_new_tokens` tokens; a row that ends by itself ends with `eos_id`
+        (one of them, where they are several).
 
         `params` and `frozen` are what trains and what does not, sharded as in training; `frozen` may be {}. At most
         `rows` prompts, rounded up to a multiple of the devices that split a batch, are answered at a time (default:
@@ -127,7 +129,7 @@ class Generate:
                 padded.prompt_B[row] = start + row
             options = _Options(
                 first=np.array((slots - max(map(len, batch))) // _width(slots), np.int32),
-                eos_id=np.array(eos_id, np.int32),
+                stops_E=np.array(eos_id, np.int32).reshape(-1),
                 temperature=np.array(temperature or 1.0, np.float32),
                 top_p=np.array(top_p, np.float32),
                 seed=np.array(seed, np.int32),
@@ -194,7 +196,7 @@ def _continue(
         token_B = choose(logits_BV, at)
         new_BN = new_BN.at[:, at].set(jnp.where(running_B, token_B, 0))
         count_B += running_B
-        running_B &= (token_B != options.eos_id) & (count_B < rows.limit_B)
+        running_B &= (token_B[:, None] != options.stops_E).all(axis=1) & (count_B < rows.limit_B)
         positions_BT = (rows.length_B + at)[:, None]
         hidden_BTD, _, cache = model(token_B[:, None], positions_BT, running_B[:, None].astype(jnp.int32), cache)
         return cache, at + 1, hidden_BTD[:, 0], running_B, new_BN, count_B, any_of_all(running_B)

@@ -3,6 +3,7 @@
 A run folder, and a converted model alike, look so:
 
     config.json            the Hugging Face config of the model
+    generation_config.json stop tokens and sampling defaults, where the source of the weights has them
     tokenizer/             the tokenizer with its chat template
     checkpoints/<step>/    Orbax: the items params, opt and data, and ema where a run keeps an average of its params;
                            with the run's configuration as metadata
@@ -552,6 +553,13 @@ def load_hf_config(step_dir: Path) -> dict[str, Any]:
             f"{path}: not the config that {step_dir} was saved with: {'; '.join(different[:5])}; restore the file"
         )
     return hf_config
+
+
+def load_generation_config(step_dir: Path) -> dict[str, Any] | None:
+    """The generation config that the weights came with, next to a step folder; None where they came without."""
+    from xlam_jax.models.generation_config import GENERATION_CONFIG, read_generation_config
+
+    return read_generation_config(step_dir.parent.parent / GENERATION_CONFIG)
 
 
 def tokenizer_dir(step_dir: Path) -> Path | None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from xlam_jax.config import Resolved
 from xlam_jax.data.codec import KINDS
+from xlam_jax.data.render import end_tokens
 from xlam_jax.errors import UserError
 from xlam_jax.evaluate import next_call
 from xlam_jax.models.generation import Generate
@@ -72,11 +73,13 @@ class Requests:
         self._asked, self._tokenizer = asked, made.tokenizer
         generate = Generate(resolved.model, made.mesh, dtype=made.dtype, quantized=made.quantized)
         rows = resolved.config.train.batch_size // resolved.config.train.microbatches
-        self._generate = partial(generate, rows=rows, max_new_tokens=limit, eos_id=made.tokenizer.eos_token_id)
+        self._stops = end_tokens(made.tokenizer, data.format)
+        self._generate = partial(generate, rows=rows, max_new_tokens=limit, eos_id=self._stops)
 
     def answer(self, params: Params, frozen: Params) -> list[next_call.Answer]:
         """What the model answers now, always the likeliest token."""
-        return next_call.answer(self._asked, lambda prompts: self._generate(params, frozen, prompts), self._tokenizer)
+        generate = partial(self._generate, params, frozen)
+        return next_call.answer(self._asked, generate, self._tokenizer, self._stops)
 
     @staticmethod
     def summary(answers: Sequence[next_call.Answer]) -> dict[str, float]:

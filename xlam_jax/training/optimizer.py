@@ -16,22 +16,27 @@ BLOCK = 128
 
 
 def schedule(train: Train) -> optax.Schedule:
-    """Learning rate of a step: linear from zero, then as `train.schedule` says.
+    """Learning rate of each step, as a function of the number of steps before it (optax's convention).
 
-    cosine: Loshchilov & Hutter, 1608.03983; wsd (warm up, stay, decay): Hu et al., 2404.06395.
+    Step s of 1 … `train.steps` takes `learning_rate` · s / `warmup_steps` while it warms up, so that no step is without
+    effect and step `warmup_steps` (without a warm-up: step 1) takes `learning_rate`. From there a cosine (Loshchilov &
+    Hutter, 1608.03983) or a line reaches `end_learning_rate` at the last step; wsd (warm up, stay, decay: Hu et al.,
+    2404.06395) stays, and the last `decay_steps` steps are the line. A run of a single step takes `learning_rate`.
     """
-    peak, end, left = train.learning_rate, train.end_learning_rate, train.steps - train.warmup_steps
-    if train.schedule == "cosine":
-        after = optax.cosine_decay_schedule(peak, left, alpha=end / peak)
-    elif train.schedule == "linear":
-        after = optax.linear_schedule(peak, end, left)
-    elif train.schedule == "constant":
-        after = optax.constant_schedule(peak)
-    else:
-        after = optax.linear_schedule(peak, end, train.decay_steps, transition_begin=left - train.decay_steps)
-    if not train.warmup_steps:
-        return after
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, train.warmup_steps), after], [train.warmup_steps])
+    peak, end, steps, warmup = train.learning_rate, train.end_learning_rate, train.steps, train.warmup_steps
+    decay = steps - max(warmup, 1)
+    if train.schedule == "wsd":
+        decay = min(decay, train.decay_steps)
+    level = steps if train.schedule == "constant" else steps - decay
+
+    def rate(count: Any) -> jax.Array:
+        step = jnp.asarray(count, jnp.float32) + 1
+        left = jnp.clip((steps - step) / max(decay, 1), 0.0, 1.0)  # exactly 0 at the last step
+        share = 0.5 * (1 - jnp.cos(jnp.pi * left)) if train.schedule == "cosine" else left
+        falling = share * peak + (1 - share) * end
+        return jnp.where(step < warmup, peak * (step / max(warmup, 1)), jnp.where(step <= level, peak, falling))
+
+    return rate
 
 
 def optimizer(train: Train, model: ModelConfig) -> optax.GradientTransformation:

@@ -66,18 +66,34 @@ def check_same_config(resolved: Resolved, stored: dict[str, Any]) -> None:
         )
 
 
-def read_adapters(resolved: Resolved) -> Params | None:
-    """The adapters that `lora.init_from` names; None for new ones. Raises `UserError` when they do not fit."""
+def source_folder(resolved: Resolved) -> Path | None:
+    """The folder with the files next to the weights that `model.init_from` names; None for random weights."""
+    from converters.hf_to_orbax import small_files
+
+    named = resolved.config.model.init_from
+    if named is None:
+        return None
+    if checkpoint.is_checkpoint(Path(named)):
+        return checkpoint.resolve(Path(named)).parent.parent
+    return small_files(named)
+
+
+def read_adapters(resolved: Resolved, base: Params | None) -> Params | None:
+    """The adapters that `lora.init_from` names, to be used beside `base`; None for new ones.
+
+    Raises `UserError` when they do not fit.
+    """
     from converters.peft import read_peft
 
     start = resolved.config.lora.init_from
-    return None if start is None or resolved.model.lora is None else read_peft(Path(start), resolved.model)
+    return None if start is None or resolved.model.lora is None else read_peft(Path(start), resolved.model, base)
 
 
-def read_initial(resolved: Resolved) -> Params | None:
-    """What `fresh` starts from, none of it read yet: the adapters that `lora.init_from` names, or in full training the
-    weights that `model.init_from` names; None for random ones. Raises `UserError` when it does not fit."""
-    return read_adapters(resolved) if resolved.model.lora else read_base(resolved)
+def read_initial(resolved: Resolved, base: Params | None) -> Params | None:
+    """What `fresh` starts from, none of it read yet: the adapters that `lora.init_from` names, to be used beside `base`,
+    or in full training the weights that `model.init_from` names; None for random ones. Raises `UserError` when it does
+    not fit."""
+    return read_adapters(resolved, base) if resolved.model.lora else read_base(resolved)
 
 
 def fresh(resolved: Resolved, given: Params | None, abstract: Params) -> Params:
