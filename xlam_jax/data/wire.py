@@ -5,7 +5,7 @@ Needs nothing but the standard library, so that a server can read completions wi
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -142,36 +142,6 @@ class CompletionStream:
         """Returns the rest of the content, and the calls."""
         content, calls = parse_completion("".join(self._pieces))
         return content[self._released :], calls
-
-
-def calls_schema(tools: Iterable[dict[str, Any]], at_most: int | None = None) -> dict[str, Any]:
-    """The JSON Schema of an array of calls of tools in OpenAI form, to make a model write nothing else.
-
-    `$defs` of the tools' own schemas are moved to the top, as references are resolved from there. Raises `ValueError`
-    where two tools define the same name differently.
-    """
-    choices: list[Any] = []
-    definitions: dict[str, Any] = {}
-    for tool in tools:
-        function = tool["function"]
-        parameters: dict[str, Any] = dict(function.get("parameters") or {"type": "object", "properties": {}})
-        for name, definition in parameters.pop("$defs", {}).items():
-            if definitions.setdefault(name, definition) != definition:
-                raise ValueError(f"tool '{function['name']}' defines $defs.{name} unlike a tool before it; rename one")
-        choices.append(
-            {
-                "type": "object",
-                "properties": {"name": {"type": "string", "enum": [function["name"]]}, "arguments": parameters},
-                "required": ["name", "arguments"],
-                "additionalProperties": False,
-            }
-        )
-    schema: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": choices}}
-    if at_most is not None:
-        schema["maxItems"] = at_most
-    if definitions:
-        schema["$defs"] = definitions
-    return schema
 
 
 def arguments_json(call: ToolCall) -> str:
