@@ -398,6 +398,10 @@ class _Streamed:
         self._released = 0
         self._text: list[str] = []
         self._calls: dict[int, dict[str, Any]] = {}
+        self._arguments: dict[int, list[str]] = {}
+        """In pieces: a text would be copied with each."""
+        self._last = -1
+        """The highest index in use."""
         self._at: dict[int, int] = {}
         """Where the call of an index is: servers exist that give all calls one index."""
         self._finish: str | None = None
@@ -435,13 +439,16 @@ class _Streamed:
         at = self._at.get(index, index)
         before = self._calls.get(at, {}).get("id")
         if before and call.get("id") and call["id"] != before:  # another call, of a server that gives all one index
-            at = max(self._calls) + 1
+            at = self._last + 1
         self._at[index] = at
+        self._last = max(self._last, at)
         known = self._calls.setdefault(at, {"id": None, "function": {"name": None, "arguments": ""}})
         function = call.get("function") or {}
         known["id"] = known["id"] or call.get("id")
         known["function"]["name"] = known["function"]["name"] or function.get("name")
-        known["function"]["arguments"] += function.get("arguments") or ""
+        if not isinstance(arguments := function.get("arguments") or "", str):
+            raise TypeError(f"{arguments!r} is not text")
+        self._arguments.setdefault(at, []).append(arguments)
 
     def finish(self) -> tuple[str, dict[str, Any]]:
         """Returns the content that was held back, and the answer as `_read` gives it."""
@@ -451,6 +458,8 @@ class _Streamed:
                 f"{self._where}: the stream broke off after {len(text)} characters: {_cut(text)!r}; ask again",
                 kind="broken-stream",
             )
+        for at, call in self._calls.items():
+            call["function"]["arguments"] = "".join(self._arguments[at])
         calls = [self._calls[at] for at in sorted(self._calls)]
         content = text if calls or not self._parsed else parse_completion(text)[0]
         message = {"role": "assistant", "content": text, "tool_calls": calls}

@@ -40,23 +40,9 @@ _REFUSED = (
 """Keywords that no grammar follows, or that change what references mean."""
 _LOWEST = ("minimum", "exclusiveMinimum", "minLength", "minItems", "minProperties")
 _HIGHEST = ("maximum", "exclusiveMaximum", "maxLength", "maxItems", "maxProperties")
-_FORMATS = frozenset(
-    [
-        "email",
-        "date",
-        "time",
-        "date-time",
-        "duration",
-        "ipv4",
-        "ipv6",
-        "hostname",
-        "uuid",
-        "uri",
-        "uri-reference",
-        "uri-template",
-        "json-pointer",
-        "relative-json-pointer",
-    ]
+_FORMATS = (
+    *("email", "date", "time", "date-time", "duration", "ipv4", "ipv6", "hostname", "uuid", "uri", "uri-reference"),
+    *("uri-template", "json-pointer", "relative-json-pointer"),
 )
 """Those that the grammar follows; JSON Schema itself lets any format be an annotation."""
 _NOT_A_GRAMMAR = re.compile(r"\(\?(?!:)|\\[bB1-9]")
@@ -368,7 +354,8 @@ def _number(merged: dict[str, Any], whole: bool) -> dict[str, Any]:
     highest = min(merged.get("maximum", 1e300), merged.get("exclusiveMaximum", 1e300))
     if not whole or highest - lowest > LONGEST_LIST * multiple or multiple != int(multiple):
         raise ValueError(
-            f"it uses 'multipleOf'; only an integer with minimum and maximum, at most {LONGEST_LIST} values, can have it"
+            "it uses 'multipleOf', which only an integer with minimum and maximum can have, of at most "
+            f"{LONGEST_LIST} values"
         )
     fits = Draft202012Validator(written | {"multipleOf": multiple})
     first = int(lowest // multiple)

@@ -14,28 +14,85 @@ def properties(**schemas: Any) -> dict[str, Any]:
 TREE = properties(value={"type": "integer"}) | {"additionalProperties": False}
 TREE["properties"]["next"] = {"$ref": "#"}
 FOLLOWED: list[tuple[Any, list[Any], list[Any]]] = [
-    (TREE, [{"value": 1}, {"value": 1, "next": {"value": 2, "next": {"value": 3}}}], [{"value": 1, "next": 2}, {"next": {"value": 1}}]),
-    (properties(a={"$ref": "#/definitions/x%20y~1z"}) | {"definitions": {"x y/z": {"type": "integer"}}}, [{"a": 1}], [{"a": "1"}]),
+    (
+        TREE,
+        [{"value": 1}, {"value": 1, "next": {"value": 2, "next": {"value": 3}}}],
+        [{"value": 1, "next": 2}, {"next": {"value": 1}}],
+    ),
+    (
+        properties(a={"$ref": "#/definitions/x%20y~1z"}) | {"definitions": {"x y/z": {"type": "integer"}}},
+        [{"a": 1}],
+        [{"a": "1"}],
+    ),
     (properties(a={"type": "integer"}, b={"$ref": "#/properties/a"}), [{"a": 1, "b": 2}], [{"a": 1, "b": "2"}]),
-    (properties(a={"allOf": [{"$ref": "#/$defs/n"}], "description": "n"}) | {"$defs": {"n": {"enum": [1, 2]}}}, [{"a": 1}], [{"a": 3}]),
-    (properties(a={"allOf": [{"type": "integer"}, {"minimum": 3}, {"type": ["number", "null"], "maximum": 5}]}), [{"a": 4}], [{"a": 2}, {"a": 6}, {"a": 3.5}]),
-    ({"allOf": [properties(a={"type": "integer"}), properties(b={"type": "string"})]}, [{"a": 1, "b": ""}], [{"a": 1}, {"b": ""}, {"a": "", "b": ""}]),
-    (properties(a={"$ref": "#/$defs/p", "required": ["y"]}) | {"$defs": {"p": properties(x={"type": "integer"})}}, [{"a": {"x": 1, "y": 2}}], [{"a": {"x": 1}}]),
-    ({"type": "object", "properties": {"a": {}, "b": {}}, "anyOf": [{"required": ["a"]}, {"required": ["b"]}]}, [{"a": 1}, {"b": 1}], [{}]),
-    (properties(a={"type": "dict"}, b={"type": "any"}, c={"type": "list"}, d={"type": "float"}, e={"type": "str"}), [{"a": {"x": 1}, "b": None, "c": [1, "x"], "d": 0.5, "e": ""}], [{"a": 1, "b": 1, "c": [], "d": 1, "e": ""}, {"a": {}, "b": 1, "c": {}, "d": 1, "e": ""}]),
+    (
+        properties(a={"allOf": [{"$ref": "#/$defs/n"}], "description": "n"}) | {"$defs": {"n": {"enum": [1, 2]}}},
+        [{"a": 1}],
+        [{"a": 3}],
+    ),
+    (
+        properties(a={"allOf": [{"type": "integer"}, {"minimum": 3}, {"type": ["number", "null"], "maximum": 5}]}),
+        [{"a": 4}],
+        [{"a": 2}, {"a": 6}, {"a": 3.5}],
+    ),
+    (
+        {"allOf": [properties(a={"type": "integer"}), properties(b={"type": "string"})]},
+        [{"a": 1, "b": ""}],
+        [{"a": 1}, {"b": ""}, {"a": "", "b": ""}],
+    ),
+    (
+        properties(a={"$ref": "#/$defs/p", "required": ["y"]}) | {"$defs": {"p": properties(x={"type": "integer"})}},
+        [{"a": {"x": 1, "y": 2}}],
+        [{"a": {"x": 1}}],
+    ),
+    (
+        {"type": "object", "properties": {"a": {}, "b": {}}, "anyOf": [{"required": ["a"]}, {"required": ["b"]}]},
+        [{"a": 1}, {"b": 1}],
+        [{}],
+    ),
+    (
+        properties(a={"type": "dict"}, b={"type": "any"}, c={"type": "list"}, d={"type": "float"}, e={"type": "str"}),
+        [{"a": {"x": 1}, "b": None, "c": [1, "x"], "d": 0.5, "e": ""}],
+        [{"a": 1, "b": 1, "c": [], "d": 1, "e": ""}, {"a": {}, "b": 1, "c": {}, "d": 1, "e": ""}],
+    ),
     (properties(a={"type": ["int", "none"]}), [{"a": 1}, {"a": None}], [{"a": "1"}]),
     (properties(a={"type": "array", "items": {"type": "any"}}), [{"a": [1, {"b": []}]}], [{"a": 1}]),
-    (properties(a={"type": "integer", "multipleOf": 5, "minimum": 1, "maximum": 20}), [{"a": 5}, {"a": 20}], [{"a": 0}, {"a": 7}]),
-    (properties(a={"type": ["integer", "null"], "multipleOf": 2, "minimum": 0, "exclusiveMaximum": 4}), [{"a": 0}, {"a": 2}, {"a": None}], [{"a": 4}, {"a": 1}]),
+    (
+        properties(a={"type": "integer", "multipleOf": 5, "minimum": 1, "maximum": 20}),
+        [{"a": 5}, {"a": 20}],
+        [{"a": 0}, {"a": 7}],
+    ),
+    (
+        properties(a={"type": ["integer", "null"], "multipleOf": 2, "minimum": 0, "exclusiveMaximum": 4}),
+        [{"a": 0}, {"a": 2}, {"a": None}],
+        [{"a": 4}, {"a": 1}],
+    ),
     (properties(a={"type": "integer", "multipleOf": 1}), [{"a": 3}], [{"a": "3"}]),
     (properties(a={"type": "array", "uniqueItems": False}), [{"a": [1, 1]}], [{"a": 1}]),
     (properties(a={"type": "string", "enum": ["x", None]}), [{"a": "x"}], [{"a": None}]),
     (properties(a={"type": "string", "format": "float"}), [{"a": "1.5"}], [{"a": 1.5}]),
-    (properties(a={"type": "array", "items": [{"type": "integer"}], "additionalItems": False}), [{"a": [1]}], [{"a": [1, 2]}]),
+    (
+        properties(a={"type": "array", "items": [{"type": "integer"}], "additionalItems": False}),
+        [{"a": [1]}],
+        [{"a": [1, 2]}],
+    ),
     ({"type": "object", "required": ["a"]}, [{"a": 1}], [{}]),
-    ({"allOf": [{"properties": {"a": {}, "b": {}}}, {"properties": {"a": {"type": "integer"}}, "additionalProperties": False}]}, [{"a": 1}, {}], [{"a": ""}, {"b": 1}]),
-    (properties(title={"type": "string"}, type={"enum": ["x"]}), [{"title": "", "type": "x"}], [{"title": "", "type": "y"}]),
-]  # fmt: skip
+    (
+        {
+            "allOf": [
+                {"properties": {"a": {}, "b": {}}},
+                {"properties": {"a": {"type": "integer"}}, "additionalProperties": False},
+            ]
+        },
+        [{"a": 1}, {}],
+        [{"a": ""}, {"b": 1}],
+    ),
+    (
+        properties(title={"type": "string"}, type={"enum": ["x"]}),
+        [{"title": "", "type": "x"}],
+        [{"title": "", "type": "y"}],
+    ),
+]
 
 
 REFUSED: list[tuple[Any, str]] = [
@@ -60,4 +117,4 @@ REFUSED: list[tuple[Any, str]] = [
     ({"type": "array"}, "no arguments satisfy"),
     ({"city": {"type": "string"}}, "lists the arguments itself"),
     ([], "not an object"),
-]  # fmt: skip
+]

@@ -58,13 +58,23 @@ VALUES = st.recursive(
     max_leaves=6,
 )
 LEAVES = st.one_of(
-    st.sampled_from(["string", "integer", "number", "boolean", "null", "object", "array"]).map(lambda kind: {"type": kind}),
-    st.fixed_dictionaries({"type": st.just("integer"), "minimum": st.integers(-3, 1)}, optional={"maximum": st.integers(-1, 3)}),
-    st.fixed_dictionaries({"type": st.just("integer"), "multipleOf": st.just(2), "minimum": st.just(-2), "maximum": st.just(3)}),
-    st.fixed_dictionaries({"type": st.just("string"), "minLength": st.integers(0, 2)}, optional={"maxLength": st.integers(1, 2)}),
+    st.sampled_from(["string", "integer", "number", "boolean", "null", "object", "array"]).map(
+        lambda kind: {"type": kind}
+    ),
+    st.fixed_dictionaries(
+        {"type": st.just("integer"), "minimum": st.integers(-3, 1)}, optional={"maximum": st.integers(-1, 3)}
+    ),
+    st.fixed_dictionaries(
+        {"type": st.just("integer"), "multipleOf": st.just(2), "minimum": st.just(-2), "maximum": st.just(3)}
+    ),
+    st.fixed_dictionaries(
+        {"type": st.just("string"), "minLength": st.integers(0, 2)}, optional={"maxLength": st.integers(1, 2)}
+    ),
     st.lists(SCALARS, min_size=1, max_size=3).map(lambda values: {"enum": values}),
-    st.sampled_from([{}, {"$ref": "#"}, {"$ref": "#/$defs/d"}, {"$ref": "#/definitions/e"}, {"type": ["string", "null"]}]),
-)  # fmt: skip
+    st.sampled_from(
+        [{}, {"$ref": "#"}, {"$ref": "#/$defs/d"}, {"$ref": "#/definitions/e"}, {"type": ["string", "null"]}]
+    ),
+)
 
 
 def composed(inner: Any) -> Any:
@@ -79,9 +89,13 @@ def composed(inner: Any) -> Any:
         {"type": st.just("array"), "items": inner}, optional={"minItems": st.integers(0, 2), "maxItems": st.just(2)}
     )
     both = st.lists(inner, min_size=1, max_size=2)
-    return typed | lists | both.map(lambda parts: {"allOf": parts}) | both.map(lambda parts: {"anyOf": parts}) | st.builds(
-        lambda one, parts: {**one, "anyOf": parts}, typed, both
-    )  # fmt: skip
+    return (
+        typed
+        | lists
+        | both.map(lambda parts: {"allOf": parts})
+        | both.map(lambda parts: {"anyOf": parts})
+        | st.builds(lambda one, parts: {**one, "anyOf": parts}, typed, both)
+    )
 
 
 SCHEMAS = st.recursive(LEAVES, composed, max_leaves=5)

@@ -151,9 +151,11 @@ def test_required_and_named_calls_are_written_in_the_trained_format(kind: str):
     assert schema("none") is None
     wanted = {"type": "object", "properties": {"x": {"type": "string"}}}
     form = {"type": "json_schema", "name": "x", "schema": wanted}
-    other = {"text": {"format": form}} if kind == "responses" else {
-        "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": wanted}}
-    }  # fmt: skip
+    other = (
+        {"text": {"format": form}}
+        if kind == "responses"
+        else {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": wanted}}}
+    )
     assert schema("required", **other)["type"] == "array"
     assert schema("auto", **other) == wanted
 
