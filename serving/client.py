@@ -117,7 +117,7 @@ class xLAMChatCompletion:  # noqa: N801 - the name that xLAM's users know
         request = self._request(messages, tools, options)
         with self._told():
             response = self._client.chat.completions.create(**request)
-        return self._checked(_read(response, self.config.base_url), bool(tools))
+        return self._checked(_read(response, self.config.base_url), _may_call(tools, options))
 
     async def acompletion(
         self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None, **options: Any
@@ -129,7 +129,7 @@ class xLAMChatCompletion:  # noqa: N801 - the name that xLAM's users know
                 response = await self._async_client.chat.completions.create(**request)
             else:  # the typed method takes three quarters longer: it walks through all messages, and models the answer
                 response = await self._async_client.post("/chat/completions", cast_to=object, body=request)
-        return self._checked(_read(response, self.config.base_url), bool(tools))
+        return self._checked(_read(response, self.config.base_url), _may_call(tools, options))
 
     def stream(
         self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None, **options: Any
@@ -139,7 +139,7 @@ class xLAMChatCompletion:  # noqa: N801 - the name that xLAM's users know
         Raises as `completion`, and `ServerError` where the stream breaks off.
         """
         request = self._request(messages, tools, options)
-        answer = _Streamed(self.config, bool(tools))
+        answer = _Streamed(self.config, _may_call(tools, options))
         with self._told():
             with self._client.chat.completions.create(**request, stream=True) as chunks:
                 for chunk in chunks:
@@ -148,14 +148,14 @@ class xLAMChatCompletion:  # noqa: N801 - the name that xLAM's users know
             rest, response = answer.finish()
         if rest:
             yield rest
-        yield self._checked(response, bool(tools))
+        yield self._checked(response, _may_call(tools, options))
 
     async def astream(
         self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None, **options: Any
     ) -> AsyncIterator[str | dict[str, Any]]:
         """`stream` without blocking."""
         request = self._request(messages, tools, options)
-        answer = _Streamed(self.config, bool(tools))
+        answer = _Streamed(self.config, _may_call(tools, options))
         with self._told():
             async with await self._async_client.chat.completions.create(**request, stream=True) as chunks:
                 async for chunk in chunks:
@@ -164,7 +164,7 @@ class xLAMChatCompletion:  # noqa: N801 - the name that xLAM's users know
             rest, response = answer.finish()
         if rest:
             yield rest
-        yield self._checked(response, bool(tools))
+        yield self._checked(response, _may_call(tools, options))
 
     def models(self) -> list[str]:
         """The names of the models that the server has. Raises `ServerError`."""
@@ -341,6 +341,11 @@ def _read(response: Any, where: str) -> dict[str, Any]:
     return sent
 
 
+def _may_call(tools: Sequence[Any] | None, options: dict[str, Any]) -> bool:
+    """Whether an answer may hold calls; otherwise it is text, whatever it looks like."""
+    return bool(tools) and options.get("tool_choice") != "none"
+
+
 def _choice(choice: dict[str, Any], format: str, with_tools: bool) -> dict[str, Any]:
     """One choice in the shape that `completion` returns; `error` says what is bad about it."""
     sent = choice["message"]
@@ -398,6 +403,10 @@ class _Streamed:
         self._released = 0
         self._text: list[str] = []
         self._calls: dict[int, dict[str, Any]] = {}
+        self._arguments: dict[int, list[str]] = {}
+        """In pieces: a text would be copied with each."""
+        self._last = -1
+        """The highest index in use."""
         self._at: dict[int, int] = {}
         """Where the call of an index is: servers exist that give all calls one index."""
         self._finish: str | None = None
@@ -435,13 +444,16 @@ class _Streamed:
         at = self._at.get(index, index)
         before = self._calls.get(at, {}).get("id")
         if before and call.get("id") and call["id"] != before:  # another call, of a server that gives all one index
-            at = max(self._calls) + 1
+            at = self._last + 1
         self._at[index] = at
+        self._last = max(self._last, at)
         known = self._calls.setdefault(at, {"id": None, "function": {"name": None, "arguments": ""}})
         function = call.get("function") or {}
         known["id"] = known["id"] or call.get("id")
         known["function"]["name"] = known["function"]["name"] or function.get("name")
-        known["function"]["arguments"] += function.get("arguments") or ""
+        if not isinstance(arguments := function.get("arguments") or "", str):
+            raise TypeError(f"{arguments!r} is not text")
+        self._arguments.setdefault(at, []).append(arguments)
 
     def finish(self) -> tuple[str, dict[str, Any]]:
         """Returns the content that was held back, and the answer as `_read` gives it."""
@@ -451,6 +463,8 @@ class _Streamed:
                 f"{self._where}: the stream broke off after {len(text)} characters: {_cut(text)!r}; ask again",
                 kind="broken-stream",
             )
+        for at, call in self._calls.items():
+            call["function"]["arguments"] = "".join(self._arguments[at])
         calls = [self._calls[at] for at in sorted(self._calls)]
         content = text if calls or not self._parsed else parse_completion(text)[0]
         message = {"role": "assistant", "content": text, "tool_calls": calls}

@@ -91,32 +91,39 @@ class Worker:
             return {"count": 0, **self._failure(error)}
         return {"count": counted["count"], "error_code": 0}
 
-    def generate(self, params: dict[str, Any]) -> Generator[dict[str, Any], None, None]:
-        """The answer again and again as it grows, the last one with its end; or one that tells of an error."""
+    def generate(self, params: dict[str, Any], *, grows: bool = True) -> Generator[dict[str, Any], None, None]:
+        """The answer again and again as it grows, the last one with its end; or one that reports an error.
+
+        Without `grows` only the last one: FastChat's protocol repeats the text with each piece.
+        """
         import openai
 
         with self._counted():
-            text, usage, finish, logprobs = "", None, None, None
+            pieces: list[str] = []
+            usage, finish, logprobs = None, None, None
             try:
                 with self._asked(params) as chunks:
                     for chunk in chunks:
                         usage = chunk.usage or usage
                         for choice in chunk.choices:
-                            text += (choice.delta.content if hasattr(choice, "delta") else choice.text) or ""
+                            pieces.append((choice.delta.content if hasattr(choice, "delta") else choice.text) or "")
                             finish = choice.finish_reason or finish
                             logprobs = _joined(logprobs, getattr(choice, "logprobs", None))
-                        if chunk.choices and finish is None:
-                            yield {"text": text, "error_code": 0, "finish_reason": None}
+                        if grows and chunk.choices and finish is None:
+                            pieces = ["".join(pieces)]
+                            yield {"text": pieces[0], "error_code": 0, "finish_reason": None}
             except (openai.OpenAIError, OSError) as error:
                 yield {"text": "", **self._failure(error)}
                 return
+            text = "".join(pieces)
             if finish is None:
                 broken = ConnectionError(f"its answer broke off after {len(text)} characters")
                 yield {"text": "", **self._failure(broken)}
                 return
             counted = {} if usage is None else {"usage": usage.model_dump(include=set(USAGE))}
             last = {"text": text, "error_code": 0, "logprobs": logprobs} | counted
-            yield last | {"finish_reason": None}  # FastChat tells of the end in a piece of its own
+            if grows:
+                yield last | {"finish_reason": None}  # FastChat tells of the end in a piece of its own
             yield last | {"finish_reason": finish}
 
     def _asked(self, params: dict[str, Any]) -> Any:
@@ -210,11 +217,13 @@ def no_controller(address: str, error: Exception) -> UserError:
 
 
 def _joined(before: dict[str, Any] | None, new: Any) -> dict[str, Any] | None:
-    """Log-probabilities of the tokens so far, in the form of OpenAI's completions."""
+    """Log-probabilities of the tokens so far, in the form of OpenAI's completions; adds to `before`."""
     if new is None or not hasattr(new, "token_logprobs"):
         return before
-    lists = new.model_dump()
-    return {name: [*(before or {}).get(name, []), *(one or [])] for name, one in lists.items()}
+    joined = before or {}
+    for name, values in new.model_dump().items():
+        joined.setdefault(name, []).extend(values or [])
+    return joined
 
 
 def post(url: str, body: Any) -> Any:
@@ -231,7 +240,7 @@ def handler_of(worker: Worker) -> type[BaseHTTPRequestHandler]:
         "/worker_get_conv_template": lambda params: {"conv": worker.rules},
         "/model_details": lambda params: {"context_length": worker.context_length},
         "/count_token": worker.count_token,
-        "/worker_generate": lambda params: list(worker.generate(params))[-1],
+        "/worker_generate": lambda params: list(worker.generate(params, grows=False))[-1],
     }
 
     class Handler(BaseHTTPRequestHandler):

@@ -206,8 +206,6 @@ def _adapters(given: Sequence[str], values: bool) -> dict[str, Path]:
                 f"--lora {one}: no adapter_config.json in {folder}; "
                 "`python -m converters.orbax_to_hf --lora adapter` writes such a folder"
             )
-        if (weights := Path(folder) / WEIGHTS).is_file():
-            Shard(str(weights))
         adapters[name] = Path(folder).resolve()
         _check_adapter(adapters[name], values)
     return adapters

@@ -3,14 +3,17 @@
     vllm serve DIR --enable-auto-tool-choice --tool-parser-plugin serving.tool_parser --tool-call-parser xlam_jax
 
 Streaming or not, in pieces of any size, the calls are those that `xlam_jax.data.wire` reads. `tool_choice` "required"
-or a named function makes the model write calls of these tools in the format that it was trained on. Calls that are
-malformed or cut off come back as content.
+or a named function makes the model write calls of these tools in the format that it was trained on, in chat completions
+and in the Responses API. Calls that are malformed or cut off come back as content, and so does every answer to a
+request without tools or with `tool_choice` "none".
 """
 # pyright: reportMissingImports=false
 
 import uuid
 from collections.abc import Sequence
+from typing import Any
 
+from openai.types.responses import ToolChoiceCustom, ToolChoiceFunction
 from vllm.entrypoints.generate.base.protocol import (
     DeltaFunctionCall,
     DeltaMessage,
@@ -19,13 +22,17 @@ from vllm.entrypoints.generate.base.protocol import (
     FunctionCall,
     ToolCall,
 )
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionNamedToolChoiceParam, ChatCompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
-from vllm.sampling_params import StructuredOutputsParams
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.tokenizers import TokenizerLike
 from vllm.tool_parsers.abstract_tool_parser import Tool, ToolParser, ToolParserManager
+from vllm.tool_parsers.utils import get_function_tools
+from vllm.v1.structured_output.backend_xgrammar import validate_xgrammar_grammar
 
-from xlam_jax.data.wire import CompletionStream, arguments_json, calls_schema, parse_completion
+from serving.constraint import calls_schema
+from xlam_jax.data.wire import CompletionStream, arguments_json, parse_completion
 
 
 class XlamJaxToolParser(ToolParser):
@@ -43,24 +50,35 @@ class XlamJaxToolParser(ToolParser):
     def adjust_request(
         self, request: ChatCompletionRequest | ResponsesRequest
     ) -> ChatCompletionRequest | ResponsesRequest:
-        """Keeps [TOOL_CALLS] in the text, and has the model write calls where the request wants them."""
-        if not request.tools or request.tool_choice == "none":
+        """Keeps [TOOL_CALLS] in the text, and has the model write calls where the request requires them.
+
+        Raises `VLLMValidationError`, which the server answers with status 400, for tools that cannot be enforced.
+        """
+        if not _may_call(request):
             return request
         request.skip_special_tokens = False
-        if isinstance(request, ChatCompletionRequest):
-            wanted = None if isinstance(request.tool_choice, str | None) else request.tool_choice.function.name
-            tools = [tool.model_dump() for tool in request.tools if wanted in (None, tool.function.name)]
-            if wanted and not tools:
-                raise ValueError(f"tool_choice names '{wanted}', which is none of the tools")
-            if wanted or request.tool_choice == "required":
-                at_most = 1 if wanted or request.parallel_tool_calls is False else None
-                request.structured_outputs = StructuredOutputsParams(json=calls_schema(tools, at_most))
-                request.response_format = None
+        choice = request.tool_choice
+        if choice in (None, "auto"):
+            return request
+        try:
+            name = _required_name(choice)
+            tools = [tool for tool in _functions(request.tools) if name in (None, tool["function"]["name"])]
+            if not tools:
+                raise ValueError(f"tool_choice names '{name}', which is none of the tools")
+            at_most = 1 if name or request.parallel_tool_calls is False else None
+            request.structured_outputs = _constraint(tools, at_most)
+        except ValueError as error:
+            raise VLLMValidationError(str(error), parameter="tools") from None
+        if isinstance(request, ResponsesRequest):
+            request.text = None
+        else:
+            request.response_format = None
         return request
 
     def extract_tool_calls(self, model_output: str, request: ChatCompletionRequest) -> ExtractedToolCallInformation:
         """Splits a whole answer."""
-        content, calls = parse_completion(model_output)
+        # vLLM asks even where no call may come
+        content, calls = parse_completion(model_output) if _may_call(request) else (model_output, None)
         return ExtractedToolCallInformation(
             tools_called=bool(calls),
             tool_calls=[
@@ -83,8 +101,8 @@ class XlamJaxToolParser(ToolParser):
         delta_token_ids: Sequence[int],
         request: ChatCompletionRequest,
     ) -> DeltaMessage | None:
-        """Gives out content that is certain to be no part of calls."""
-        content = self._stream.feed(delta_text)
+        """Returns content that is certainly not part of calls."""
+        content = self._stream.feed(delta_text) if _may_call(request) else delta_text
         return DeltaMessage(content=content) if content else None
 
     def finish_streaming(self) -> DeltaMessage | None:
@@ -105,6 +123,55 @@ class XlamJaxToolParser(ToolParser):
                 for at, call in enumerate(calls or ())
             ],
         )
+
+
+def _may_call(request: ChatCompletionRequest | ResponsesRequest) -> bool:
+    """Whether the answer may hold calls; otherwise it is text, whatever it looks like."""
+    return bool(request.tools) and request.tool_choice != "none"
+
+
+def _required_name(choice: Any) -> str | None:
+    """The function that a `tool_choice` other than auto requires; None for any. Raises `ValueError`."""
+    if choice == "required":
+        return None
+    if isinstance(choice, ChatCompletionNamedToolChoiceParam):
+        return choice.function.name
+    if isinstance(choice, ToolChoiceFunction | ToolChoiceCustom):
+        return choice.name
+    kind = choice if isinstance(choice, str) else getattr(choice, "type", choice)
+    raise ValueError(f"tool_choice '{kind}' cannot be enforced; use auto, none, required or a named function")
+
+
+def _functions(tools: Sequence[Any]) -> list[dict[str, Any]]:
+    """A request's tools in OpenAI form. Raises `ValueError` for one that is not a function that the model can call."""
+    functions = []
+    for tool in tools:
+        known = get_function_tools([tool])
+        if not known:
+            raise ValueError(f"tool of type '{tool.type}' cannot be enforced; only functions can")
+        for function in known:
+            described = getattr(function, "function", function)
+            functions.append({"function": {"name": described.name, "parameters": described.parameters}})
+    return functions
+
+
+def _constraint(tools: Sequence[dict[str, Any]], at_most: int | None) -> StructuredOutputsParams:
+    """What makes the model write calls of tools. Raises `ValueError` that names the tool that no grammar follows."""
+    constraint = StructuredOutputsParams(json=calls_schema(tools, at_most))
+    if _refusal(constraint):
+        for tool in tools:
+            if refusal := _refusal(StructuredOutputsParams(json=calls_schema([tool]))):
+                raise ValueError(f"tool '{tool['function']['name']}' cannot be enforced by a grammar: {refusal}")
+    return constraint
+
+
+def _refusal(constraint: StructuredOutputsParams) -> str:
+    """Why xgrammar, which `serving.serve` chooses, would refuse a constraint; empty if it would not."""
+    try:
+        validate_xgrammar_grammar(SamplingParams(structured_outputs=constraint))
+    except (ValueError, TypeError, VLLMValidationError) as error:
+        return str(error)
+    return ""
 
 
 def _id(own: str | None) -> str:

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -116,6 +116,22 @@ class Commands:
         said = self.call(module, *arguments, code=2).stderr
         assert [line.startswith("error: ") for line in said.splitlines()].count(True) == 1, said
         return said[said.index("error: ") :]
+
+
+@contextlib.contextmanager
+def cpu_limit(seconds: float) -> Iterator[None]:
+    """Fails what takes more CPU time of this process; how busy the machine is does not matter."""
+
+    def over(*_: object) -> None:
+        raise AssertionError(f"took more than {seconds:g} seconds of CPU time")
+
+    before = signal.signal(signal.SIGPROF, over)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def train_losses(run: Path) -> dict[int, float]:

@@ -2,17 +2,15 @@ import json
 import random
 import subprocess
 import sys
-import time
 from collections.abc import Iterable
 from typing import Any
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from jsonschema import Draft202012Validator
 
 from xlam_jax.data.trajectory import ToolCall
-from xlam_jax.data.wire import TOOL_CALLS, CompletionStream, arguments_json, calls_schema, parse_completion
+from xlam_jax.data.wire import TOOL_CALLS, CompletionStream, arguments_json, objects_in, parse_completion
 
 
 def streamed(pieces: Iterable[str]) -> tuple[str, tuple[ToolCall, ...] | None]:
@@ -137,18 +135,23 @@ def test_the_object_without_calls_is_text():
 
 
 def by_trying(text: str) -> tuple[ToolCall, ...] | None:
-    """The calls up to the end of a text, by trying to read JSON from each bracket on."""
-    for start in range(len(text)):
-        if text[start] != "[":
-            continue
-        try:
-            found = json.loads(text[start:])
-        except ValueError:
-            continue
-        if found and all(isinstance(call, dict) and call.keys() == {"name", "arguments"} for call in found):
-            return tuple(ToolCall(None, call["name"], call["arguments"]) for call in found)
-        return None
-    return None
+    """The calls of the arrays up to the end of a text, by trying to read JSON from each bracket on."""
+    calls: list[ToolCall] = []
+    while True:
+        for start in range(len(text)):
+            try:
+                array = json.loads(text[start:]) if text[start] == "[" else None
+            except ValueError:
+                continue
+            if array is not None:
+                break
+        else:
+            break
+        if not array or not all(isinstance(call, dict) and call.keys() == {"name", "arguments"} for call in array):
+            break
+        calls[:0] = [ToolCall(None, call["name"], call["arguments"]) for call in array]
+        text = text[:start]
+    return tuple(calls) if calls and '"arguments":' not in text else None
 
 
 def test_calls_are_found_where_trying_every_bracket_finds_them():
@@ -164,26 +167,67 @@ def test_calls_are_found_where_trying_every_bracket_finds_them():
         "{",
         "x ",
     ]
-    hits = 0
+    hits = several = 0
     for _ in range(5000):
         text = "".join(random_.choice(parts) for _ in range(random_.randint(1, 6)))
         expected = by_trying(text)
         hits += expected is not None
+        several += len(expected or ()) > 1
         assert parse_completion(text)[1] == expected, text
     assert hits > 200
+    assert several > 20
+
+
+F, G = '[{"name": "f", "arguments": {"a": 1}}]', '[{"name": "g", "arguments": {}}]'
 
 
 @pytest.mark.parametrize(
-    "piece",
-    ["[{", '[{"name":', '[{"', "]", '"]', "\\", '[{"name": "f", "arguments": {}}] ', "{", "[", "[ ", "``", " "],
+    ("text", "content"),
+    [
+        (f"[TOOL_CALLS]{F}[TOOL_CALLS]{G}", ""),
+        (f"I look. [TOOL_CALLS]{F}\n[TOOL_CALLS] {G}\n", "I look. "),
+        (f"I look.\n{F}\n{G}", "I look."),
+        (f"{F}{G}", ""),
+        (f"<tool_call>{F}</tool_call>\n<tool_call>{G}</tool_call>", ""),
+        (f"<think>Hm [1].</think><tool_call>\n{F}\n</tool_call><tool_call>{G}</tool_call>", "<think>Hm [1].</think>"),
+        (f"I look.\n```json\n{F}\n```\n```json\n{G}\n```", "I look."),
+        (f"```\n{F}\n```\n\n{G}", ""),
+        (f'Oslo is [{{"name": "Oslo"}}].\n{F}\n\n[TOOL_CALLS]```json\n{G}```', 'Oslo is [{"name": "Oslo"}].'),
+    ],
 )
-def test_long_noise_is_parsed_in_linear_time(piece):
-    """Trying each bracket in turn takes minutes for this, and hours for ten times as much."""
-    text = piece * (1_000_000 // len(piece)) + "]"
-    start = time.process_time()
+def test_all_calls_of_several_arrays_come_back(text: str, content: str):
+    expected = (content, (ToolCall(None, "f", {"a": 1}), ToolCall(None, "g", {})))
+    assert parse_completion(text) == expected
+    for size in range(1, 9):
+        assert streamed(text[at : at + size] for at in range(0, len(text), size)) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{F} and {G}",
+        f"{F},\n{G}",
+        f"{F} Done.",
+        f"[TOOL_CALLS]{F} and [TOOL_CALLS]{G}",
+        f"[TOOL_CALLS]{F[:-1]}\n[TOOL_CALLS]{G}",
+        f"[TOOL_CALLS]{F[:8]}\n[TOOL_CALLS]{G}",
+        f"{F[:-1]}\n{G}",
+        f"{F}\n{G[:-1]}",
+        f'[TOOL_CALLS][{{"name": "f"}}][TOOL_CALLS]{G}',
+        f"[TOOL_CALLS] f {G}",
+        f'<tool_call>{{"name": "f", "arguments": {{}}}}</tool_call>\n<tool_call>{G}</tool_call>',
+        f'<tool_call>[{{"name": "f"}}]</tool_call><tool_call>{G}</tool_call>',
+        f"<tool_call>{F}\n<tool_call>{G}</tool_call>",
+        f"```json\n{F}\n```\nThen:\n```json\n{G}\n```",
+        f"```json\n{F}\n{G}\n```",
+        f'{{"thought": "", "tool_calls": {F}}}\n{{"thought": "", "tool_calls": {G}}}',
+        f'{{"thought": "", "tool_calls": {F}}}\n{G}',
+    ],
+)
+def test_never_some_of_the_calls(text: str):
     assert parse_completion(text) == (text, None)
-    assert streamed(text[at : at + 20] for at in range(0, len(text), 20)) == (text, None)
-    assert time.process_time() - start < 20
+    for size in range(1, 9):
+        assert streamed(text[at : at + size] for at in range(0, len(text), size)) == (text, None)
 
 
 NAMES = st.sampled_from(["name", "arguments", "thought", "tool_calls", "f", "get_weather"]) | st.text(max_size=4)
@@ -228,6 +272,10 @@ def written(form: str, thought: str, calls: Iterable[ToolCall], **style: Any) ->
     )
 
 
+def holds_marks(thought: str) -> bool:
+    return any(mark in thought for mark in (TOOL_CALLS, "<tool_call>", "</tool_call>", '"arguments":'))
+
+
 def check_any_chunking(data: st.DataObject) -> None:
     """Calls → text → any pieces → the same thought and calls."""
     form, thought, calls = data.draw(st.sampled_from(FORMS)), data.draw(TEXT), data.draw(SOME_CALLS)
@@ -239,8 +287,10 @@ def check_any_chunking(data: st.DataObject) -> None:
     cuts = sorted(data.draw(st.sets(st.integers(1, max(1, len(text) - 1)), max_size=len(text))))
     pieces = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
     assert "".join(pieces) == text
-    assert parse_completion(text) == (thought, tuple(calls))
-    assert streamed(pieces) == (thought, tuple(calls))
+    # a thought that holds marks of calls may hold calls that are not read
+    expected = (text, None) if not form.startswith("v1") and holds_marks(thought) else (thought, tuple(calls))
+    assert parse_completion(text) == expected
+    assert streamed(pieces) == expected
     assert [json.loads(arguments_json(call)) for call in calls] == [call.arguments for call in calls]
     # cut off before the end, nothing is lost
     part = text[: data.draw(st.integers(0, len(text)))]
@@ -260,6 +310,43 @@ def test_any_chunking_gives_the_same_calls_ten_thousand_times(data: st.DataObjec
     check_any_chunking(data)
 
 
+def check_several_groups(data: st.DataObject) -> None:
+    """All calls of several groups, in their order; none where one of them is broken, or text is between them."""
+    groups = data.draw(st.lists(st.tuples(st.sampled_from(FORMS[:-2]), SOME_CALLS), min_size=2, max_size=4))
+    texts = [written(form, "", calls, indent=data.draw(st.sampled_from([None, 1]))) for form, calls in groups]
+    fault = data.draw(st.sampled_from([None, None, "broken", "between"]))
+    if fault:
+        at = data.draw(st.integers(0, len(texts) - 2))
+        bracket = texts[at].rindex("]")
+        texts[at] = texts[at][:bracket] + texts[at][bracket + 1 :] if fault == "broken" else f"{texts[at]} then "
+    space = st.sampled_from(["", " ", "\n", "\n\n", "\t"])
+    text = data.draw(st.sampled_from(["", "Hm.\n"])) + "".join(one + data.draw(space) for one in texts)
+    pieces, rest = [], text
+    while rest:
+        pieces.append(rest[: data.draw(st.integers(1, 30))])
+        rest = rest[len(pieces[-1]) :]
+    content, calls = parse_completion(text)
+    assert streamed(pieces) == (content, calls)
+    if fault:
+        assert (content, calls) == (text, None)
+    else:
+        assert content.strip() == ("Hm." if text.startswith("Hm.") else "")
+        assert calls == tuple(call for _, some in groups for call in some)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_any_several_groups_give_all_calls_or_none(data: st.DataObject):
+    check_several_groups(data)
+
+
+@pytest.mark.slow
+@settings(max_examples=10_000, deadline=None)
+@given(st.data())
+def test_any_several_groups_give_all_calls_or_none_ten_thousand_times(data: st.DataObject):
+    check_several_groups(data)
+
+
 @settings(max_examples=300, deadline=None)
 @given(TEXT, st.integers(1, 7))
 def test_text_is_never_lost(text: str, size: int):
@@ -276,23 +363,58 @@ def test_content_is_given_out_as_it_comes():
     assert stream.finish() == (' \n[{"name', None)
 
 
-def test_the_schema_of_calls_takes_calls_of_the_tools_and_nothing_else():
-    city = {"type": "object", "properties": {"city": {"$ref": "#/$defs/city"}}, "required": ["city"]}
-    tools = [
-        {"type": "function", "function": {"name": "f", "parameters": city | {"$defs": {"city": {"enum": ["Oslo"]}}}}},
-        {"type": "function", "function": {"name": "g"}},
-    ]
-    schema = calls_schema(tools)
-    Draft202012Validator.check_schema(schema)
-    fits = Draft202012Validator(schema).is_valid
-    assert fits([{"name": "f", "arguments": {"city": "Oslo"}}, {"name": "g", "arguments": {}}])
-    for wrong in ([], [{"name": "f", "arguments": {"city": "Rome"}}], [{"name": "g", "arguments": {}, "id": 1}], [{}]):
-        assert not fits(wrong)
-    assert not fits([{"name": "h", "arguments": {}}])
-    assert not Draft202012Validator(calls_schema(tools, at_most=1)).is_valid([{"name": "g", "arguments": {}}] * 2)
-    other = {"name": "h", "parameters": city | {"$defs": {"city": {"enum": ["Rome"]}}}}
-    with pytest.raises(ValueError, match="'h' defines"):
-        calls_schema([*tools, {"type": "function", "function": other}])
+@pytest.mark.parametrize(
+    ("text", "objects"),
+    [
+        ("", []),
+        ("no object, {none} here { }", [{}]),
+        ('{"score": 4}' + " " * 80_000, [{"score": 4}]),
+        ('The "rating" is {"score": 4}, not {"score": 5}.', [{"score": 4}, {"score": 5}]),
+        ('```json\n{"a": {"b": [1, {"c": null}]}, "d": "}{"}\n```', [{"a": {"b": [1, {"c": None}]}, "d": "}{"}]),
+        ('[{"a": 1}, {"b": -0.5e3}]', [{"a": 1}, {"b": -500.0}]),
+        ('{"reason": "I say {"score": 4}', [{"score": 4}]),
+        ('{"a, b}: {"score": 4}', [{"score": 4}]),
+        ('{"a": {"score": 1}, "b": [{"score": 2}], oops {"score": 3}', [{"score": 1}, {"score": 2}, {"score": 3}]),
+        ('{"a": {"score": 1}, "b": {"c": {"score": 2}, "score"', [{"score": 1}, {"score": 2}]),
+        (
+            '{"a": 1,} {"a": 01} {"a": NaN} {"a" 1} {a: 1} {\'a\': 1} {"a": +1} {"a": "\n"} {"a": "\\x"} {"b": 2}',
+            [{"b": 2}],
+        ),
+        ('{"a": 1, "a": 2} {"a": 1e999} {"a": "\\ud800"} {"b": "\\u00e9"}', [{"b": "é"}]),
+        ('{"a":' * 1000 + "1" + "}" * 1000 + '{"b": 2}', [{"b": 2}]),
+    ],
+)
+def test_objects_in_a_text(text: str, objects: list[Any]):
+    assert list(objects_in(text)) == objects
+
+
+def objects_by_trying(text: str) -> list[Any]:
+    """The objects of a text, by trying to read JSON from each brace on."""
+    found, at = [], 0
+    while (at := text.find("{", at)) >= 0:
+        try:
+            value, at = json.JSONDecoder().raw_decode(text, at)
+        except ValueError:
+            at += 1
+        else:
+            found.append(value)
+    return found
+
+
+UNIQUE = st.recursive(
+    st.none() | st.integers() | st.sampled_from(["", "a", "{", "}", '"', "\\", ", ", "[ {"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("abc"), inner, max_size=3),
+    max_leaves=8,
+).map(json.dumps)
+"""JSON in which no key is repeated."""
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(st.tuples(UNIQUE, st.integers(0, 3), st.sampled_from(["", " ", "\n", " x "])), max_size=5))
+def test_objects_are_found_where_trying_every_brace_finds_them(parts: list[tuple[str, int, str]]):
+    """In JSON of which some is cut off at its end, with text between."""
+    text = "".join((json_ if cut else json_[: len(json_) // 2]) + between for json_, cut, between in parts)
+    assert list(objects_in(text)) == objects_by_trying(text)
 
 
 def test_it_needs_only_the_standard_library():

@@ -37,12 +37,12 @@ def client(url: str, **config: Any) -> xLAMChatCompletion:
     return xLAMChatCompletion.from_config(xLAMConfig(base_url=url, model="tiny", **({"timeout": 5.0} | config)))
 
 
-def by_completion(llm: xLAMChatCompletion, *request: Any) -> dict[str, Any]:
-    return llm.completion(*request)
+def by_completion(llm: xLAMChatCompletion, *request: Any, **options: Any) -> dict[str, Any]:
+    return llm.completion(*request, **options)
 
 
-def by_stream(llm: xLAMChatCompletion, *request: Any) -> dict[str, Any]:
-    *pieces, answer = llm.stream(*request)
+def by_stream(llm: xLAMChatCompletion, *request: Any, **options: Any) -> dict[str, Any]:
+    *pieces, answer = llm.stream(*request, **options)
     assert isinstance(answer, dict)
     if answer["choices"][0]["message"]["tool_calls"] or "error" not in answer["choices"][0]:
         assert "".join(map(str, pieces)) == answer["choices"][0]["message"]["content"]
@@ -123,6 +123,26 @@ README_MESSAGES = [
     {"role": "user", "content": "Now, search for the weather in San Francisco."},
 ]
 """A conversation as xLAM's own client takes it: one flat call, no ids."""
+
+
+@pytest.mark.parametrize("ask", [by_completion, by_stream])
+def test_without_tools_what_looks_like_calls_is_content(ask: Any):
+    text = f"[TOOL_CALLS]{WIRE}\n"
+    with serve(says(text), says(text)) as server:
+        answers = [ask(client(server.url), USER), ask(client(server.url), USER, [TOOL], tool_choice="none")]
+    for answer in answers:
+        [choice] = answer["choices"]
+        assert choice["message"] == {"role": "assistant", "content": text, "tool_calls": []}
+        assert "error" not in choice
+
+
+@pytest.mark.parametrize("ask", [by_completion, by_stream])
+def test_some_of_the_calls_are_bad_output(ask: Any):
+    text = f"[TOOL_CALLS]{WIRE[:-1]}[TOOL_CALLS]{WIRE}"
+    with serve(says(text)) as server:
+        answer = ask(client(server.url, bad_output="mark"), USER, [TOOL])
+    assert answer["choices"][0]["message"] == {"role": "assistant", "content": text, "tool_calls": []}
+    assert "cannot be read" in answer["choices"][0]["error"]
 
 
 def test_flat_tools_and_calls_become_what_servers_take():

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from argument_schemas import FOLLOWED, REFUSED, properties, tool
 from support import ROOT
 
 from xlam_jax.data.wire import arguments_json, parse_completion
@@ -35,16 +36,32 @@ TEXTS = [
     '[{"name": "f"}]',
     "[]",
     "[1, 2] [TOOL_CALLS]",
+    f"I look.[TOOL_CALLS]{WIRE}\n[TOOL_CALLS]{WIRE}",
+    f"{WIRE} and {WIRE}",
+    f"[TOOL_CALLS]{WIRE[:-1]}[TOOL_CALLS]{WIRE}",
     '{"a": 1}',
 ]
 TOOLS = [{"type": "function", "function": {"name": name, "parameters": {"type": "object"}}} for name in "fgh"]
+
+
+def asking(kind: str, **request: Any) -> Any:
+    """A request of the chat completions or the Responses API."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+
+    if kind == "chat":
+        return ChatCompletionRequest(messages=[{"role": "user", "content": "x"}], **request)
+    if "tools" in request:
+        request["tools"] = [{"type": "function", **tool["function"]} for tool in request["tools"]]
+    if isinstance(choice := request.get("tool_choice"), dict):
+        request["tool_choice"] = {"type": "function", **choice["function"]}
+    return ResponsesRequest(input="x", **request)
 
 
 @pytest.fixture(scope="module")
 def answers() -> Any:
     """Parses a text as the server does: whole, or in pieces; returns content and [(name, arguments)]."""
     from transformers import AutoTokenizer
-    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.parser.abstract_parser import DelegatingParser
     from vllm.tool_parsers.abstract_tool_parser import ToolParserManager
     from vllm.utils.import_utils import import_plugin
@@ -55,11 +72,12 @@ def answers() -> Any:
         tool_parser_cls = ToolParserManager.get_tool_parser("xlam_jax")
 
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples/quickstart/tokenizer")
-    asked = ChatCompletionRequest(messages=[{"role": "user", "content": "x"}], tools=TOOLS, tool_choice="auto")
+    auto = asking("chat", tools=TOOLS, tool_choice="auto")
 
-    def parse(pieces: list[str] | None, text: str) -> tuple[str, list[tuple[str, str]]]:
+    def parse(pieces: list[str] | None, text: str, asked: Any = auto) -> tuple[str, list[tuple[str, str]]]:
         parser = Both(tokenizer, asked.tools)
-        request = parser.adjust_request(asked)
+        # vLLM does not adjust a request with tool_choice none
+        request = asked if asked.tool_choice == "none" else parser.adjust_request(asked)
         if pieces is None:
             _, content, calls = parser.parse(text, request, enable_auto_tools=True)
             return content or "", [(call.name, call.arguments) for call in calls or ()]
@@ -96,21 +114,31 @@ def test_any_pieces_give_what_the_whole_gives(answers: Any, text: str):
         assert answers(pieces, text) == expected, pieces
 
 
-def test_required_and_named_calls_are_written_in_the_trained_format():
+@pytest.mark.parametrize("kind", ["chat", "responses"])
+@pytest.mark.parametrize("request_", [{}, {"tools": TOOLS, "tool_choice": "none"}], ids=["no tools", "none"])
+def test_without_tools_every_text_is_content(answers: Any, kind: str, request_: dict[str, Any]):
+    asked = asking(kind, **request_)
+    for text in (*TEXTS, f" \n{WIRE}\n ", " \t"):
+        assert answers(None, text, asked) == (text, [])
+        for pieces in cuts(text):
+            assert answers(pieces, text, asked) == (text, []), pieces
+    assert asked.skip_special_tokens
+
+
+@pytest.mark.parametrize("kind", ["chat", "responses"])
+def test_required_and_named_calls_are_written_in_the_trained_format(kind: str):
     from transformers import AutoTokenizer
-    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
     from serving.tool_parser import XlamJaxToolParser
 
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples/quickstart/tokenizer")
 
     def schema(choice: Any, **more: Any) -> Any:
-        request = ChatCompletionRequest(
-            messages=[{"role": "user", "content": "x"}], tools=TOOLS, tool_choice=choice, **more
-        )
+        request = asking(kind, tools=TOOLS, tool_choice=choice, **more)
         adjusted = XlamJaxToolParser(tokenizer, request.tools).adjust_request(request)
         assert adjusted.skip_special_tokens is (choice == "none")
-        return adjusted.structured_outputs and adjusted.structured_outputs.json
+        sent = adjusted.to_sampling_params(100, {}).structured_outputs
+        return sent and sent.json
 
     names = [one["properties"]["name"]["enum"] for one in schema("required")["items"]["anyOf"]]
     assert names == [["f"], ["g"], ["h"]]
@@ -121,3 +149,82 @@ def test_required_and_named_calls_are_written_in_the_trained_format():
     assert [one["properties"]["name"]["enum"] for one in named["items"]["anyOf"]] == [["g"]]
     assert schema("auto") is None
     assert schema("none") is None
+    wanted = {"type": "object", "properties": {"x": {"type": "string"}}}
+    form = {"type": "json_schema", "name": "x", "schema": wanted}
+    other = (
+        {"text": {"format": form}}
+        if kind == "responses"
+        else {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": wanted}}}
+    )
+    assert schema("required", **other)["type"] == "array"
+    assert schema("auto", **other) == wanted
+
+
+def adjusted(kind: str, **request: Any) -> Any:
+    from transformers import AutoTokenizer
+
+    from serving.tool_parser import XlamJaxToolParser
+
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples/quickstart/tokenizer")
+    asked = asking(kind, **request)
+    return XlamJaxToolParser(tokenizer, asked.tools).adjust_request(asked)
+
+
+@pytest.mark.parametrize(("parameters", "good", "bad"), FOLLOWED)
+def test_the_grammar_of_a_schema_follows_it(parameters: Any, good: list[Any], bad: list[Any]):
+    import xgrammar
+    from xgrammar.testing import _is_grammar_accept_string
+
+    asked = adjusted("chat", tools=[TOOLS[0], tool(parameters, "get")], tool_choice="required")
+    written = json.dumps(asked.structured_outputs.json)
+    grammar = xgrammar.Grammar.from_json_schema(written)
+
+    def accepts(arguments: Any) -> bool:
+        return _is_grammar_accept_string(grammar, json.dumps([{"name": "get", "arguments": arguments}]))
+
+    assert [accepts(one) for one in good] == [True] * len(good)
+    assert [accepts(one) for one in bad] == [False] * len(bad)
+
+
+@pytest.mark.parametrize("kind", ["chat", "responses"])
+@pytest.mark.parametrize("parameters", [parameters for parameters, _ in REFUSED if isinstance(parameters, dict)])
+def test_a_tool_that_no_grammar_follows_is_refused_by_name(kind: str, parameters: Any):
+    from vllm.exceptions import VLLMValidationError
+
+    tools = [TOOLS[0], tool(parameters, "get")]
+    with pytest.raises(VLLMValidationError, match=r"tool 'get' cannot be enforced.*parameter=tools"):
+        adjusted(kind, tools=tools, tool_choice="required")
+    adjusted(kind, tools=tools, tool_choice="auto")
+    adjusted(kind, tools=tools, tool_choice={"type": "function", "function": {"name": "f"}})
+
+
+def test_what_xgrammar_refuses_is_refused_by_name():
+    from vllm.exceptions import VLLMValidationError
+
+    with pytest.raises(VLLMValidationError, match=r"tool 'get' cannot be enforced by a grammar: Failed"):
+        adjusted(
+            "chat",
+            tools=[TOOLS[0], tool(properties(a={"type": "string", "pattern": "(("}), "get")],
+            tool_choice="required",
+        )
+
+
+def test_tools_of_the_responses_api_that_are_not_functions():
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+    from vllm.exceptions import VLLMValidationError
+
+    from serving.tool_parser import XlamJaxToolParser
+
+    search = {"type": "web_search_preview"}
+    for choice, words in (
+        ("required", "tool of type 'web_search_preview'"),
+        (search, "tool_choice 'web_search_preview'"),
+    ):
+        request = ResponsesRequest(input="x", tools=[{"type": "function", "name": "f"}, search], tool_choice=choice)
+        with pytest.raises(VLLMValidationError, match=words):
+            XlamJaxToolParser(None, request.tools).adjust_request(request)
+    custom = ResponsesRequest(input="x", tools=[{"type": "custom", "name": "shell"}], tool_choice="required")
+    XlamJaxToolParser(None, custom.tools).adjust_request(custom)
+    [choice] = custom.structured_outputs.json["items"]["anyOf"]
+    assert choice["properties"]["name"]["enum"] == ["shell"]
+    assert choice["properties"]["arguments"]["required"] == ["input"]

@@ -199,9 +199,69 @@ def test_required_and_named_calls(url: str):
     assert both(url, tool_choice="none")[0] == []
 
 
+def test_without_tools_what_looks_like_calls_is_content(url: str):
+    """The text is forced to be calls."""
+    from openai import OpenAI
+
+    from serving.constraint import calls_schema
+
+    forced = {"type": "json_schema", "json_schema": {"name": "calls", "schema": calls_schema(TOOLS, at_most=2)}}
+    llm = OpenAI(base_url=url, api_key="EMPTY")
+    request: dict[str, Any] = {"model": "tiny", "messages": REQUESTS[0], "temperature": 0, "max_tokens": 200}
+    for tools in ({}, {"tools": TOOLS, "tool_choice": "none"}):
+        asked = request | tools | {"response_format": forced}
+        choice = llm.chat.completions.create(**asked).choices[0]
+        assert {call["name"] for call in json.loads(choice.message.content or "")} <= {"toggle", "get_weather"}
+        assert (choice.message.tool_calls or [], choice.finish_reason) == ([], "stop")
+        content = ""
+        for chunk in llm.chat.completions.create(**asked, stream=True):
+            for piece in chunk.choices:
+                content += piece.delta.content or ""
+                assert not piece.delta.tool_calls
+        assert content == choice.message.content
+
+
+def test_required_and_named_calls_of_the_responses_api(url: str):
+    from openai import OpenAI
+
+    llm = OpenAI(base_url=url, api_key="EMPTY")
+    tools: Any = [{"type": "function", "strict": None, **tool["function"]} for tool in TOOLS]
+    request: dict[str, Any] = {"model": "tiny", "input": "Weather in Oslo?", "tools": tools, "temperature": 0}
+    named = {"type": "function", "name": "get_weather"}
+    for choice, names in (("required", {"toggle", "get_weather"}), (named, {"get_weather"})):
+        asked = request | {"tool_choice": choice, "parallel_tool_calls": False, "max_output_tokens": 200}
+        [call] = llm.responses.create(**asked).output
+        assert call.type == "function_call"
+        assert call.name in names
+        assert valid([(call.name, json.loads(call.arguments))])
+        done = [event.item for event in llm.responses.create(**asked, stream=True)
+                if event.type == "response.output_item.done"]  # fmt: skip
+        assert [(item.name, item.arguments) for item in done if item.type == "function_call"] == [
+            (call.name, call.arguments)
+        ]
+
+
+def test_a_tool_that_cannot_be_enforced_is_refused_by_name(url: str):
+    from openai import BadRequestError, OpenAI
+
+    llm = OpenAI(base_url=url, api_key="EMPTY", max_retries=0)
+    parameters = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
+    function = {"name": "get", "parameters": parameters}
+    words = "tool 'get' cannot be enforced by a grammar: it uses 'uniqueItems'"
+    with pytest.raises(BadRequestError, match=words):
+        llm.chat.completions.create(
+            model="tiny", messages=REQUESTS[0], tools=[{"type": "function", "function": function}],
+            tool_choice="required",
+        )  # type: ignore[call-overload]  # fmt: skip
+    with pytest.raises(BadRequestError, match=words):
+        llm.responses.create(
+            model="tiny", input="x", tools=[{"type": "function", "strict": None, **function}], tool_choice="required"
+        )  # type: ignore[call-overload]
+
+
 def test_calls_of_the_model_s_own_accord_go_through_the_parser(url: str):
     """The text is forced, so that it holds calls; the parser finds them in it."""
-    from xlam_jax.data.wire import calls_schema
+    from serving.constraint import calls_schema
 
     forced = {"type": "json_schema", "json_schema": {"name": "calls", "schema": calls_schema(TOOLS, at_most=2)}}
     calls, ended = both(url, response_format=forced)

@@ -5,7 +5,8 @@ Needs nothing but the standard library, so that a server can read completions wi
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 from xlam_jax.data.trajectory import InvalidTrajectory, ToolCall, parse_json
@@ -13,51 +14,90 @@ from xlam_jax.data.trajectory import InvalidTrajectory, ToolCall, parse_json
 TOOL_CALLS = "[TOOL_CALLS]"
 _CLOSING = {"```json": "```", "```": "```", "<tool_call>": "</tool_call>"}
 """Marks that models put around calls, and the mark that closes each."""
-_OBJECT = re.compile(r"""\{[ \t\n\r]*["}]""")
 _BLANK = " \t\n\r"
-"""JSON's."""
+"""JSON's white space."""
+
+_STRING = r'"(?:[^"\\\x00-\x1f]++|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*+"'
+_SCALAR = rf"{_STRING}|-?(?:0|[1-9][0-9]*+)(?:\.[0-9]++)?(?:[eE][-+]?[0-9]++)?|true|false|null"
+
+
+def _token(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(?:{pattern})[{_BLANK}]*+")
+
+
+_BEGINNING = re.compile(rf'\{{[{_BLANK}]*+["}}]')
+"""Of a JSON object."""
+_VALUE = _token(rf"[{{[]|{_SCALAR}")
+_KEY = _token(rf"{_STRING}[{_BLANK}]*+:")
+_FIRST = {"{": _token(rf"\}}|{_STRING}[{_BLANK}]*+:"), "[": _token(rf"[{{\[\]]|{_SCALAR}")}
+"""The token that may follow an opening bracket; then, after a comma, and after a value, by the bracket that is open."""
+_AFTER_COMMA = {"{": _KEY, "[": _VALUE}
+_AFTER_VALUE = {"{": _token("[,}]"), "[": _token(r"[,\]]")}
 
 
 def objects_in(text: str) -> Iterator[dict[str, Any]]:
-    """The JSON objects in a text, in their order; not those within them."""
-    decoder, end = json.JSONDecoder(), 0
-    while (begins := _OBJECT.search(text, end)) is not None:
-        end = begins.start() + 1
-        try:
-            _, whole = decoder.raw_decode(text, begins.start())
-            found = parse_json(text[begins.start() : whole])
-        except (ValueError, RecursionError):  # InvalidTrajectory is one
-            continue
-        end = whole
-        yield found
+    """The JSON objects in a text, in their order; not those inside them. Takes linear time for any text.
+
+    Where an object breaks off, the complete objects inside it count, and what follows may begin another one.
+    """
+    at = 0
+    while (beginning := _BEGINNING.search(text, at)) is not None:
+        spans, at = _complete_objects(text, beginning.start())
+        for start, end in spans:
+            if isinstance(value := _parsed(text[start:end]), dict):
+                yield value
+
+
+def _complete_objects(text: str, start: int) -> tuple[list[tuple[int, int]], int]:
+    """The spans of the outermost complete objects of the JSON that begins at a brace, and where to search on.
+
+    All that is open when an unexpected token comes can never be complete, so nothing of it is read again: `json` would
+    begin anew at each brace. Only the last token may hold a beginning, inside a string that was opened by mistake.
+    """
+    complete: list[tuple[int, int]] = []
+    opened: list[tuple[int, int]] = []  # where a bracket is, and how many objects are complete before it
+    expected, at, begin = _VALUE, start, start
+    while (token := expected.match(text, at)) is not None:
+        begin, at = at, token.end()
+        written = token[0].rstrip(_BLANK)
+        match written[-1]:
+            case "{" | "[" as bracket:
+                opened.append((begin, len(complete)))
+                expected = _FIRST[bracket]
+            case ",":
+                expected = _AFTER_COMMA[text[opened[-1][0]]]
+            case ":":
+                expected = _VALUE
+            case last:
+                if last in "}]":
+                    opening, before = opened.pop()
+                    if last == "}":
+                        complete[before:] = [(opening, begin + 1)]
+                    if not opened:
+                        return complete, at
+                expected = _AFTER_VALUE[text[opened[-1][0]]]
+    return complete, begin + 1
 
 
 def parse_completion(text: str) -> tuple[str, tuple[ToolCall, ...] | None]:
     """Splits what a model wrote (without its end token) into content and tool calls.
 
-    Calls are a JSON array up to the end of the text, alone or after a thought, with or without `[TOOL_CALLS]`, in a
+    Calls are JSON arrays up to the end of the text, alone or after a thought, each with or without `[TOOL_CALLS]`, in a
     code fence or in `<tool_call>`; or the text is one JSON object `{"thought", "tool_calls"}`, where the first may be
-    missing. Text whose calls are malformed comes back whole as content, with None; nothing raises.
+    missing. All calls of a text come back or none: where some are malformed, or other text is between them, the text
+    comes back whole as content, with None. Nothing raises.
     """
-    if (found := _object(text)) is not None:
-        return found
-    body = text.rstrip(_BLANK)
-    closing = next((mark for mark in _CLOSING.values() if body.endswith(mark)), "")
-    start = _last_array(body.removesuffix(closing))
-    calls = None if start is None else _calls(_parsed(body[start:].removesuffix(closing)))
-    if not calls:
+    if (whole := _object(text)) is not None:
+        return whole
+    backwards = text[::-1]
+    groups: list[tuple[ToolCall, ...]] = []
+    end = len(text)
+    while (group := _last_group(text, backwards, end)) is not None:
+        end, calls = group
+        groups.append(calls)
+    if not groups or _OTHER_CALLS.search(text, 0, end):
         return text, None
-    content = text[:start]
-    bare = content.rstrip()
-    if closing:
-        opening = next((mark for mark, closes in _CLOSING.items() if closes == closing and bare.endswith(mark)), "")
-        if not opening:
-            return text, None
-        content = bare.removesuffix(opening)
-        bare = content.rstrip()
-    if bare.endswith(TOOL_CALLS):
-        return bare.removesuffix(TOOL_CALLS), calls
-    return (content[:-1] if content.endswith(("\n", " ")) else content), calls
+    return text[:end], tuple(chain.from_iterable(reversed(groups)))
 
 
 class CompletionStream:
@@ -104,36 +144,6 @@ class CompletionStream:
         return content[self._released :], calls
 
 
-def calls_schema(tools: Iterable[dict[str, Any]], at_most: int | None = None) -> dict[str, Any]:
-    """The JSON Schema of an array of calls of tools in OpenAI form, to make a model write nothing else.
-
-    `$defs` of the tools' own schemas are moved to the top, as references are resolved from there. Raises `ValueError`
-    where two tools define the same name differently.
-    """
-    choices: list[Any] = []
-    definitions: dict[str, Any] = {}
-    for tool in tools:
-        function = tool["function"]
-        parameters: dict[str, Any] = dict(function.get("parameters") or {"type": "object", "properties": {}})
-        for name, definition in parameters.pop("$defs", {}).items():
-            if definitions.setdefault(name, definition) != definition:
-                raise ValueError(f"tool '{function['name']}' defines $defs.{name} unlike a tool before it; rename one")
-        choices.append(
-            {
-                "type": "object",
-                "properties": {"name": {"type": "string", "enum": [function["name"]]}, "arguments": parameters},
-                "required": ["name", "arguments"],
-                "additionalProperties": False,
-            }
-        )
-    schema: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": choices}}
-    if at_most is not None:
-        schema["maxItems"] = at_most
-    if definitions:
-        schema["$defs"] = definitions
-    return schema
-
-
 def arguments_json(call: ToolCall) -> str:
     """A call's arguments as the JSON text of the OpenAI form."""
     return json.dumps(call.arguments, ensure_ascii=False)
@@ -167,7 +177,10 @@ _ARRAY = re.compile(rf'\s*+(?:{re.escape(TOOL_CALLS)})?+\s*+{_MARKED}\s*+\[\s*+\
 _OBJECT = re.compile(rf"\s*+{_MARKED}\s*+\{{")
 _SPACES = re.compile(r"\s++")
 _MARK = re.compile(r"[\s\[<`]")
-_QUOTE_OR_BRACKET = re.compile(r'"(\\*)|[\[\]{}]')
+_BLANKS = re.compile(rf"[{_BLANK}]*+")
+_QUOTE_OR_BRACKET = re.compile(r'"(\\*+)|[\[\]{}]')
+_OTHER_CALLS = re.compile(rf'{re.escape(TOOL_CALLS)}|</?tool_call>|"arguments"\s*+:')
+"""What in the content before calls says that these are not all calls of the text."""
 
 
 def _object(text: str) -> tuple[str, tuple[ToolCall, ...] | None] | None:
@@ -187,23 +200,52 @@ def _object(text: str) -> tuple[str, tuple[ToolCall, ...] | None] | None:
     return None
 
 
-def _last_array(text: str) -> int | None:
-    """Where the JSON array starts that ends with the text, if one does.
+def _last_group(text: str, backwards: str, end: int) -> tuple[int, tuple[ToolCall, ...]] | None:
+    """The array of calls with which `text[:end]` ends, and where what is before it and its marks ends.
+
+    `backwards` is the whole text reversed.
+    """
+    end = _without(_BLANKS, backwards, end)
+    closing = next((mark for mark in _CLOSING.values() if text.endswith(mark, 0, end)), "")
+    end = _without(_BLANKS, backwards, end - len(closing))
+    start = _last_array(text, backwards, end)
+    calls = None if start is None else _calls(_parsed(text[start:end]))
+    if start is None or not calls:
+        return None
+    bare = _without(_SPACES, backwards, start)
+    if closing:
+        opening = next((mark for mark in _CLOSING if _CLOSING[mark] == closing and text.endswith(mark, 0, bare)), "")
+        if not opening:
+            return None
+        start = bare - len(opening)
+        bare = _without(_SPACES, backwards, start)
+    if text.endswith(TOOL_CALLS, 0, bare):
+        return bare - len(TOOL_CALLS), calls
+    return (start - 1 if text.endswith(("\n", " "), 0, start) else start), calls
+
+
+def _without(spaces: re.Pattern[str], backwards: str, end: int) -> int:
+    """Where a text ends without the white space at its end."""
+    found = spaces.match(backwards, len(backwards) - end)
+    return len(backwards) - found.end() if found else end
+
+
+def _last_array(text: str, backwards: str, end: int) -> int | None:
+    """Where the JSON array starts that ends at `end`, if one does.
 
     Read backwards there is one place where it can: quotes that no backslash escapes come in pairs from the end on, and
     the brackets outside them show which one the last `]` closes. That takes linear time, unlike trying each `[`.
     """
-    backwards = text.rstrip(_BLANK)[::-1]
-    if not backwards.startswith("]"):
+    if not text.endswith("]", 0, end):
         return None
     depth, quoted = 0, False
-    for found in _QUOTE_OR_BRACKET.finditer(backwards):
+    for found in _QUOTE_OR_BRACKET.finditer(backwards, len(text) - end):
         if found[0][0] == '"':
             quoted ^= len(found[1]) % 2 == 0
         elif not quoted:
             depth += 1 if found[0] in "]}" else -1
             if depth == 0:
-                return len(backwards) - found.end()
+                return len(text) - found.end()
     return None
 
 

@@ -15,6 +15,8 @@ _OPERATIONS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
 }
 _LARGEST_BASE = 1e9
 _LARGEST_EXPONENT = 64
+_LARGEST = 10**4300
+"""Beyond it Python writes no integer, and products of ever larger ones would take hours."""
 
 
 def number(node: ast.expr) -> int | float:
@@ -35,5 +37,8 @@ def number(node: ast.expr) -> int | float:
                 raise ValueError("a complex number")
             return value
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATIONS:
-            return _OPERATIONS[type(op)](number(left), number(right))
+            value = _OPERATIONS[type(op)](number(left), number(right))
+            if isinstance(value, int) and abs(value) >= _LARGEST:
+                raise ValueError("a number that is too large")
+            return value
     raise ValueError(f"{type(node).__name__} is no number")

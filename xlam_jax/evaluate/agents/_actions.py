@@ -7,6 +7,7 @@
 import contextlib
 import json
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -48,13 +49,14 @@ def read(text: str, tools: Mapping[str, Mapping[str, Any]]) -> ToolCall | None:
     Read are an `Action:` line, in Markdown's dress or with a number; a line that begins with the name of a tool and a
     bracket; and calls in JSON, as `parse_completion` reads them. A bracket may be round, or lack its end.
     """
-    for found in _LINE.finditer(text):
-        rest = text[found.start(1) :]
-        if (after := _AFTER.search(rest)) is not None:
-            rest = rest[: after.start()]
+    lines = list(_LINE.finditer(text))
+    # where each is over, so that no part of a text is read for several of them
+    ends = sorted({after.start() for after in _AFTER.finditer(text)} | {line.start() for line in lines} | {len(text)})
+    for line in lines:
+        rest = text[line.start(1) : ends[bisect_right(ends, line.start(1))]]
         if (action := _action(rest.strip(" *_`\n"), tools, known=False)) is not None:
             return action
-    for line in text.splitlines():
+    for line in filter(None, text.splitlines()):
         if (action := _action(line.strip(" *_`-"), tools, known=True)) is not None:
             return action
     _, calls = parse_completion(text)

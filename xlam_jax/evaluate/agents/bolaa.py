@@ -21,7 +21,7 @@ CONTROLLER = "You control a team of agents that solve a task. You choose who act
 CHOOSE = "Answer with one line and nothing else:\nAgent: name[what the agent is to do]"
 LABOUR = "You are the agent {name} of a team that solves a task together. You take one action, and the team goes on."
 DO = "Answer with two lines:\nThought: …\nAction: name[argument]"
-_CHOICE = re.compile(r"agent[\s*_`]*:[\s*_`]*([\w-]+)[\s*_`]*(?:\[(.*?)\]?\s*$)?", re.IGNORECASE | re.MULTILINE)
+_CHOICE = re.compile(r"agent[\s*_`]*:[\s*_`]*([\w-]+)[\s*_`]*(?:\[(.*))?", re.IGNORECASE)
 
 
 class Bolaa(Agent):
@@ -82,5 +82,5 @@ def _chosen(text: str, episode: Episode, before: str) -> tuple[str, str]:
     known = {name.lower(): name for name in episode.labour}
     for found in _CHOICE.finditer(text):
         if found[1].lower() in known:
-            return known[found[1].lower()], (found[2] or "").strip()
+            return known[found[1].lower()], (found[2] or "").rstrip().removesuffix("]").strip()
     return before, text.strip()

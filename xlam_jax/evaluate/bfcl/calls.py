@@ -139,7 +139,7 @@ def _value(node: ast.expr) -> Any:
 
 def _literals(text: str) -> list[Call]:
     """The one call of a Java or JavaScript answer."""
-    match = re.match(r"(?:new\s+)?([\w$.]+)\s*\((.*)\)\s*;?\s*$", text, re.DOTALL)
+    match = re.match(r"(?:new\s+)?([\w$.]+)\s*\((.*)\)\s*+;?\s*+$", text, re.DOTALL)
     if match is None:
         raise NoCalls("no call")
     arguments: dict[str, Any] = {}
@@ -155,19 +155,21 @@ def _literals(text: str) -> list[Call]:
     return [(match[1], arguments)]
 
 
-_TYPE_ARGUMENTS = re.compile(r"(?<=\w)<[\w\s,.<>?\[\]]*>")
+_TYPE_ARGUMENTS = re.compile(r"(?<=\w)<[\w\s,.<>?\[\]]*+")
 
 
 def _parts(text: str) -> Iterator[str]:
     """What stands between the commas that are in no bracket and no string."""
-    depth = begin = at = 0
+    depth = begin = at = unclosed = 0
     while at < len(text):
         if text[at] in "\"'`":
             at = _string_end(text, at)
             continue
-        if types := _TYPE_ARGUMENTS.match(text, at):
-            at = types.end()
-            continue
+        if at >= unclosed and (types := _TYPE_ARGUMENTS.match(text, at)):
+            if (close := text.rfind(">", at, types.end())) >= 0:
+                at = close + 1
+                continue
+            unclosed = types.end()  # nor is any bracket up to there
         depth += (text[at] in "([{") - (text[at] in ")]}")
         if depth < 0:
             raise NoCalls("brackets that do not match")

@@ -146,7 +146,7 @@ class Mint(Suite):
                 answer = await model.chat(messages)
                 messages.append(answer.message)
                 if "<solution>" in answer.content:
-                    proposal = "\n".join(one.strip() for one in _SOLUTION.findall(answer.content))
+                    proposal = between(answer.content, "<solution>", "</solution>")
                     if proposal:
                         proposed.append(proposal)
                         if right(question, proposal):
@@ -154,7 +154,7 @@ class Mint(Suite):
                         observation = WRONG
                     else:
                         observation = NOT_UNDERSTOOD
-                elif code := "\n".join(one.strip() for one in _CODE.findall(answer.content)):
+                elif code := between(answer.content, "```python", "```"):
                     observation = await session.run(code) if session else NOT_EXECUTED
                     code_run += session is not None
                 else:
@@ -190,8 +190,13 @@ class Mint(Suite):
         return Outcome({"success": float(solved_at is not None)}, messages, failure, details)
 
 
-_SOLUTION = re.compile(r"<solution>(.*?)</solution>", re.DOTALL)
-_CODE = re.compile(r"```python(.*?)```", re.DOTALL)
+def between(text: str, opening: str, closing: str) -> str:
+    """What is between marks, a line for each pair. A pattern would search to the end of the text from each opening."""
+    parts, at = [], 0
+    while (begin := text.find(opening, at)) >= 0 and (end := text.find(closing, begin + len(opening))) >= 0:
+        parts.append(text[begin + len(opening) : end].strip())
+        at = end + len(closing)
+    return "\n".join(parts)
 
 
 def _parts(options: Options, name: str, default: str) -> list[str]:
@@ -310,8 +315,11 @@ def _value(text: str) -> Any:
     text = re.sub(r"10\^\{?(-?\d+)\}?", r"10**(\1)", text)
     text = text.replace(" x ", "*").replace("×", "*").replace("\\times", "*").replace("^", "**")
     if "[" in text or "(" in text[:1] or "{" in text[:1]:
-        listed = re.search(r"[\[({](.*)[\])}]", text, re.DOTALL)
-        parts = listed[1].split(",") if listed else []
+        opening = re.search(r"[\[({]", text)
+        last = max(map(text.rfind, "])}"))
+        parts = text[opening.end() : last].split(",") if opening and last > opening.start() else []
+        if len(parts) > LONGEST_LIST:
+            return None
         numbers = [_one(part) for part in parts]
         return numbers if numbers and None not in numbers else _one(text)
     return _one(text)
@@ -319,6 +327,8 @@ def _value(text: str) -> Any:
 
 LONGEST_NUMBER = 500
 """Characters of a number, its unit with it."""
+LONGEST_LIST = 1000
+"""Numbers of an answer; each is parsed."""
 
 
 def _one(text: str) -> float | int | None:

@@ -1,0 +1,120 @@
+"""The schema of calls: as JSON Schema it accepts what the tools' own schemas accept; what it cannot say is refused."""
+
+from typing import Any
+
+import pytest
+from argument_schemas import FOLLOWED, REFUSED, properties, tool
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
+
+from serving.constraint import calls_schema
+
+
+def accepts(parameters: Any, arguments: Any) -> bool:
+    schema = calls_schema([tool(parameters)])
+    Draft202012Validator.check_schema(schema)
+    return Draft202012Validator(schema).is_valid([{"name": "f", "arguments": arguments}])
+
+
+def test_calls_of_the_tools_and_nothing_else():
+    city = properties(city={"$ref": "#/$defs/city"}) | {"$defs": {"city": {"enum": ["Oslo"]}}}
+    tools = [tool(city), {"type": "function", "function": {"name": "g"}}]
+    fits = Draft202012Validator(calls_schema(tools)).is_valid
+    assert fits([{"name": "f", "arguments": {"city": "Oslo"}}, {"name": "g", "arguments": {}}])
+    for wrong in ([], [{"name": "f", "arguments": {"city": "Rome"}}], [{"name": "g", "arguments": {}, "id": 1}], [{}]):
+        assert not fits(wrong)
+    assert not fits([{"name": "h", "arguments": {}}])
+    assert not Draft202012Validator(calls_schema(tools, at_most=1)).is_valid([{"name": "g", "arguments": {}}] * 2)
+
+
+def test_two_tools_may_define_a_name_differently():
+    one, other = (
+        properties(city={"$ref": "#/definitions/city"}) | {"definitions": {"city": {"enum": [city]}}}
+        for city in ("Oslo", "Rome")
+    )
+    fits = Draft202012Validator(calls_schema([tool(one, "f"), tool(other, "g")])).is_valid
+    assert fits([{"name": "f", "arguments": {"city": "Oslo"}}, {"name": "g", "arguments": {"city": "Rome"}}])
+    assert not fits([{"name": "f", "arguments": {"city": "Rome"}}])
+    assert not fits([{"name": "g", "arguments": {"city": "Oslo"}}])
+
+
+@pytest.mark.parametrize(("parameters", "good", "bad"), FOLLOWED)
+def test_what_is_followed(parameters: Any, good: list[Any], bad: list[Any]):
+    assert [accepts(parameters, one) for one in good] == [True] * len(good)
+    assert [accepts(parameters, one) for one in bad] == [False] * len(bad)
+
+
+@pytest.mark.parametrize(("parameters", "words"), REFUSED)
+def test_what_is_refused_by_name(parameters: Any, words: str):
+    with pytest.raises(ValueError, match=f"tool 'get_b' cannot be enforced by a grammar: .*({words})"):
+        calls_schema([tool({"type": "object"}, "get_a"), tool(parameters, "get_b")])
+
+
+SCALARS = st.none() | st.booleans() | st.integers(-3, 3) | st.sampled_from([0.5, "", "a", "ab"])
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("abc"), inner, max_size=3),
+    max_leaves=6,
+)
+LEAVES = st.one_of(
+    st.sampled_from(["string", "integer", "number", "boolean", "null", "object", "array"]).map(
+        lambda kind: {"type": kind}
+    ),
+    st.fixed_dictionaries(
+        {"type": st.just("integer"), "minimum": st.integers(-3, 1)}, optional={"maximum": st.integers(-1, 3)}
+    ),
+    st.fixed_dictionaries(
+        {"type": st.just("integer"), "multipleOf": st.just(2), "minimum": st.just(-2), "maximum": st.just(3)}
+    ),
+    st.fixed_dictionaries(
+        {"type": st.just("string"), "minLength": st.integers(0, 2)}, optional={"maxLength": st.integers(1, 2)}
+    ),
+    st.lists(SCALARS, min_size=1, max_size=3).map(lambda values: {"enum": values}),
+    st.sampled_from(
+        [{}, {"$ref": "#"}, {"$ref": "#/$defs/d"}, {"$ref": "#/definitions/e"}, {"type": ["string", "null"]}]
+    ),
+)
+
+
+def composed(inner: Any) -> Any:
+    typed = st.fixed_dictionaries(
+        {"type": st.just("object"), "properties": st.dictionaries(st.sampled_from("abc"), inner, max_size=3)},
+        optional={
+            "required": st.lists(st.sampled_from("abc"), max_size=2, unique=True),
+            "additionalProperties": st.booleans() | inner,
+        },
+    )
+    lists = st.fixed_dictionaries(
+        {"type": st.just("array"), "items": inner}, optional={"minItems": st.integers(0, 2), "maxItems": st.just(2)}
+    )
+    both = st.lists(inner, min_size=1, max_size=2)
+    return (
+        typed
+        | lists
+        | both.map(lambda parts: {"allOf": parts})
+        | both.map(lambda parts: {"anyOf": parts})
+        | st.builds(lambda one, parts: {**one, "anyOf": parts}, typed, both)
+    )
+
+
+SCHEMAS = st.recursive(LEAVES, composed, max_leaves=5)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.dictionaries(st.sampled_from("abc"), SCHEMAS, max_size=3), SCHEMAS, SCHEMAS, st.lists(VALUES, max_size=8))
+def test_it_accepts_what_the_tool_s_own_schema_accepts(schemas: Any, d: Any, e: Any, values: list[Any]):
+    parameters = {"type": "object", "properties": schemas, "$defs": {"d": d}, "definitions": {"e": e}}
+    try:
+        schema = calls_schema([tool(parameters)])
+    except ValueError:
+        return
+    Draft202012Validator.check_schema(schema)
+    fits, own = Draft202012Validator(schema), Draft202012Validator(parameters)
+    # where a declared property can have no value, others are not allowed either
+    exact = str(schema).count("'additionalProperties': False") == 1
+    for value in values:
+        arguments = dict(zip("abc", [value, *values], strict=False))
+        accepted = fits.is_valid([{"name": "f", "arguments": arguments}])
+        assert own.is_valid(arguments) or not accepted, schema
+        assert accepted or not own.is_valid(arguments) or not exact, schema
