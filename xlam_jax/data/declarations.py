@@ -4,6 +4,7 @@ In a block `<tools>…</tools>` (or of `_TAG`), or as JSON or Python literals an
 after another. Literals are never evaluated. All of it takes time linear in the text.
 """
 
+import json
 import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple, NoReturn
@@ -22,7 +23,9 @@ _BETWEEN = re.compile(r"[\s,]*+")
 _AFTER = re.compile(r"\s*+(?:```\s*+)?+")
 _VALUE = re.compile(r"""(?:\[\s*+)?+\{\s*+["'][\w$-]{1,40}["']\s*+:""")
 _TALK_OF_TOOLS = re.compile(r"\b(?:functions?|tools?|apis?)\b", re.IGNORECASE)
-_LIKE_A_TOOL = re.compile(r"""["'](?:name|function)["']\s*+:""")
+_LIKE_A_TOOL = re.compile(
+    r"""(?:\[\s*+)?+\{\s*+["'](?:name|type["']\s*+:\s*+["']function|function|description|parameters|tools|functions)["']"""
+)
 _LIKE_A_SCHEMA = re.compile(r"""["'](?:parameters|description|input_schema)["']\s*+:""")
 _OTHER_SPELLINGS = re.compile(r"namespace functions \{|Format the arguments as a JSON object|✿FUNCTION✿")
 _NAME = re.compile(r"[^\W_][^\n\"<>\[\]{}]{0,127}+")
@@ -44,16 +47,16 @@ def find_tools(text: str) -> tuple[list[dict[str, Any]], str]:
     `InvalidTrajectory("unreadable-tools", …)` where tools are declared in a way that cannot be read.
     """
     blocks = list(_tagged(text)) or list(_untagged(text))
-    tools: list[dict[str, Any]] = []
-    for block in blocks:
-        tools += [tool for tool in block.tools if tool not in tools]
+    tools = list({json.dumps(tool): tool for block in blocks for tool in block.tools}.values())  # each once
     if not tools:
         if other := _OTHER_SPELLINGS.search(text):
             _refuse(text, other.start(), "in a form that is not read")
         return [], text
     kept, at = [], 0
     for block in blocks:
-        kept.append(text[at : block.start])
+        between = text[at : block.start]
+        if not at or between.strip(", \n\t"):
+            kept.append(between)
         at = block.end
     return tools, ("".join(kept) + text[at:]).strip()
 
@@ -80,7 +83,7 @@ def _tagged(text: str) -> Iterator[_Block]:
             continue
         at = opens.end()
         values: list[Any] = []
-        while text[at : at + 1] in ("[", "{"):
+        while text[at : at + 1] in ("[", "{") and not _TAG.match(text, at):
             try:
                 value, at = value_at(text, at)
             except ValueError as error:
@@ -138,7 +141,7 @@ def _talks_of_tools(text: str, at: int) -> bool:
     """Whether what is at `at` looks like a tool, and the text before talks of tools."""
     return bool(
         _TALK_OF_TOOLS.search(text, max(0, at - 300), at)
-        and _LIKE_A_TOOL.search(text, at, at + 2000)
+        and _LIKE_A_TOOL.match(text, at)
         and _LIKE_A_SCHEMA.search(text, at, at + 2000)
     )
 
@@ -152,7 +155,8 @@ def _tool(value: Any, known: bool) -> dict[str, Any] | None:
         return None
     function = value.get("function")
     if isinstance(function, dict):
-        flat = _tool({"description": "", **function}, known=True)
+        described = known or "description" in function or "parameters" in function
+        flat = _tool({"description": "", **function}, known=True) if described else None
         return None if flat is None or value.get("type", "function") != "function" else _whole(value, function, flat)
     name = value.get("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name):

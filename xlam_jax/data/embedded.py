@@ -3,7 +3,6 @@
 Every function takes time linear in the text between its start and the end that it returns (or the end of the text).
 """
 
-import json
 import re
 from typing import Any
 
@@ -17,7 +16,6 @@ TOKEN = re.compile(
     re.DOTALL,
 )
 """A quoted string (one that is never closed extends to the end of the text), a bracket or a comma."""
-_DECODER = json.JSONDecoder()
 
 
 def value_at(text: str, start: int) -> tuple[Any, int]:
@@ -25,18 +23,16 @@ def value_at(text: str, start: int) -> tuple[Any, int]:
 
     Raises `ValueError` where it is neither.
     """
-    try:
-        _, end = _DECODER.raw_decode(text, start)
-        return parse_json(text[start:end]), end
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    except ValueError as error:
-        invalid = error.detail if isinstance(error, InvalidTrajectory) else str(error)
     end = closing(text, start)
+    value = text[start:end]  # alone: an error of `json` counts the lines before it
     try:
-        return literals.value(literals.expression(text[start:end])), end
+        return parse_json(value), end
+    except InvalidTrajectory as invalid:
+        json_error = invalid.detail
+    try:
+        return literals.value(literals.expression(value)), end
     except ValueError as error:
-        raise ValueError(f"neither JSON ({invalid}) nor a Python literal ({error})") from None
+        raise ValueError(f"neither JSON ({json_error}) nor a Python literal ({error})") from None
 
 
 def closing(text: str, start: int, limit: int | None = None) -> int:

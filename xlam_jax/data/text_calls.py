@@ -56,13 +56,10 @@ class _UnreadableError(ValueError):
 
 _NAME = r"[^\[\](){}\"'=,<>`\n]{1,128}"
 _FENCE = r"```[\w-]{0,20}"
-_HINT = re.compile(
-    r"<tool|<function|<\|python_tag|\[TOOL_CALLS|<\|tool|<｜tool|<\|action_start|✿FUNCTION|Action Input:"
-    r"|[\"'](?:name|function)[\"']\s*+:"
-    rf"|\[\s*+{_NAME}\("
-    rf"|\A\s*+(?:{_FENCE}\s*+)?+[\w.-]{{1,128}}\("
-)
-"""Every text with a call matches this; few others do."""
+_TAGS = re.compile(r"<(?:\||｜)?(?:tool|function|python_tag|action_start)")
+_KEYS = re.compile(r"[\"'](?:name|function)[\"']\s*+:")
+_BRACKETS = re.compile(rf"\[(?:TOOL_CALLS|\s*+{_NAME}\()")
+_FIRST = re.compile(rf"\s*+(?:{_FENCE}\s*+)?+{_NAME}\(")
 _MARK = re.compile(
     r"<tool_calls?>|<function_?calls?>|<\|python_tag\|>|\[TOOL_CALLS\]|<\|tool_calls?\|>|<function=(?P<function>[^<>\s]{1,128})>"
     rf"|^Action:[ \t]*+(?P<action>{_NAME})\n[ \t]*+Action Input:"
@@ -99,7 +96,7 @@ _NAMED = re.compile(
 )
 _BRACKET_CALL = re.compile(rf"\[\s*+({_NAME})\(")
 _CALL = re.compile(rf"\s*+({_NAME})(?=\()")
-_FIRST_ARGUMENT = re.compile(r"\(\s*+(?:\)|[^\W\d][\w.-]{0,127}\s*+=(?!=))")
+_FIRST_ARGUMENT = re.compile(r"\(\s*+(?:\)|[\"']|[^\W\d][\w.-]{0,127}\s*+=(?!=))")
 _KEY = re.compile(r"\s*+([^\W\d][^=,\"'()\[\]{}\n]{0,127}?)\s*=(?!=)")
 _ARGUMENTS = ("arguments", "parameters", "args")
 _CALL_KEYS = frozenset({"name", "function", "id", "type", "index", *_ARGUMENTS})
@@ -110,7 +107,7 @@ def read(text: str, declared: Collection[str], where: str) -> TextCalls | None:
 
     `declared` are the names of the tools that may be called, `where` names the turn in details.
     """
-    if not _HINT.search(text):
+    if not _may_hold_calls(text):
         return None
     written = None
     try:
@@ -118,6 +115,18 @@ def read(text: str, declared: Collection[str], where: str) -> TextCalls | None:
         return None if written is None else _checked(written, declared, where)
     except _UnreadableError as error:
         return TextCalls(text, (), str(error), style=written.mark if written else error.style)
+
+
+def _may_hold_calls(text: str) -> bool:
+    """A quick test, true for every text with calls and for few others: all training data go through it."""
+    return bool(
+        ("<" in text and _TAGS.search(text))
+        or ("[" in text and _BRACKETS.search(text))
+        or ("{" in text and _KEYS.search(text))
+        or "Action Input:" in text
+        or "✿FUNCTION" in text
+        or _FIRST.match(text)
+    )
 
 
 class _Written(NamedTuple):
@@ -213,13 +222,19 @@ def _is_attempt(text: str, mark: re.Match[str], declared: Collection[str], last:
         return mark["action"].strip() in declared
     if mark["function"] or _PAYLOAD.match(text, mark.end()):
         return True
-    front = text.rfind("\n", max(0, mark.start() - 40), mark.start()) + 1 or max(0, mark.start() - 40)
-    if text[front : mark.start()].strip():  # amid a line
+    if mark[0] == "[TOOL_CALLS]" and mark.end() < len(text):
+        return bool(_MISTRAL.match(text, mark.end()))
+    if _before(text, mark.start()) not in ("", ">", "]"):  # amid a line
         return bool(_MARK.match(text, mark.end()))
     closer = _CLOSERS.get(mark[0])
     if closer is None or mark.end() == len(text):
         return True
     return last[mark[0]] > mark.end() and not text.startswith(closer, _end(_SPACE, text, mark.end()))
+
+
+def _before(text: str, at: int) -> str:
+    """The last character before a position on the same line that is not white space, empty where there is none."""
+    return text[max(0, at - 40) : at].rpartition("\n")[2].rstrip()[-1:]
 
 
 def _payload(text: str, mark: re.Match[str]) -> tuple[list[_Call], int]:
@@ -325,17 +340,20 @@ def _json_calls(text: str, declared: Collection[str]) -> _Written | None:
         if not calls:
             begin = start.start()
             thought = _own_thought(value)
-        calls, end = calls + found, stop
+        calls += found
+        end = stop
     if failures == MOST_FAILURES:
         named = next((named for named in _NAMED.finditer(text, at) if named[1] in declared), None)
         if named:
             raise _UnreadableError(f"names '{named[1]}' in what cannot be read as a call")
     if not calls:
         return None
-    if apart or not _TAIL.match(text, end):
+    before = _OPENING_FENCE.sub("", text[:begin]).rstrip()
+    if apart or not _TAIL.match(text, end) or before.endswith(("=", "(", ",", "[")):
+        if not any(call.name in declared for call in calls):
+            return None  # an example
         names = ", ".join(dict.fromkeys(call.name for call in calls))
         raise _UnreadableError(f"shows calls ({names}) amid text: {text[begin : begin + 80]!r}")
-    before = _OPENING_FENCE.sub("", text[:begin]).rstrip()
     return _Written("\n".join(part for part in (before, thought) if part), calls)
 
 
@@ -355,15 +373,15 @@ def _shaped(value: object, marked: bool) -> list[_Call] | None:
     if not isinstance(value, dict):
         return None
     if isinstance(calls := value.get("tool_calls"), list) and value.keys() <= {"tool_calls", "thought", "content"}:
-        return _shaped(calls, marked=True)
+        return _shaped(calls, marked)
     for key in ("tool_call", "function_call"):
         if isinstance(value.get(key), dict) and len(value) == 1:
-            return _shaped(value[key], marked=True)
+            return _shaped(value[key], marked)
     if not value.keys() <= _CALL_KEYS:
         return None
     function = value.get("function")
     if isinstance(function, dict):
-        inner = _shaped(function, marked=True)
+        inner = _shaped(function, marked)
         return inner and [inner[0]._replace(id=value.get("id"))]
     name = value.get("name", function)
     keys = [key for key in _ARGUMENTS if key in value]
@@ -381,16 +399,18 @@ def _is_schema(value: object) -> bool:
 
 def _bracket_calls(text: str, declared: Collection[str]) -> _Written | None:
     """`[name(key="value"), …]` that the text ends with."""
-    at = 0
+    at, first = 0, _end(_SPACE, text, 0)
     while (start := _BRACKET_CALL.search(text, at)) is not None:
         name, at = start[1].strip(), start.end()
-        whole = not text[: start.start()].strip()
+        whole = start.start() == first
         if not _FIRST_ARGUMENT.match(text, start.end() - 1) or not (name in declared or whole):
+            continue
+        if _before(text, start.start()) not in ("", ":", ".", "!", "?", ">", "`"):  # code
             continue
         try:
             calls, end = _python_calls(text, start.start())
         except ValueError as error:
-            if name not in declared:
+            if name not in declared or _is_link(text, start.start()):
                 continue
             raise _UnreadableError(f"names '{name}' in what cannot be read as a call: {error}") from None
         at = end
@@ -402,6 +422,12 @@ def _bracket_calls(text: str, declared: Collection[str]) -> _Written | None:
         if name in declared:
             raise _UnreadableError(f"shows calls ({name}) amid text: {text[start.start() : start.start() + 80]!r}")
     return None
+
+
+def _is_link(text: str, at: int) -> bool:
+    """Whether the bracket is that of a link in Markdown, `[text](address)`."""
+    closes = text.find("](", at, at + 300)
+    return closes >= 0 and "\n" not in text[at:closes]
 
 
 def _bare_calls(text: str, declared: Collection[str]) -> _Written | None:
