@@ -135,10 +135,11 @@ def _without(message: dict[str, Any], *keys: str) -> dict[str, Any]:
 def _chat_turn(i: int, message: dict[str, Any], content: Any, repairs: list[Repaired]) -> dict[str, Any]:
     """A turn whose calls are in `tool_calls`, in which they may lack the wrapper {"type": "function"}."""
     role = field(message, "from" if "from" in message else "role", str)
+    kind = ROLES.get(role, role)
     loss = _loss(i, message)
     turn = {
         **_without(message, "from", "value", "train", "weight"),
-        "role": {"call": "assistant"}.get(ROLES.get(role, role), ROLES.get(role, role)),
+        "role": "assistant" if kind == "call" else kind,
         "content": content,
         **({} if loss is None else {"loss": loss}),
     }

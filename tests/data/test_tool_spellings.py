@@ -221,6 +221,7 @@ def test_what_is_not_a_tool_stays_in_the_text(text: str):
         '[{"name": "get_tide", "description": "Tide", "parameters": {"type": "object", "properties": {"x": }}}]',
         f'You have these functions -\n{json.dumps(TIDE)}\n{{"name": "find_port", "description": "P", "parameters": }}',
         json.dumps([TIDE, {"name": "find_port"}]),
+        '{"a": [ ' * 10 + f"Functions: {json.dumps(TIDE)}",
         "namespace functions {\n type get_tide = (_: {harbour: string}) => any;\n}",
         '### get_tide\n\nget_tide: Tide. Parameters: [{"name": "harbour"}] Format the arguments as a JSON object.',
     ],
@@ -544,7 +545,7 @@ MORE_HOSTILE = [
 @pytest.mark.parametrize("unit", HOSTILE)
 def test_long_texts_take_linear_time(unit: str):
     """A search that goes over the same text again and again would take hours here."""
-    text = unit * (1_000_000 // len(unit))
+    text = unit * (500_000 // len(unit))
     turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
     assert len(items("sharegpt", {"system": text, "conversations": turns})) == 1
     assert len(items("unified", row_with(text))) == 1
@@ -558,7 +559,7 @@ def test_more_long_texts_take_linear_time(unit: str, front: str):
     list(check_row(row_with(text)))
     turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": text}]
     for row in (
-        {"system": text, "conversations": turns[:1] + [{"from": "gpt", "value": "a"}]},
+        {"system": text, "conversations": [turns[0], {"from": "gpt", "value": "a"}]},
         {"conversations": turns, "tools": TOOLS},
     ):
         assert len(items("sharegpt", row)) == 1

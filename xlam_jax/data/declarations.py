@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, NoReturn
 from xlam_jax.data.embedded import value_at
 from xlam_jax.data.trajectory import DEEPEST_TEXT, InvalidTrajectory, check_json
 
-MOST_FAILURES = 16
+MOST_FAILURES = 8
 """Values outside blocks that may fail to parse before the search ends."""
 _TAG = re.compile(
     r"<(?P<tag>tools|available_tools|functions|function_list)>|</(?P<end>tools|available_tools|functions|function_list)>"
@@ -135,6 +135,10 @@ def _untagged(text: str) -> Iterator[_Block]:
         items = _items(value)
         if any(_tool(item, known=False) for item in items):
             yield _Block(begin, at, [_declared(item, text, begin) for item in items])
+    if failures == MOST_FAILURES:
+        for start in _VALUE.finditer(text, at):
+            if _talks_of_tools(text, start.start()):
+                _refuse(text, start.start(), "after other text that cannot be read")
 
 
 def _talks_of_tools(text: str, at: int) -> bool:

@@ -24,7 +24,7 @@ from xlam_jax.data.trajectory import (
 )
 from xlam_jax.errors import nearest
 
-MOST_FAILURES = 16
+MOST_FAILURES = 8
 """Values of a text that may fail to parse before the search for calls without a mark ends."""
 
 
