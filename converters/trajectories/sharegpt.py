@@ -1,9 +1,10 @@
 """ShareGPT conversations, also as LLaMA-Factory, AgentInstruct and Hermes write them.
 
 Raw: {"conversations": [{"from", "value", "loss"}, …], "system", "tools", "id"}; `from` is human (user), gpt
-(assistant), system, function_call (JSON of one call or of several) or observation (tool, function_response); `tools` is
-JSON, mostly in a string, and its tools may lack the wrapper {"type": "function"}. Hermes has the tools in the system
-text, inside <tools>, and calls inside <tool_call>. `loss` may also be spelled `train`, or `weight` (0 or 1).
+(assistant), system, function_call (JSON of one call or of several) or observation (tool, function_response); turns may
+also be {"role", "content", "tool_calls"}. `tools` is JSON, mostly in a string, and its tools may lack the wrapper
+{"type": "function"}. Hermes, Qwen, ToolACE and glaive have the tools in the system text, and calls in the assistant's.
+`loss` may also be spelled `train`, or `weight` (0 or 1).
 """
 
 import json
@@ -56,7 +57,7 @@ def convert(paths: list[Path]) -> Iterator[Converted | Dropped]:
     """Text right before a function call, of the same turn or a turn of its own, becomes the thought beside the call.
 
     Calls get ids, and results the ids of their calls, where each call has its result. The system column, or else a
-    system turn at the front, becomes the task instruction; tools found in it are taken out of the text.
+    system turn at the front, becomes the task instruction; tools that it declares are taken out of the text.
     """
     return convert_rows(paths, convert_row)
 
