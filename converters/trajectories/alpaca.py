@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from converters.trajectories.common import Converted, Dropped, convert_rows, field
+from converters.trajectories.common import Converted, Dropped, Repaired, convert_rows, field, take_tools
 from xlam_jax.data.trajectory import InvalidTrajectory
 
 KEYS = ("instruction", "input", "output", "system", "history", "id")
@@ -19,8 +19,13 @@ def convert(paths: list[Path]) -> Iterator[Converted | Dropped]:
     return convert_rows(paths, convert_row)
 
 
-def convert_row(row: dict[str, Any], name: str) -> Iterator[dict[str, Any]]:
+def convert_row(row: dict[str, Any], name: str) -> Iterator[dict[str, Any] | Repaired]:
     """Converts one row. `source` and `score`, which some files add, are kept."""
+    repairs: list[Repaired] = []
+    rest = {key: value for key, value in row.items() if key not in KEYS}
+    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    if system and not rest.get("tools"):
+        rest["tools"] = take_tools(system, [], repairs)
     turns: list[dict[str, Any]] = []
     for i, pair in enumerate(field(row, "history", list) if row.get("history") is not None else []):
         match pair:
@@ -32,9 +37,10 @@ def convert_row(row: dict[str, Any], name: str) -> Iterator[dict[str, Any]]:
     turns.append({"role": "user", "content": "\n".join(part for part in parts if part)})
     turns.append({"role": "assistant", "content": field(row, "output", str)})
     identity = row.get("id")
+    yield from repairs
     yield {
-        **{key: value for key, value in row.items() if key not in KEYS},
+        **rest,
         "unique_trajectory_id": name if identity is None else identity,
-        "task_instruction": row.get("system") or "",
+        "task_instruction": system[0]["content"] if system else "",
         "conversation": turns,
     }

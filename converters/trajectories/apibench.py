@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from converters.trajectories import literals
 from converters.trajectories.common import (
     Converted,
     Dropped,
@@ -23,6 +22,7 @@ from converters.trajectories.common import (
     field,
     tool,
 )
+from xlam_jax.data import literals
 from xlam_jax.data.files import read_lines
 from xlam_jax.data.trajectory import InvalidTrajectory, parse_json
 

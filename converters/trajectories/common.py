@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from xlam_jax.data.declarations import find_tools
 from xlam_jax.data.files import read_items, read_lines, stem
 from xlam_jax.data.trajectory import (
     InvalidTrajectory,
@@ -202,6 +203,31 @@ def field(row: object, key: str, kind: type | tuple[type, ...]) -> Any:
     if not isinstance(value, kind):
         raise InvalidTrajectory("missing-field", f"`{key}` is {'missing' if value is None else type(value).__name__}")
     return value
+
+
+def take_tools(turns: list[dict[str, Any]], tools: list[Any], repairs: list[Repaired]) -> list[Any]:
+    """Returns the tools of a row; those that the last of `turns`, a system turn, declares are taken out of its text.
+
+    A turn that then has no text is removed. Where `tools`, which the row has already, are others than those in the
+    text, both stay as they are. Raises `InvalidTrajectory("unreadable-tools", …)` for a row without tools whose text
+    declares some that cannot be read.
+    """
+    text = turns[-1].get("content")
+    if not isinstance(text, str):
+        return tools
+    try:
+        declared, rest = find_tools(text)
+    except InvalidTrajectory:
+        if tools:
+            return tools
+        raise
+    if not declared or (tools and tools != declared):
+        return tools
+    repairs.append(Repaired("tools-in-system", f"{len(declared)} tools are declared in the system text"))
+    turns[-1]["content"] = rest
+    if not rest:
+        turns.pop()
+    return declared
 
 
 def tool(name: str, description: str, properties: dict[str, Any], required: Sequence[str]) -> dict[str, Any]:

@@ -12,7 +12,16 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from converters.trajectories.common import Converted, Dropped, Lost, Repaired, convert_rows, field, losses
+from converters.trajectories.common import (
+    Converted,
+    Dropped,
+    Lost,
+    Repaired,
+    convert_rows,
+    field,
+    losses,
+    take_tools,
+)
 from xlam_jax.data.trajectory import (
     InvalidTrajectory,
     Message,
@@ -33,11 +42,15 @@ def convert_row(row: dict[str, Any], name: str) -> Iterator[dict[str, Any] | Rep
     rest = {key: value for key, value in row.items() if key not in ("messages", "functions", "id")}
     identity = row.get("id")
     repairs: list[Repaired] = []
-    turns = [_turn(i, message, repairs) for i, message in enumerate(field(row, "messages", list))]
-    yield from repairs
     functions = row.get("functions")
     if functions is not None and "tools" not in rest:
         rest["tools"] = [{"type": "function", "function": function} for function in field(row, "functions", list)]
+    turns: list[dict[str, Any]] = []
+    for i, message in enumerate(field(row, "messages", list)):
+        turns.append(_turn(i, message, repairs))
+        if turns[-1]["role"] == "system" and not rest.get("tools"):
+            rest["tools"] = take_tools(turns, [], repairs)
+    yield from repairs
     instruction, turns = split_instruction(turns)
     yield {
         "unique_trajectory_id": name if identity is None else identity,

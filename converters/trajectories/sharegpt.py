@@ -1,20 +1,32 @@
 """ShareGPT conversations, also as LLaMA-Factory, AgentInstruct and Hermes write them.
 
 Raw: {"conversations": [{"from", "value", "loss"}, …], "system", "tools", "id"}; `from` is human (user), gpt
-(assistant), system, function_call (JSON of one call or of several) or observation (tool, function_response); `tools` is
-JSON, mostly in a string, and its tools may lack the wrapper {"type": "function"}. Hermes has the tools in the system
-text, inside <tools>, and calls inside <tool_call>. `loss` may also be spelled `train`, or `weight` (0 or 1).
+(assistant), system, function_call (JSON of one call or of several) or observation (tool, function_response); turns may
+also be {"role", "content", "tool_calls"}. `tools` is JSON, mostly in a string, and its tools may lack the wrapper
+{"type": "function"}. Hermes, Qwen, ToolACE and glaive have the tools in the system text, and calls in the assistant's.
+`loss` may also be spelled `train`, or `weight` (0 or 1).
 """
 
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from converters.trajectories.common import Converted, Dropped, Lost, Repaired, convert_rows, field, losses
+from converters.trajectories import openai
+from converters.trajectories.common import (
+    Converted,
+    Dropped,
+    Lost,
+    Repaired,
+    convert_rows,
+    field,
+    losses,
+    take_tools,
+)
 from converters.trajectories.openai import split_instruction
+from xlam_jax.data import text_calls
+from xlam_jax.data.embedded import value_at
 from xlam_jax.data.trajectory import (
     InvalidTrajectory,
     Message,
@@ -37,15 +49,15 @@ ROLES = {
     "tool": "tool",
     "function_response": "tool",
 }
+CALLS = ("tool_calls", "function_call")
 FROM = {"user": "human", "assistant": "gpt", "system": "system", "tool": "observation"}
-TOOLS_START = re.compile(r'\[\s*\{\s*"(?:type|name|function)"')
 
 
 def convert(paths: list[Path]) -> Iterator[Converted | Dropped]:
     """Text right before a function call, of the same turn or a turn of its own, becomes the thought beside the call.
 
     Calls get ids, and results the ids of their calls, where each call has its result. The system column, or else a
-    system turn at the front, becomes the task instruction; tools found in it are taken out of the text.
+    system turn at the front, becomes the task instruction; tools that it declares are taken out of the text.
     """
     return convert_rows(paths, convert_row)
 
@@ -57,13 +69,11 @@ def convert_row(row: dict[str, Any], name: str) -> Iterator[dict[str, Any] | Rep
     turns: list[dict[str, Any]] = []
     if row.get("system"):
         turns.append({"role": "system", "content": field(row, "system", str)})
+        tools = take_tools(turns, tools, repairs)
     for i, message in enumerate(field(row, "conversations", list)):
-        _add(turns, i, message, bool(tools), repairs)
+        _add(turns, i, message, tools, repairs)
         if turns[-1]["role"] == "system":
-            found, text = _tools_in(turns[-1]["content"])
-            if found and (not tools or tools == found):
-                tools, turns[-1]["content"] = found, text
-                repairs.append(Repaired("tools-in-system", f"{len(found)} tools are declared in the system text"))
+            tools = take_tools(turns, tools, repairs)
     _link(turns)
     instruction, turns = split_instruction(turns)
     identity = row.get("id")
@@ -77,24 +87,28 @@ def convert_row(row: dict[str, Any], name: str) -> Iterator[dict[str, Any] | Rep
     }
 
 
-def _add(turns: list[dict[str, Any]], i: int, message: Any, tools: bool, repairs: list[Repaired]) -> None:
+def _add(turns: list[dict[str, Any]], i: int, message: Any, tools: list[Any], repairs: list[Repaired]) -> None:
     """Adds what `message` holds: a turn, several tool results, or calls that join the text before them."""
+    if isinstance(message, dict) and "from" not in message and "role" in message:  # as chat messages have it
+        if not isinstance(message.get("content"), str):
+            turns.append(_chat_turn(i, message, message.get("content"), repairs))
+            return
+        message = {"from": message["role"], "value": message["content"], **_without(message, "role", "content")}
     role, value = field(message, "from", str), field(message, "value", str)
     if role not in ROLES:
         raise InvalidTrajectory(
             "unknown-role", f"turn {i} is from '{role}', known: {', '.join(ROLES)}{nearest(role[:100], ROLES)}"
         )
+    if any(message.get(key) for key in CALLS):
+        turns.append(_chat_turn(i, message, value, repairs))
+        return
     kind = ROLES[role]
-    rest = {key: other for key, other in message.items() if key not in ("from", "value", "train", "weight")}
+    rest = _without(message, "from", "value", "train", "weight")
     loss = _loss(i, message)
     if loss is not None:
         rest["loss"] = loss
     if kind == "tool":
-        parts = [value]
-        if "</tool_response>" in value:
-            parts = value.strip().removesuffix("</tool_response>").split("</tool_response>")
-            parts = [part.strip().removeprefix("<tool_response>").strip() for part in parts]
-        turns.extend({"role": "tool", **rest, "content": part} for part in parts)
+        turns.extend({"role": "tool", **rest, "content": part} for part in _results(i, value, turns, repairs))
         return
     calls: list[dict[str, Any]] | None = None
     if kind == "call":
@@ -103,8 +117,8 @@ def _add(turns: list[dict[str, Any]], i: int, message: Any, tools: bool, repairs
             thought, _, value = value.partition("</think>")
             thought = thought.removeprefix("<think>").strip()
         calls, value = _calls(i, value, repairs), thought
-    elif kind == "assistant" and tools and "<tool_call>" in value:
-        calls, value = _call_blocks(i, value, repairs)
+    elif kind == "assistant" and tools:
+        calls, value = _text_calls(i, value, tools, repairs)
     turn = {"role": "assistant" if kind == "call" else kind, **rest, "content": value}
     if calls is not None:
         turn["tool_calls"] = calls
@@ -113,6 +127,50 @@ def _add(turns: list[dict[str, Any]], i: int, message: Any, tools: bool, repairs
         if not value and previous.get("role") == "assistant" and "tool_calls" not in previous and same_loss:
             turn["content"] = turns.pop()["content"]
     turns.append(turn)
+
+
+def _without(message: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in message.items() if key not in keys}
+
+
+def _chat_turn(i: int, message: dict[str, Any], content: Any, repairs: list[Repaired]) -> dict[str, Any]:
+    """A turn whose calls are in `tool_calls`, in which they may lack the wrapper {"type": "function"}."""
+    role = field(message, "from" if "from" in message else "role", str)
+    kind = ROLES.get(role, role)
+    loss = _loss(i, message)
+    turn = {
+        **_without(message, "from", "value", "train", "weight"),
+        "role": "assistant" if kind == "call" else kind,
+        "content": content,
+        **({} if loss is None else {"loss": loss}),
+    }
+    calls = turn.get("tool_calls")
+    if isinstance(calls, list):
+        turn["tool_calls"] = [_wrapped(call) for call in calls]
+    turn = openai._turn(i, turn, repairs)
+    calls = turn.get("tool_calls") or []
+    for call in calls if isinstance(calls, list) else [calls]:
+        if not isinstance(_name(call), str):
+            raise InvalidTrajectory("bad-call", f'turn {i} has a call without {{"name": …, "arguments": …}}: {call}')
+    return turn
+
+
+def _results(i: int, value: str, turns: list[dict[str, Any]], repairs: list[Repaired]) -> list[str]:
+    """The results in a turn: in Hermes' tags, or in ToolACE's list of {"name", "results"} for parallel calls."""
+    if "</tool_response>" in value:
+        parts = value.strip().removesuffix("</tool_response>").split("</tool_response>")
+        return [part.strip().removeprefix("<tool_response>").strip() for part in parts]
+    names = [call["function"]["name"] for call in turns[-1].get("tool_calls", ())] if turns else []
+    if len(names) > 1 and value.lstrip().startswith("["):
+        try:
+            results = parse_json(value)
+        except InvalidTrajectory:
+            return [value]
+        named = [item.get("name") if isinstance(item, dict) and len(item) == 2 else None for item in results]
+        if named == names:
+            repairs.append(Repaired("results-in-one-turn", f"turn {i} holds the results of {len(names)} calls"))
+            return [json.dumps([item], ensure_ascii=False) for item in results]
+    return [value]
 
 
 def _loss(i: int, message: dict[str, Any]) -> Any:
@@ -129,7 +187,11 @@ def _calls(i: int, text: str, repairs: list[Repaired]) -> list[dict[str, Any]]:
     def note(reason: str, detail: str) -> None:
         repairs.append(Repaired(reason, detail))
 
-    value = decode_arguments(text, f"turn {i} calls with", note)
+    value = _literal(text)
+    if value is None:
+        value = decode_arguments(text, f"turn {i} calls with", note)
+    else:
+        note("python-literals", f"turn {i} calls with Python literals in place of JSON")
     calls = value if isinstance(value, list) else [value]
     if not calls:
         raise InvalidTrajectory("bad-call", f"turn {i} holds an empty list of calls")
@@ -148,15 +210,53 @@ def _calls(i: int, text: str, repairs: list[Repaired]) -> list[dict[str, Any]]:
     return found
 
 
-def _call_blocks(i: int, text: str, repairs: list[Repaired]) -> tuple[list[dict[str, Any]], str]:
-    thought, *blocks = text.split("<tool_call>")
-    pairs = [block.partition("</tool_call>") for block in blocks]
-    if not all(end for _, end, _ in pairs):
-        raise InvalidTrajectory("bad-call", f"turn {i} opens <tool_call> and does not close it")
-    prose = "".join(after for _, _, after in pairs).strip()
-    if prose:
-        repairs.append(Repaired("trailing-text-after-json", f"turn {i} has text after its calls: {prose[:80]!r}"))
-    return [call for inside, _, _ in pairs for call in _calls(i, inside, repairs)], thought.rstrip()
+def _literal(text: str) -> Any:
+    """The calls that a text holds as Python literals, None if it is anything else."""
+    text = text.strip()
+    if text[:1] not in ("[", "{") or "'" not in text:
+        return None
+    try:
+        parse_json(text)
+    except InvalidTrajectory:
+        try:
+            value, end = value_at(text, 0)
+        except ValueError:
+            return None
+        return value if end == len(text) else None
+    return None
+
+
+def _text_calls(
+    i: int, text: str, tools: list[Any], repairs: list[Repaired]
+) -> tuple[list[dict[str, Any]] | None, str]:
+    """The calls in an assistant's text, and its thought.
+
+    Calls in <tool_call> are this format's own way to write them, so they must be sound.
+    """
+    names = {name: None for tool in tools if isinstance(name := _name(tool), str)}  # a set that keeps their order
+    found = text_calls.read(text, names, f"turn {i}")
+    own = found is not None and found.style == "<tool_call>"
+    if found is None or (found.problem and not own):
+        return None, text  # the reader reports the latter
+    if found.problem and not found.calls:
+        raise InvalidTrajectory("bad-call", f"turn {i} {found.problem}")
+    repairs += [Repaired(reason, detail) for reason, detail in found.repairs]
+    if not own:
+        repairs.append(Repaired("call-in-text", f"turn {i} calls {found.calls[0].name} in its text, {text[-80:]!r}"))
+    return [
+        {
+            "type": "function",
+            **({} if call.id is None else {"id": call.id}),
+            "function": {"name": call.name, "arguments": call.arguments},
+        }
+        for call in found.calls
+    ], found.thought
+
+
+def _name(item: Any) -> Any:
+    """The name of a tool, or of a call, in OpenAI form."""
+    function = item.get("function") if isinstance(item, dict) else None
+    return function.get("name") if isinstance(function, dict) else None
 
 
 def _link(turns: list[dict[str, Any]]) -> None:
@@ -193,31 +293,6 @@ def _tools(value: Any) -> list[Any]:
 def _wrapped(tool: Any) -> Any:
     flat = isinstance(tool, dict) and "function" not in tool and isinstance(tool.get("name"), str)
     return {"type": "function", "function": tool} if flat else tool
-
-
-def _tools_in(text: str) -> tuple[list[Any], str]:
-    """The tools that a system text declares, and the text without them; the text as it is where it has none."""
-    start = text.find("<tools>")
-    close = text.find("</tools>", start)
-    if start >= 0 and close >= 0:
-        inside, end = text[start + len("<tools>") : close].strip(), close + len("</tools>")
-        parts = [inside] if inside.startswith("[") else inside.splitlines()
-    elif opening := TOOLS_START.search(text):
-        start = opening.start()
-        try:
-            _, end = json.JSONDecoder().raw_decode(text, start)
-        except (ValueError, RecursionError):
-            return [], text
-        parts = [text[start:end]]
-    else:
-        return [], text
-    try:
-        tools = [tool for part in parts if part.strip() for tool in _tools(part)]
-    except InvalidTrajectory:
-        return [], text
-    if not tools or not all(isinstance(tool, dict) and "function" in tool for tool in tools):
-        return [], text
-    return tools, (text[:start] + text[end:]).strip()
 
 
 def export_row(trajectory: Trajectory) -> Iterator[dict[str, Any] | Lost]:

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from converters.trajectories import literals
 from converters.trajectories.common import (
     Converted,
     Dropped,
@@ -27,6 +26,7 @@ from converters.trajectories.common import (
     stem,
     tool,
 )
+from xlam_jax.data import literals
 from xlam_jax.data.files import LONGEST_ROW, open_bytes
 from xlam_jax.data.trajectory import InvalidTrajectory, Note, decode_arguments, parse_json
 from xlam_jax.errors import UserError

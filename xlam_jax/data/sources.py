@@ -25,7 +25,7 @@ from converters.trajectories.common import ConvertRow, Dropped, convert_one, rea
 from converters.trajectories.common import Repaired as Repair
 from xlam_jax.config import PAIRS, Filters, Source
 from xlam_jax.data.pair import PAIR_KEYS, Pair, parse_pair
-from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory, parse_json
+from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory, parse_json, unread_calls
 from xlam_jax.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -53,7 +53,8 @@ class Item(NamedTuple):
     where: str
     trajectory: Trajectory | Pair | InvalidTrajectory | Filtered
     repairs: tuple[Repair, ...] = ()
-    """What was mended; a step that the row's format leaves out is counted here too, as `step-REASON`."""
+    """What was repaired. Also counted here are a step that the row's format leaves out, as `step-REASON`, and text that
+    is meant as a tool call and cannot be read as one, as `left-call-in-text`."""
 
 
 class _Row(NamedTuple):
@@ -148,7 +149,7 @@ def _items(row: _Row, convert_row: ConvertRow | None) -> Iterator[Item]:
     repairs = list(row.repairs)
     for found in convert_one(row.name, row.number, row.row, convert_row or partial(_named, row)):
         if not isinstance(found, Dropped):
-            yield Item(row.where, found.trajectory, (*repairs, *found.repairs))
+            yield Item(row.where, found.trajectory, (*repairs, *found.repairs, *_unread(found.trajectory)))
         elif found.unit == "step":
             repairs.append(Repair(f"step-{found.reason}", found.detail))
             continue
@@ -167,7 +168,14 @@ def _pairs(row: _Row) -> Iterator[Item]:
     except InvalidTrajectory as invalid:
         yield Item(row.where, invalid)
     else:
-        yield Item(row.where, pair, tuple(repairs))
+        yield Item(row.where, pair, tuple(dict.fromkeys((*repairs, *_unread(pair.chosen), *_unread(pair.rejected)))))
+
+
+def _unread(trajectory: Trajectory) -> Iterator[Repair]:
+    """What is meant as a tool call, and stays in the text."""
+    declared = {tool["function"]["name"]: None for tool in trajectory.tools}  # a set that keeps their order
+    for detail in unread_calls(trajectory.conversation, declared):
+        yield Repair("left-call-in-text", detail)
 
 
 def _named(row: _Row, values: dict[str, Any], _: str) -> Iterable[dict[str, Any]]:

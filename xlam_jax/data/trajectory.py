@@ -5,7 +5,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -80,26 +80,28 @@ def parse_trajectory(obj: object, default_id: str = "", repaired: Note | None = 
 
     What is mended, and what is left out, is told by `repaired(reason, detail)`:
     string-arguments, missing-arguments (none become {}), trailing-text-after-json (prose behind the arguments),
+    call-in-text (calls of declared tools that the text of an assistant turn holds become tool calls),
     null-content, text-parts (`[{"type": "text", …}]`), structured-content (a tool's list or object becomes JSON text),
     missing-call-id and mismatched-call-id (where calls and results leave no doubt; then each result has its call's id),
     string-tools, missing-tool-type, text-score, number-as-id, unknown-key (this format has no such key).
     `default_id` names rows without `unique_trajectory_id`.
+    Text that is meant as a call and cannot be read as one of a declared tool stays as it is (see `unread_calls`).
     Raises `InvalidTrajectory`, and nothing else, for whatever `obj` is; arguments are not yet checked against the
     tools' JSON Schema.
     """
     note = repaired or _no_note
     if not isinstance(obj, dict):
         _fail("not-an-object", f"a row is a JSON object, got {_kind(obj)}")
-    _check_json(obj)
+    check_json(obj)
     tools = _parse_tools(obj.get("tools"), note)
-    conversation = _parse_messages(obj.get("conversation"), note)
+    declared = {tool["function"]["name"]: None for tool in tools}  # a set that keeps their order
+    conversation = _parse_messages(obj.get("conversation"), note, declared)
     if not any(message.role == "assistant" for message in conversation):
         _fail("no-assistant-turn", f"none of the {len(conversation)} turns is by the assistant")
-    declared = {tool["function"]["name"] for tool in tools}
     for i, message in enumerate(conversation):
         for call in message.tool_calls:
             if call.name not in declared:
-                known = ", ".join(tool["function"]["name"] for tool in tools) or "none"
+                known = ", ".join(declared) or "none"
                 hint = nearest(call.name[:100], declared)
                 _fail("undeclared-tool", f"turn {i} calls '{call.name}', declared tools: {known}{hint}")
     _note_unknown(obj, ROW_KEYS, "the row", note)
@@ -119,7 +121,7 @@ def parse_tools(obj: object, repaired: Note | None = None) -> list[dict[str, Any
 
     Raises `InvalidTrajectory`.
     """
-    _check_json(obj)
+    check_json(obj)
     return _parse_tools(obj, repaired or _no_note)
 
 
@@ -129,8 +131,21 @@ def parse_messages(obj: object, repaired: Note | None = None) -> tuple[Message, 
     System turns come first, then a user turn; tool turns follow the assistant turn that calls. Call ids are unique
     within a turn. Mends what `parse_trajectory` mends. Raises `InvalidTrajectory`.
     """
-    _check_json(obj)
+    check_json(obj)
     return _parse_messages(obj, repaired or _no_note)
+
+
+def unread_calls(messages: Sequence[Message], declared: Collection[str]) -> Iterator[str]:
+    """Yields a description of each assistant turn whose text still holds what is meant as a tool call."""
+    from xlam_jax.data import text_calls  # which needs this module
+
+    for i, message in enumerate(messages):
+        if message.role != "assistant":
+            continue
+        found = text_calls.read(message.content, declared, f"turn {i}")
+        if found is not None:
+            problem = found.problem or f"calls '{found.calls[0].name}', and the turn has tool calls as well"
+            yield f"the text of turn {i} {problem}"
 
 
 def system_text(task_instruction: str, messages: Sequence[Message]) -> str:
@@ -218,7 +233,7 @@ def decode_arguments(text: str, where: str, repaired: Note | None = None) -> Any
         if isinstance(value, str):
             value = parse_json(value)
             note("string-arguments", f"{where} JSON that was encoded twice")
-        _check_json(value, DEEPEST_TEXT)
+        check_json(value, DEEPEST_TEXT)
     except InvalidTrajectory as invalid:
         _fail("bad-arguments", f"{where} a text that is no JSON: {invalid.detail}")
     return value
@@ -260,8 +275,11 @@ _DECODER = json.JSONDecoder(parse_constant=_not_json, parse_float=_finite, objec
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 
-def _check_json(obj: object, deepest: int = DEEPEST_ROW) -> None:
-    """Raises `InvalidTrajectory` for values that JSON in UTF-8 can't hold: rows need not come from JSON."""
+def check_json(obj: object, deepest: int = DEEPEST_ROW) -> None:
+    """Raises `InvalidTrajectory` for values that JSON in UTF-8 can't hold, or that have more levels than `deepest`.
+
+    Rows need not come from JSON.
+    """
     try:
         text = _encode(obj)
         text.encode()
@@ -294,7 +312,7 @@ def _parse_tools(obj: object, note: Note) -> list[dict[str, Any]]:
     if isinstance(obj, str):
         try:
             obj = parse_json(obj)
-            _check_json(obj, DEEPEST_TEXT)
+            check_json(obj, DEEPEST_TEXT)
         except InvalidTrajectory as invalid:
             _fail("bad-tools", f"`tools` is a text that is no JSON: {invalid.detail}")
         note("string-tools", "`tools` is JSON in a text")
@@ -324,10 +342,12 @@ def _parse_tools(obj: object, note: Note) -> list[dict[str, Any]]:
     return tools
 
 
-def _parse_messages(obj: object, note: Note) -> tuple[Message, ...]:
+def _parse_messages(obj: object, note: Note, declared: Collection[str] = ()) -> tuple[Message, ...]:
     if not isinstance(obj, list | tuple) or not obj:
         _fail("no-conversation", f"a conversation is a non-empty list of turns, got {_kind(obj)}")
     messages = [_parse_message(i, message, note) for i, message in enumerate(obj)]
+    if declared:
+        messages = [_read_text_calls(i, message, declared, note) for i, message in enumerate(messages)]
     _check_order(messages)
     for i, message in enumerate(messages):
         if message.tool_calls:
@@ -363,6 +383,22 @@ def _parse_message(i: int, obj: object, note: Note) -> Message:
         name=_optional_text(obj, "name", where),
         loss=loss,
     )
+
+
+def _read_text_calls(i: int, message: Message, declared: Collection[str], note: Note) -> Message:
+    """The turn with the calls of declared tools that its text holds as tool calls, and the text before as thought."""
+    if message.role != "assistant" or message.tool_calls or not message.content:
+        return message
+    from xlam_jax.data import text_calls  # which needs this module
+
+    found = text_calls.read(message.content, declared, f"turn {i}")
+    if found is None or found.problem:
+        return message
+    for reason, detail in found.repairs:
+        note(reason, detail)
+    names = ", ".join(dict.fromkeys(call.name for call in found.calls))
+    note("call-in-text", f"turn {i} calls {names} in its text, {message.content[-80:]!r}")
+    return replace(message, content=found.thought, tool_calls=found.calls)
 
 
 def _content(role: str, content: object, where: str, note: Note) -> str:

@@ -15,9 +15,17 @@ from typing import Any, NamedTuple, TextIO
 from xlam_jax.config import Source
 from xlam_jax.data import sources
 from xlam_jax.data import trajectory as reader
+from xlam_jax.data.declarations import find_tools
 from xlam_jax.data.pair import parse_pair
 from xlam_jax.data.schemas import Parameters, Problem, compiled
-from xlam_jax.data.trajectory import InvalidTrajectory, Message, ToolCall, Trajectory, parse_trajectory
+from xlam_jax.data.trajectory import (
+    InvalidTrajectory,
+    Message,
+    ToolCall,
+    Trajectory,
+    parse_trajectory,
+    system_text,
+)
 from xlam_jax.errors import UserError, nearest
 
 LONGEST_DETAIL = 400
@@ -90,6 +98,8 @@ def check_row(row: object, limit: Limit | None = None) -> Iterator[Problem]:
     yield from _empty_turns(trajectory.conversation)
     for at in range(len(trajectory.conversation)):
         yield from _unanswered(trajectory.conversation, at)
+    yield from _unread_calls(trajectory.tools, trajectory.conversation)
+    yield from _unread_tools(trajectory)
     yield from check_calls(trajectory)
     if limit:
         yield from limit(trajectory)
@@ -141,6 +151,27 @@ def _schemas(tools: Sequence[dict[str, Any]]) -> dict[str, Parameters]:
 @lru_cache(maxsize=64)
 def _compiled(tools: str) -> dict[str, Parameters]:
     return {name: compiled(json.dumps(parameters)) for name, parameters in json.loads(tools)}
+
+
+def _unread_calls(tools: Sequence[dict[str, Any]], turns: Sequence[Message]) -> Iterator[Problem]:
+    """Yields the turns whose text holds what is meant as a tool call, and is not read as one."""
+    declared = {tool["function"]["name"]: None for tool in tools}  # a set that keeps their order
+    for detail in reader.unread_calls(turns, declared):
+        yield Problem("call-in-text", f"{detail}; write it under `tool_calls`")
+
+
+def _unread_tools(trajectory: Trajectory) -> Iterator[Problem]:
+    """Yields a system text that declares tools where the trajectory has none."""
+    if trajectory.tools:
+        return
+    try:
+        tools, _ = find_tools(system_text(trajectory.task_instruction, trajectory.conversation))
+    except InvalidTrajectory as invalid:
+        yield Problem(invalid.reason, invalid.detail)
+        return
+    if tools:
+        names = ", ".join(tool["function"]["name"] for tool in tools)
+        yield Problem("tools-in-system", f"the system text declares {names}, and `tools` is empty; write them there")
 
 
 def _empty_turns(turns: Sequence[Message]) -> Iterator[Problem]:
@@ -211,6 +242,8 @@ def _check_pieces(row: object, refused: InvalidTrajectory) -> Iterator[Problem]:
             role = fields.get("role")
             turn = Message(role if role in reader.ROLES else "", "?", tuple(calls), _text(fields, "tool_call_id"))
         turns.append(turn)
+    names = {tool["function"]["name"]: None for tool in tools}  # a set that keeps their order
+    turns = [reader._read_text_calls(at, turn, names, note) for at, turn in enumerate(turns)]
     if raw and not any(turn.role == "assistant" for turn in turns):
         note("no-assistant-turn", f"none of the {len(raw)} turns is by the assistant")
     found += _order_pieces(turns)
@@ -218,7 +251,7 @@ def _check_pieces(row: object, refused: InvalidTrajectory) -> Iterator[Problem]:
         if turn.tool_calls:
             found += _link_pieces(turns, at, note)
     found += _empty_turns(turns)
-    names = [tool["function"]["name"] for tool in tools]
+    found += _unread_calls(tools, turns)
     for at, turn in enumerate(turns):
         for call in turn.tool_calls:
             if call.name and call.name not in names:

@@ -1,0 +1,500 @@
+"""Tool calls that a data set left in the text of assistant turns, in the spellings of the models that wrote them.
+
+Read are, with the text before them as the thought:
+- after a mark: `<tool_call>`, `[TOOL_CALLS]`, `<functioncall>`, `<|python_tag|>`, `<function=NAME>{…}`, `Action: NAME`
+  with `Action Input: {…}`, and the marks of `_MARK`;
+- without a mark, at the end of the text: a list or an object of calls, also in a code fence; xLAM's
+  `{"thought", "tool_calls"}`; `[name(key="value"), …]`; and `name(key="value")` as the whole text.
+Values are JSON or Python literals, which are never evaluated. All of it takes time linear in the text.
+"""
+
+import re
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, NamedTuple
+
+from xlam_jax.data import literals
+from xlam_jax.data.embedded import TOKEN, closing, value_at
+from xlam_jax.data.trajectory import (
+    DEEPEST_TEXT,
+    InvalidTrajectory,
+    ToolCall,
+    check_json,
+    decode_arguments,
+    parse_json,
+)
+from xlam_jax.errors import nearest
+
+MOST_FAILURES = 8
+"""Values of a text that may fail to parse before the search for calls without a mark ends."""
+
+
+class TextCalls(NamedTuple):
+    """The calls in a text. Where `problem` is not empty they are no sound calls of declared tools, and it says why."""
+
+    thought: str
+    calls: tuple[ToolCall, ...]
+    problem: str = ""
+    repairs: tuple[tuple[str, str], ...] = ()
+    """(reason, detail) of what was repaired within the calls."""
+    style: str = ""
+    """The mark before the first call, empty where there is none."""
+
+
+class _Call(NamedTuple):
+    """A call as it is written: its arguments may be missing, or be JSON in a text."""
+
+    name: str
+    arguments: Any = None
+    id: Any = None
+
+
+class _UnreadableError(ValueError):
+    """What follows a mark, or looks like a call, cannot be read as one."""
+
+    style = ""
+
+
+_NAME = r"[^\[\](){}\"'=,<>`\n]{1,128}"
+_FENCE = r"```[\w-]{0,20}"
+_TAGS = re.compile(r"<(?:\||｜)?(?:tool|function|python_tag|action_start)")
+_KEYS = re.compile(r"[\"'](?:name|function)[\"']\s*+:")
+_BRACKETS = re.compile(rf"\[(?:TOOL_CALLS|\s*+{_NAME}\()")
+_FIRST = re.compile(rf"\s*+(?:{_FENCE}\s*+)?+{_NAME}\(")
+_MARK = re.compile(
+    r"<tool_calls?>|<function_?calls?>|<\|python_tag\|>|\[TOOL_CALLS\]|<\|tool_calls?\|>|<function=(?P<function>[^<>\s]{1,128})>"
+    rf"|^Action:[ \t]*+(?P<action>{_NAME})\n[ \t]*+Action Input:"
+    # not read: a call in these is always reported
+    r"|<｜tool▁calls?▁begin｜>|<\|tool_calls?(?:_section)?_begin\|>|<\|action_start\|>|✿FUNCTION✿:|<tool_use>",
+    re.MULTILINE,
+)
+_CLOSERS = {
+    "<tool_call>": "</tool_call>",
+    "<tool_calls>": "</tool_calls>",
+    "<functioncall>": "</functioncall>",
+    "<functioncalls>": "</functioncalls>",
+    "<function_call>": "</function_call>",
+    "<function_calls>": "</function_calls>",
+}
+_END = r"<\|eom_id\|>|<\|eot_id\|>|<\|endoftext\|>|<\|im_end\|>|</s>"
+_CLOSER = re.compile(rf"(?:\s|```|</tool_calls?>|</function(?:_?calls?)?>|{_END})*+")
+_TAIL = re.compile(rf"\s*+(?:```\s*+)?+(?:(?:{_END})\s*+)*+\Z")
+_OPENING_FENCE = re.compile(rf"{_FENCE}[ \t]*+\n?\s*+\Z")
+_SEPARATOR = re.compile(r"\s*+[,;]?+\s*+")
+_PAYLOAD = re.compile(rf"\s*+(?:{_FENCE}\s*+)?+(?=[\[{{])")
+_FRONT = re.compile(rf"\s*+(?:{_FENCE}\s*+)?+")
+_SPACE = re.compile(r"\s*+")
+_MISTRAL = re.compile(r"([\w.-]{1,128})(?:\[CALL_ID\]([\w-]{1,64}))?+(?:\[ARGS\])?+\s*+(?=\{)")
+_GLAIVE = re.compile(r"""\{\s*+"name"\s*+:\s*+"([^"\n]{1,128})"\s*+,\s*+"arguments"\s*+:\s*+'""")
+_GLAIVE_END = re.compile(r"'\s*+\}\s*+\Z")
+_REGION_END = re.compile(rf"</?function_?calls?>|</?tool_calls?>|{_END}")
+_JSON_START = re.compile(
+    r"""(?:\[\s*+)?+\{\s*+["'](?:name|id|type|function|tool_calls|thought|tool_call|function_call|arguments|parameters)["']"""
+    r"\s*+:"
+)
+_NAMED = re.compile(
+    r"""["'](?:name|function)["']\s*+:\s*+["']([^"'\n]{1,128})["']\s*+,\s*+["'](?:arguments|parameters|args)["']\s*+:"""
+)
+_BRACKET_CALL = re.compile(rf"\[\s*+({_NAME})\(")
+_CALL = re.compile(rf"\s*+({_NAME})(?=\()")
+_FIRST_ARGUMENT = re.compile(r"\(\s*+(?:\)|[\"']|[^\W\d][\w.-]{0,127}\s*+=(?!=))")
+_KEY = re.compile(r"\s*+([^\W\d][^=,\"'()\[\]{}\n]{0,127}?)\s*=(?!=)")
+_ARGUMENTS = ("arguments", "parameters", "args")
+_CALL_KEYS = frozenset({"name", "function", "id", "type", "index", *_ARGUMENTS})
+
+
+def read(text: str, declared: Collection[str], where: str) -> TextCalls | None:
+    """Returns the calls in a text, None where it has none and nothing that is clearly meant as one.
+
+    `declared` are the names of the tools that may be called, `where` names the turn in details.
+    """
+    if not _may_hold_calls(text):
+        return None
+    written = None
+    try:
+        written = _marked(text, declared) or _unmarked(text, declared)
+        return None if written is None else _checked(written, declared, where)
+    except _UnreadableError as error:
+        return TextCalls(text, (), str(error), style=written.mark if written else error.style)
+
+
+def _may_hold_calls(text: str) -> bool:
+    """A quick test, true for every text with calls and for few others: all training data go through it."""
+    return bool(
+        ("<" in text and _TAGS.search(text))
+        or ("[" in text and _BRACKETS.search(text))
+        or ("{" in text and _KEYS.search(text))
+        or "Action Input:" in text
+        or "✿FUNCTION" in text
+        or _FIRST.match(text)
+    )
+
+
+class _Written(NamedTuple):
+    """Calls as they are written, the text before them, between or after them, and the mark of the first."""
+
+    thought: str
+    calls: list[_Call]
+    trailing: str = ""
+    mark: str = ""
+
+
+def _checked(written: _Written, declared: Collection[str], where: str) -> TextCalls:
+    repairs: list[tuple[str, str]] = []
+    if written.trailing:
+        repairs.append(("trailing-text-after-json", f"{where} has text after its calls: {written.trailing[:80]!r}"))
+    calls: list[ToolCall] = []
+    for call in written.calls:
+        arguments = call.arguments
+        calls_with = f"{where} calls '{call.name}' with"
+        try:
+            if arguments is None:
+                arguments = {}
+            elif isinstance(arguments, str):
+                arguments = decode_arguments(arguments, calls_with, lambda *repair: repairs.append(repair))
+            check_json(arguments, DEEPEST_TEXT)
+        except InvalidTrajectory as invalid:
+            raise _UnreadableError(invalid.detail.removeprefix(f"{where} ")) from None
+        if not isinstance(arguments, dict):
+            raise _UnreadableError(f"calls '{call.name}' with a {type(arguments).__name__}, not an object")
+        identity = str(call.id) if isinstance(call.id, str | int) else None
+        calls.append(ToolCall(identity, call.name, arguments))
+    unknown = next((call.name for call in calls if call.name not in declared), None)
+    problem = ""
+    if unknown is not None:
+        known = ", ".join(declared) or "none"
+        problem = f"calls '{unknown}', declared tools: {known}{nearest(unknown[:100], declared)}"
+    return TextCalls(written.thought, tuple(calls), problem, tuple(repairs), written.mark)
+
+
+# Calls after a mark
+
+
+def _marked(text: str, declared: Collection[str]) -> _Written | None:
+    last = {mark: text.rfind(closer) for mark, closer in _CLOSERS.items()}
+
+    def attempt(at: int) -> re.Match[str] | None:
+        """The next mark that a call follows: prose may mention marks as well."""
+        return next((mark for mark in _MARK.finditer(text, at) if _is_attempt(text, mark, declared, last)), None)
+
+    first = attempt(0)
+    if first is None:
+        return None
+    try:
+        calls, trailing = _calls_after(text, first, attempt)
+    except _UnreadableError as error:
+        error.style = first[0]
+        raise
+    return _Written(_thought(text[: first.start()], first), calls, trailing, first[0])
+
+
+def _calls_after(
+    text: str, first: re.Match[str], attempt: Callable[[int], re.Match[str] | None]
+) -> tuple[list[_Call], str]:
+    """The calls from the first mark on, and the prose between and after them."""
+    calls: list[_Call] = []
+    prose: list[str] = []
+    mark: re.Match[str] | None = first
+    while mark is not None:
+        found, end = _payload(text, mark)
+        calls += found
+        after = _CLOSER.match(text, end)
+        closes, end = (after[0], after.end()) if after else ("", end)
+        closer = _CLOSERS.get(mark[0])
+        if closer and end < len(text) and closer not in closes:
+            raise _UnreadableError(f"opens {mark[0]} and does not close it")
+        mark = attempt(end)
+        rest = text[end : mark.start() if mark else len(text)].strip()
+        if "tool_response>" in rest or rest.startswith("Observation:"):
+            raise _UnreadableError(f"has a result after its call in the same turn: {rest[:80]!r}")
+        if rest:
+            prose.append(rest)
+    return calls, "\n".join(prose)
+
+
+def _thought(before: str, mark: re.Match[str]) -> str:
+    before = _OPENING_FENCE.sub("", before.rstrip())
+    return (before.strip().removeprefix("Thought:").strip()) if mark["action"] else before.rstrip()
+
+
+def _is_attempt(text: str, mark: re.Match[str], declared: Collection[str], last: dict[str, int]) -> bool:
+    """Whether a call follows the mark, or what its writer meant as one, rather than prose about the mark."""
+    if mark["action"]:
+        return mark["action"].strip() in declared
+    if mark["function"] or _PAYLOAD.match(text, mark.end()):
+        return True
+    if mark[0] == "[TOOL_CALLS]" and mark.end() < len(text):
+        return bool(_MISTRAL.match(text, mark.end()))
+    if _before(text, mark.start()) not in ("", ">", "]"):  # amid a line
+        return bool(_MARK.match(text, mark.end()))
+    closer = _CLOSERS.get(mark[0])
+    if closer is None or mark.end() == len(text):
+        return True
+    return last[mark[0]] > mark.end() and not text.startswith(closer, _end(_SPACE, text, mark.end()))
+
+
+def _before(text: str, at: int) -> str:
+    """The last character before a position on the same line that is not white space, empty where there is none."""
+    return text[max(0, at - 40) : at].rpartition("\n")[2].rstrip()[-1:]
+
+
+def _payload(text: str, mark: re.Match[str]) -> tuple[list[_Call], int]:
+    """The calls after a mark, and where they end."""
+    at = _end(_FRONT, text, mark.end())
+    while (inner := _MARK.match(text, at)) is not None:  # <tool_call><function=name>
+        mark, at = inner, _end(_FRONT, text, inner.end())
+    try:
+        if name := mark["function"] or mark["action"]:
+            arguments, end = value_at(text, at) if text[at : at + 1] == "{" else _no_arguments(text, at)
+            return [_Call(name.strip(), arguments)], end
+        if mark[0] == "[TOOL_CALLS]" and (named := _MISTRAL.match(text, at)):
+            arguments, end = value_at(text, named.end())
+            return [_Call(named[1], arguments, named[2])], end
+        if mark[0] == "<|python_tag|>" and (call := _CALL.match(text, at)):
+            arguments, end = _python_arguments(text, call.end())
+            return [_Call(call[1].strip().removesuffix(".call"), arguments)], end
+        return _values(text, at)
+    except ValueError as error:
+        closer = _CLOSERS.get(mark[0])
+        if closer and text.find(closer, at) < 0:
+            raise _UnreadableError(f"opens {mark[0]} and does not close it") from None
+        raise _UnreadableError(f"has after {mark[0].strip()[:40]} what cannot be read as a call: {error}") from None
+
+
+def _no_arguments(text: str, at: int) -> tuple[None, int]:
+    if text.startswith("</function>", at):
+        return None, at
+    raise ValueError("no JSON object follows")
+
+
+def _values(text: str, at: int) -> tuple[list[_Call], int]:
+    """One list or object of calls after another."""
+    calls: list[_Call] = []
+    end, limit = at, -1
+    while text[at : at + 1] in ("[", "{"):
+        if _BRACKET_CALL.match(text, at):
+            found, end = _python_calls(text, at)
+        elif opening := _GLAIVE.match(text, at):
+            if limit < at:
+                closes = _REGION_END.search(text, at)
+                limit = closes.start() if closes else len(text)
+            call, end = _glaive(text, opening, limit)
+            found = [call]
+        else:
+            value, end = value_at(text, at)
+            found = _shaped(value, marked=True)
+            if found is None:
+                raise ValueError('a call is {"name": …, "arguments": {…}}')
+        calls += found
+        at = _end(_SEPARATOR, text, end)
+    if not calls:
+        raise ValueError("no JSON follows")
+    return calls, end
+
+
+def _glaive(text: str, opening: re.Match[str], limit: int) -> tuple[_Call, int]:
+    """`{"name": "f", "arguments": '{"a": 1}'}`: single quotes around JSON, in which apostrophes are not escaped."""
+    try:
+        end = closing(text, opening.start(), limit)
+        return _Call(opening[1], _quoted_json(text[opening.end() : end])), end
+    except ValueError:  # with an apostrophe, all up to the next mark is one call
+        return _Call(opening[1], _quoted_json(text[opening.end() : limit])), limit
+
+
+def _quoted_json(text: str) -> Any:
+    """The JSON before `'}`, the end of the text."""
+    ending = _GLAIVE_END.search(text, max(0, len(text) - 200))
+    if ending is None:
+        raise ValueError("a quote is not closed")
+    return parse_json(text[: ending.start()].replace("\\'", "'"))
+
+
+# Calls without a mark
+
+
+def _unmarked(text: str, declared: Collection[str]) -> _Written | None:
+    if not declared:
+        return None
+    return _json_calls(text, declared) or _bracket_calls(text, declared) or _bare_calls(text, declared)
+
+
+def _json_calls(text: str, declared: Collection[str]) -> _Written | None:
+    """Lists and objects of calls that the text ends with."""
+    calls: list[_Call] = []
+    thought = ""
+    begin = end = at = failures = 0
+    apart = False
+    while failures < MOST_FAILURES and (start := _JSON_START.search(text, at)) is not None:
+        try:
+            value, stop = value_at(text, start.start())
+        except ValueError as error:
+            named = _NAMED.search(text, start.start(), start.start() + 2000)
+            if named and named[1] in declared:
+                raise _UnreadableError(f"names '{named[1]}' in what cannot be read as a call: {error}") from None
+            failures, at = failures + 1, start.start() + 1
+            continue
+        at = stop
+        found = _shaped(value, marked=False)
+        if found is None:
+            continue
+        apart |= bool(calls) and _end(_SEPARATOR, text, end) != start.start()
+        if not calls:
+            begin = start.start()
+            thought = _own_thought(value)
+        calls += found
+        end = stop
+    if failures == MOST_FAILURES:
+        named = next((named for named in _NAMED.finditer(text, at) if named[1] in declared), None)
+        if named:
+            raise _UnreadableError(f"names '{named[1]}' in what cannot be read as a call")
+    if not calls:
+        return None
+    before = _OPENING_FENCE.sub("", text[:begin]).rstrip()
+    if apart or not _TAIL.match(text, end) or before.endswith(("=", "(", ",", "[")):
+        if not any(call.name in declared for call in calls):
+            return None  # an example
+        names = ", ".join(dict.fromkeys(call.name for call in calls))
+        raise _UnreadableError(f"shows calls ({names}) amid text: {text[begin : begin + 80]!r}")
+    return _Written("\n".join(part for part in (before, thought) if part), calls)
+
+
+def _own_thought(value: object) -> str:
+    """The thought that xLAM's object holds beside its calls."""
+    texts = [value.get(key) for key in ("thought", "content")] if isinstance(value, dict) else []
+    return "\n".join(text for text in texts if isinstance(text, str) and text)
+
+
+def _shaped(value: object, marked: bool) -> list[_Call] | None:
+    """The calls that a value stands for, None if it is anything else. After a mark a name alone is a call too."""
+    if isinstance(value, list):
+        found = [_shaped(item, marked) for item in value if isinstance(item, dict)]
+        if not value or len(found) < len(value):
+            return None
+        return [call for calls in found for call in calls or ()] if all(found) else None
+    if not isinstance(value, dict):
+        return None
+    if isinstance(calls := value.get("tool_calls"), list) and value.keys() <= {"tool_calls", "thought", "content"}:
+        return _shaped(calls, marked)
+    for key in ("tool_call", "function_call"):
+        if isinstance(value.get(key), dict) and len(value) == 1:
+            return _shaped(value[key], marked)
+    if not value.keys() <= _CALL_KEYS:
+        return None
+    function = value.get("function")
+    if isinstance(function, dict):
+        inner = _shaped(function, marked)
+        return inner and [inner[0]._replace(id=value.get("id"))]
+    name = value.get("name", function)
+    keys = [key for key in _ARGUMENTS if key in value]
+    if not isinstance(name, str) or not name or len(keys) > 1 or not (keys or marked):
+        return None
+    arguments = value[keys[0]] if keys else None
+    if keys == ["parameters"] and _is_schema(arguments):
+        return None  # a tool, not a call of one
+    return [_Call(name.removeprefix("functions."), arguments, value.get("id"))]
+
+
+def _is_schema(value: object) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("properties"), dict) and "type" in value
+
+
+def _bracket_calls(text: str, declared: Collection[str]) -> _Written | None:
+    """`[name(key="value"), …]` that the text ends with."""
+    at, first = 0, _end(_SPACE, text, 0)
+    while (start := _BRACKET_CALL.search(text, at)) is not None:
+        name, at = start[1].strip(), start.end()
+        whole = start.start() == first
+        if not _FIRST_ARGUMENT.match(text, start.end() - 1) or not (name in declared or whole):
+            continue
+        if _before(text, start.start()) not in ("", ":", ".", "!", "?", ">", "`"):  # code
+            continue
+        try:
+            calls, end = _python_calls(text, start.start())
+        except ValueError as error:
+            if name not in declared or _is_link(text, start.start()):
+                continue
+            raise _UnreadableError(f"names '{name}' in what cannot be read as a call: {error}") from None
+        at = end
+        if text.startswith("(", end):  # a link in Markdown
+            continue
+        last = _TAIL.match(text, end)
+        if last:
+            return _Written(_OPENING_FENCE.sub("", text[: start.start()]).rstrip(), calls)
+        if name in declared:
+            raise _UnreadableError(f"shows calls ({name}) amid text: {text[start.start() : start.start() + 80]!r}")
+    return None
+
+
+def _is_link(text: str, at: int) -> bool:
+    """Whether the bracket is that of a link in Markdown, `[text](address)`."""
+    closes = text.find("](", at, at + 300)
+    return closes >= 0 and "\n" not in text[at:closes]
+
+
+def _bare_calls(text: str, declared: Collection[str]) -> _Written | None:
+    """`name(key="value")`, one or several, that are the whole text."""
+    calls: list[_Call] = []
+    end = _end(_FRONT, text, 0)
+    while (start := _CALL.match(text, end)) is not None:
+        name = start[1].strip()
+        if name not in declared or not _FIRST_ARGUMENT.match(text, start.end()):
+            return None
+        try:
+            arguments, end = _python_arguments(text, start.end())
+        except ValueError as error:
+            if not text.rstrip("` \n").endswith(")"):
+                return None  # prose
+            raise _UnreadableError(f"names '{name}' in what cannot be read as a call: {error}") from None
+        calls.append(_Call(name, arguments))
+        end = _end(_SEPARATOR, text, end)
+    return _Written("", calls) if calls and _TAIL.match(text, end) else None
+
+
+def _python_calls(text: str, at: int) -> tuple[list[_Call], int]:
+    """The calls of `[name(key="value"), …]`, and where the list ends."""
+    calls: list[_Call] = []
+    at += 1
+    while (call := _CALL.match(text, at)) is not None:
+        arguments, end = _python_arguments(text, call.end())
+        calls.append(_Call(call[1].strip(), arguments))
+        at = _end(_SPACE, text, end)
+        if text[at : at + 1] == "]":
+            return calls, at + 1
+        if text[at : at + 1] != ",":
+            break
+        at += 1
+    raise ValueError("a list of calls is [name(key=value), …]")
+
+
+def _python_arguments(text: str, opening: int) -> tuple[dict[str, Any], int]:
+    """The keyword arguments in the parentheses at `opening`, and where these end."""
+    end = closing(text, opening)
+    arguments: dict[str, Any] = {}
+    for part in _split(text[opening + 1 : end - 1]):
+        key = _KEY.match(part)
+        if key is None:
+            raise ValueError(f"{part.strip()[:80]!r} is not an argument with a name")
+        if key[1] in arguments:
+            raise ValueError(f"argument {key[1]!r} is given twice")
+        arguments[key[1]] = literals.value(literals.expression(part[key.end() :]))
+    return arguments, end
+
+
+def _split(text: str) -> Iterator[str]:
+    """The parts between the commas that no bracket or quotes enclose; a last one that is empty is left out."""
+    depth = begin = 0
+    for token in TOKEN.finditer(text):
+        if token[0] in "[({":
+            depth += 1
+        elif token[0] in "])}":
+            depth -= 1
+        elif token[0] == "," and depth == 0:
+            yield text[begin : token.start()]
+            begin = token.end()
+    if text[begin:].strip():
+        yield text[begin:]
+
+
+def _end(pattern: re.Pattern[str], text: str, at: int) -> int:
+    """Where a pattern that also matches the empty text ends at `at`."""
+    match = pattern.match(text, at)
+    return match.end() if match else at
