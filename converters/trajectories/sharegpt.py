@@ -9,20 +9,13 @@ text, inside <tools>, and calls inside <tool_call>. `loss` may also be spelled `
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from converters.trajectories.common import Converted, Dropped, Lost, Repaired, convert_rows, field, losses
+from converters.trajectories.links import link
 from converters.trajectories.openai import split_instruction
-from xlam_jax.data.trajectory import (
-    InvalidTrajectory,
-    Message,
-    Trajectory,
-    answered_calls,
-    decode_arguments,
-    parse_json,
-)
+from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory, decode_arguments, parse_json
 from xlam_jax.errors import nearest
 
 ROLES = {
@@ -44,7 +37,8 @@ TOOLS_START = re.compile(r'\[\s*\{\s*"(?:type|name|function)"')
 def convert(paths: list[Path]) -> Iterator[Converted | Dropped]:
     """Text right before a function call, of the same turn or a turn of its own, becomes the thought beside the call.
 
-    Calls get ids, and results the ids of their calls, where each call has its result. The system column, or else a
+    Calls get ids, and results the ids of their calls, where it is clear which belong together; calls in turns that
+    follow each other become one turn. The system column, or else a
     system turn at the front, becomes the task instruction; tools found in it are taken out of the text.
     """
     return convert_rows(paths, convert_row)
@@ -64,7 +58,7 @@ def convert_row(row: dict[str, Any], name: str) -> Iterator[dict[str, Any] | Rep
             if found and (not tools or tools == found):
                 tools, turns[-1]["content"] = found, text
                 repairs.append(Repaired("tools-in-system", f"{len(found)} tools are declared in the system text"))
-    _link(turns)
+    turns = link(turns, repairs)
     instruction, turns = split_instruction(turns)
     identity = row.get("id")
     yield from repairs
@@ -159,25 +153,6 @@ def _call_blocks(i: int, text: str, repairs: list[Repaired]) -> tuple[list[dict[
     return [call for inside, _, _ in pairs for call in _calls(i, inside, repairs)], thought.rstrip()
 
 
-def _link(turns: list[dict[str, Any]]) -> None:
-    """Numbers the calls; names their results where every call has one, in the same order, or none has."""
-    number = 0
-    for i, turn in enumerate(turns):
-        calls = turn.get("tool_calls", ())
-        if not calls:
-            continue
-        end = next((j for j in range(i + 1, len(turns)) if turns[j]["role"] != "tool"), len(turns))
-        results = turns[i + 1 : end]
-        clear = len(results) in (0, len(calls))
-        for at, call in enumerate(calls):
-            number += 1
-            if clear:
-                call.setdefault("id", f"call_{number}")
-                for result in results[at : at + 1]:
-                    result["tool_call_id"] = call["id"]
-                    result.setdefault("name", call["function"]["name"])
-
-
 def _tools(value: Any) -> list[Any]:
     if isinstance(value, str):
         try:
@@ -225,13 +200,10 @@ def export_row(trajectory: Trajectory) -> Iterator[dict[str, Any] | Lost]:
 
     Parallel calls are a JSON list in one turn, their results a turn each, in the order of the calls.
     """
-    ordered = replace(trajectory, conversation=_results_in_order(trajectory.conversation))
-    if ordered != trajectory:
-        yield Lost("result-order-not-held", "tool results stand in another order than their calls")
     turns: list[dict[str, Any]] = []
-    if ordered.task_instruction:
-        turns.append({"from": "system", "value": ordered.task_instruction})
-    for message in ordered.conversation:
+    if trajectory.task_instruction:
+        turns.append({"from": "system", "value": trajectory.task_instruction})
+    for message in trajectory.conversation:
         flag = {} if message.loss is None else {"loss": message.loss}
         if message.content or not message.tool_calls:
             turns.append({"from": FROM[message.role], "value": message.content, **flag})
@@ -243,19 +215,4 @@ def export_row(trajectory: Trajectory) -> Iterator[dict[str, Any] | Lost]:
     if trajectory.tools:
         row["tools"] = json.dumps(trajectory.tools, ensure_ascii=False)
     yield row
-    yield from losses(ordered, row, convert_row)
-
-
-def _results_in_order(conversation: tuple[Message, ...]) -> tuple[Message, ...]:
-    """Sorts the tool results after each turn that calls like its calls."""
-    turns = list(conversation)
-    for i, turn in enumerate(turns):
-        if not turn.tool_calls:
-            continue
-        end = next((j for j in range(i + 1, len(turns)) if turns[j].role != "tool"), len(turns))
-        results = turns[i + 1 : end]
-        answered = answered_calls(turn.tool_calls, results) or range(len(results))
-        turns[i + 1 : end] = [
-            result for _, result in sorted(zip(answered, results, strict=True), key=lambda pair: pair[0])
-        ]
-    return tuple(turns)
+    yield from losses(trajectory, row, convert_row)

@@ -238,7 +238,7 @@ def _about(at: int, one: Loaded) -> dict[str, Any]:
         "repaired": one.repaired,
         "changed": one.changed,
         "longest": longest,
-        "all_fit": not one.changed and not one.dropped["too-long"],
+        "all_fit": not one.changed.keys() & {"cut", "split"} and not one.dropped["too-long"],
     }
 
 
