@@ -9,7 +9,7 @@ from xlam_jax.data.trajectory import Message, ToolCall, join_calls, pair_without
 
 
 def link(turns: Sequence[dict[str, Any]], repairs: list[Repaired], ids: bool = True) -> list[dict[str, Any]]:
-    """Joins parallel calls that are written a turn each, and with `ids` gives calls and their results the ids that both lack.
+    """Joins parallel calls that are written a turn each; with `ids`, adds the ids that calls and their results lack.
 
     Turns in which a call or a result has an id are left to the reader, as are those whose pairing is in doubt. `turns`
     need not be checked yet. Raises `InvalidTrajectory` as `join_calls` does.

@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 
 from converters.trajectories.common import ConvertRow, Dropped, convert_one, read_rows, stem
 from converters.trajectories.common import Repaired as Repair
+from converters.trajectories.preference import is_other_layout, pair_row
 from xlam_jax.config import PAIRS, Filters, Source
 from xlam_jax.data import nulls
 from xlam_jax.data.pair import PAIR_KEYS, Pair, parse_pair
@@ -163,7 +164,7 @@ def _pairs(row: _Row) -> Iterator[Item]:
             raise row.row
         name = f"{stem(row.name)}:{row.number}"
         note = lambda reason, detail: repairs.append(Repair(reason, detail))  # noqa: E731
-        pair = parse_pair(row.row, name, note, padded=row.padded)
+        pair = parse_pair(pair_row(row.row, name, note), name, note, padded=row.padded)
     except InvalidTrajectory as invalid:
         yield Item(row.where, invalid)
     else:
@@ -265,7 +266,7 @@ def _parquet(source: Source, path: Path) -> _Read:
 
 def _columns(source: Source, where: str, names: list[str]) -> list[str]:
     """The columns to read. Raises `UserError` when there is none with the conversation."""
-    if source.format not in _OWN:
+    if source.format not in _OWN or (source.format == PAIRS and is_other_layout(names)):
         return names
     if "conversation" not in names:
         _fail(
@@ -322,7 +323,9 @@ def _text(value: bytes, path: str) -> str:
 
 
 def _parsed(row: dict[str, Any]) -> dict[str, Any]:
-    """A row whose tools and turns may each be JSON texts, as a whole or one by one."""
+    """A row whose tools and turns may each be JSON texts, as a whole or one by one; in other layouts texts are texts."""
+    if is_other_layout(row):
+        return row
     for key in ("tools", "conversation", "chosen", "rejected"):
         if isinstance(value := row.get(key), str):
             row[key] = parse_json(value)

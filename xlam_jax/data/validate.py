@@ -12,6 +12,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from converters.trajectories.preference import is_other_layout, pair_row
 from xlam_jax.config import Source
 from xlam_jax.data import sources
 from xlam_jax.data import trajectory as reader
@@ -70,6 +71,14 @@ def check_row(row: object, limit: Limit | None = None, *, padded: bool = False) 
 
     A row with `chosen` and `rejected` is a pair.
     """
+    if isinstance(row, dict) and is_other_layout(row):
+        notes: list[Problem] = []
+        try:
+            row = pair_row(row, "", lambda reason, detail: notes.append(Problem(reason, detail)))
+        except InvalidTrajectory as invalid:
+            yield Problem(invalid.reason, invalid.detail)
+            return
+        yield from notes
     if isinstance(row, dict) and {"chosen", "rejected"} <= row.keys():
         yield from _check_pair(row, limit, padded)
         return
