@@ -41,7 +41,9 @@ def pair_row(row: dict[str, Any], name: str, repaired: Note) -> dict[str, Any]:
             side["conversation"] = [{"role": "system", "content": instruction}, *side["conversation"]]
     scores = {f"{side}_score": row.get(f"{side}_score", row.get(f"score_{side}")) for side in SIDES}
     shared = {key: chosen.get(key) for key in ROW_KEYS - {"score", "conversation", "task_instruction"}}
-    return shared | scores | {"conversation": [], "chosen": chosen["conversation"], "rejected": rejected["conversation"]}
+    return (
+        shared | scores | {"conversation": [], "chosen": chosen["conversation"], "rejected": rejected["conversation"]}
+    )
 
 
 def _converted(row: dict[str, Any], side: str, name: str, notes: dict[tuple[str, str], None]) -> dict[str, Any]:

@@ -206,6 +206,7 @@ def _check_pieces(row: object, refused: InvalidTrajectory) -> Iterator[Problem]:
     if not isinstance(raw, list) or not raw:
         attempt(reader._parse_messages, raw, note)
         raw = []
+    raw = attempt(reader.join_calls, raw, note) or raw
     turns: list[Message] = []
     for at, item in enumerate(raw):
         turn = attempt(reader._parse_message, at, item, note)
