@@ -3,7 +3,8 @@
 Raw, torchhub_train.json: a line {"code", "api_call", "provider", "api_data": the API's documentation}, where "code" is
 a text in the manner of a Python dict, {'Instruction': …, 'Output': {'domain', 'api_call', 'explanation', 'code'}},
 whose quotes do not match, and "api_call" a Python call such as torch.hub.load(repo_or_dir='pytorch/vision',
-model='resnet18', pretrained=True).
+model='resnet18', pretrained=True). In torchhub_eval.json "code" has headings instead: ###Instruction: …, ###Input: …,
+###Output: {…}.
 """
 
 import ast
@@ -43,9 +44,9 @@ TOOL = tool(
     ["repo_or_dir", "model"],
 )
 TOOL["function"]["parameters"]["additionalProperties"] = True
-_INSTRUCTION = re.compile(r"\{\s*'Instruction'\s*:")
-_INPUT = re.compile(r",\s*'Input'\s*:")
-_OUTPUT = re.compile(r",\s*'Output'\s*:")
+_INSTRUCTION = re.compile(r"\s*(?:\{\s*'Instruction'\s*:|###\s*Instruction\s*:)")
+_INPUT = re.compile(r",\s*'Input'\s*:|\s###\s*Input\s*:")
+_OUTPUT = re.compile(r",\s*'Output'\s*:|\s###\s*Output\s*:")
 _EXPLANATION = re.compile(r"""'explanation'\s*:\s*(["'])(.*?)\1\s*+(?:,\s*'code'|\}*+\s*$)""", re.DOTALL)
 _NAMED_BEFORE_UNNAMED = re.compile(r"""repo_or_dir=(("|')[^"']*\2\s*,\s*)(("|')[^"']*\4\s*,\s*)model=""")
 
@@ -71,7 +72,10 @@ def convert_row(row: dict[str, Any], name: str) -> Iterator[dict[str, Any] | Ste
     text = field(row, "api_call", str)
     start, end = _INSTRUCTION.match(code), _OUTPUT.search(code)
     if not start or not end:
-        raise InvalidTrajectory("no-instruction", f"`code` does not begin {{'Instruction': …, 'Output': {code[:200]}")
+        raise InvalidTrajectory(
+            "no-instruction",
+            f"`code` does not begin {{'Instruction': …, 'Output': …, nor ###Instruction: … ###Output: {code[:200]}",
+        )
     output = code[end.end() :]
     if FUNCTION not in output:
         raise InvalidTrajectory("no-answer", f"the output loads no model: {output[:200]}")

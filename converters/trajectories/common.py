@@ -79,9 +79,9 @@ def convert_rows(paths: Iterable[Path], convert_row: ConvertRow) -> Iterator[Con
 
 
 def convert_one(
-    path: Path, number: int, row: dict[str, Any] | InvalidTrajectory, convert_row: ConvertRow
+    path: Path, number: int, row: dict[str, Any] | InvalidTrajectory, convert_row: ConvertRow, padded: bool = False
 ) -> Iterator[Converted | Dropped]:
-    """Converts row `number` of `path`.
+    """Converts row `number` of `path`; `padded` where it has the null fields of a union schema.
 
     `convert_row(row, name)` yields unified trajectories as objects, which are checked here, and before each the steps
     left out of it and the defects mended in it; it raises `InvalidTrajectory` for a row that can't be converted, and
@@ -105,7 +105,7 @@ def convert_one(
             try:
                 if isinstance(item, InvalidTrajectory):
                     raise item
-                trajectory = parse_trajectory(item, repaired=partial(_note, repairs))
+                trajectory = parse_trajectory(item, repaired=partial(_note, repairs), padded=padded)
             except InvalidTrajectory as invalid:  # a row may hold several: the next one may be fine
                 yield Dropped(path, number, invalid.reason, invalid.detail)
             else:
@@ -164,6 +164,8 @@ def _differences(before: Trajectory, after: Trajectory) -> Iterator[Lost]:
 def _turn_losses(turn: Message, other: Message) -> Iterator[str]:
     if turn.content != other.content:
         yield "text-not-held"
+    if turn.reasoning and turn.reasoning != other.reasoning:
+        yield "reasoning-not-held"
     if [(c.name, json.dumps(c.arguments)) for c in turn.tool_calls] != [
         (c.name, json.dumps(c.arguments)) for c in other.tool_calls
     ]:

@@ -2,7 +2,8 @@
 
 Raw: {"messages": [{"role", "content", "tool_calls", "tool_call_id", "name", "weight"}, …], "tools": […]}; arguments
 are JSON in a string, `content` is null beside calls, `weight` 0 takes the loss of an assistant turn away. Also read:
-the role "developer" (as system), and the older "functions", "function_call" and role "function".
+the role "developer" (as system), and the older "functions", "function_call" and role "function". An assistant's
+reasoning is "reasoning_content" (also "reasoning", "thinking", or content parts of these types).
 """
 
 import json
@@ -22,6 +23,7 @@ from converters.trajectories.common import (
     losses,
     take_tools,
 )
+from converters.trajectories.links import link
 from xlam_jax.data.trajectory import (
     InvalidTrajectory,
     Message,
@@ -33,12 +35,18 @@ from xlam_jax.data.trajectory import (
 
 
 def convert(paths: list[Path]) -> Iterator[Converted | Dropped]:
-    """Each row becomes one trajectory; a system message at the front becomes the task instruction."""
+    """Each row becomes one trajectory; a system message at the front becomes the task instruction.
+
+    Calls and results without ids, as the older form has them, get ids where it is clear which belong together.
+    """
     return convert_rows(paths, convert_row)
 
 
-def convert_row(row: dict[str, Any], name: str) -> Iterator[dict[str, Any] | Repaired]:
-    """Converts one conversation. `id`, `source` and `score`, which some files add, are kept."""
+def convert_row(row: dict[str, Any], name: str, ids: bool = True) -> Iterator[dict[str, Any] | Repaired]:
+    """Converts one conversation. `id`, `source` and `score`, which some files add, are kept.
+
+    Without `ids`, calls and results that have none stay so.
+    """
     rest = {key: value for key, value in row.items() if key not in ("messages", "functions", "id")}
     identity = row.get("id")
     repairs: list[Repaired] = []
@@ -50,6 +58,7 @@ def convert_row(row: dict[str, Any], name: str) -> Iterator[dict[str, Any] | Rep
         turns.append(_turn(i, message, repairs))
         if turns[-1]["role"] == "system" and not rest.get("tools"):
             rest["tools"] = take_tools(turns, [], repairs)
+    turns = link(turns, repairs, ids)
     yield from repairs
     instruction, turns = split_instruction(turns)
     yield {
@@ -71,8 +80,11 @@ def split_instruction(turns: list[dict[str, Any]]) -> tuple[str, list[dict[str, 
 def _turn(i: int, message: Any, repairs: list[Repaired]) -> dict[str, Any]:
     turn = dict(message) if field(message, "role", str) else {}
     turn["role"] = {"developer": "system", "function": "tool"}.get(turn["role"], turn["role"])
-    if turn.get("function_call") is not None:
-        turn["tool_calls"] = [{"type": "function", "function": turn.pop("function_call")}]
+    function = turn.pop("function_call", None)
+    if isinstance(function, dict) and function and not any(value is not None for value in function.values()):
+        function = None  # the padding of a union schema
+    if function is not None:
+        turn["tool_calls"] = [{"type": "function", "function": function}]
     if turn.get("weight") is not None:
         weight = turn.pop("weight")
         if weight not in (0, 1):
@@ -88,7 +100,7 @@ def _turn(i: int, message: Any, repairs: list[Repaired]) -> dict[str, Any]:
 def _call(i: int, call: Any, repairs: list[Repaired]) -> Any:
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
-        return call  # the reader tells what is wrong with it
+        return dict(call) if isinstance(call, dict) else call  # the reader reports what is wrong with it
     where = f"turn {i} calls '{function.get('name')}' with"
     arguments = decode_arguments(
         function["arguments"], where, lambda reason, detail: repairs.append(Repaired(reason, detail))
@@ -99,7 +111,7 @@ def _call(i: int, call: Any, repairs: list[Repaired]) -> Any:
 def export_row(trajectory: Trajectory) -> Iterator[dict[str, Any] | Lost]:
     """One row. Calls without id get one, as the format demands; id, source and score have no place in it."""
     turns = with_ids(trajectory.conversation)
-    messages = to_messages(replace(trajectory, conversation=turns))
+    messages = to_messages(replace(trajectory, conversation=turns), reasoning=True)
     for turn, message in zip(turns, messages[len(messages) - len(turns) :], strict=True):
         if turn.role == "assistant" and turn.loss is not None:
             message["weight"] = int(turn.loss)

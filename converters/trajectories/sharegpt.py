@@ -9,7 +9,6 @@ also be {"role", "content", "tool_calls"}. `tools` is JSON, mostly in a string, 
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +23,11 @@ from converters.trajectories.common import (
     losses,
     take_tools,
 )
+from converters.trajectories.links import link
 from converters.trajectories.openai import split_instruction
 from xlam_jax.data import text_calls
 from xlam_jax.data.embedded import value_at
-from xlam_jax.data.trajectory import (
-    InvalidTrajectory,
-    Message,
-    Trajectory,
-    answered_calls,
-    decode_arguments,
-    parse_json,
-)
+from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory, decode_arguments, parse_json
 from xlam_jax.errors import nearest
 
 ROLES = {
@@ -56,8 +49,9 @@ FROM = {"user": "human", "assistant": "gpt", "system": "system", "tool": "observ
 def convert(paths: list[Path]) -> Iterator[Converted | Dropped]:
     """Text right before a function call, of the same turn or a turn of its own, becomes the thought beside the call.
 
-    Calls get ids, and results the ids of their calls, where each call has its result. The system column, or else a
-    system turn at the front, becomes the task instruction; tools that it declares are taken out of the text.
+    Calls get ids, and results the ids of their calls, where it is clear which belong together; calls in turns that
+    follow each other become one turn. The system column, or else a system turn at the front, becomes the task
+    instruction; tools that it declares are taken out of the text.
     """
     return convert_rows(paths, convert_row)
 
@@ -74,7 +68,7 @@ def convert_row(row: dict[str, Any], name: str) -> Iterator[dict[str, Any] | Rep
         _add(turns, i, message, tools, repairs)
         if turns[-1]["role"] == "system":
             tools = take_tools(turns, tools, repairs)
-    _link(turns)
+    turns = link(turns, repairs)
     instruction, turns = split_instruction(turns)
     identity = row.get("id")
     yield from repairs
@@ -259,25 +253,6 @@ def _name(item: Any) -> Any:
     return function.get("name") if isinstance(function, dict) else None
 
 
-def _link(turns: list[dict[str, Any]]) -> None:
-    """Numbers the calls; names their results where every call has one, in the same order, or none has."""
-    number = 0
-    for i, turn in enumerate(turns):
-        calls = turn.get("tool_calls", ())
-        if not calls:
-            continue
-        end = next((j for j in range(i + 1, len(turns)) if turns[j]["role"] != "tool"), len(turns))
-        results = turns[i + 1 : end]
-        clear = len(results) in (0, len(calls))
-        for at, call in enumerate(calls):
-            number += 1
-            if clear:
-                call.setdefault("id", f"call_{number}")
-                for result in results[at : at + 1]:
-                    result["tool_call_id"] = call["id"]
-                    result.setdefault("name", call["function"]["name"])
-
-
 def _tools(value: Any) -> list[Any]:
     if isinstance(value, str):
         try:
@@ -300,13 +275,10 @@ def export_row(trajectory: Trajectory) -> Iterator[dict[str, Any] | Lost]:
 
     Parallel calls are a JSON list in one turn, their results a turn each, in the order of the calls.
     """
-    ordered = replace(trajectory, conversation=_results_in_order(trajectory.conversation))
-    if ordered != trajectory:
-        yield Lost("result-order-not-held", "tool results stand in another order than their calls")
     turns: list[dict[str, Any]] = []
-    if ordered.task_instruction:
-        turns.append({"from": "system", "value": ordered.task_instruction})
-    for message in ordered.conversation:
+    if trajectory.task_instruction:
+        turns.append({"from": "system", "value": trajectory.task_instruction})
+    for message in trajectory.conversation:
         flag = {} if message.loss is None else {"loss": message.loss}
         if message.content or not message.tool_calls:
             turns.append({"from": FROM[message.role], "value": message.content, **flag})
@@ -318,19 +290,4 @@ def export_row(trajectory: Trajectory) -> Iterator[dict[str, Any] | Lost]:
     if trajectory.tools:
         row["tools"] = json.dumps(trajectory.tools, ensure_ascii=False)
     yield row
-    yield from losses(ordered, row, convert_row)
-
-
-def _results_in_order(conversation: tuple[Message, ...]) -> tuple[Message, ...]:
-    """Sorts the tool results after each turn that calls like its calls."""
-    turns = list(conversation)
-    for i, turn in enumerate(turns):
-        if not turn.tool_calls:
-            continue
-        end = next((j for j in range(i + 1, len(turns)) if turns[j].role != "tool"), len(turns))
-        results = turns[i + 1 : end]
-        answered = answered_calls(turn.tool_calls, results) or range(len(results))
-        turns[i + 1 : end] = [
-            result for _, result in sorted(zip(answered, results, strict=True), key=lambda pair: pair[0])
-        ]
-    return tuple(turns)
+    yield from losses(trajectory, row, convert_row)

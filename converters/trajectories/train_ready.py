@@ -99,7 +99,12 @@ def _joined(shorter: _Open, longer: _Open) -> _Open | None:
             return None
         if turn.content != turns[i].content:
             repairs.append(Repaired("thought-left-out", f"turn {i} has its text in one of two rows only"))
-        turns[i] = replace(turns[i], content=turns[i].content or turn.content, loss=turn.loss)
+        turns[i] = replace(
+            turns[i],
+            content=turns[i].content or turn.content,
+            loss=turn.loss,
+            reasoning=turns[i].reasoning or turn.reasoning,
+        )
     score = after.score if before.score is None else before.score
     trajectory = replace(after, score=score, conversation=tuple(turns))
     return replace(longer, item=replace(longer.item, trajectory=trajectory, repairs=tuple(repairs)))
@@ -155,7 +160,7 @@ def _conversation(
 ) -> Iterator[dict[str, Any] | Repaired]:
     """The context and one output, where only the output carries loss."""
     row = context | {"id": identity, "messages": [*context["messages"], output]}
-    for item in openai.convert_row(row, identity):
+    for item in openai.convert_row(row, identity, ids=False):
         if isinstance(item, dict):
             for turn in item["conversation"][:-1]:
                 if turn["role"] == "assistant":
@@ -206,7 +211,7 @@ def _key(message: dict[str, Any]) -> tuple[str, str] | None:
     user = {"role": "user", "content": "q"}
     tools: list[dict[str, Any]] = []
     try:
-        for item in openai.convert_row({"messages": [user, message | {"role": "assistant"}]}, ""):
+        for item in openai.convert_row({"messages": [user, message | {"role": "assistant"}]}, "", ids=False):
             if isinstance(item, dict):
                 calls = item["conversation"][1].get("tool_calls") or []
                 names = {field(field(call, "function", dict), "name", str) for call in field({"c": calls}, "c", list)}
@@ -233,7 +238,7 @@ def export_row(trajectory: Trajectory) -> Iterator[dict[str, Any] | Lost]:
 
     The text beside calls stands in `chosen` and in `output_message`. Turns after the last row's are lost.
     """
-    messages = to_messages(trajectory)
+    messages = to_messages(trajectory, reasoning=True)
     first = len(messages) - len(trajectory.conversation)
     rows: list[dict[str, Any]] = []
     number = 0

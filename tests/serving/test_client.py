@@ -159,6 +159,17 @@ def test_flat_tools_and_calls_become_what_servers_take():
     assert first["messages"][3]["tool_call_id"] == asked["id"]
 
 
+@pytest.mark.parametrize("format", ["tools", "xlam_v1"])
+def test_results_are_sent_in_the_order_of_their_calls(format: str):
+    """Formats that write no ids know a result's call by its place."""
+    message = {"role": "assistant", "content": "", "tool_calls": CALLS}
+    results = [{"role": "tool", "tool_call_id": id, "content": f"result {id}"} for id in ("b", "a")]
+    with serve(says('{"thought": "Fine.", "tool_calls": []}')) as server:
+        client(server.url, format=format).completion([*USER, message, *results], [TOOL])
+    sent = json.dumps(server.requests[0]["messages"])
+    assert sent.index("result a") < sent.index("result b")
+
+
 def test_an_answer_goes_back_into_the_history():
     with serve(says("I look.", CALLS, "tool_calls"), says("3 °C.")) as server:
         llm = client(server.url)

@@ -26,7 +26,8 @@ class Fitted(NamedTuple):
     """Sequences of at most `sequence_length` + 1 ids, each with tokens that carry loss. Turns in spans are those of the
     trajectory."""
     reasons: list[str]
-    """Why nothing is there: too-long, no-loss, not-representable; or what was done to make it fit: cut, split."""
+    """Why nothing is there: too-long, no-loss, not-representable; or what was done to make it fit: cut, split; or that
+    the turns have reasoning, which no format writes yet: reasoning-not-rendered."""
     parts: list[Trajectory]
     """Parallel to `rendered`: what each sequence is rendered from, alone."""
     cut_turns: int = 0
@@ -65,6 +66,7 @@ def fit(trajectory: Trajectory, tokenizer: "PreTrainedTokenizerFast", data: Data
         return Fitted([], [invalid.reason], [], detail=invalid.detail)
     if fitted.rendered:  # where some sequences fit, those that do not are turns that were cut
         reasons = ["cut" if reason == "too-long" else reason for reason in fitted.reasons]
+        reasons += _unwritten(trajectory)
         return fitted._replace(reasons=list(dict.fromkeys(reasons)), detail="")
     if not fitted.reasons:
         return Fitted([], ["no-loss"], [], detail="no assistant turn carries loss")
@@ -97,7 +99,13 @@ def fit_pair(pair: Pair, tokenizer: "PreTrainedTokenizerFast", data: Data) -> Fi
     if places > data.sequence_length:
         detail = f"both sides take {places} places, which do not fit into a row of {data.sequence_length}"
         return Fitted([], ["too-long"], [], detail=detail)
-    return Fitted(sides, [], [pair.chosen, pair.rejected])
+    reasons = list(dict.fromkeys([*_unwritten(pair.chosen), *_unwritten(pair.rejected)]))
+    return Fitted(sides, reasons, [pair.chosen, pair.rejected])
+
+
+def _unwritten(trajectory: Trajectory) -> list[str]:
+    """What a trajectory has that no format writes."""
+    return ["reasoning-not-rendered"] if any(turn.reasoning for turn in trajectory.conversation) else []
 
 
 def _together(first: Fitted, second: Fitted) -> Fitted:

@@ -27,7 +27,7 @@ class Pair:
     rejected: Trajectory
 
 
-def parse_pair(row: object, default_id: str, repaired: Note) -> Pair:
+def parse_pair(row: object, default_id: str, repaired: Note, *, padded: bool = False) -> Pair:
     """Checks a row as `python -m xlam_jax.data pairs` writes it.
 
     `conversation` holds the turns that both sides share, `chosen` and `rejected` what follows; turns with which both
@@ -50,7 +50,8 @@ def parse_pair(row: object, default_id: str, repaired: Note) -> Pair:
     def side(name: str) -> Trajectory:
         whole = shared | {"conversation": [*row["conversation"], *row[name]], "score": row.get(f"{name}_score")}
         try:
-            return parse_trajectory(whole, default_id, lambda reason, detail: notes.update({(reason, detail): None}))
+            note = lambda reason, detail: notes.update({(reason, detail): None})  # noqa: E731
+            return parse_trajectory(whole, default_id, note, padded=padded)
         except InvalidTrajectory as invalid:
             raise InvalidTrajectory(invalid.reason, f"{name}: {invalid.detail}") from None
 

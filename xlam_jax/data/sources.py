@@ -5,8 +5,8 @@ Each row becomes one `Item` or several: a trajectory, why it is none, or why the
 is held but the rows at hand.
 
 Parquet and Arrow give every row of a nested column all keys that any row has, null where it has none of its own: such
-nulls are left out. In tools and arguments that may take a null that was meant, so it is counted as a repair,
-`null-fields`; a column of JSON texts has no such doubt.
+nulls are left out. In tools and arguments they are judged by the tools' schemas, see `xlam_jax.data.nulls`, and counted
+as a repair, `null-fields`; a column of JSON texts has no such padding.
 """
 
 import math
@@ -23,7 +23,9 @@ from urllib.parse import urlsplit
 
 from converters.trajectories.common import ConvertRow, Dropped, convert_one, read_rows, stem
 from converters.trajectories.common import Repaired as Repair
+from converters.trajectories.preference import is_other_layout, pair_row
 from xlam_jax.config import PAIRS, Filters, Source
+from xlam_jax.data import nulls
 from xlam_jax.data.pair import PAIR_KEYS, Pair, parse_pair
 from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory, parse_json, unread_calls
 from xlam_jax.errors import UserError, nearest
@@ -62,7 +64,8 @@ class _Row(NamedTuple):
     name: Path
     number: int
     row: dict[str, Any] | InvalidTrajectory
-    repairs: tuple[Repair, ...] = ()
+    padded: bool = False
+    """Whether the row has the null fields of a union schema."""
 
 
 def read(source: Source, dataset: dict[str, Any] | None = None) -> Iterator[Item]:
@@ -146,8 +149,8 @@ def _converter(source: Source) -> ConvertRow | None:
 
 
 def _items(row: _Row, convert_row: ConvertRow | None) -> Iterator[Item]:
-    repairs = list(row.repairs)
-    for found in convert_one(row.name, row.number, row.row, convert_row or partial(_named, row)):
+    repairs: list[Repair] = []
+    for found in convert_one(row.name, row.number, row.row, convert_row or partial(_named, row), row.padded):
         if not isinstance(found, Dropped):
             yield Item(row.where, found.trajectory, (*repairs, *found.repairs, *_unread(found.trajectory)))
         elif found.unit == "step":
@@ -159,12 +162,13 @@ def _items(row: _Row, convert_row: ConvertRow | None) -> Iterator[Item]:
 
 
 def _pairs(row: _Row) -> Iterator[Item]:
-    repairs = list(row.repairs)
+    repairs: list[Repair] = []
     try:
         if isinstance(row.row, InvalidTrajectory):
             raise row.row
         name = f"{stem(row.name)}:{row.number}"
-        pair = parse_pair(row.row, name, lambda reason, detail: repairs.append(Repair(reason, detail)))
+        note = lambda reason, detail: repairs.append(Repair(reason, detail))  # noqa: E731
+        pair = parse_pair(pair_row(row.row, name, note), name, note, padded=row.padded)
     except InvalidTrajectory as invalid:
         yield Item(row.where, invalid)
     else:
@@ -220,12 +224,12 @@ def _file(source: Source, path: Path) -> Iterator[_Row]:
     elif kind == ".array_record":
         rows = _array_record(path)
     else:
-        rows = ((number, row, ()) for number, row in read_rows(path))
-    for number, row, repairs in rows:
-        yield _Row(f"{path}:{number}", path, number, row, repairs)
+        rows = ((number, row, False) for number, row in read_rows(path))
+    for number, row, padded in rows:
+        yield _Row(f"{path}:{number}", path, number, row, padded)
 
 
-_Read = Iterator[tuple[int, dict[str, Any] | InvalidTrajectory, tuple[Repair, ...]]]
+_Read = Iterator[tuple[int, dict[str, Any] | InvalidTrajectory, bool]]
 
 
 def _array_record(path: Path) -> _Read:
@@ -238,7 +242,7 @@ def _array_record(path: Path) -> _Read:
                     raise InvalidTrajectory("not-an-object", f"a row is a JSON object, got a {type(row).__name__}")
             except InvalidTrajectory as invalid:
                 row = invalid
-            yield number + 1, row, ()
+            yield number + 1, row, False
 
 
 @contextmanager
@@ -264,16 +268,16 @@ def _parquet(source: Source, path: Path) -> _Read:
         with pq.ParquetFile(path) as file:
             columns = _columns(source, str(path), file.schema_arrow.names)
             for batch in file.iter_batches(_BATCH, columns=columns):
-                for row, repairs in _arrow(source, batch):
+                for row, padded in _arrow(source, batch):
                     number += 1
-                    yield number, row, repairs
+                    yield number, row, padded
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path}: cannot be read as Parquet ({error}); make it or get it again") from None
 
 
 def _columns(source: Source, where: str, names: list[str]) -> list[str]:
     """The columns to read. Raises `UserError` when there is none with the conversation."""
-    if source.format not in _OWN:
+    if source.format not in _OWN or (source.format == PAIRS and is_other_layout(names)):
         return names
     if "conversation" not in names:
         _fail(
@@ -284,24 +288,20 @@ def _columns(source: Source, where: str, names: list[str]) -> list[str]:
     return [name for name in names if name in (PAIR_KEYS if source.format == PAIRS else UNIFIED)]
 
 
-def _arrow(source: Source, table: "pa.RecordBatch | pa.Table") -> Iterator[tuple[Any, tuple[Repair, ...]]]:
-    """The rows of a table, nulls left out, texts of JSON parsed."""
+def _arrow(source: Source, table: "pa.RecordBatch | pa.Table") -> Iterator[tuple[Any, bool]]:
+    """The rows of a table, texts of JSON parsed, without nulls but for those that the reader judges; see `_Row`."""
     kinds = {name: table.schema.field(name).type for name in table.schema.names}
     for values in table.to_pylist(maps_as_pydicts="strict"):
-        nulls: list[str] = []
         try:
-            row = {name: _value(value, kinds[name], name, nulls) for name, value in values.items() if value is not None}
-            yield (_parsed(row) if source.format in _OWN else row), _null_fields(nulls)
+            row = nulls.drop_outside_tools({name: _value(value, kinds[name], name) for name, value in values.items()})
+            padded = nulls.has_columns_of_arguments(row)
+            yield (_parsed(row) if source.format in _OWN else row), padded
         except InvalidTrajectory as invalid:
-            yield invalid, ()
+            yield invalid, False
 
 
-def _null_fields(nulls: list[str]) -> tuple[Repair, ...]:
-    return (Repair("null-fields", f"left out, as null: {', '.join(sorted(set(nulls)))}"),) if nulls else ()
-
-
-def _value(value: Any, kind: "pa.DataType", path: str, nulls: list[str]) -> Any:
-    """An Arrow value as JSON. `nulls` takes the paths of those left out of tools and arguments."""
+def _value(value: Any, kind: "pa.DataType", path: str) -> Any:
+    """An Arrow value as JSON."""
     import pyarrow.types as pat
 
     if value is None or isinstance(value, bool | int):
@@ -315,19 +315,12 @@ def _value(value: Any, kind: "pa.DataType", path: str, nulls: list[str]) -> Any:
             raise InvalidTrajectory("malformed-json", f"{path} is {value}, which JSON does not have")
         return value
     if pat.is_struct(kind):
-        kept = {}
-        for at in range(kind.num_fields):  # pyright: ignore[reportAttributeAccessIssue]
-            field = kind.field(at)  # pyright: ignore[reportAttributeAccessIssue]
-            inner = f"{path}.{field.name}"
-            if value[field.name] is not None:
-                kept[field.name] = _value(value[field.name], field.type, inner, nulls)
-            elif "arguments." in inner or inner.startswith("tools"):
-                nulls.append(inner)
-        return kept
+        fields = [kind.field(at) for at in range(kind.num_fields)]  # pyright: ignore[reportAttributeAccessIssue]
+        return {field.name: _value(value[field.name], field.type, f"{path}.{field.name}") for field in fields}
     if isinstance(value, dict):
-        return {str(key): _value(item, kind.item_type, path, nulls) for key, item in value.items()}  # pyright: ignore
+        return {str(key): _value(item, kind.item_type, path) for key, item in value.items()}  # pyright: ignore
     if isinstance(value, list):
-        return [_value(item, kind.value_type, path, nulls) for item in value]  # pyright: ignore
+        return [_value(item, kind.value_type, path) for item in value]  # pyright: ignore
     if isinstance(value, bytes):
         return _text(value, path)
     return str(value)  # a date or the like
@@ -341,7 +334,9 @@ def _text(value: bytes, path: str) -> str:
 
 
 def _parsed(row: dict[str, Any]) -> dict[str, Any]:
-    """A row whose tools and turns may each be JSON texts, as a whole or one by one."""
+    """A row whose tools and turns may be JSON texts, as a whole or one by one; in other layouts texts are texts."""
+    if is_other_layout(row):
+        return row
     for key in ("tools", "conversation", "chosen", "rejected"):
         if isinstance(value := row.get(key), str):
             row[key] = parse_json(value)
@@ -377,8 +372,8 @@ def _dataset_rows(source: Source, open_: Callable[[], Any]) -> Iterator[_Row]:
     try:
         for table in open_().with_format("arrow").iter(_BATCH):
             columns = _columns(source, name, table.column_names)
-            for row, repairs in _arrow(source, table.select(columns)):
-                yield _Row(f"{name}[{index}]", Path(Path(str(source.dataset)).name), index, row, repairs)
+            for row, padded in _arrow(source, table.select(columns)):
+                yield _Row(f"{name}[{index}]", Path(Path(str(source.dataset)).name), index, row, padded)
                 index += 1
     except DatasetGenerationError as error:
         why = _first_line(error.__cause__ or error)
@@ -490,8 +485,9 @@ def _tfds(source: Source, name: str) -> Iterator[_Row]:
         indices = range(start, min(start + _BATCH, len(rows)))
         for number, values in zip(indices, rows.__getitems__(indices), strict=True):
             try:
-                row = tfds_builder.plain(values)
+                row = nulls.drop_outside_tools(tfds_builder.plain(values))
+                padded = nulls.has_columns_of_arguments(row)
                 row = _parsed(row) if source.format in _OWN else row
             except InvalidTrajectory as invalid:
-                row = invalid
-            yield _Row(f"{name}:{source.split}[{number}]", Path(name.partition("/")[0]), number, row)
+                row, padded = invalid, False
+            yield _Row(f"{name}:{source.split}[{number}]", Path(name.partition("/")[0]), number, row, padded)

@@ -101,12 +101,12 @@ def _features(trajectory: Trajectory) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """A row of `tfds.data_source` as JSON values: text for bytes, lists for arrays, absent for None.
+    """A row of `tfds.data_source` as JSON values: text for bytes, lists for arrays.
 
     Raises `InvalidTrajectory` for bytes that are no text.
     """
     if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items() if item is not None}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
     if isinstance(value, list | tuple):

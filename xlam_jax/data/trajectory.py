@@ -7,14 +7,18 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn
 
+from xlam_jax.data import nulls
 from xlam_jax.data.files import read_lines, stem
 from xlam_jax.errors import nearest
 
 ROLES = ("system", "user", "assistant", "tool")
 ROW_KEYS = frozenset({"unique_trajectory_id", "source", "score", "task_instruction", "tools", "conversation"})
+REASONING_KEYS = ("reasoning", "reasoning_content", "thinking")
+"""Spellings of the key with an assistant turn's reasoning; the first is the canonical one."""
 MESSAGE_KEYS = frozenset({"role", "content", "tool_calls", "tool_call_id", "name", "loss"})
 CALL_KEYS = frozenset({"type", "id", "function"})
 FUNCTION_KEYS = frozenset({"name", "arguments"})
@@ -53,7 +57,11 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. `content` of an assistant turn with calls is the thought; `loss` False takes its loss away."""
+    """One turn. `content` of an assistant turn with calls is the thought; `loss` False takes its loss away.
+
+    `reasoning` is what a reasoning model writes before its answer; only an assistant turn has it, and no format renders
+    it yet.
+    """
 
     role: str
     content: str
@@ -61,6 +69,7 @@ class Message:
     tool_call_id: str | None = None
     name: str | None = None
     loss: bool | None = None
+    reasoning: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +84,9 @@ class Trajectory:
     conversation: tuple[Message, ...]
 
 
-def parse_trajectory(obj: object, default_id: str = "", repaired: Note | None = None) -> Trajectory:
+def parse_trajectory(
+    obj: object, default_id: str = "", repaired: Note | None = None, *, padded: bool = False
+) -> Trajectory:
     """Checks one row and returns it typed.
 
     What is mended, and what is left out, is told by `repaired(reason, detail)`:
@@ -83,6 +94,8 @@ def parse_trajectory(obj: object, default_id: str = "", repaired: Note | None = 
     call-in-text (calls of declared tools that the text of an assistant turn holds become tool calls),
     null-content, text-parts (`[{"type": "text", …}]`), structured-content (a tool's list or object becomes JSON text),
     missing-call-id and mismatched-call-id (where calls and results leave no doubt; then each result has its call's id),
+    parallel-calls-as-turns (see `join_calls`), results-out-of-order (results follow in the order of their calls),
+    null-fields (padding of a union schema, see `xlam_jax.data.nulls`; `padded` where the row is known to have it),
     string-tools, missing-tool-type, text-score, number-as-id, unknown-key (this format has no such key).
     `default_id` names rows without `unique_trajectory_id`.
     Text that is meant as a call and cannot be read as one of a declared tool stays as it is (see `unread_calls`).
@@ -93,8 +106,9 @@ def parse_trajectory(obj: object, default_id: str = "", repaired: Note | None = 
     if not isinstance(obj, dict):
         _fail("not-an-object", f"a row is a JSON object, got {_kind(obj)}")
     check_json(obj)
-    tools = _parse_tools(obj.get("tools"), note)
-    declared = {tool["function"]["name"]: None for tool in tools}  # a set that keeps their order
+    dropped: list[str] = []
+    tools = _read_tools(obj.get("tools"), note, padded, dropped)
+    declared = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
     conversation = _parse_messages(obj.get("conversation"), note, declared)
     if not any(message.role == "assistant" for message in conversation):
         _fail("no-assistant-turn", f"none of the {len(conversation)} turns is by the assistant")
@@ -104,6 +118,9 @@ def parse_trajectory(obj: object, default_id: str = "", repaired: Note | None = 
                 known = ", ".join(declared) or "none"
                 hint = nearest(call.name[:100], declared)
                 _fail("undeclared-tool", f"turn {i} calls '{call.name}', declared tools: {known}{hint}")
+    conversation = _without_padding(conversation, declared, padded, dropped)
+    if dropped:
+        note("null-fields", f"left out, as null: {', '.join(sorted(set(dropped)))}")
     _note_unknown(obj, ROW_KEYS, "the row", note)
     identity = _optional_id(obj, "unique_trajectory_id", "the row", note)
     return Trajectory(
@@ -168,12 +185,18 @@ def to_dict(trajectory: Trajectory) -> dict[str, Any]:
     return row
 
 
-def to_messages(trajectory: Trajectory) -> list[dict[str, Any]]:
-    """Returns the conversation as chat messages; the task instruction becomes a system message at the front."""
+def to_messages(trajectory: Trajectory, reasoning: bool = False) -> list[dict[str, Any]]:
+    """Returns the conversation as chat messages; the task instruction becomes a system message at the front.
+
+    With `reasoning`, that of assistant turns is their `reasoning_content`; without, as what is trained, it is left out.
+    """
     front = [{"role": "system", "content": trajectory.task_instruction}] if trajectory.task_instruction else []
     turns = [_message_to_dict(message) for message in trajectory.conversation]
     for turn in turns:
         turn.pop("loss", None)  # no part of what a server is sent
+        text = turn.pop("reasoning", None)
+        if reasoning and text:
+            turn["reasoning_content"] = text
     return front + turns
 
 
@@ -309,6 +332,15 @@ _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
 def _parse_tools(obj: object, note: Note) -> list[dict[str, Any]]:
+    dropped: list[str] = []
+    tools = _read_tools(obj, note, padded=False, dropped=dropped)
+    if dropped:
+        note("null-fields", f"left out, as null: {', '.join(sorted(set(dropped)))}")
+    return tools
+
+
+def _read_tools(obj: object, note: Note, padded: bool, dropped: list[str]) -> list[dict[str, Any]]:
+    """The tools without null fields, whose paths are appended to `dropped`."""
     if isinstance(obj, str):
         try:
             obj = parse_json(obj)
@@ -320,6 +352,7 @@ def _parse_tools(obj: object, note: Note) -> list[dict[str, Any]]:
         return []
     if not isinstance(obj, list):
         _fail("bad-tools", f"`tools` is a list, got {_kind(obj)}")
+    obj = nulls.clean_tools(obj, padded, dropped)
     seen: set[str] = set()
     tools: list[dict[str, Any]] = []
     for i, tool in enumerate(obj):
@@ -342,10 +375,27 @@ def _parse_tools(obj: object, note: Note) -> list[dict[str, Any]]:
     return tools
 
 
+def _without_padding(
+    conversation: tuple[Message, ...], declared: dict[str, Any], padded: bool, dropped: list[str]
+) -> tuple[Message, ...]:
+    """The turns whose calls have no null arguments but those that were meant."""
+    calls = [call for message in conversation for call in message.tool_calls]
+    padded = padded or any(nulls.has_padding(call.arguments, declared[call.name]) for call in calls)
+
+    def clean(call: ToolCall) -> ToolCall:
+        arguments = nulls.clean_arguments(call.arguments, declared[call.name], padded, dropped)
+        return call if arguments is call.arguments else replace(call, arguments=arguments)
+
+    return tuple(
+        replace(message, tool_calls=tuple(map(clean, message.tool_calls))) if message.tool_calls else message
+        for message in conversation
+    )
+
+
 def _parse_messages(obj: object, note: Note, declared: Collection[str] = ()) -> tuple[Message, ...]:
     if not isinstance(obj, list | tuple) or not obj:
         _fail("no-conversation", f"a conversation is a non-empty list of turns, got {_kind(obj)}")
-    messages = [_parse_message(i, message, note) for i, message in enumerate(obj)]
+    messages = [_parse_message(i, message, note) for i, message in enumerate(join_calls(obj, note))]
     if declared:
         messages = [_read_text_calls(i, message, declared, note) for i, message in enumerate(messages)]
     _check_order(messages)
@@ -353,6 +403,60 @@ def _parse_messages(obj: object, note: Note, declared: Collection[str] = ()) -> 
         if message.tool_calls:
             _link(messages, i, note)
     return tuple(messages)
+
+
+def join_calls(turns: Sequence[Any], note: Note) -> list[Any]:
+    """Joins assistant turns with calls that follow each other into one turn: parallel calls, written a turn each.
+
+    `turns` are objects in OpenAI form that need not be checked yet. Raises `InvalidTrajectory` where their results do
+    not show which call each of them answers.
+    """
+    joined: list[Any] = []
+    starts: list[int] = []
+    for i, turn in enumerate(turns):
+        if joined and _calls_tools(joined[-1]) and _calls_tools(turn):
+            joined[-1] = _joined(i, joined[-1], turn)
+            starts.append(len(joined) - 1)
+            note("parallel-calls-as-turns", f"turn {i} calls like the turn before it, and becomes part of that")
+        else:
+            joined.append(turn)
+    for at in dict.fromkeys(starts):
+        results = list(takewhile(lambda turn: isinstance(turn, dict) and turn.get("role") == "tool", joined[at + 1 :]))
+        calls = joined[at]["tool_calls"]
+        ids = [call.get("id") for call in calls if isinstance(call, dict)]
+        answered = [result.get("tool_call_id") for result in results]
+        if len(results) not in (0, len(calls)) and not all(id is not None and id in ids for id in answered):
+            _fail(
+                "ambiguous-parallel-calls",
+                f"turn {at} and those after it call {len(calls)} tools in turns of their own, and {len(results)} "
+                "results follow without the ids of their calls: which call has none is not known",
+            )
+    return joined
+
+
+def _calls_tools(turn: Any) -> bool:
+    calls = turn.get("tool_calls") if isinstance(turn, dict) else None
+    return bool(calls) and isinstance(calls, list | tuple) and turn.get("role") == "assistant"
+
+
+def _joined(i: int, first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Two turns as one: calls behind each other, texts in paragraphs."""
+    whole = second | first | {"tool_calls": [*first["tool_calls"], *second["tool_calls"]]}
+    losses = [first.get("loss"), second.get("loss")]
+    if (losses[0] is False) != (losses[1] is False):
+        _fail("bad-loss", f"turns {i - 1} and {i} call tools in parallel, and have loss {losses[0]} and {losses[1]}")
+    if losses != [None, None]:
+        whole["loss"] = next(loss for loss in losses if loss is not None)
+    for key in ("content", *REASONING_KEYS):
+        texts = [turn[key] for turn in (first, second) if turn.get(key)]
+        if len(texts) == 2 and not all(isinstance(text, str) for text in texts):
+            parts = [[{"type": "text", "text": text}] if isinstance(text, str) else text for text in texts]
+            if not all(isinstance(part, list) for part in parts):
+                _fail("bad-content", f"turn {i} has {key} that is {_kind(second[key])}, not text")
+            whole[key] = [*parts[0], *parts[1]]
+        elif texts:
+            whole[key] = "\n\n".join(texts) if len(texts) == 2 else texts[0]
+    return whole
 
 
 def _parse_message(i: int, obj: object, note: Note) -> Message:
@@ -363,7 +467,11 @@ def _parse_message(i: int, obj: object, note: Note) -> Message:
         hint = nearest(role[:100], ROLES) if isinstance(role, str) else ""
         _fail("unknown-role", f"turn {i} has role {role!r}, known roles: {', '.join(ROLES)}{hint}")
     where = f"turn {i}"
-    content = _content(role, obj.get("content"), f"{where} ({role})", note)
+    reasoning: list[str] = []
+    content = _content(role, obj.get("content"), f"{where} ({role})", note, reasoning)
+    unknown = dict(obj)
+    if role == "assistant":
+        reasoning = [*_reasoning(unknown), *reasoning]
     calls = obj.get("tool_calls")
     if not isinstance(calls, list | tuple | None):
         _fail("bad-call", f"turn {i} has `tool_calls` that is {_kind(calls)}, not a list")
@@ -374,7 +482,7 @@ def _parse_message(i: int, obj: object, note: Note) -> Message:
     loss = obj.get("loss")
     if not isinstance(loss, bool | None):
         _fail("bad-loss", f"turn {i} has loss {loss!r}, not true or false")
-    _note_unknown(obj, MESSAGE_KEYS, where, note)
+    _note_unknown(unknown, MESSAGE_KEYS, where, note)
     return Message(
         role=role,
         content=content,
@@ -382,6 +490,7 @@ def _parse_message(i: int, obj: object, note: Note) -> Message:
         tool_call_id=_optional_id(obj, "tool_call_id", where, note),
         name=_optional_text(obj, "name", where),
         loss=loss,
+        reasoning="\n\n".join(dict.fromkeys(reasoning)),
     )
 
 
@@ -401,17 +510,53 @@ def _read_text_calls(i: int, message: Message, declared: Collection[str], note: 
     return replace(message, content=found.thought, tool_calls=found.calls)
 
 
-def _content(role: str, content: object, where: str, note: Note) -> str:
+def _reasoning(message: dict[str, Any]) -> Iterator[str]:
+    """Takes the texts under the keys of `REASONING_KEYS` out of an assistant's message; other values stay there."""
+    for key in REASONING_KEYS:
+        value = message.get(key)
+        texts = [value] if isinstance(value, str) else _texts(value)
+        if texts is not None:
+            del message[key]
+            yield from filter(None, texts)
+
+
+def _texts(parts: object) -> list[str] | None:
+    """The texts of a list of parts, which may be texts; None for what is none."""
+    if not isinstance(parts, list) or not parts:
+        return None
+    texts = [part if isinstance(part, str) else _part(part, "text", *_REASONING_PARTS) for part in parts]
+    return None if None in texts else [text for text in texts if text is not None]
+
+
+def _part(part: object, *kinds: str) -> str | None:
+    """The text of a content part of these types, None for any other."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if not isinstance(part, dict) or kind not in kinds:
+        return None
+    text = next((part[key] for key in ("text", *REASONING_KEYS, "summary") if part.get(key) is not None), None)
+    if isinstance(text, list) and kind != "text":
+        text = "\n".join(texts) if (texts := _texts(text)) is not None else None
+    return text if isinstance(text, str) else None
+
+
+_REASONING_PARTS = ("thinking", "reasoning", "summary_text", "reasoning_text")
+
+
+def _content(role: str, content: object, where: str, note: Note, reasoning: list[str]) -> str:
+    """The text of a content; what an assistant's parts of reasoning say is appended to `reasoning`."""
     if isinstance(content, str):
         return content
     if content is None:
         note("null-content", f"{where} has no content")
         return ""
     if isinstance(content, list) and content:
-        parts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
-        texts = [part for part in parts if isinstance(part, str)]
-        if len(texts) == len(content):
-            note("text-parts", f"{where} has its text in {len(texts)} parts")
+        thoughts = [_part(part, *_REASONING_PARTS) if role == "assistant" else None for part in content]
+        spoken = [part for part, thought in zip(content, thoughts, strict=True) if thought is None]
+        texts = [text for part in spoken if (text := _part(part, "text")) is not None]
+        if len(texts) == len(spoken):
+            reasoning += filter(None, thoughts)
+            if texts:
+                note("text-parts", f"{where} has its text in {len(texts)} parts")
             return "\n".join(texts)
     if role != "tool":
         _fail("bad-content", f"{where} has content that is {_kind(content)}, not text")
@@ -454,7 +599,10 @@ def _check_order(messages: Sequence[Message]) -> None:
 
 
 def _link(messages: list[Message], i: int, note: Note) -> None:
-    """Gives the tool results after turn `i`, and its calls, the ids that they lack, where no other way is possible."""
+    """Gives the tool results after turn `i`, and its calls, the ids that they lack, where no other way is possible.
+
+    The results are put into the order of their calls.
+    """
     calls = list(messages[i].tool_calls)
     ids = [call.id for call in calls if call.id is not None]
     if len(set(ids)) < len(ids):
@@ -485,6 +633,10 @@ def _link(messages: list[Message], i: int, note: Note) -> None:
             note("mismatched-call-id", f"turn {j} answers '{result.tool_call_id}', the call is '{call.id}'")
         messages[j] = replace(result, tool_call_id=calls[k].id)
     messages[i] = replace(messages[i], tool_calls=tuple(calls))
+    if answered != sorted(answered):  # formats without ids know a result's call by its place alone
+        note("results-out-of-order", f"the results after turn {i} come in another order than its calls")
+        results = messages[i + 1 : end]
+        messages[i + 1 : end] = [results[at] for at in sorted(range(len(results)), key=answered.__getitem__)]
 
 
 def answered_calls(calls: Sequence[ToolCall], results: Sequence[Message]) -> list[int] | None:
@@ -498,7 +650,7 @@ def answered_calls(calls: Sequence[ToolCall], results: Sequence[Message]) -> lis
     taken = set(by_id.values())
     free = [k for k in range(len(calls)) if k not in taken]
     loose = [j for j in range(len(results)) if j not in by_id]
-    found = _pair([calls[k] for k in free], [results[j] for j in loose]) if loose else []
+    found = pair_without_ids([calls[k] for k in free], [results[j] for j in loose]) if loose else []
     if found is None:
         if at or len(results) > len(calls) or any(result.tool_call_id is not None for result in results):
             return None
@@ -507,8 +659,8 @@ def answered_calls(calls: Sequence[ToolCall], results: Sequence[Message]) -> lis
     return [by_id[j] if j in by_id else others[j] for j in range(len(results))]
 
 
-def _pair(calls: Sequence[ToolCall], results: Sequence[Message]) -> list[int] | None:
-    """The same without looking at the ids that calls and results share."""
+def pair_without_ids(calls: Sequence[ToolCall], results: Sequence[Message]) -> list[int] | None:
+    """The same without looking at the ids that calls and results share, and None also where only the order tells."""
     ids = [result.tool_call_id for result in results if result.tool_call_id is not None]
     names = [result.name for result in results]
     if len(calls) == 1 and len(results) > 1:  # they belong to it, or not all of them
@@ -531,6 +683,8 @@ def _message_to_dict(message: Message) -> dict[str, Any]:
         row["tool_call_id"] = message.tool_call_id
     if message.name is not None:
         row["name"] = message.name
+    if message.reasoning:
+        row["reasoning"] = message.reasoning
     row["content"] = message.content
     if message.loss is not None:
         row["loss"] = message.loss

@@ -12,6 +12,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from converters.trajectories.preference import is_other_layout, pair_row
 from xlam_jax.config import Source
 from xlam_jax.data import sources
 from xlam_jax.data import trajectory as reader
@@ -55,13 +56,12 @@ def validate(path: Path, limit: Limit | None = None) -> Iterator[list[Finding]]:
     line = 0
     source = Source(name="validate", files=[str(path)])
     sources.check(source)
-    for _, _, line, row, repairs in sources._file(source, path):
-        problems = [Problem(repair.reason, repair.detail) for repair in repairs]
+    for _, _, line, row, padded in sources._file(source, path):
         identity = ""
         if isinstance(row, InvalidTrajectory):
-            problems.append(Problem(row.reason, row.detail))
+            problems = [Problem(row.reason, row.detail)]
         else:
-            problems += check_row(row, limit)
+            problems = list(check_row(row, limit, padded=padded))
             given = row.get("unique_trajectory_id")
             if isinstance(given, str | int):
                 identity = str(given)
@@ -74,13 +74,21 @@ def validate(path: Path, limit: Limit | None = None) -> Iterator[list[Finding]]:
         raise UserError(f"{path}: holds no row; expected trajectories, one JSON object a line")
 
 
-def check_row(row: object, limit: Limit | None = None) -> Iterator[Problem]:
+def check_row(row: object, limit: Limit | None = None, *, padded: bool = False) -> Iterator[Problem]:
     """Yields everything that is wrong with one row, but for ids that another row has.
 
     A row with `chosen` and `rejected` is a pair.
     """
+    if isinstance(row, dict) and is_other_layout(row):
+        notes: list[Problem] = []
+        try:
+            row = pair_row(row, "", lambda reason, detail: notes.append(Problem(reason, detail)))
+        except InvalidTrajectory as invalid:
+            yield Problem(invalid.reason, invalid.detail)
+            return
+        yield from notes
     if isinstance(row, dict) and {"chosen", "rejected"} <= row.keys():
-        yield from _check_pair(row, limit)
+        yield from _check_pair(row, limit, padded)
         return
     found: list[Problem] = []
 
@@ -90,7 +98,7 @@ def check_row(row: object, limit: Limit | None = None) -> Iterator[Problem]:
     if isinstance(row, dict) and row.get("unique_trajectory_id") is None:
         note("missing-trajectory-id", "`unique_trajectory_id` is missing; the line's number becomes its name")
     try:
-        trajectory = parse_trajectory(row, repaired=note)
+        trajectory = parse_trajectory(row, repaired=note, padded=padded)
     except InvalidTrajectory as invalid:
         yield from _check_pieces(row, invalid)
         return
@@ -105,7 +113,7 @@ def check_row(row: object, limit: Limit | None = None) -> Iterator[Problem]:
         yield from limit(trajectory)
 
 
-def _check_pair(row: dict[str, Any], limit: Limit | None) -> Iterator[Problem]:
+def _check_pair(row: dict[str, Any], limit: Limit | None, padded: bool) -> Iterator[Problem]:
     """Yields what is wrong with each side, taken for itself, and with the two together."""
     found = False
     shared = {key: row[key] for key in reader.ROW_KEYS & row.keys()}
@@ -113,11 +121,11 @@ def _check_pair(row: dict[str, Any], limit: Limit | None) -> Iterator[Problem]:
         turns = [row.get("conversation"), row[side]]
         if not all(isinstance(part, list) for part in turns):
             break  # said below
-        for problem in check_row(shared | {"conversation": [*turns[0], *turns[1]]}, limit):
+        for problem in check_row(shared | {"conversation": [*turns[0], *turns[1]]}, limit, padded=padded):
             found = True
             yield Problem(problem.reason, f"{side}: {problem.detail}")
     try:
-        parse_pair(row, "", lambda reason, detail: None)
+        parse_pair(row, "", lambda reason, detail: None, padded=padded)
     except InvalidTrajectory as invalid:
         if not found:
             yield Problem(invalid.reason, invalid.detail)
@@ -229,6 +237,7 @@ def _check_pieces(row: object, refused: InvalidTrajectory) -> Iterator[Problem]:
     if not isinstance(raw, list) or not raw:
         attempt(reader._parse_messages, raw, note)
         raw = []
+    raw = attempt(reader.join_calls, raw, note) or raw
     turns: list[Message] = []
     for at, item in enumerate(raw):
         turn = attempt(reader._parse_message, at, item, note)
@@ -347,7 +356,10 @@ def length_limit(config: Path, overrides: Sequence[str] = ()) -> Limit:
     def limit(trajectory: Trajectory) -> Iterator[Problem]:
         fitted = fit(trajectory, tokenizer, data)
         for reason in fitted.reasons:
-            yield Problem(reason, f"{fitted.detail} (data.sequence_length is {data.sequence_length})")
+            if reason == "reasoning-not-rendered":
+                yield Problem(reason, f"the reasoning of its turns is not written in the format {data.format}")
+            else:
+                yield Problem(reason, f"{fitted.detail} (data.sequence_length is {data.sequence_length})")
 
     return limit
 

@@ -90,8 +90,8 @@ def read_adapters(resolved: Resolved, base: Params | None) -> Params | None:
 
 
 def read_initial(resolved: Resolved, base: Params | None) -> Params | None:
-    """What `fresh` starts from, none of it read yet: the adapters that `lora.init_from` names, to be used with `base`, or
-    in full training the weights that `model.init_from` names; None for random ones.
+    """What `fresh` starts from, not read yet: the adapters that `lora.init_from` names, to be used with `base`, or in
+    full training the weights that `model.init_from` names; None for random ones.
 
     Raises `UserError` when it does not fit.
     """

@@ -87,11 +87,17 @@ def find(name: str, tokenizer: "PreTrainedTokenizerFast", codec: Codec) -> Forma
 
 
 def read_template(name: str, **variables: bool) -> str:
-    """Returns a shipped template with variables set in front of it."""
+    """Returns a shipped template with variables set in front of it.
+
+    One that writes tool results sorts them first: a server hands over what a client sends, in whatever order.
+    """
     header = "".join(
         f"{{%- set {variable} = {'true' if value else 'false'} -%}}\n" for variable, value in variables.items()
     )
-    return header + (files("serving") / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
+    parts = [name] if name == "mistral_v1" else ["results_in_order", name]
+    return header + "".join(
+        (files("serving") / "templates" / f"{part}.jinja").read_text(encoding="utf-8") for part in parts
+    )
 
 
 def written_calls(

@@ -1,0 +1,58 @@
+"""Calls and results of formats that write no ids: parallel calls in one turn, ids where the pairing is unambiguous."""
+
+from collections.abc import Sequence
+from itertools import takewhile
+from typing import Any
+
+from converters.trajectories.common import Repaired
+from xlam_jax.data.trajectory import Message, ToolCall, join_calls, pair_without_ids
+
+
+def link(turns: Sequence[dict[str, Any]], repairs: list[Repaired], ids: bool = True) -> list[dict[str, Any]]:
+    """Joins parallel calls that are written a turn each; with `ids`, adds the ids that calls and their results lack.
+
+    Turns in which a call or a result has an id are left to the reader, as are those whose pairing is in doubt. `turns`
+    need not be checked yet. Raises `InvalidTrajectory` as `join_calls` does.
+    """
+    joined = join_calls(turns, lambda reason, detail: repairs.append(Repaired(reason, detail)))
+    if not ids:
+        return joined
+    used = {str(call.get("id")) for turn in joined for call in _calls(turn)}
+    number = 0
+    for i, turn in enumerate(joined):
+        calls = _calls(turn)
+        results = list(takewhile(lambda turn: turn.get("role") == "tool", joined[i + 1 :]))
+        pairs = _pairs(calls, results)
+        for call in calls:
+            number += 1
+            while f"call_{number}" in used:
+                number += 1
+            if pairs is not None and call.get("id") is None:
+                call["id"] = f"call_{number}"
+        for result, k in zip(results, pairs or (), strict=False):
+            result["tool_call_id"] = calls[k]["id"]
+            if result.get("name") is None:
+                result["name"] = calls[k]["function"]["name"]
+    return joined
+
+
+def _calls(turn: dict[str, Any]) -> list[dict[str, Any]]:
+    calls = turn.get("tool_calls")
+    return [call for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
+
+
+def _pairs(calls: Sequence[dict[str, Any]], results: Sequence[dict[str, Any]]) -> list[int] | None:
+    """For each result the index of its call; None where that is in doubt, or not for this module to decide."""
+    functions = [call.get("function") for call in calls]
+    names = [function.get("name") if isinstance(function, dict) else None for function in functions]
+    given = [result.get("name") for result in results]
+    known = all(call.get("id") is not None for call in calls)
+    if known or any(result.get("tool_call_id") is not None for result in results):
+        return None
+    if not all(isinstance(name, str) for name in names) or not all(isinstance(name, str | None) for name in given):
+        return None
+    if not results:
+        return []
+    return pair_without_ids(
+        [ToolCall(None, str(name), {}) for name in names], [Message("tool", "", name=name) for name in given]
+    )

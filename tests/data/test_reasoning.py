@@ -1,0 +1,115 @@
+"""What a reasoning model writes before its answer: kept in its own field, and reported where it is not rendered."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from converters.trajectories import exporter, row_converter
+from converters.trajectories.common import Converted, Lost, convert_one
+from xlam_jax.config import Data
+from xlam_jax.data import corpus
+from xlam_jax.data.lengths import fit
+from xlam_jax.data.render import render
+from xlam_jax.data.tokenizer import load_tokenizer
+from xlam_jax.data.trajectory import Trajectory, parse_trajectory, to_dict, to_messages
+from xlam_jax.data.validate import check_row
+
+TOOL = {"type": "function", "function": {"name": "tide", "parameters": {"type": "object", "properties": {}}}}
+CALL = {"id": "c1", "type": "function", "function": {"name": "tide", "arguments": "{}"}}
+ASK = {"role": "user", "content": "Tide?"}
+RESULT = {"role": "tool", "tool_call_id": "c1", "content": "2 m"}
+
+
+def convert(format: str, row: dict[str, Any], *repairs: str) -> Trajectory:
+    convert_row = row_converter(format)
+    assert convert_row
+    (item,) = convert_one(Path("rows.jsonl"), 1, copy.deepcopy(row), convert_row)
+    assert isinstance(item, Converted), item
+    assert [repair.reason for repair in item.repairs] == list(repairs)
+    return item.trajectory
+
+
+def messages(**changes: Any) -> dict[str, Any]:
+    answer = {"role": "assistant", "content": None, "tool_calls": [CALL]} | changes
+    return {"messages": [ASK, answer, RESULT, {"role": "assistant", "content": "2 m"}], "tools": [TOOL]}
+
+
+THOUGHT = "A tool measures it."
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"reasoning_content": THOUGHT},
+        {"reasoning": THOUGHT},
+        {"thinking": THOUGHT},
+        {"reasoning_content": THOUGHT, "reasoning": THOUGHT},  # servers give both
+        {"reasoning": [{"type": "summary_text", "text": THOUGHT}]},
+        {"content": [{"type": "thinking", "thinking": THOUGHT, "signature": "x"}]},
+        {"content": [{"type": "thinking", "thinking": [{"type": "text", "text": THOUGHT}]}]},
+        {"content": [{"type": "reasoning", "text": THOUGHT}]},
+        {"content": [{"type": "reasoning", "summary": [{"type": "summary_text", "text": THOUGHT}]}]},
+    ],
+)
+def test_every_spelling_is_kept(changes):
+    turn = convert("openai", messages(**changes)).conversation[1]
+    assert (turn.reasoning, turn.content, len(turn.tool_calls)) == (THOUGHT, "", 1)
+
+
+def test_parts_of_text_stay_text():
+    parts = [{"type": "thinking", "thinking": THOUGHT}, {"type": "text", "text": "I look."}]
+    turn = convert("openai", messages(content=parts), "text-parts").conversation[1]
+    assert (turn.reasoning, turn.content) == (THOUGHT, "I look.")
+    # reasoning of others than the assistant, and of no known kind, is left out and counted
+    row = messages(reasoning={"effort": "high"})
+    row["messages"][0] = ASK | {"reasoning": THOUGHT}
+    found = convert("openai", row, "unknown-key", "unknown-key")
+    assert not any(turn.reasoning for turn in found.conversation)
+
+
+def test_it_comes_back_from_every_form_that_can_hold_it():
+    trajectory = convert("openai", messages(reasoning_content=THOUGHT))
+    row = to_dict(trajectory)
+    assert row["conversation"][1]["reasoning"] == THOUGHT
+    assert parse_trajectory(copy.deepcopy(row)) == trajectory
+    assert not list(check_row(row))
+    (written, *losses) = exporter("openai")(trajectory)
+    assert isinstance(written, dict)
+    assert written["messages"][1]["reasoning_content"] == THOUGHT
+    assert {loss.reason for loss in losses if isinstance(loss, Lost)} == {"id-not-held"}
+    assert convert("openai", written | {"id": trajectory.id}) == trajectory
+    assert any("reasoning_content" in str(row) for row in exporter("train_ready")(trajectory))
+    for format in ("sharegpt", "xlam60k"):
+        reasons = {item.reason for item in exporter(format)(trajectory) if isinstance(item, Lost)}
+        assert reasons & {"reasoning-not-held", "turns-not-held"}, format
+
+
+def test_a_turn_of_reasoning_alone_says_nothing():
+    row = {"conversation": [ASK, {"role": "assistant", "content": "", "reasoning": THOUGHT}]}
+    assert [problem.reason for problem in check_row(row)][-1] == "empty-assistant-turn"
+
+
+def test_what_no_format_writes_is_reported(tmp_path, write_jsonl, quickstart):
+    trajectory = convert("openai", messages(reasoning_content=THOUGHT))
+    bare = convert("openai", messages())
+    tokenizer = load_tokenizer(str(quickstart / "tokenizer"))
+    rendered = render(trajectory, tokenizer)
+    assert rendered.input_ids.tolist() == render(bare, tokenizer).input_ids.tolist()
+    assert not any("reasoning" in key for message in to_messages(trajectory) for key in message)
+    path = write_jsonl(to_dict(trajectory), to_dict(bare))
+    data = Data.model_validate(
+        {
+            "sources": [{"name": "s", "files": [str(path)]}],
+            "tokenizer": str(quickstart / "tokenizer"),
+            "sequence_length": 512,
+            "heldout": 0.0,
+            "streams": 1,
+        }
+    )
+    lines: list[str] = []
+    (loaded,) = corpus.load(data, tokenizer, lines.append)
+    assert loaded.changed == {"reasoning-not-rendered": 1}
+    assert "changed: 1 reasoning-not-rendered" in lines[0]
+    assert fit(bare, tokenizer, data).reasons == []
