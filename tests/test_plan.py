@@ -83,7 +83,16 @@ def test_a_kernel_that_does_not_compile_is_named(commands: Commands):
     assert lines["figures"].startswith("computed: compiling failed after ")
     assert lines["not compiled"].startswith("the kernel gmm")
     assert "of VMEM, whose limit is 16.00M; model.experts or model.attention set to xla" in lines["not compiled"]
-    assert {"layout", "kernels", "batch", "parameters", "memory", "FLOPs", "at the least", "utilization"} <= lines.keys()
+    assert {
+        "layout",
+        "kernels",
+        "batch",
+        "parameters",
+        "memory",
+        "FLOPs",
+        "at the least",
+        "utilization",
+    } <= lines.keys()
     assert "does not fit" not in text
 
 

@@ -3,8 +3,8 @@
 The training step is the one that `xlam_jax.train` compiles. For a TPU slice its compiler, libtpu, runs on this machine;
 for GPUs no compiler is at hand, and the figures are computed; for CPUs it is compiled for this one.
 
-Exit codes: 0 after a complete plan, also of a step that does not fit; 2 for invalid input; 3 if the compiler refused the
-step for another reason than the device's memory.
+Exit codes: 0 after a complete plan, also of a step that does not fit; 2 for invalid input; 3 if the compiler refused
+the step for another reason than the device's memory.
 """
 
 import argparse
@@ -328,8 +328,8 @@ def search(resolved: Resolved, topology: Topology, say: Any) -> list[Plan]:
 
 
 def _compile_best(tried: list[tuple[Plan, Resolved]], topology: Topology, say: Any) -> list[Plan]:
-    """The first `COMPILED` layouts that compile and fit, the fastest first, with those of the first `ATTEMPTS` that were
-    not compiled. Layouts that fail are skipped, and the cause is reported; they are returned where all fail."""
+    """The first `COMPILED` layouts that compile and fit, the fastest first, then those of the first `ATTEMPTS` that were
+    not tried. Layouts that fail are skipped, and the cause is reported; they are returned if all fail."""
     compiled: list[Plan] = []
     skipped: list[Plan] = []
     rest = tried[:ATTEMPTS]
@@ -435,7 +435,9 @@ def _text(one: Plan, topology: Topology) -> str:
         )
         allowed = one.utilization(topology.chip.flops)
         if allowed is not None:
-            lines.append(f"utilization     {allowed:.1%} of the chip's peak at most, all but the slowest of these hidden")
+            lines.append(
+                f"utilization     {allowed:.1%} of the chip's peak at most, all but the slowest of these hidden"
+            )
     else:
         lines.append(
             "times           not known: this machine's speed is in no table; xlam_jax.train --dry-run measures"

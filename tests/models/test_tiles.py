@@ -21,7 +21,9 @@ LIMITS = (16 * MIB, 32 * MIB)
 SIDES = st.one_of(st.integers(1, 20_000), st.integers(1, 160).map(lambda count: count * 128))
 SHAPES = st.builds(
     Shape,
-    rows=st.one_of(st.integers(1, 20).map(lambda count: count * 8), st.integers(1, 2048).map(lambda count: count * 128)),
+    rows=st.one_of(
+        st.integers(1, 20).map(lambda count: count * 8), st.integers(1, 2048).map(lambda count: count * 128)
+    ),
     inner=SIDES,
     outer=SIDES,
     experts=st.sampled_from([1, 2, 4, 8, 16, 60, 128]),
@@ -146,7 +148,8 @@ def kernels_of_presets(limit: int) -> list[Kernel]:
     has: one for each tile, result and pair of sides. Where weights are frozen, their gradients are left out."""
     kernels: dict[object, Kernel] = {}
     for path in sorted((ROOT / "configs").glob("mixtral*.yaml")):
-        config, model = configs.load(path)[:2]
+        resolved = configs.load(path)
+        config, model = resolved.config, resolved.model
         across = ((model.hidden_size, model.mlp_size), (model.mlp_size, model.hidden_size))
         for rows, tokens, (inner, outer) in product((1, 2, 4, 8), {4096, config.data.sequence_length}, across):
             count = rows * tokens * model.experts_per_token

@@ -12,8 +12,8 @@ from typing import NamedTuple
 LANES = 128
 """Elements that the shortest side of a block is padded to; sides of tiles are multiples of it, or whole axes."""
 ROWS = (512, 256, 128)
-"""Rows of a tile. A tile in which an expert's rows end is computed once for each expert in it: shorter tiles waste less,
-and longer ones read the weights less often. The longest is the one of which each expert has 4 if they are balanced."""
+"""Rows of a tile. A tile in which an expert's rows end is computed once for each expert in it: shorter tiles waste
+less, longer ones read the weights less often. The longest is the one of which each expert has 4 when balanced."""
 MIB = 2**20
 SCOPED_VMEM = 16 * MIB
 """The compiler's limit for one kernel, on TPU v4, v5e and v5p; also taken for a device that is not in this module."""

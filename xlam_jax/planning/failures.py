@@ -57,4 +57,5 @@ def _of_kernel(text: str, space: str) -> str:
 
 def _of_device(text: str) -> str:
     lines = [line.strip() for line in text.splitlines()]
-    return next((line for line in lines if "Used" in line or "Exceeded" in line), lines[0])[:300]
+    line = next((line for line in lines if "Used" in line or "Exceeded" in line), lines[0])
+    return line[max(0, line.find("Ran out of memory")) :][:300]
