@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,13 @@ QUICKSTART = ("--config", "configs/quickstart.yaml")
 ROWS_OF_4096 = ("data.sequence_length=4096", "train.microbatches=1")
 
 
-def planned(commands: Commands, *arguments: object) -> dict[str, Any]:
+COMPILER = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "0"}
+"""The real passes of the compiler, and none of its caches."""
+
+
+def planned(commands: Commands, *arguments: object, module: str = PLAN, code: int = 0) -> dict[str, Any]:
     """What a plan says, as JSON."""
-    # The real passes of the compiler, and none of its caches.
-    environment = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "0"}
-    return json.loads(commands.run(PLAN, *arguments, "--json", limit=1800, **environment).stdout)
+    return json.loads(commands.run(module, *arguments, "--json", code=code, limit=1800, **COMPILER).stdout)
 
 
 def check(plan: dict[str, Any], config: Path, overrides: Sequence[str], *, remat_overhead: float) -> None:
@@ -61,6 +64,57 @@ def test_a_small_step_compiled_for_a_tpu(commands: Commands):
     plan = planned(commands, *QUICKSTART, *mesh, *SMALL)
     check(plan, ROOT / "configs/quickstart.yaml", SMALL, remat_overhead=1.45)
     assert plan["kernels"] == "attention: splash; experts: megablox"
+
+
+OVERSIZE = "oversize_plan"
+LARGE_TILES = (
+    "model.overrides={hidden_size: 4096, head_dim: 128, intermediate_size: 1024, num_hidden_layers: 1}",
+    *SMALL[1:3],
+    "data.sequence_length=1024",
+    "train.batch_size=4",
+    "train.microbatches=1",
+)
+
+
+def test_a_kernel_that_does_not_compile_is_named(commands: Commands):
+    arguments = (*QUICKSTART, "--topology", "v5e:1x1", *LARGE_TILES)
+    text = commands.run(OVERSIZE, *arguments, code=3, **COMPILER).stdout
+    lines = {line[:16].strip(): line[16:] for line in text.splitlines()[1:] if line[0] != " "}
+    assert lines["figures"].startswith("computed: compiling failed after ")
+    assert lines["not compiled"].startswith("the kernel gmm")
+    assert "of VMEM, whose limit is 16.00M; model.experts or model.attention set to xla" in lines["not compiled"]
+    assert {
+        "layout",
+        "kernels",
+        "batch",
+        "parameters",
+        "memory",
+        "FLOPs",
+        "at the least",
+        "utilization",
+    } <= lines.keys()
+    assert "does not fit" not in text
+
+
+@pytest.mark.slow
+def test_the_outcome_of_a_failed_compilation_as_json(commands: Commands):
+    one_chip = (*QUICKSTART, "--topology", "v5e:1x1")
+    plan = planned(commands, *one_chip, *LARGE_TILES, module=OVERSIZE, code=3)
+    assert (plan["outcome"], plan["compiled"], plan["fits"]) == ("kernel-memory", False, None)
+    assert plan["cause"].startswith("the kernel gmm")
+    assert plan["step_time"] > 0
+    plan = planned(commands, *one_chip, *SMALL[:-2], "train.batch_size=65536", "train.microbatches=1")
+    assert (plan["outcome"], plan["compiled"], plan["fits"]) == ("device-memory", False, False)
+    assert re.search(r"Used [\d.]+G of 15.75G hbm", plan["cause"])
+
+
+@pytest.mark.slow
+def test_a_search_skips_layouts_that_do_not_compile(commands: Commands):
+    arguments = (*QUICKSTART, "--topology", "v5e:2x2", "--search", *LARGE_TILES)
+    result = commands.run(OVERSIZE, *arguments, limit=1800, **COMPILER)
+    assert re.search(r"skipped: .*: the kernel gmm[^:]* needs [\d.]+M of VMEM, whose limit is 16.00M;", result.stderr)
+    assert "kernel-memory" not in result.stdout
+    assert any(line.endswith("  compiled") for line in result.stdout.splitlines())
 
 
 @pytest.mark.slow

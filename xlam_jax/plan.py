@@ -2,6 +2,9 @@
 
 The training step is the one that `xlam_jax.train` compiles. For a TPU slice its compiler, libtpu, runs on this machine;
 for GPUs no compiler is at hand, and the figures are computed; for CPUs it is compiled for this one.
+
+Exit codes: 0 after a complete plan, also of a step that does not fit; 2 for invalid input; 3 if the compiler refused
+the step for another reason than the device's memory.
 """
 
 import argparse
@@ -21,6 +24,7 @@ from xlam_jax import config as configs
 from xlam_jax import errors
 from xlam_jax.config import Resolved
 from xlam_jax.errors import UserError
+from xlam_jax.planning.failures import COMPILER_ERROR, DEVICE_MEMORY, KERNEL_MEMORY, failure, of_compiler
 from xlam_jax.planning.hardware import Topology, factorizations, parse
 
 if TYPE_CHECKING:
@@ -29,7 +33,12 @@ if TYPE_CHECKING:
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")
 COMPILED = 3
-"""Layouts that a search compiles at most, the most promising first."""
+"""Layouts that a search compiles, the most promising first."""
+ATTEMPTS = 6
+"""Layouts that a search compiles at most, those that fail included."""
+REFUSED = 3
+"""Exit code if the compiler refused the step for another reason than memory."""
+FAILURES = (DEVICE_MEMORY, KERNEL_MEMORY, COMPILER_ERROR)
 
 
 @dataclass(frozen=True)
@@ -56,14 +65,25 @@ class Plan:
     compute_time: float | None
     memory_time: float | None
     network_time: float | None
-    compiled: bool
-    """Read from the compiled module, not computed."""
     compile_seconds: float | None
     estimated_arguments: float
     estimated_flops: float
     unknown_loops: int = 0
-    over: str | None = None
-    """What the compiler said of memory when the step did not fit."""
+    outcome: str = "computed"
+    """compiled: the figures are read from the compiled module. Otherwise they are computed: because no compiler was
+    asked (computed), or because it failed (device-memory, kernel-memory or compiler-error)."""
+    cause: str | None = None
+    """Why compiling failed, in one line."""
+
+    @property
+    def compiled(self) -> bool:
+        """Read from the compiled module, not computed."""
+        return self.outcome == "compiled"
+
+    @property
+    def failed(self) -> bool:
+        """Whether it was to be compiled, and was not."""
+        return self.outcome in FAILURES
 
     @property
     def peak(self) -> float | None:
@@ -72,9 +92,9 @@ class Plan:
 
     @property
     def fits(self) -> bool | None:
-        """Whether a device has that much; None where its memory is not known."""
-        if self.over:
-            return False
+        """Whether a device has that much; None where its memory is not known, or compiling failed for other reasons."""
+        if self.failed:
+            return False if self.outcome == DEVICE_MEMORY else None
         return None if self.memory is None or self.peak is None else self.peak <= self.memory
 
     @property
@@ -112,13 +132,18 @@ def main() -> int:
     else:
         plans = [plan(resolved, topology, laid_out(resolved, topology))]
     if arguments.json:
-        told = [asdict(one) | {"peak": one.peak, "fits": one.fits, "step_time": one.step_time} for one in plans]
-        print(json.dumps(told if arguments.search else told[0], indent=1))
+        objects = [_as_json(one) for one in plans]
+        print(json.dumps(objects if arguments.search else objects[0], indent=1))
     elif arguments.search:
         print(_table(plans, topology))
     else:
         print(_text(plans[0], topology))
-    return 0
+    return REFUSED if plans[0].outcome in (KERNEL_MEMORY, COMPILER_ERROR) else 0
+
+
+def _as_json(plan: Plan) -> dict[str, Any]:
+    computed = ("compiled", "peak", "fits", "step_time")
+    return asdict(plan) | {name: getattr(plan, name) for name in computed}
 
 
 def _say(quiet: bool) -> Any:
@@ -177,20 +202,19 @@ def plan(resolved: Resolved, topology: Topology, layout: "Layout", *, compiles: 
         compute_time=None,
         memory_time=None,
         network_time=None,
-        compiled=False,
         compile_seconds=None,
         estimated_arguments=guess.arguments,
         estimated_flops=guess.flops,
     )
+    computed = _timed(base, topology, layout, guess.collectives, guess.bytes)
     if not compiles or topology.platform == "gpu":
-        return _timed(base, topology, layout, guess.collectives, guess.bytes)
-    return _compiled(base, resolved, topology, layout, batch)
+        return computed
+    return _compiled(computed, resolved, topology, layout, batch)
 
 
-def _compiled(base: Plan, resolved: Resolved, topology: Topology, layout: "Layout", batch: Any) -> Plan:
+def _compiled(computed: Plan, resolved: Resolved, topology: Topology, layout: "Layout", batch: Any) -> Plan:
+    """The same with figures of the compiled module, or with the cause of the failure to compile it."""
     from functools import partial
-
-    import jax
 
     from xlam_jax.planning.estimate import kernel_flops
     from xlam_jax.planning.hlo import Module
@@ -199,35 +223,31 @@ def _compiled(base: Plan, resolved: Resolved, topology: Topology, layout: "Layou
 
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="xlam-plan-") as dump:
-        lowered = lowered_step(resolved, layout, layout.state, layout.frozen, batch)
+        # libtpu writes modules that the loaded jaxlib can't always read back: its own text is read instead.
+        options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
         try:
-            # libtpu writes modules that the loaded jaxlib can't always read back: its own text is read instead.
-            options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
+            lowered = lowered_step(resolved, layout, layout.state, layout.frozen, batch)
             compiled = lowered.compile(compiler_options=options)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+        except Exception as error:
+            if not of_compiler(error):
                 raise
-            return replace(base, over=_memory_message(str(error)), compile_seconds=time.monotonic() - began)
+            outcome, cause = failure(error)
+            return replace(computed, outcome=outcome, cause=cause, compile_seconds=time.monotonic() - began)
         seconds = time.monotonic() - began
         texts = sorted(Path(dump).glob("*after_optimizations.txt"), key=lambda path: path.stat().st_size)
         module = Module(texts[-1].read_text(encoding="utf-8"))
     totals = module.totals(dict(layout.mesh.shape), partial(kernel_flops, resolved, layout))
     needs = cost.memory(compiled)
     read = replace(
-        base,
+        computed,
         flops=totals.flops,
         arguments=needs.arguments,
         temporaries=needs.temporaries + needs.outputs,
-        compiled=True,
+        outcome="compiled",
         compile_seconds=seconds,
         unknown_loops=totals.unknown_loops,
     )
     return _timed(read, topology, layout, totals.collectives, totals.bytes)
-
-
-def _memory_message(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if "Used" in line or "Exceeded" in line]
-    return (lines or text.strip().splitlines())[0][:300]
 
 
 def _timed(base: Plan, topology: Topology, layout: "Layout", exchanged: "list[Collective]", traffic: float) -> Plan:
@@ -304,12 +324,27 @@ def search(resolved: Resolved, topology: Topology, say: Any) -> list[Plan]:
     say(f"{len(tried)} layouts computed, {refused} do not divide; {len(fitting)} should fit")
     if topology.platform == "gpu":
         return [one for one, _ in fitting or tried[:1]]
+    return _compile_best(fitting or tried, topology, say) + [guess for guess, _ in fitting[ATTEMPTS:]]
+
+
+def _compile_best(tried: list[tuple[Plan, Resolved]], topology: Topology, say: Any) -> list[Plan]:
+    """The first `COMPILED` layouts that compile and fit, the fastest first, then those of the first `ATTEMPTS` that were
+    not tried. Layouts that fail are skipped, and the cause is reported; they are returned if all fail."""
     compiled: list[Plan] = []
-    for at, (guess, one) in enumerate((fitting or tried)[:COMPILED], start=1):
-        say(f"compiling {at} of {min(COMPILED, len(fitting) or len(tried))}: {_layout(guess)}")
-        compiled.append(plan(one, topology, laid_out(one, topology)))
-    compiled.sort(key=lambda one: (one.fits is False, one.step_time or one.flops))
-    return compiled + [one for one, _ in fitting[COMPILED:]]
+    skipped: list[Plan] = []
+    rest = tried[:ATTEMPTS]
+    while rest and len(compiled) < COMPILED:
+        guess, resolved = rest.pop(0)
+        say(f"compiling {len(compiled) + 1} of {min(COMPILED, len(tried))}: {_layout(guess)}")
+        result = plan(resolved, topology, laid_out(resolved, topology))
+        if result.fits is False or result.failed:
+            skipped.append(result)
+            say(f"skipped: {_layout(result)}: {_reason(result)}")
+        else:
+            compiled.append(result)
+    if not compiled:
+        return skipped
+    return sorted(compiled, key=lambda one: one.step_time or one.flops) + [guess for guess, _ in rest]
 
 
 def candidates(resolved: Resolved, devices: int) -> list[Resolved]:
@@ -354,12 +389,23 @@ def _seconds(time: float | None) -> str:
     return "not known" if time is None else f"{time:.3f} s" if time >= 0.1 else f"{1000 * time:.2f} ms"
 
 
+def _reason(one: Plan) -> str:
+    """Why a step can't run, for a plan that failed or does not fit."""
+    if one.outcome == KERNEL_MEMORY:
+        return f"{one.cause}; model.experts or model.attention set to xla computes without the kernel"
+    if one.outcome == COMPILER_ERROR:
+        return f"the compiler failed: {one.cause}"
+    if one.outcome == DEVICE_MEMORY:
+        return f"does not fit: {one.cause}"
+    return f"does not fit, {_gb((one.peak or 0) - (one.memory or 0))} too much"
+
+
 def _text(one: Plan, topology: Topology) -> str:
     how = (
         f"compiled in {one.compile_seconds:.0f} s"
         if one.compiled
-        else f"compiled for {one.compile_seconds:.0f} s, until it ran out of memory; what follows is computed"
-        if one.over
+        else f"computed: compiling failed after {one.compile_seconds:.0f} s; temporaries are a rough guess"
+        if one.failed
         else "computed, not compiled: no compiler for GPUs is at hand; temporaries are a rough guess"
     )
     lines = [f"layout          {_layout(one)}", f"kernels         {one.kernels}", f"figures         {how}"]
@@ -368,8 +414,8 @@ def _text(one: Plan, topology: Topology) -> str:
     lines.append(f"parameters      {one.parameters:,}, {share}")
     used = f"{_gb(one.arguments)} state, weights and batch, {_gb(one.temporaries or 0)} temporaries"
     lines.append(f"memory          {_gb(one.peak or 0)} a device: {used}")
-    if one.over:
-        lines.append(f"                does not fit: {one.over}")
+    if one.outcome == DEVICE_MEMORY:
+        lines.append(f"                {_reason(one)}")
     elif one.memory is not None and one.peak is not None:
         left = one.memory - one.peak
         verdict = f"fits, {_gb(left)} left" if left >= 0 else f"does not fit, {_gb(-left)} too much"
@@ -388,11 +434,16 @@ def _text(one: Plan, topology: Topology) -> str:
             f"network {_seconds(one.network_time)} a step"
         )
         allowed = one.utilization(topology.chip.flops)
-        lines.append(f"utilization     {allowed:.1%} of the chip's peak at most, all but the slowest of these hidden")
+        if allowed is not None:
+            lines.append(
+                f"utilization     {allowed:.1%} of the chip's peak at most, all but the slowest of these hidden"
+            )
     else:
         lines.append(
             "times           not known: this machine's speed is in no table; xlam_jax.train --dry-run measures"
         )
+    if one.outcome in (KERNEL_MEMORY, COMPILER_ERROR):
+        lines.append(f"not compiled    {_reason(one)}")
     return "\n".join(lines)
 
 
@@ -408,7 +459,7 @@ def _table(plans: list[Plan], topology: Topology) -> str:
                 f"{one.flops / one.model_flops:.2f}",
                 _seconds(one.step_time),
                 "" if allowed is None else f"{allowed:.1%}",
-                "compiled" if one.compiled else "computed",
+                f"computed; {one.outcome}" if one.failed else one.outcome,
             )
         )
     widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]

@@ -261,7 +261,7 @@ class Block(nnx.Module):
         )
         frozen = self.config.lora is not None
         if self.kernels.experts != "xla" and not mesh.splits("expert"):
-            how = grouped.How(self.kernels.experts, self.dtype, frozen, self.kernels.interpret)
+            how = grouped.How(self.kernels.experts, self.dtype, frozen, self.kernels.interpret, vmem=self.kernels.vmem)
             y_SD = grouped.experts_sum(x_SD, gate_SK, w1, w3, w2, grouped.group(expert_SK, experts, how.kernel), how)
         else:
             where = (route_rounds if mesh.splits("expert") else route)(expert_SK, experts)

@@ -15,14 +15,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from xlam_jax.models import triton
+from xlam_jax.models import tiles, triton
 from xlam_jax.models.linear import Adapter
 from xlam_jax.models.moe import Linear, _as_given, _ready, _swiglu
 from xlam_jax.parallel import mesh, opaque
-
-ROWS = (512, 256, 128)
-"""Rows of a tile. One in which an expert's rows end is computed once for each expert in it: shorter tiles waste less,
-and longer ones read the weights less often. The longest is taken of which each expert has 4, were they balanced."""
 
 
 class How(NamedTuple):
@@ -36,6 +32,8 @@ class How(NamedTuple):
     """Only adapters have gradients: those of the weights are never made."""
     interpret: bool
     """Run by the interpreter: for tests, on any machine."""
+    vmem: int = tiles.SCOPED_VMEM
+    """Bytes of VMEM that a megablox kernel may use."""
 
 
 class Groups(NamedTuple):
@@ -57,7 +55,7 @@ def group(expert_SK: jax.Array, experts: int, kernel: str) -> Groups:
     expert_A = expert_SK.reshape(-1)
     count = expert_A.size
     rows_E = jnp.sum(expert_A[None, :] == jnp.arange(experts)[:, None], axis=1, dtype=jnp.int32)
-    tile = _tile(count, experts)
+    tile = tiles.row_tile(count, experts)
     rows, size_E = -(-count // tile) * tile, rows_E
     if kernel == "triton":
         rows = (-(-count // triton.ROWS) + experts) * triton.ROWS
@@ -72,12 +70,6 @@ def group(expert_SK: jax.Array, experts: int, kernel: str) -> Groups:
     row_A = jnp.zeros_like(order_A).at[order_A].set(place_A.astype(jnp.int32), unique_indices=True)
     row_SK = jnp.where(expert_SK < experts, row_A.reshape(expert_SK.shape), -1)
     return Groups(assignment_A, size_E, row_SK)
-
-
-def _tile(count: int, experts: int) -> int:
-    """Rows of a megablox tile for so many assignments."""
-    fitting = (rows for rows in ROWS if rows * 4 * experts <= count)
-    return min(next(fitting, ROWS[-1]), -(-count // 8) * 8)
 
 
 def experts_sum(
@@ -175,8 +167,9 @@ def _product(how: How, x_AI, weight, where: Groups, out: Any, *, transposed: boo
             return triton.product(x_AI, weight, rows_E, out, transposed=transposed, interpret=how.interpret)
         from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
 
-        inputs, outputs = x_AI.shape[1], weight.shape[1 if transposed else 2]
-        tiling = (_tile(len(x_AI), len(rows_E)), _side(inputs, 4096), _side(outputs, 512))
+        outputs = weight.shape[1 if transposed else 2]
+        shape = tiles.Shape(*x_AI.shape, outputs, len(rows_E), x_AI.dtype.itemsize, jnp.dtype(out).itemsize)
+        tiling = tiles.product_tile(shape, how.vmem)
         return gmm(x_AI, weight, rows_E, out, tiling, transpose_rhs=transposed, interpret=how.interpret)
 
     return opaque.call(product, x_AI, weight, where.rows_E)
@@ -190,14 +183,8 @@ def _outer(how: How, x_AI, dy_AO, where: Groups) -> jax.Array:
             return triton.outer(x_AI, dy_AO, rows_E, interpret=how.interpret)
         from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
-        tiling = (_tile(len(x_AI), len(rows_E)), _side(x_AI.shape[1], 512), _side(dy_AO.shape[1], 1024))
+        shape = tiles.Shape(*x_AI.shape, dy_AO.shape[1], len(rows_E), x_AI.dtype.itemsize, 4)
+        tiling = tiles.outer_tile(shape, how.vmem)
         return tgmm(x_AI.T, dy_AO, rows_E, jnp.float32, tiling, interpret=how.interpret)
 
     return opaque.call(outer, x_AI, dy_AO, where.rows_E)
-
-
-def _side(size: int, most: int) -> int:
-    """The side of a tile: all of a short axis, or the most lanes that divide it."""
-    if size <= most:
-        return size
-    return next((side for side in range(most, 0, -128) if size % side == 0), most)

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from xlam_jax.config import Model
 from xlam_jax.errors import UserError
 from xlam_jax.models.config import ModelConfig
+from xlam_jax.models.tiles import SCOPED_VMEM, scoped_vmem
 from xlam_jax.parallel.mesh import WIRE, Wire
 
 SPLASH, PALLAS, MEGABLOX, TRITON = "splash", "pallas", "megablox", "triton"
@@ -31,6 +32,8 @@ class Kernels:
     """xla; or megablox (TPU) or triton (GPU), where no axis of the mesh splits the experts."""
     interpret: bool = False
     """Pallas kernels are run by their interpreter, on any machine: for tests."""
+    vmem: int = SCOPED_VMEM
+    """Bytes of a TPU core's VMEM that a kernel may use."""
     wire: Wire = WIRE
     """How gradients are summed over the devices."""
 
@@ -62,7 +65,8 @@ def choose(asked: Model, mesh: Mesh, model: ModelConfig, tokens: int) -> tuple[K
         )
         line += f"; {further}"
     wire = Wire(_neighbours(mesh) if platform == "tpu" else 1, asked.reduce_dtype)
-    return Kernels(attention, experts, wire=wire), line
+    vmem = scoped_vmem(mesh.devices.flat[0].device_kind)
+    return Kernels(attention, experts, vmem=vmem, wire=wire), line
 
 
 def _pick(what: str, asked: str, own: str, against: Callable[[str], str | None]) -> tuple[str, str]:

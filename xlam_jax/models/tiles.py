@@ -1,0 +1,162 @@
+"""Tile sizes of the megablox kernels: those that fit a TPU core's scoped VMEM and move the fewest bytes.
+
+A kernel keeps two copies of each operand's and result's block (one is computed on while the other is moved), an
+accumulator, and what its registers do not hold. A tile that needs more than the compiler's limit does not compile.
+
+Sizes: `rows` of the left operand, `inner` (contracted) and `outer` sides of the weight, `experts`; bytes throughout.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+LANES = 128
+"""Elements that the shortest side of a block is padded to; sides of tiles are multiples of it, or whole axes."""
+ROWS = (512, 256, 128)
+"""Rows of a tile. A tile in which an expert's rows end is computed once for each expert in it: shorter tiles waste
+less, longer ones read the weights less often. The longest is the one of which each expert has 4 when balanced."""
+MIB = 2**20
+SCOPED_VMEM = 16 * MIB
+"""The compiler's limit for one kernel, on TPU v4, v5e and v5p; also taken for a device that is not in this module."""
+SCOPED_VMEM_BY_KIND = {"TPU v6": 32 * MIB}
+"""Where the limit is another: by the beginning of the device's kind."""
+SPARE = MIB // 2
+"""For spilled registers beyond those of the left operand's block: at most 0.4 MiB in modules that were compiled."""
+
+CONTRACTED = (512, 8192)
+"""Shortest and longest contracted side: the accumulator is read and written once for each of these."""
+OUTER = 2048
+"""Longest side of a tile's result."""
+STEP = MIB // 2
+"""Bytes that a chip moves in about the time that one step of a kernel's grid takes besides its work, 0.35 µs."""
+INTENSITY = 200
+"""FLOPs that a chip computes in about the time in which it moves one byte: 166 (v5p) to 560 (v6e)."""
+MATRIX_UNIT = 256
+"""Rows that a matrix unit multiplies in the time in which it loads the next weights: fewer take as long."""
+
+
+class Tile(NamedTuple):
+    """Sides of a kernel's tile, in the order of megablox."""
+
+    rows: int
+    inner: int
+    outer: int
+
+
+class Shape(NamedTuple):
+    """What a kernel multiplies."""
+
+    rows: int
+    inner: int
+    outer: int
+    experts: int
+    width: int
+    """Bytes of an element of both operands."""
+    result: int
+    """Bytes of an element of the result."""
+
+
+def scoped_vmem(device_kind: str) -> int:
+    """The compiler's limit of VMEM for one kernel, in bytes."""
+    limits = (limit for kind, limit in SCOPED_VMEM_BY_KIND.items() if device_kind.startswith(kind))
+    return next(limits, SCOPED_VMEM)
+
+
+def row_tile(rows: int, experts: int) -> int:
+    """The longest row side of a tile for so many assignments; rows are padded to a multiple of it."""
+    fitting = (side for side in ROWS if side * 4 * experts <= rows)
+    return min(next(fitting, ROWS[-1]), _up(rows, 8))
+
+
+def product_tile(shape: Shape, limit: int) -> Tile:
+    """The tile for `gmm`, each row times the weight of its expert: the cheapest that needs at most `limit` bytes."""
+    return _cheapest(
+        _tiles(shape, CONTRACTED, (LANES, OUTER)),
+        lambda tile: product_vmem(shape, tile) <= limit,
+        lambda tile: _product_cost(shape, tile),
+    )
+
+
+def outer_tile(shape: Shape, limit: int) -> Tile:
+    """The tile for `tgmm`, the gradient of the weights: the cheapest that needs at most `limit` bytes."""
+    return _cheapest(
+        _tiles(shape, (LANES, OUTER), (LANES, OUTER)),
+        lambda tile: outer_vmem(shape, tile) <= limit,
+        lambda tile: _outer_cost(shape, tile),
+    )
+
+
+def product_vmem(shape: Shape, tile: Tile) -> int:
+    """Bytes of VMEM that `gmm` needs. The accumulator disappears where the whole contracted side is one tile."""
+    accumulated = 4 if tile.inner < shape.inner else 0
+    left, result = _block(tile.rows, tile.inner, shape.width), _block(tile.rows, tile.outer, 1)
+    # Which side of the weight is padded to lanes depends on whether it is transposed: the larger of both.
+    weight = max(_block(tile.inner, tile.outer, shape.width), _block(tile.outer, tile.inner, shape.width))
+    return 3 * left + 2 * weight + (2 * shape.result + accumulated) * result + SPARE
+
+
+def outer_vmem(shape: Shape, tile: Tile) -> int:
+    """Bytes of VMEM that `tgmm` needs."""
+    left, right = _block(tile.rows, tile.inner, shape.width), _block(tile.rows, tile.outer, shape.width)
+    return 3 * left + 2 * right + (2 * shape.result + 4) * _block(tile.inner, tile.outer, 1) + SPARE
+
+
+def _product_cost(shape: Shape, tile: Tile) -> float:
+    """Bytes that `gmm` moves, and what else it takes, in the time of as many. For each column of tiles all rows are
+    read; the weights once, or once for each tile of rows where the contracted side is cut."""
+    columns, cuts = _count(shape.outer, tile.outer), _count(shape.inner, tile.inner)
+    visits = shape.rows // tile.rows + shape.experts
+    readings = shape.experts if cuts == 1 else visits
+    moved = (shape.rows * shape.inner * columns + shape.inner * shape.outer * readings) * shape.width
+    return _cost(moved, columns, cuts, visits, tile)
+
+
+def _outer_cost(shape: Shape, tile: Tile) -> float:
+    """The same of `tgmm`, which reads either operand once for each tile of the other's side."""
+    columns, lines = _count(shape.outer, tile.outer), _count(shape.inner, tile.inner)
+    visits = shape.rows // tile.rows + shape.experts
+    moved = shape.rows * (shape.inner * columns + shape.outer * lines) * shape.width
+    return _cost(moved, columns, lines, visits, tile)
+
+
+def _cost(moved: int, columns: int, others: int, visits: int, tile: Tile) -> float:
+    steps = columns * others * visits
+    computed = 2 * steps * max(tile.rows, MATRIX_UNIT) * tile.inner * tile.outer
+    # The two cores of a TPU v4 or v5p share the columns: with an odd number of them one has a column less.
+    shared = _up(columns, 2) / columns
+    return (moved + steps * STEP + computed / INTENSITY) * shared
+
+
+def _cheapest(tiles: Iterator[Tile], fits: Callable[[Tile], bool], cost: Callable[[Tile], float]) -> Tile:
+    """The cheapest tile that fits; some always does, as the smallest needs less than 2 MiB."""
+    return min((tile for tile in tiles if fits(tile)), key=cost)
+
+
+def _tiles(shape: Shape, inner: tuple[int, int], outer: tuple[int, int]) -> Iterator[Tile]:
+    most = row_tile(shape.rows, shape.experts)
+    for rows in [most, *(side for side in ROWS if side < most)]:
+        for inner_side in _axis_sides(shape.inner, *inner):
+            for outer_side in _axis_sides(shape.outer, *outer):
+                yield Tile(rows, inner_side, outer_side)
+
+
+def _axis_sides(size: int, least: int, most: int) -> list[int]:
+    """Sides that an axis may be cut into: whole, or multiples of the lanes that divide it. Where none divides it, the
+    last tile is filled up."""
+    whole = [size] if size <= most else []
+    cut = [side for side in range(LANES, min(size, most + 1), LANES) if size % side == 0]
+    if not cut:
+        cut = [side for side in (LANES << at for at in range(7)) if side < size and side <= most]
+    long = [side for side in cut if side >= least]
+    return whole + (long or cut[-1:])
+
+
+def _block(high: int, wide: int, width: int) -> int:
+    return _up(high, 8) * _up(wide, LANES) * width
+
+
+def _count(size: int, side: int) -> int:
+    return -(-size // side)
+
+
+def _up(size: int, multiple: int) -> int:
+    return _count(size, multiple) * multiple
