@@ -26,7 +26,7 @@ from xlam_jax.data.trajectory import (
     parse_messages,
     parse_tools,
 )
-from xlam_jax.data.wire import TOOL_CALLS, CompletionStream, arguments_json, parse_completion
+from xlam_jax.data.wire import TOOL_CALLS, CompletionStream, arguments_json, may_call, parse_completion
 from xlam_jax.errors import UserError, check_address
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class xLAMChatCompletion:  # noqa: N801 - the name that xLAM's users know
         request = self._request(messages, tools, options)
         with self._told():
             response = self._client.chat.completions.create(**request)
-        return self._checked(_read(response, self.config.base_url), _may_call(tools, options))
+        return self._checked(_read(response, self.config.base_url), may_call(tools, options.get("tool_choice")))
 
     async def acompletion(
         self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None, **options: Any
@@ -129,7 +129,7 @@ class xLAMChatCompletion:  # noqa: N801 - the name that xLAM's users know
                 response = await self._async_client.chat.completions.create(**request)
             else:  # the typed method takes three quarters longer: it walks through all messages, and models the answer
                 response = await self._async_client.post("/chat/completions", cast_to=object, body=request)
-        return self._checked(_read(response, self.config.base_url), _may_call(tools, options))
+        return self._checked(_read(response, self.config.base_url), may_call(tools, options.get("tool_choice")))
 
     def stream(
         self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None, **options: Any
@@ -139,7 +139,7 @@ class xLAMChatCompletion:  # noqa: N801 - the name that xLAM's users know
         Raises as `completion`, and `ServerError` where the stream breaks off.
         """
         request = self._request(messages, tools, options)
-        answer = _Streamed(self.config, _may_call(tools, options))
+        answer = _Streamed(self.config, may_call(tools, options.get("tool_choice")))
         with self._told():
             with self._client.chat.completions.create(**request, stream=True) as chunks:
                 for chunk in chunks:
@@ -148,14 +148,14 @@ class xLAMChatCompletion:  # noqa: N801 - the name that xLAM's users know
             rest, response = answer.finish()
         if rest:
             yield rest
-        yield self._checked(response, _may_call(tools, options))
+        yield self._checked(response, may_call(tools, options.get("tool_choice")))
 
     async def astream(
         self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None, **options: Any
     ) -> AsyncIterator[str | dict[str, Any]]:
         """`stream` without blocking."""
         request = self._request(messages, tools, options)
-        answer = _Streamed(self.config, _may_call(tools, options))
+        answer = _Streamed(self.config, may_call(tools, options.get("tool_choice")))
         with self._told():
             async with await self._async_client.chat.completions.create(**request, stream=True) as chunks:
                 async for chunk in chunks:
@@ -164,7 +164,7 @@ class xLAMChatCompletion:  # noqa: N801 - the name that xLAM's users know
             rest, response = answer.finish()
         if rest:
             yield rest
-        yield self._checked(response, _may_call(tools, options))
+        yield self._checked(response, may_call(tools, options.get("tool_choice")))
 
     def models(self) -> list[str]:
         """The names of the models that the server has. Raises `ServerError`."""
@@ -339,11 +339,6 @@ def _read(response: Any, where: str) -> dict[str, Any]:
         ):
             raise ServerError(f"{where}: answered with what is no completion: {_cut(str(sent))!r}")
     return sent
-
-
-def _may_call(tools: Sequence[Any] | None, options: dict[str, Any]) -> bool:
-    """Whether an answer may hold calls; otherwise it is text, whatever it looks like."""
-    return bool(tools) and options.get("tool_choice") != "none"
 
 
 def _choice(choice: dict[str, Any], format: str, with_tools: bool) -> dict[str, Any]:

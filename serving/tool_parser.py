@@ -32,7 +32,7 @@ from vllm.tool_parsers.utils import get_function_tools
 from vllm.v1.structured_output.backend_xgrammar import validate_xgrammar_grammar
 
 from serving.constraint import calls_schema
-from xlam_jax.data.wire import CompletionStream, arguments_json, parse_completion
+from xlam_jax.data.wire import CompletionStream, arguments_json, may_call, parse_completion
 
 
 class XlamJaxToolParser(ToolParser):
@@ -54,7 +54,7 @@ class XlamJaxToolParser(ToolParser):
 
         Raises `VLLMValidationError`, which the server answers with status 400, for tools that cannot be enforced.
         """
-        if not _may_call(request):
+        if not may_call(request.tools, request.tool_choice):
             return request
         request.skip_special_tokens = False
         choice = request.tool_choice
@@ -78,7 +78,8 @@ class XlamJaxToolParser(ToolParser):
     def extract_tool_calls(self, model_output: str, request: ChatCompletionRequest) -> ExtractedToolCallInformation:
         """Splits a whole answer."""
         # vLLM asks even where no call may come
-        content, calls = parse_completion(model_output) if _may_call(request) else (model_output, None)
+        allowed = may_call(request.tools, request.tool_choice)
+        content, calls = parse_completion(model_output) if allowed else (model_output, None)
         return ExtractedToolCallInformation(
             tools_called=bool(calls),
             tool_calls=[
@@ -102,7 +103,8 @@ class XlamJaxToolParser(ToolParser):
         request: ChatCompletionRequest,
     ) -> DeltaMessage | None:
         """Returns content that is certainly not part of calls."""
-        content = self._stream.feed(delta_text) if _may_call(request) else delta_text
+        allowed = may_call(request.tools, request.tool_choice)
+        content = self._stream.feed(delta_text) if allowed else delta_text
         return DeltaMessage(content=content) if content else None
 
     def finish_streaming(self) -> DeltaMessage | None:
@@ -123,11 +125,6 @@ class XlamJaxToolParser(ToolParser):
                 for at, call in enumerate(calls or ())
             ],
         )
-
-
-def _may_call(request: ChatCompletionRequest | ResponsesRequest) -> bool:
-    """Whether the answer may hold calls; otherwise it is text, whatever it looks like."""
-    return bool(request.tools) and request.tool_choice != "none"
 
 
 def _required_name(choice: Any) -> str | None:

@@ -144,6 +144,11 @@ class CompletionStream:
         return content[self._released :], calls
 
 
+def may_call(tools: Sequence[Any] | None, tool_choice: object) -> bool:
+    """Whether an answer to a request may hold calls; otherwise it is text, whatever it looks like."""
+    return bool(tools) and tool_choice != "none"
+
+
 def arguments_json(call: ToolCall) -> str:
     """A call's arguments as the JSON text of the OpenAI form."""
     return json.dumps(call.arguments, ensure_ascii=False)
