@@ -95,8 +95,8 @@ def describe_source(identity: Mapping[str, Any] | None) -> str:
     if identity is None:
         return "missing"
     train, heldout = (
-        f"{part['examples']:,} examples to {name} ({part['trained_tokens']:,} trained tokens, digest {part['digest']})"
-        for name, part in (("train on", identity["train"]), ("hold out", identity["heldout"]))
+        f"{part['examples']:,} {name} ({part['trained_tokens']:,} trained tokens, digest {part['digest']})"
+        for name, part in (("examples to train on", identity["train"]), ("held out", identity["heldout"]))
     )
     dataset = identity.get("dataset")
     return f"{train}, {heldout}" + (
