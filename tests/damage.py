@@ -81,7 +81,7 @@ def files_of(folder: Path, step: str) -> list[Path]:
     """What is read back of a run or a converted model, relative to its folder."""
     own = [path for path in (folder / checkpoint.STEPS / step).rglob("*") if path.is_file()]
     beside = [folder / checkpoint.HF_CONFIG, *(folder / checkpoint.TOKENIZER).iterdir()]
-    return sorted(path.relative_to(folder) for path in own + beside)
+    return sorted(path.relative_to(folder) for path in own + beside if path.stat().st_size)
 
 
 def copy(folder: Path, to: Path) -> Path:
