@@ -328,7 +328,7 @@ def search(resolved: Resolved, topology: Topology, say: Any) -> list[Plan]:
 
 
 def _compile_best(tried: list[tuple[Plan, Resolved]], topology: Topology, say: Any) -> list[Plan]:
-    """The first `COMPILED` layouts that compile and fit, the fastest first, then those of the first `ATTEMPTS` that were
+    """The first `COMPILED` layouts that compile and fit, the fastest first, then those of `ATTEMPTS` that were
     not tried. Layouts that fail are skipped, and the cause is reported; they are returned if all fail."""
     compiled: list[Plan] = []
     skipped: list[Plan] = []
