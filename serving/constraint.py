@@ -260,7 +260,7 @@ def _both(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     one, other = _allowed(one, other), _allowed(other, one)
     merged = dict(one)
     for key, value in other.items():
-        before = merged.get(key)
+        before: Any = merged.get(key)
         if key not in merged or json.dumps(before, sort_keys=True) == json.dumps(value, sort_keys=True):
             merged[key] = value
         elif key == "type":
