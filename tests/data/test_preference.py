@@ -24,13 +24,7 @@ TURNS = [{"from": "human", "value": "Tide?"}]
 FROM_CALL = {"from": "function_call", "value": '{"name": "tide", "arguments": {}}'}
 FROM_NO = {"from": "gpt", "value": "No idea."}
 LAYOUTS: dict[str, dict[str, Any]] = {
-    "ours": {
-        "conversation": [ASK],
-        "chosen": [LOOK],
-        "rejected": [NO],
-        "tools": [TOOL],
-        "task_instruction": "Be brief.",
-    },
+    "ours": {"conversation": [SYSTEM, ASK], "chosen": [LOOK], "rejected": [NO], "tools": [TOOL]},
     "trl": {"prompt": [SYSTEM, ASK], "chosen": [BARE], "rejected": [NO], "tools": [TOOL]},
     "trl, tools in a text": {"prompt": [SYSTEM, ASK], "chosen": [LOOK], "rejected": [NO], "tools": json.dumps([TOOL])},
     "trl without a prompt": {"chosen": [SYSTEM, ASK, LOOK], "rejected": [SYSTEM, ASK, NO], "tools": [TOOL]},

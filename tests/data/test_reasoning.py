@@ -1,4 +1,4 @@
-"""What a reasoning model writes before its answer: kept in its own field, and reported where it is not rendered."""
+"""What a reasoning model writes before its answer: kept in a field of its own, reported where it is not rendered."""
 
 import copy
 from pathlib import Path

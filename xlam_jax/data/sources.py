@@ -334,7 +334,7 @@ def _text(value: bytes, path: str) -> str:
 
 
 def _parsed(row: dict[str, Any]) -> dict[str, Any]:
-    """A row whose tools and turns may be JSON texts, as a whole or one by one; in other layouts texts are texts."""
+    """A row whose tools and turns may each be JSON texts, as a whole or one by one; other layouts stay as they are."""
     if is_other_layout(row):
         return row
     for key in ("tools", "conversation", "chosen", "rejected"):
