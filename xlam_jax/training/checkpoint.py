@@ -667,10 +667,11 @@ def _form(step_dir: Path, item: str) -> dict[str, Any]:
     """What Orbax says of how an item is stored."""
     try:
         form = json.loads((step_dir / item / "_METADATA").read_bytes())
-        bool(form["use_ocdbt"]), bool(form["use_zarr3"])
+        if not {"use_ocdbt", "use_zarr3"} <= form.keys():
+            raise KeyError("use_ocdbt, use_zarr3")
     except PermissionError:
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(step_dir, f"{item}/_METADATA can't be read ({error})") from None
     return form
 
