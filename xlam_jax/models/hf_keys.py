@@ -141,9 +141,10 @@ _ROPE_WITHOUT_EFFECT = ("rope_type", "type", "rope_theta", "original_max_positio
 
 def family_of(hf: Mapping[str, Any]) -> str | None:
     """The family of the one architecture that a config.json names; None for others, and for what is not a list."""
-    named = hf.get("architectures")
-    single = isinstance(named, list) and len(named) == 1 and isinstance(named[0], str)
-    return FAMILIES.get(named[0]) if single else None
+    match hf.get("architectures"):
+        case [str(named)]:
+            return FAMILIES.get(named)
+    return None
 
 
 def known_keys(family: str) -> Set[str]:
