@@ -152,14 +152,15 @@ def kernels_of_presets(limit: int) -> list[Kernel]:
         resolved = configs.load(path)
         config, model = resolved.config, resolved.model
         across = ((model.hidden_size, model.mlp_size), (model.mlp_size, model.hidden_size))
-        for rows, tokens, (inner, outer) in product((1, 2, 4, 8), {4096, config.data.sequence_length}, across):
+        for rows, tokens, (inner, outer) in product((1, 2, 4, 8), sorted({4096, config.data.sequence_length}), across):
             count = rows * tokens * model.experts_per_token
             forward, backward = (Shape(count, inner, outer, model.experts, 2, result) for result in (2, 4))
             calls = [Kernel(forward, product_tile(forward, limit))]
             calls.append(Kernel(backward, product_tile(backward, limit), transposed=True))
             if model.lora is None:
                 calls.append(Kernel(backward, outer_tile(backward, limit), outer=True))
-            kernels |= {call._replace(shape=call.shape._replace(rows=0)): call for call in calls}
+            for call in calls:  # that of the fewest rows, whose operands fit every chip
+                kernels.setdefault(call._replace(shape=call.shape._replace(rows=0)), call)
     return list(kernels.values())
 
 
