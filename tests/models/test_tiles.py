@@ -122,13 +122,6 @@ class Kernel(NamedTuple):
         jax.jit(call).lower(*operands).compile()
 
 
-@pytest.fixture
-def libtpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The TPU's compiler, in this process: it ends a process whose XLA flags it does not know."""
-    jax.block_until_ready(jnp.zeros(1) + 1)  # XLA itself has read its flags now
-    monkeypatch.setenv("XLA_FLAGS", "")
-
-
 @pytest.mark.usefixtures("libtpu")
 def test_the_compiler_takes_the_tile_for_two_rows_of_mixtral():
     """The tile of 512 rows, which fits a limit of 32 MiB, was chosen whatever the chip."""
