@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -114,3 +114,18 @@ def exported(commands: Commands, trained: tuple[Path, str], once: Once) -> Path:
         "exported",
         lambda folder: commands.run("converters.orbax_to_hf", "--checkpoint", trained[0], "--out", folder).stderr,
     )[0]
+
+
+@pytest.fixture
+def libtpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The TPU's compiler in this process, without a cache: what it compiled can't be read back without a TPU."""
+    import jax
+    import jax.numpy as jnp
+
+    jax.block_until_ready(jnp.zeros(1) + 1)  # XLA has read its own flags now
+    monkeypatch.setenv("XLA_FLAGS", "")  # libtpu ends a process whose flags it does not know
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, 1e9)
+    yield
+    jax.config.update(name, before)

@@ -5,9 +5,12 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
 from support import ROOT, Commands
 
@@ -34,9 +37,9 @@ COMPILER = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": "", "JAX_ENABLE_
 """The real passes of the compiler, and none of its caches."""
 
 
-def planned(commands: Commands, *arguments: object, module: str = PLAN, code: int = 0) -> dict[str, Any]:
+def planned(commands: Commands, *arguments: object) -> dict[str, Any]:
     """What a plan says, as JSON."""
-    return json.loads(commands.run(module, *arguments, "--json", code=code, limit=1800, **COMPILER).stdout)
+    return json.loads(commands.run(PLAN, *arguments, "--json", limit=1800, **COMPILER).stdout)
 
 
 def check(plan: dict[str, Any], config: Path, overrides: Sequence[str], *, remat_overhead: float) -> None:
@@ -69,14 +72,80 @@ def test_a_small_step_compiled_for_a_tpu(commands: Commands):
     assert plan["kernels"] == "attention: splash; experts: megablox"
 
 
-OVERSIZE = "oversize_plan"
-LARGE_TILES = (
-    "model.overrides={hidden_size: 4096, head_dim: 128, intermediate_size: 1024, num_hidden_layers: 1}",
-    *SMALL[1:3],
-    "data.sequence_length=1024",
-    "train.batch_size=4",
-    "train.microbatches=1",
-)
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, libtpu: None) -> list[int]:
+    """Instead of a whole step, the first plan compiles a product whose tile is too large for a kernel on a v5e, so that
+    the real compiler refuses it; further plans compile something small. The list's number counts down."""
+    left = [1]
+
+    def lowered(resolved: Any, layout: Any, *arrays: Any) -> Any:
+        from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
+
+        left[0] -= 1
+        chip = jax.sharding.SingleDeviceSharding(layout.mesh.devices.flat[0])
+        sizes = ((16384, 4096), (8, 4096, 14336))
+        x, weight = (jax.ShapeDtypeStruct(size, jnp.bfloat16, sharding=chip) for size in sizes)
+        rows_E = jax.ShapeDtypeStruct((8,), jnp.int32, sharding=chip)
+        if left[0] < 0:
+            return jax.jit(lambda rows: rows - left[0]).lower(rows_E)
+        return jax.jit(partial(gmm, preferred_element_type=jnp.bfloat16, tiling=(512, 4096, 512))).lower(
+            x, weight, rows_E
+        )
+
+    monkeypatch.setattr("xlam_jax.training.setup.lowered_step", lowered)
+    return left
+
+
+NEEDS = "(bf16[16384,4096], bf16[8,4096,14336] → bf16[16384,14336]) needs 17.00M of VMEM, whose limit is 16.00M"
+
+
+@pytest.mark.usefixtures("refused")
+def test_a_kernel_that_does_not_compile_is_named(commands: Commands):
+    text = commands.call(PLAN, *QUICKSTART, "--topology", "v5e:2x2", "--mesh", "fsdp=4", *SMALL, code=3).stdout
+    lines = {line[:16].strip(): line[16:] for line in text.splitlines()[1:] if line[0] != " "}
+    assert lines["figures"].startswith("computed: compiling failed after ")
+    assert re.fullmatch(rf"the kernel gmm[.\d]* {re.escape(NEEDS)}; model.experts or .*", lines["not compiled"])
+    assert {
+        "layout",
+        "kernels",
+        "batch",
+        "parameters",
+        "memory",
+        "FLOPs",
+        "at the least",
+        "utilization",
+    } <= lines.keys()
+    assert "does not fit" not in text
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("refused")
+def test_the_outcome_of_a_failed_compilation_as_json(commands: Commands):
+    arguments = (*QUICKSTART, "--topology", "v5e:2x2", "--mesh", "fsdp=4", "--json", *SMALL)
+    plan = json.loads(commands.call(PLAN, *arguments, code=3).stdout)
+    assert (plan["outcome"], plan["compiled"], plan["fits"]) == ("kernel-memory", False, None)
+    assert NEEDS in plan["cause"]
+    assert plan["step_time"] > 0
+
+
+@pytest.mark.slow
+def test_a_search_skips_layouts_that_do_not_compile(commands: Commands, refused: list[int]):
+    result = commands.call(PLAN, *QUICKSTART, "--topology", "v5e:2x2", "--search", *SMALL)
+    skipped = [line for line in result.stderr.splitlines() if line.startswith("skipped: ")]
+    assert len(skipped) == 1
+    assert NEEDS in skipped[0]
+    assert refused == [1 - 4]
+    rows = result.stdout.splitlines()
+    assert sum(row.endswith("  compiled") for row in rows) == 3
+    assert "kernel-memory" not in result.stdout
+
+
+@pytest.mark.slow
+def test_a_step_larger_than_the_device_does_not_fit(commands: Commands):
+    rows = [*SMALL[:-2], "train.batch_size=65536", "train.microbatches=1"]
+    plan = planned(commands, *QUICKSTART, "--topology", "v5e:1x1", *rows)
+    assert (plan["outcome"], plan["compiled"], plan["fits"]) == ("device-memory", False, False)
+    assert "(15.75G)" in plan["cause"]
 
 
 @pytest.mark.parametrize(
@@ -106,48 +175,6 @@ def test_a_failed_compilation_is_reported_in_full(
         assert any(each.startswith(name) for each in text)
     said = plans._as_json(failed)
     assert (said["outcome"], said["cause"], said["fits"], said["compiled"]) == (outcome, cause, fits, False)
-
-
-@pytest.mark.slow
-def test_a_kernel_that_does_not_compile_is_named(commands: Commands):
-    arguments = (*QUICKSTART, "--topology", "v5e:1x1", *LARGE_TILES)
-    text = commands.run(OVERSIZE, *arguments, code=3, limit=1800, **COMPILER).stdout
-    lines = {line[:16].strip(): line[16:] for line in text.splitlines()[1:] if line[0] != " "}
-    assert lines["figures"].startswith("computed: compiling failed after ")
-    assert lines["not compiled"].startswith("the kernel gmm")
-    assert "of VMEM, whose limit is 16.00M; model.experts or model.attention set to xla" in lines["not compiled"]
-    assert {
-        "layout",
-        "kernels",
-        "batch",
-        "parameters",
-        "memory",
-        "FLOPs",
-        "at the least",
-        "utilization",
-    } <= lines.keys()
-    assert "does not fit" not in text
-
-
-@pytest.mark.slow
-def test_the_outcome_of_a_failed_compilation_as_json(commands: Commands):
-    one_chip = (*QUICKSTART, "--topology", "v5e:1x1")
-    plan = planned(commands, *one_chip, *LARGE_TILES, module=OVERSIZE, code=3)
-    assert (plan["outcome"], plan["compiled"], plan["fits"]) == ("kernel-memory", False, None)
-    assert plan["cause"].startswith("the kernel gmm")
-    assert plan["step_time"] > 0
-    plan = planned(commands, *one_chip, *SMALL[:-2], "train.batch_size=65536", "train.microbatches=1")
-    assert (plan["outcome"], plan["compiled"], plan["fits"]) == ("device-memory", False, False)
-    assert "(15.75G)" in plan["cause"]
-
-
-@pytest.mark.slow
-def test_a_search_skips_layouts_that_do_not_compile(commands: Commands):
-    arguments = (*QUICKSTART, "--topology", "v5e:2x2", "--search", *LARGE_TILES)
-    result = commands.run(OVERSIZE, *arguments, limit=1800, **COMPILER)
-    assert re.search(r"skipped: .*: the kernel gmm[^:]* needs [\d.]+M of VMEM, whose limit is 16.00M;", result.stderr)
-    assert "kernel-memory" not in result.stdout
-    assert any(line.endswith("  compiled") for line in result.stdout.splitlines())
 
 
 @pytest.mark.slow

@@ -57,9 +57,8 @@ def test_a_message_has_a_cause(message: str, outcome: str, cause: str):
     assert failure(RuntimeError(message)) == (outcome, cause)
 
 
-def test_the_compiler_reports_too_little_device_memory(monkeypatch: pytest.MonkeyPatch):
-    jax.block_until_ready(jnp.zeros(1) + 1)  # XLA itself has read its flags now
-    monkeypatch.setenv("XLA_FLAGS", "")  # libtpu does not know all of XLA's
+@pytest.mark.usefixtures("libtpu")
+def test_the_compiler_reports_too_little_device_memory():
     chip = jax.sharding.SingleDeviceSharding(parse("v5e:1x1").devices()[0])
     long = jax.ShapeDtypeStruct((2**17,), jnp.float32, sharding=chip)
     with pytest.raises(jax.errors.JaxRuntimeError) as refused:

@@ -167,8 +167,9 @@ def _product(how: How, x_AI, weight, where: Groups, out: Any, *, transposed: boo
             return triton.product(x_AI, weight, rows_E, out, transposed=transposed, interpret=how.interpret)
         from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
 
-        (rows, inputs), outputs = x_AI.shape, weight.shape[1 if transposed else 2]
-        shape = tiles.Shape(rows, inputs, outputs, len(rows_E), x_AI.dtype.itemsize, jnp.dtype(out).itemsize)
+        outputs = weight.shape[1 if transposed else 2]
+        (rows, inner), width = x_AI.shape, x_AI.dtype.itemsize
+        shape = tiles.Shape(rows, inner, outputs, len(rows_E), width, jnp.dtype(out).itemsize)
         tiling = tiles.product_tile(shape, how.vmem)
         return gmm(x_AI, weight, rows_E, out, tiling, transpose_rhs=transposed, interpret=how.interpret)
 
@@ -183,8 +184,8 @@ def _outer(how: How, x_AI, dy_AO, where: Groups) -> jax.Array:
             return triton.outer(x_AI, dy_AO, rows_E, interpret=how.interpret)
         from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
-        (rows, inputs), outputs = x_AI.shape, dy_AO.shape[1]
-        shape = tiles.Shape(rows, inputs, outputs, len(rows_E), x_AI.dtype.itemsize, 4)
+        (rows, inner), width = x_AI.shape, x_AI.dtype.itemsize
+        shape = tiles.Shape(rows, inner, dy_AO.shape[1], len(rows_E), width, 4)
         tiling = tiles.outer_tile(shape, how.vmem)
         return tgmm(x_AI.T, dy_AO, rows_E, jnp.float32, tiling, interpret=how.interpret)
 
