@@ -4,6 +4,7 @@ In a block `<tools>…</tools>` (or of `_TAG`), or as JSON or Python literals an
 after another. Literals are never evaluated. All of it takes time linear in the text.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator
@@ -147,10 +148,8 @@ def _talks_of_tools(text: str, at: int) -> bool:
     A form of calls with placeholders for values, as Llama's system text has it before the tools, does not.
     """
     end = at + 2000
-    try:
+    with contextlib.suppress(ValueError):
         end = closing(text, at, end)
-    except ValueError:
-        pass
     return bool(
         _TALK_OF_TOOLS.search(text, max(0, at - 300), at)
         and _LIKE_A_TOOL.match(text, at)
