@@ -51,8 +51,11 @@ def convert_row(row: dict[str, Any], name: str, ids: bool = True) -> Iterator[di
     identity = row.get("id")
     repairs: list[Repaired] = []
     functions = row.get("functions")
-    if functions is not None and "tools" not in rest:
-        rest["tools"] = [{"type": "function", "function": function} for function in field(row, "functions", list)]
+    if functions:
+        declared = [{"type": "function", "function": function} for function in field(row, "functions", list)]
+        if rest.get("tools") and rest["tools"] != declared:
+            raise InvalidTrajectory("bad-tools", "`tools` and `functions` declare different tools; keep one of them")
+        rest["tools"] = declared
     turns: list[dict[str, Any]] = []
     for i, message in enumerate(field(row, "messages", list)):
         turns.append(_turn(i, message, repairs))
@@ -84,6 +87,8 @@ def _turn(i: int, message: Any, repairs: list[Repaired]) -> dict[str, Any]:
     if isinstance(function, dict) and function and not any(value is not None for value in function.values()):
         function = None  # the padding of a union schema
     if function is not None:
+        if turn.get("tool_calls"):
+            raise InvalidTrajectory("bad-call", f"turn {i} has `function_call` and `tool_calls`; keep one of them")
         turn["tool_calls"] = [{"type": "function", "function": function}]
     if turn.get("weight") is not None:
         weight = turn.pop("weight")

@@ -160,7 +160,10 @@ def _results(i: int, value: str, turns: list[dict[str, Any]], repairs: list[Repa
             results = parse_json(value)
         except InvalidTrajectory:
             return [value]
-        named = [item.get("name") if isinstance(item, dict) and len(item) == 2 else None for item in results]
+        named = [str(item.get("name")) if isinstance(item, dict) and len(item) == 2 else "" for item in results]
+        if named != names and len(set(names)) == len(names) and set(named) == set(names) and len(named) == len(names):
+            results = [results[named.index(name)] for name in names]
+            named = names
         if named == names:
             repairs.append(Repaired("results-in-one-turn", f"turn {i} holds the results of {len(names)} calls"))
             return [json.dumps([item], ensure_ascii=False) for item in results]

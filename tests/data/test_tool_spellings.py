@@ -67,6 +67,11 @@ DECLARATIONS = {  # name: system text with {}, what stands for it
         "Given the following functions, please respond with JSON.\n\n{}\n\nNo variables.",
         json.dumps(TOOLS, indent=4),
     ),
+    "llama with the form of calls": (
+        'Given the following functions, respond in the format {{"name": function name, "parameters": dictionary of '
+        "argument name and its value}}.\n\n{}",
+        json.dumps(TOOLS, indent=4),
+    ),
     "anthropic": (
         "Tools:\n{}",
         json.dumps(
@@ -180,7 +185,8 @@ def test_declared_tools_are_found(name: str, place: str):
         if place == "turn":
             row = {"conversations": [{"from": "system", "value": system}, *turns]}
     trajectory, reasons = read(place if place in ("openai", "alpaca") else "sharegpt", row)
-    assert reasons == ["tools-in-system"]
+    nulls = ["null-fields"] if name == "toolace" else []  # its `"required": null`
+    assert reasons == ["tools-in-system", *nulls]
     assert [tool["function"]["name"] for tool in trajectory.tools] == ["get_tide", "find_port"]
     assert [tool["function"]["parameters"] for tool in trajectory.tools] == [TIDE["parameters"], PORT["parameters"]]
     assert trajectory.tools[0]["function"]["description"] == TIDE["description"]
@@ -420,6 +426,56 @@ def test_files_report_calls_in_text(tmp_path: Path, write_jsonl):
     assert "call-in-text" in convert("openai", [openai], tmp_path / "openai.out.jsonl")["left"]
 
 
+def test_calls_that_are_only_considered_are_not_made():
+    thinking = f"<think>\nPerhaps {CALLS['hermes']}? No.\n</think>"
+    trajectory, _ = parsed(f"{thinking}\n\n{CALLS['hermes'].replace('Bergen', 'Oslo')}")
+    turn = trajectory.conversation[1]
+    assert [call.arguments for call in turn.tool_calls] == [{"harbour": "Oslo"}]
+    assert turn.content == thinking
+    trajectory, reasons = parsed(f"{thinking}\nNo tool is needed.")
+    assert not trajectory.conversation[1].tool_calls
+    assert reasons == []
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_parallel_calls_left_in_text_a_turn_each_become_one_turn(name: str):
+    """Else the second call would get the results of both."""
+    row = row_with(CALLS[name])
+    row["conversation"] += [
+        {"role": "assistant", "content": CALLS[name].replace("Bergen", "Oslo")},
+        {"role": "tool", "content": "3 m"},
+        {"role": "tool", "content": "2 m"},
+        {"role": "assistant", "content": "3 and 2."},
+    ]
+    reasons: list[str] = []
+    trajectory = parse_trajectory(row, repaired=lambda reason, _: reasons.append(reason))
+    assert [turn.role for turn in trajectory.conversation] == ["user", "assistant", "tool", "tool", "assistant"]
+    assert [call.arguments["harbour"] for call in trajectory.conversation[1].tool_calls] == ["Bergen", "Oslo"]
+    assert reasons == ["call-in-text", "call-in-text", "parallel-calls-as-turns"]
+
+
+def test_tools_in_openai_form_keep_the_order_of_their_keys():
+    row = {"system": f"<tools>{json.dumps(TOOLS)}</tools>", "conversations": [{"from": "human", "value": "Tide?"}]}
+    row["conversations"] += [{"from": "gpt", "value": "High."}]
+    assert json.dumps(read("sharegpt", row)[0].tools) == json.dumps(TOOLS)
+
+
+def test_legacy_keys_next_to_the_newer_ones():
+    call = {"name": "get_tide", "arguments": "{}"}
+    turns: list[dict[str, Any]] = [{"role": "user", "content": "Tide?"}, {"role": "assistant", "function_call": call}]
+    for tools in (None, [], TOOLS[:1]):
+        trajectory, _ = read("openai", {"messages": turns, "functions": [TIDE], "tools": tools})
+        assert trajectory.tools == TOOLS[:1]
+        assert len(trajectory.conversation[1].tool_calls) == 1
+    for row in (
+        {"messages": turns, "functions": [TIDE], "tools": TOOLS[1:]},
+        {"messages": [turns[0], turns[1] | {"tool_calls": [{"id": "a", "function": call}]}], "tools": TOOLS},
+    ):
+        (item,) = items("openai", row)
+        assert isinstance(item, Dropped)
+        assert item.reason in ("bad-tools", "bad-call")
+
+
 # ShareGPT's own
 
 
@@ -471,13 +527,15 @@ def test_toolace_results_of_parallel_calls_in_one_turn():
     ]
     row = {"system": DECLARATIONS["toolace"][0].format(DECLARATIONS["toolace"][1]), "conversations": turns}
     trajectory, reasons = read("sharegpt", row)
-    assert reasons == ["tools-in-system", "call-in-text", "results-in-one-turn"]
+    assert reasons == ["tools-in-system", "call-in-text", "results-in-one-turn", "null-fields"]
     calls = trajectory.conversation[1].tool_calls
     assert [(turn.tool_call_id, json.loads(turn.content)) for turn in trajectory.conversation[2:4]] == [
         (call.id, [result]) for call, result in zip(calls, results, strict=True)
     ]
     assert list(check_row(to_dict(trajectory))) == []
-    turns[2]["value"] = json.dumps(results[::-1])  # which of them is whose is not clear: as one result
+    turns[2]["value"] = json.dumps(results[::-1])  # their names show which is whose
+    assert read("sharegpt", row)[0] == trajectory
+    turns[2]["value"] = json.dumps([results[0], results[0]])
     assert len(read("sharegpt", row)[0].conversation) == 4
 
 

@@ -215,6 +215,13 @@ def test_all_calls_of_several_arrays_come_back(text: str, content: str):
         f"{F}\n{G[:-1]}",
         f'[TOOL_CALLS][{{"name": "f"}}][TOOL_CALLS]{G}',
         f"[TOOL_CALLS] f {G}",
+        f'[TOOL_CALLS]f[ARGS]{{"a": 1}}[TOOL_CALLS]{G}',
+        f'[TOOL_CALLS]f{{"a": 1}}\n[TOOL_CALLS]{G}',
+        f"<tool_call>f(a=1)</tool_call>\n{G}",
+        f"[{{'name': 'f', 'arguments': {{}}}}]\n{G}",
+        f'[{{"name": "f", "arguments": null}}]\n{G}',
+        f'[{{"arguments": null, "name": "f"}}]\n{G}',
+        f'[{{"name": "f", "arguments"\n{G}',
         f'<tool_call>{{"name": "f", "arguments": {{}}}}</tool_call>\n<tool_call>{G}</tool_call>',
         f'<tool_call>[{{"name": "f"}}]</tool_call><tool_call>{G}</tool_call>',
         f"<tool_call>{F}\n<tool_call>{G}</tool_call>",
@@ -228,6 +235,27 @@ def test_never_some_of_the_calls(text: str):
     assert parse_completion(text) == (text, None)
     for size in range(1, 9):
         assert streamed(text[at : at + size] for at in range(0, len(text), size)) == (text, None)
+
+
+@pytest.mark.parametrize(
+    "thought",
+    [
+        'The "arguments": key takes an amount.',
+        'A call has the keys "name" and "arguments": I write both.',
+        'I set "arguments": amount first.',
+        "I answer with [TOOL_CALLS] now.",
+        "[TOOL_CALLS] is the token before calls.",
+        "A <tool_call> tag is not needed.",
+    ],
+)
+def test_a_thought_may_mention_marks_and_keys_of_calls(thought: str):
+    """The model is trained on such thoughts next to calls."""
+    forms = [f"{thought}[TOOL_CALLS]{F}"] + ([f"{thought}\n{F}"] if TOOL_CALLS not in thought else [])
+    for text in forms:
+        expected = (thought, (ToolCall(None, "f", {"a": 1}),))
+        assert parse_completion(text) == expected
+        for size in range(1, 9):
+            assert streamed(text[at : at + size] for at in range(0, len(text), size)) == expected
 
 
 NAMES = st.sampled_from(["name", "arguments", "thought", "tool_calls", "f", "get_weather"]) | st.text(max_size=4)
@@ -287,9 +315,10 @@ def check_any_chunking(data: st.DataObject) -> None:
     cuts = sorted(data.draw(st.sets(st.integers(1, max(1, len(text) - 1)), max_size=len(text))))
     pieces = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
     assert "".join(pieces) == text
-    # a thought that holds marks of calls may hold calls that are not read
-    expected = (text, None) if not form.startswith("v1") and holds_marks(thought) else (thought, tuple(calls))
-    assert parse_completion(text) == expected
+    expected = parse_completion(text)
+    # a thought that holds marks of calls may hold calls that are not read, and then none are
+    may_be_none = not form.startswith("v1") and holds_marks(thought)
+    assert expected == (thought, tuple(calls)) or (may_be_none and expected == (text, None))
     assert streamed(pieces) == expected
     assert [json.loads(arguments_json(call)) for call in calls] == [call.arguments for call in calls]
     # cut off before the end, nothing is lost

@@ -4,12 +4,13 @@ In a block `<tools>…</tools>` (or of `_TAG`), or as JSON or Python literals an
 after another. Literals are never evaluated. All of it takes time linear in the text.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple, NoReturn
 
-from xlam_jax.data.embedded import value_at
+from xlam_jax.data.embedded import closing, value_at
 from xlam_jax.data.trajectory import DEEPEST_TEXT, InvalidTrajectory, check_json
 
 MOST_FAILURES = 8
@@ -26,7 +27,7 @@ _TALK_OF_TOOLS = re.compile(r"\b(?:functions?|tools?|apis?)\b", re.IGNORECASE)
 _LIKE_A_TOOL = re.compile(
     r"""(?:\[\s*+)?+\{\s*+["'](?:name|type["']\s*+:\s*+["']function|function|description|parameters|tools|functions)["']"""
 )
-_LIKE_A_SCHEMA = re.compile(r"""["'](?:parameters|description|input_schema)["']\s*+:""")
+_LIKE_A_SCHEMA = re.compile(r"""["'](?:parameters|description|input_schema)["']\s*+:\s*+["'{\[]""")
 _OTHER_SPELLINGS = re.compile(r"namespace functions \{|Format the arguments as a JSON object|✿FUNCTION✿")
 _NAME = re.compile(r"[^\W_][^\n\"<>\[\]{}]{0,127}+")
 _PARAMETERS = ("parameters", "input_schema", "inputSchema", "arguments", "args")
@@ -142,11 +143,17 @@ def _untagged(text: str) -> Iterator[_Block]:
 
 
 def _talks_of_tools(text: str, at: int) -> bool:
-    """Whether what is at `at` looks like a tool, and the text before talks of tools."""
+    """Whether what is at `at` looks like a tool, and the text before talks of tools.
+
+    A form of calls with placeholders for values, as Llama's system text has it before the tools, does not.
+    """
+    end = at + 2000
+    with contextlib.suppress(ValueError):
+        end = closing(text, at, end)
     return bool(
         _TALK_OF_TOOLS.search(text, max(0, at - 300), at)
         and _LIKE_A_TOOL.match(text, at)
-        and _LIKE_A_SCHEMA.search(text, at, at + 2000)
+        and _LIKE_A_SCHEMA.search(text, at, end)
     )
 
 
@@ -160,7 +167,7 @@ def _tool(value: Any, known: bool) -> dict[str, Any] | None:
     function = value.get("function")
     if isinstance(function, dict):
         described = known or "description" in function or "parameters" in function
-        flat = _tool({"description": "", **function}, known=True) if described else None
+        flat = _tool({**function, "description": function.get("description", "")}, known=True) if described else None
         return None if flat is None or value.get("type", "function") != "function" else _whole(value, function, flat)
     name = value.get("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name):

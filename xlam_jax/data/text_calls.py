@@ -56,6 +56,7 @@ class _UnreadableError(ValueError):
 
 _NAME = r"[^\[\](){}\"'=,<>`\n]{1,128}"
 _FENCE = r"```[\w-]{0,20}"
+_THINKING = re.compile(r"\s*+<think>.*?</think>\s*+", re.DOTALL)
 _TAGS = re.compile(r"<(?:\||｜)?(?:tool|function|python_tag|action_start)")
 _KEYS = re.compile(r"[\"'](?:name|function)[\"']\s*+:")
 _BRACKETS = re.compile(rf"\[(?:TOOL_CALLS|\s*+{_NAME}\()")
@@ -109,6 +110,10 @@ def read(text: str, declared: Collection[str], where: str) -> TextCalls | None:
     """
     if not _may_hold_calls(text):
         return None
+    thinking = _THINKING.match(text)
+    if thinking:  # calls that are considered in it are not made
+        found = read(text[thinking.end() :], declared, where)
+        return found and found._replace(thought=(thinking[0] + found.thought).rstrip())
     written = None
     try:
         written = _marked(text, declared) or _unmarked(text, declared)

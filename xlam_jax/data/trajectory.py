@@ -397,7 +397,10 @@ def _parse_messages(obj: object, note: Note, declared: Collection[str] = ()) -> 
         _fail("no-conversation", f"a conversation is a non-empty list of turns, got {_kind(obj)}")
     messages = [_parse_message(i, message, note) for i, message in enumerate(join_calls(obj, note))]
     if declared:
-        messages = [_read_text_calls(i, message, declared, note) for i, message in enumerate(messages)]
+        read = [_read_text_calls(i, message, declared, note) for i, message in enumerate(messages)]
+        if read != messages:  # such turns may be parallel calls as well
+            joined = join_calls([_message_to_dict(message) for message in read], note)
+            messages = [_parse_message(i, message, note) for i, message in enumerate(joined)]
     _check_order(messages)
     for i, message in enumerate(messages):
         if message.tool_calls:

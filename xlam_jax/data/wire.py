@@ -85,7 +85,7 @@ def parse_completion(text: str) -> tuple[str, tuple[ToolCall, ...] | None]:
     Calls are JSON arrays up to the end of the text, alone or after a thought, each with or without `[TOOL_CALLS]`, in a
     code fence or in `<tool_call>`; or the text is one JSON object `{"thought", "tool_calls"}`, where the first may be
     missing. All calls of a text come back or none: where some are malformed, or other text is between them, the text
-    comes back whole as content, with None. Nothing raises.
+    comes back whole as content, with None. A thought may mention the marks and the keys of calls. Nothing raises.
     """
     if (whole := _object(text)) is not None:
         return whole
@@ -97,6 +97,8 @@ def parse_completion(text: str) -> tuple[str, tuple[ToolCall, ...] | None]:
         groups.append(calls)
     if not groups or _OTHER_CALLS.search(text, 0, end):
         return text, None
+    if TOOL_CALLS in text[:end] and not text.startswith(TOOL_CALLS, end):
+        return text, None  # the token announces calls, and other text follows it
     return text[:end], tuple(chain.from_iterable(reversed(groups)))
 
 
@@ -184,8 +186,14 @@ _SPACES = re.compile(r"\s++")
 _MARK = re.compile(r"[\s\[<`]")
 _BLANKS = re.compile(rf"[{_BLANK}]*+")
 _QUOTE_OR_BRACKET = re.compile(r'"(\\*+)|[\[\]{}]')
-_OTHER_CALLS = re.compile(rf'{re.escape(TOOL_CALLS)}|</?tool_call>|"arguments"\s*+:')
-"""What in the content before calls says that these are not all calls of the text."""
+_OTHER_CALLS = re.compile(
+    rf"{re.escape(TOOL_CALLS)}\s*+(?:[\[{{<`]|[\w.-]{{1,128}}+(?:\[[A-Z_]++\][\w-]*+)*+\s*+\{{)"
+    r"|<tool_call>\s*+(?:[\[{<`]|\Z)|</tool_call>"
+    r"""|[{,]\s*+["']arguments["']\s*+:|["']arguments["']\s*+:\s*+[{\["']"""
+    r"""|["']name["']\s*+:\s*+["'][^"'\n]*+["']\s*+,\s*+["']arguments["']"""
+)
+"""What in the content before calls looks like other calls, so that these are not all calls of the text. Prose may
+mention the marks and the keys of calls."""
 
 
 def _object(text: str) -> tuple[str, tuple[ToolCall, ...] | None] | None:
