@@ -9,8 +9,8 @@ A run folder, and a converted model alike, look so:
                            with the run's configuration as metadata
 
 A step folder gets its name only once it is whole (Orbax writes beside and renames). Its metadata contain a checksum of
-every array by value, digests of the tokenizer's files and of generation_config.json, and a digest of themselves; everything that is read back is
-compared with them, and what differs raises `DamagedError`.
+every array by value, digests of the tokenizer's files and of generation_config.json, and a digest of themselves;
+everything that is read back is compared with them, and what differs raises `DamagedError`.
 """
 
 import errno
