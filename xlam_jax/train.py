@@ -290,13 +290,15 @@ def train(resolved: Resolved, run: Path, progress: "Progress", hosts: Hosts, pro
         state = steps.init_state(made.state, made.tx, weights.fresh(resolved, initial, made.state.params))
         progress.line(f"weights from {config.model.init_from or 'the seed'}")
     del base, initial
-    if hosts.first:
+    finished = start >= config.train.steps
+    # a finished run keeps the tokenizer that its checkpoints were saved with, and that exports look for
+    if hosts.first and not (finished and (run / checkpoint.TOKENIZER).is_dir()):
         replaced = replace_folder(
             run / checkpoint.TOKENIZER, lambda part: save(made.tokenizer, part, config.data.format)
         )
         if replaced:
             progress.line(f"{run / checkpoint.TOKENIZER}: written again, as it was not {config.data.tokenizer}")
-    if start >= config.train.steps:
+    if finished:
         progress.line(f"{run} is finished: {start} of {config.train.steps} steps")
         return 0
     checkpoint.check_names(run, range(start + 1, config.train.steps + 1))

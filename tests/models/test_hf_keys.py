@@ -352,3 +352,10 @@ def test_an_override_is_exported(tmp_path: Path, file: dict[str, Any]):
     config = ModelConfig.from_hf(json.loads((tmp_path / "config.json").read_text()))
     assert config == ModelConfig.from_hf(values) == tiny_models.model_config(exported)
     assert (config.rope_theta, config.rope_scaling.factor if config.rope_scaling else None) == (5e5, 4.0)
+
+
+@pytest.mark.parametrize("value", [False, 0, "", []])
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_an_override_of_the_scaling_is_an_object_or_null(key: str, value: Any):
+    with pytest.raises(UserError, match=f"with model.overrides: {key} is .*; an object such as"):
+        hf_keys.with_overrides({**base("mistral"), **NEW}, {key: value}, "config.json")

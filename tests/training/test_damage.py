@@ -230,6 +230,7 @@ def test_a_run_falls_back_and_ends_with_the_same_bits(
     run = copy(trained[0], tmp_path / "run")
     file = data_file(run / "checkpoints/10", "opt")
     flip(file, file.stat().st_size // 2)
+    shutil.rmtree(run / "tokenizer")  # a run takes the config's, and writes it anew
     common = ("--config", tiny_config, f"output_dir={run}")
     refusal = commands.fails(TRAIN, *common, "checkpoint.on_damage=error")
     assert re.search(rf"{run}/checkpoints/10 is damaged: .*opt/", refusal)
@@ -241,6 +242,34 @@ def test_a_run_falls_back_and_ends_with_the_same_bits(
     ours, theirs = (load_params(checkpoint.resolve(folder)) for folder in (run, trained[0]))
     assert same_arrays(ours, theirs)
     assert sorted(entry.name for entry in (run / "checkpoints").iterdir()) == ["10", "10.damaged", "9"]
+    for step in ("9", "10"):
+        checkpoint.check_files(run / "checkpoints" / step)
+    # finished, it keeps what is there: another version might write other files than its checkpoints name
+    file = run / "tokenizer/tokenizer_config.json"
+    content = file.read_bytes()
+    file.write_bytes(content + b"\n")
+    assert "written again" not in commands.call(TRAIN, *common).stderr
+    assert file.read_bytes() == content + b"\n"
+    shutil.rmtree(run / "tokenizer")
+    assert "is finished" in commands.call(TRAIN, *common).stderr
+    assert file.read_bytes() == content
+
+
+def test_files_beside_the_steps_are_verified(tmp_path: Path):
+    (tmp_path / "tokenizer").mkdir()
+    files = [tmp_path / "tokenizer/tokenizer.json", tmp_path / "generation_config.json"]
+    for file in files:
+        file.write_text('{"eos_token_id": 2}')
+    step = small_run(tmp_path) / "checkpoints/2"
+    assert checkpoint.load_generation_config(step) == {"eos_token_id": 2}
+    for file in files:
+        file.write_text('{"eos_token_id": 3}')
+        for read_file in (checkpoint.load_generation_config, checkpoint.tokenizer_dir):
+            with pytest.raises(UserError, match=f"{file}: missing, damaged or changed since {step} was saved"):
+                read_file(step)
+        assert newest(tmp_path)[0].step == 2  # neither has a part in training
+        file.write_text('{"eos_token_id": 2}')
+    checkpoint.check_files(step)
 
 
 def test_an_export_of_damaged_files_is_refused(commands: Commands, trained: tuple[Path, str], tmp_path: Path):

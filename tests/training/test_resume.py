@@ -198,7 +198,13 @@ def test_the_number_of_threads_decides_the_bits_of_a_sum(environment: dict[str, 
 # ---- run.json -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", '{"started": 3}', "\x00\xff"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "{", "[1]", '{"started": 3}', "\x00\xff"),
+        *('{"cpu_threads": 8}', '{"cpu_threads": ["8"]}', '{"cpu_threads": [0]}', '{"data_changes": {}}'),
+    ],
+)
 def test_an_unreadable_run_json_is_reported_and_stops_nothing(tmp_path: Path, content: str):
     said: list[str] = []
     (tmp_path / "run.json").write_text(content, encoding="utf-8")

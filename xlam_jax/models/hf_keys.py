@@ -369,7 +369,8 @@ def _with_rope(hf: dict[str, Any], overrides: dict[str, Any], origin: str) -> di
     if not named:  # the base alone: in each spelling that has it
         inside = {key: value | overrides for key, value in present.items() if "rope_theta" in value}
         return hf | inside | ({} if inside and "rope_theta" not in hf else overrides)
-    change = overrides[named[0]] or {"rope_type": "default"}
+    change = overrides[named[0]]
+    change = {"rope_type": "default"} if change is None or change == {} else change
     if not isinstance(change, dict):
         raise values.error(named[0], expected="an object such as {'rope_type': 'linear', 'factor': 4.0} is needed")
     if "rope_theta" in overrides:

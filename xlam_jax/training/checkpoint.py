@@ -9,8 +9,8 @@ A run folder, and a converted model alike, look so:
                            with the run's configuration as metadata
 
 A step folder gets its name only once it is whole (Orbax writes beside and renames). Its metadata contain a checksum of
-every array by value, digests of the tokenizer's files and a digest of themselves; everything that is read back is
-compared with them, and what differs raises `DamagedError`.
+every array by value, digests of the tokenizer's files and of generation_config.json, and a digest of themselves;
+everything that is read back is compared with them, and what differs raises `DamagedError`.
 """
 
 import errno
@@ -31,6 +31,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from xlam_jax.errors import UserError
+from xlam_jax.models.generation_config import GENERATION_CONFIG, read_generation_config
 from xlam_jax.models.params import Params
 from xlam_jax.outputs import write_text
 from xlam_jax.parallel.link import Hosts
@@ -76,7 +77,7 @@ class Checkpoints:
         _silence_orbax_threads()
         self._folder = run / STEPS
         self._metadata = metadata
-        self._files = {f"{TOKENIZER}/{name}": digest for name, digest in _digests(run / TOKENIZER).items()}
+        self._files = _digests(run)
         self._best, self._keep = best, keep
         self._orbax = ocp.training.Checkpointer(
             str(self._folder.absolute()),
@@ -226,10 +227,15 @@ def _digest(metadata: dict[str, Any]) -> str:
     return sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _digests(folder: Path) -> dict[str, str]:
-    """Digests of a folder's files by name."""
-    files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
-    return {path.name: sha256(path.read_bytes()).hexdigest()[:32] for path in files}
+def _digests(run: Path) -> dict[str, str]:
+    """Digests of the files beside the steps that an export reads, by their paths in the run folder; config.json is
+    itself in the metadata."""
+    files = [*sorted((run / TOKENIZER).iterdir())] if (run / TOKENIZER).is_dir() else []
+    return {
+        str(path.relative_to(run)): sha256(path.read_bytes()).hexdigest()[:32]
+        for path in [*files, run / GENERATION_CONFIG]
+        if path.is_file()
+    }
 
 
 class Restored(NamedTuple):
@@ -278,7 +284,6 @@ def restore_newest(
         if problem is None and restored is not None:  # of all hosts: the sums below are computed together
             reason = _differences(restored)
             if reason is None:
-                check_files(run / STEPS / str(step))
                 _set_aside(run, problems, hosts, report)
                 if problems:
                     report(f"continuing from {run / STEPS / str(step)}, the newest intact checkpoint")
@@ -556,9 +561,11 @@ def load_hf_config(step_dir: Path) -> dict[str, Any]:
 
 
 def load_generation_config(step_dir: Path) -> dict[str, Any] | None:
-    """The generation config that the weights came with, next to a step folder; None where they came without."""
-    from xlam_jax.models.generation_config import GENERATION_CONFIG, read_generation_config
+    """The generation config that the weights came with, next to a step folder; None where they came without.
 
+    Raises `UserError` when it differs from what it was when the step was saved.
+    """
+    check_files(step_dir)
     return read_generation_config(step_dir.parent.parent / GENERATION_CONFIG)
 
 
@@ -573,15 +580,15 @@ def tokenizer_dir(step_dir: Path) -> Path | None:
 
 
 def check_files(step_dir: Path) -> None:
-    """Raises `UserError` when the tokenizer beside a step is not the one that it was saved with. Further files are
-    fine."""
+    """Raises `UserError` when a file beside a step is not the one that it was saved with. Further files are fine."""
     run = step_dir.parent.parent
-    now = _digests(run / TOKENIZER)
+    now = _digests(run)
     for name, digest in load_metadata(step_dir).get(FILES, {}).items():
-        if now.get(name.removeprefix(f"{TOKENIZER}/")) != digest:
+        if now.get(name) != digest:
+            anew = f" (a run writes {run / TOKENIZER} anew when it is continued without that folder)"
             raise UserError(
-                f"{run / name}: missing, damaged or changed since {step_dir} was saved; restore the file (a run writes "
-                f"{run / TOKENIZER} anew when it is continued without that folder)"
+                f"{run / name}: missing, damaged or changed since {step_dir} was saved; restore the file"
+                + ("" if name == GENERATION_CONFIG else anew)
             )
 
 

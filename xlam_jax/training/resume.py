@@ -114,8 +114,10 @@ def read_run(file: Path, report: Report) -> dict[str, Any]:
     """What run.json has; {} where there is none, or none that can be read, which is reported."""
     try:
         about = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(about, dict) and isinstance(about.get("started", []), list):
-            return about
+        if isinstance(about, dict) and all(map(_is_list, (about.get(key, []) for key in ("started", "data_changes")))):
+            threads = about.get("cpu_threads") or []
+            if _is_list(threads) and all(type(count) is int and count > 0 for count in threads):
+                return about
         problem = "not a JSON object as this program writes it"
     except FileNotFoundError:
         return {}
@@ -123,3 +125,7 @@ def read_run(file: Path, report: Report) -> dict[str, Any]:
         problem = str(error)
     report(f"warning: {file}: can't be read ({problem}); it is written again, without the times of earlier starts")
     return {}
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, list)
