@@ -189,7 +189,7 @@ def read_config(folder: Path) -> AdapterConfig:
     except ValueError as error:
         raise UserError(f"{where}: not valid JSON: {error}; download or save the adapter again") from None
     if not isinstance(described, dict):
-        raise UserError(f"{where}: holds a {type(described).__name__}; a JSON object is expected")
+        raise UserError(f"{where}: contains a {type(described).__name__}; a JSON object is expected")
     if described.get("peft_type") != "LORA":
         raise UserError(f"{where}: peft_type is {described.get('peft_type')!r}; only LORA is read: {MERGE}")
     neutral = NEUTRAL | dict.fromkeys(VARIANTS, OFF)

@@ -14,6 +14,7 @@ from transformers import AutoConfig, GenerationConfig
 from xlam_jax.errors import UserError
 from xlam_jax.generate import find_model
 from xlam_jax.models.generation_config import align, read_generation_config, stop_ids
+from xlam_jax.training import checkpoint
 
 TO_ORBAX, TO_HF = "converters.hf_to_orbax", "converters.orbax_to_hf"
 SOURCE = {
@@ -45,8 +46,14 @@ def run(trained: tuple[Path, str], tmp_path: Path) -> Path:
     """A finished run whose config.json names other tokens than its tokenizer: end 7 instead of 2, and begin 5."""
     copy = tmp_path / "run"
     shutil.copytree(trained[0], copy)
-    config = read(copy / "config.json")
-    (copy / "config.json").write_text(json.dumps(config | {"eos_token_id": 7, "bos_token_id": 5}))
+    config = read(copy / "config.json") | {"eos_token_id": 7, "bos_token_id": 5}
+    (copy / "config.json").write_text(json.dumps(config))
+    for step in checkpoint.whole_steps(copy):  # as if they had been saved with these files
+        path = copy / checkpoint.STEPS / str(step) / checkpoint.METADATA
+        note = read(path)
+        note["custom_metadata"] |= {"model": config, checkpoint.FILES: {}}
+        note["custom_metadata"][checkpoint.DIGEST] = checkpoint._digest(note["custom_metadata"])
+        path.write_text(json.dumps(note))
     return copy
 
 

@@ -116,7 +116,7 @@ def test_other_adapters_are_told(tmp_path: Path):
     with pytest.raises(UserError, match="the adapter of another base model"):
         read_peft(tmp_path / "adapter", other)
     (tmp_path / "adapter/adapter_config.json").write_text("[1]")
-    with pytest.raises(UserError, match=r"adapter_config\.json: holds a list; a JSON object is expected"):
+    with pytest.raises(UserError, match=r"adapter_config\.json: contains a list; a JSON object is expected"):
         read_peft(tmp_path / "adapter", config)
 
 

@@ -338,7 +338,7 @@ def test_an_override_is_exported(tmp_path: Path, file: dict[str, Any]):
     saved = base("llama") | file | {"quantization_config": {"quant_method": "gptq"}}
     values = hf_keys.with_overrides(saved, {"rope_theta": 5e5, "max_position_embeddings": 256}, "x")
     work = Work(tmp_path)
-    write_hf(work, values, tiny_models.params_of(model), of="x")
+    write_hf(work, values, tiny_models.params_of(model), generation={}, of="x")
     work.close()
     exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
     assert exported.config.max_position_embeddings == 256

@@ -271,7 +271,11 @@ def test_a_quantization_config_without_quantized_weights(exported: Path, tmp_pat
 def test_adapters_that_cannot_be_read(commands: Commands, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(serve, "package", lambda: "vllm")
     call = ("serving.serve", "--model", model, "--lora", f"a={tmp_path}", "--port", launch.free_ports())
-    for text, message in [("{", "not valid JSON"), ("[]", "contains a list"), ('{"r": "8"}', "r is '8'")]:
+    for text, message in [
+        ("{", "not valid JSON"),
+        ("[]", "contains a list"),
+        ('{"peft_type": "LORA", "r": "8"}', "r is '8'"),
+    ]:
         (tmp_path / "adapter_config.json").write_text(text)
         assert f"{tmp_path}/adapter_config.json: {message}" in commands.fails(*call)
     (tmp_path / "adapter_model.safetensors").write_bytes(b"\x50\0\0\0\0\0\0\0{")
@@ -332,7 +336,7 @@ def test_a_checkpoint_is_exported_once(trained: tuple[Path, str], tmp_path: Path
     (out / serve.EXPORTED).write_text("step 3, another")
     with pytest.raises(UserError, match="was exported from step 3, another, and not from step 10"):
         serve.model_folder(str(run), out, export=True)
-    (tmp_path / "broken/checkpoints/3").mkdir(parents=True)
+    (tmp_path / "broken/checkpoints/3/params").mkdir(parents=True)
     (tmp_path / "broken/config.json").touch()
     with pytest.raises(UserError, match="could not be exported"):
         serve.model_folder(str(tmp_path / "broken"), None, export=True)
