@@ -1,7 +1,7 @@
 """Calls and results of formats that write no ids: parallel calls in one turn, ids where the pairing is unambiguous."""
 
 from collections.abc import Sequence
-from itertools import takewhile
+from itertools import islice, takewhile
 from typing import Any
 
 from converters.trajectories.common import Repaired
@@ -21,7 +21,9 @@ def link(turns: Sequence[dict[str, Any]], repairs: list[Repaired], ids: bool = T
     number = 0
     for i, turn in enumerate(joined):
         calls = _calls(turn)
-        results = list(takewhile(lambda turn: turn.get("role") == "tool", joined[i + 1 :]))
+        if not calls:
+            continue
+        results = list(takewhile(lambda turn: turn.get("role") == "tool", islice(joined, i + 1, None)))
         pairs = _pairs(calls, results)
         for call in calls:
             number += 1

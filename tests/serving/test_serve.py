@@ -278,6 +278,7 @@ def test_adapters_that_cannot_be_read(commands: Commands, model: Path, tmp_path:
     ]:
         (tmp_path / "adapter_config.json").write_text(text)
         assert f"{tmp_path}/adapter_config.json: {message}" in commands.fails(*call)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "target_modules": ["q_proj"]}')
     (tmp_path / "adapter_model.safetensors").write_bytes(b"\x50\0\0\0\0\0\0\0{")
     assert f"{tmp_path}/adapter_model.safetensors: truncated or damaged" in commands.fails(*call)
 

@@ -94,7 +94,18 @@ def test_wandb_continues_its_run(run: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def wandb_history(path: Path) -> tuple[dict[int, float], int]:
-    """The losses by step of a W&B file, which is a log in LevelDB's format, and the exit code."""
+    """The losses by step of a W&B file, and the exit code. W&B's service writes the last records some time after a run
+    has ended."""
+    for _ in range(600):
+        losses, code = read_wandb(path)
+        if code != -1:
+            break
+        time.sleep(0.1)
+    return losses, code
+
+
+def read_wandb(path: Path) -> tuple[dict[int, float], int]:
+    """What is in the file now: a log in LevelDB's format."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     content, at, parts, losses, code = path.read_bytes(), 7, b"", {}, -1

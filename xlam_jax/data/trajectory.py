@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -424,7 +424,9 @@ def join_calls(turns: Sequence[Any], note: Note) -> list[Any]:
         else:
             joined.append(turn)
     for at in dict.fromkeys(starts):
-        results = list(takewhile(lambda turn: isinstance(turn, dict) and turn.get("role") == "tool", joined[at + 1 :]))
+        results = list(
+            takewhile(lambda turn: isinstance(turn, dict) and turn.get("role") == "tool", islice(joined, at + 1, None))
+        )
         calls = joined[at]["tool_calls"]
         ids = [call.get("id") for call in calls if isinstance(call, dict)]
         answered = [result.get("tool_call_id") for result in results]
