@@ -58,7 +58,7 @@ def convert_row(row: dict[str, Any], name: str, ids: bool = True) -> Iterator[di
         rest["tools"] = declared
     turns: list[dict[str, Any]] = []
     for i, message in enumerate(field(row, "messages", list)):
-        turns.append(_turn(i, message, repairs))
+        turns.append(read_turn(i, message, repairs))
         if turns[-1]["role"] == "system" and not rest.get("tools"):
             rest["tools"] = take_tools(turns, [], repairs)
     turns = link(turns, repairs, ids)
@@ -80,7 +80,8 @@ def split_instruction(turns: list[dict[str, Any]]) -> tuple[str, list[dict[str, 
     return "", turns
 
 
-def _turn(i: int, message: Any, repairs: list[Repaired]) -> dict[str, Any]:
+def read_turn(i: int, message: Any, repairs: list[Repaired]) -> dict[str, Any]:
+    """Turn `i` of a conversation in OpenAI form, as the reader of trajectories takes it. Raises `InvalidTrajectory`."""
     turn = dict(message) if field(message, "role", str) else {}
     turn["role"] = {"developer": "system", "function": "tool"}.get(turn["role"], turn["role"])
     function = turn.pop("function_call", None)

@@ -68,8 +68,8 @@ def _converted(row: dict[str, Any], side: str, name: str, notes: dict[tuple[str,
 
 def _whole(row: dict[str, Any], side: str) -> tuple[ConvertRow, dict[str, Any]]:
     """The row of one side's whole conversation in a chat format, and what converts it."""
-    told = {*SIDES, *SIDES.values(), "prompt", "input"} | {f"{name}_score" for name in SIDES}
-    rest = {key: value for key, value in row.items() if key not in told | {f"score_{name}" for name in SIDES}}
+    known = {*SIDES, *SIDES.values(), "prompt", "input"} | {f"{name}_score" for name in SIDES}
+    rest = {key: value for key, value in row.items() if key not in known | {f"score_{name}" for name in SIDES}}
     if SIDES[side] in row:
         prompt = field(row, "input", dict)
         answer = _messages(row[SIDES[side]], "role", "assistant")

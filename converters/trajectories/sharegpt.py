@@ -141,7 +141,7 @@ def _chat_turn(i: int, message: dict[str, Any], content: Any, repairs: list[Repa
     calls = turn.get("tool_calls")
     if isinstance(calls, list):
         turn["tool_calls"] = [_wrapped(call) for call in calls]
-    turn = openai._turn(i, turn, repairs)
+    turn = openai.read_turn(i, turn, repairs)
     calls = turn.get("tool_calls") or []
     for call in calls if isinstance(calls, list) else [calls]:
         if not isinstance(_name(call), str):

@@ -48,7 +48,7 @@ def source_identity(source: Loaded) -> Identity:
 def source_digests(source: Loaded) -> dict[str, str]:
     """The digests of `train` and `heldout`. Reads every example."""
     ids = {"train": list(source.ids), "heldout": [sample.id for sample in source.samples]}
-    drawn_from = map(_trajectory_text, source.trajectories or ())  # augmentation renders them anew
+    drawn_from = map(_trajectory_text, source.trajectories or ())  # augmentation renders them again each time
     return {
         "train": examples_digest(source.train, _columns, [*ids["train"], *drawn_from]),
         "heldout": examples_digest(source.heldout, _columns, ids["heldout"]),

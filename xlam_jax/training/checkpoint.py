@@ -416,7 +416,7 @@ def whole_steps(run: Path) -> list[int]:
 
 
 def check_names(run: Path, steps: range) -> None:
-    """Raises `UserError` when something that is no step has the name of one that the run is going to save."""
+    """Raises `UserError` when an entry that is not a step has the name of a step that the run is going to save."""
     for entry in (run / STEPS).iterdir() if (run / STEPS).is_dir() else ():
         if _is_number(entry.name) and int(entry.name) in steps and not _is_step(entry):
             raise UserError(
@@ -585,10 +585,10 @@ def check_files(step_dir: Path) -> None:
     now = _digests(run)
     for name, digest in load_metadata(step_dir).get(FILES, {}).items():
         if now.get(name) != digest:
-            anew = f" (a run writes {run / TOKENIZER} anew when it is continued without that folder)"
+            advice = f" (a run that is continued without {run / TOKENIZER} writes it again)"
             raise UserError(
                 f"{run / name}: missing, damaged or changed since {step_dir} was saved; restore the file"
-                + ("" if name == GENERATION_CONFIG else anew)
+                + ("" if name == GENERATION_CONFIG else advice)
             )
 
 

@@ -156,7 +156,7 @@ def _read(folder: Path, loaded: Sequence[Loaded], made_of: dict[str, Any], repor
     if digests is None:
         report(
             f"warning: {folder}: written by a version that stored no digests of its files, and that could score "
-            "trained weights where a run was resumed without its reference; remove the folder to compute it anew"
+            "trained weights where a run was resumed without its reference; remove the folder to compute it again"
         )
     return scores
 
