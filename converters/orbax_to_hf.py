@@ -21,6 +21,7 @@ from xlam_jax.models.config import ModelConfig
 from xlam_jax.models.generation_config import GENERATION_CONFIG, align, derived
 
 if TYPE_CHECKING:
+    from xlam_jax.config import Resolved
     from xlam_jax.models.params import Params
 
 
@@ -123,7 +124,6 @@ def main() -> None:
         refuse_existing(Path(args.out))
 
     from converters.logits import compare_logits
-    from converters.peft import write_peft
     from xlam_jax.training import checkpoint, weights
 
     step = checkpoint.resolve(args.checkpoint)
@@ -133,20 +133,7 @@ def main() -> None:
         raise UserError(f"{step}: holds a whole model without adapters; leave --lora {args.lora} out")
     hf_config, generation, changes = _trained_ends(step, tokenizer)
     if args.lora == "adapter" and with_adapters is not None:
-        base = with_adapters.config.model.init_from
-        with new_folder(Path(args.out)) as part:
-            write_peft(part, with_adapters.model, checkpoint.load_params(step), base, of=str(step))
-            if tokenizer is not None:
-                shutil.copytree(tokenizer, part, dirs_exist_ok=True)
-            _write_json(part / GENERATION_CONFIG, generation)
-        if changed := with_adapters.config.model.overrides:
-            print(f"warning: the adapters were trained with model.overrides {changed}; change the base's config.json "
-                  "likewise where they are loaded, or export with --lora merge", file=sys.stderr)  # fmt: skip
-        if changes:
-            print(
-                f"{changes}. Servers of the base alone stop where its own files say: give them these files, with "
-                f"`--tokenizer {args.out} --generation-config {args.out}` in vLLM"
-            )
+        base = _export_adapters(Path(args.out), step, with_adapters, tokenizer, generation, changes)
         print(f"{args.out}: the adapters of step {step.name} of {args.checkpoint}, for {base or 'a random base'}")
         return
     if changes:
@@ -173,6 +160,33 @@ def main() -> None:
             if "://" not in args.out:  # elsewhere config.json is written last
                 compare_logits(work.folder, hf_config, params, step, dtype)
     print(f"{args.out}: step {step.name} of {args.checkpoint}" + ("" if tokenizer else ", without a tokenizer"))
+
+
+def _export_adapters(
+    out: Path, step: Path, run: "Resolved", tokenizer: Path | None, generation: dict[str, Any], changes: str
+) -> str | None:
+    """Writes the adapters of a step as a PEFT folder; returns the name of the base that they belong to."""
+    from converters.peft import write_peft
+    from xlam_jax.training import checkpoint
+
+    base = run.config.model.init_from
+    with new_folder(out) as part:
+        write_peft(part, run.model, checkpoint.load_params(step), base, of=str(step))
+        if tokenizer is not None:
+            shutil.copytree(tokenizer, part, dirs_exist_ok=True)
+        _write_json(part / GENERATION_CONFIG, generation)
+    if changed := run.config.model.overrides:
+        print(
+            f"warning: the adapters were trained with model.overrides {changed}; change the base's config.json in the same "
+            "way where they are loaded, or export with --lora merge",
+            file=sys.stderr,
+        )
+    if changes:
+        print(
+            f"{changes}. Servers of the base alone stop where its own files say: give them these files, with "
+            f"`--tokenizer {out} --generation-config {out}` in vLLM"
+        )
+    return base
 
 
 def _trained_ends(step: Path, tokenizer: Path | None) -> tuple[dict[str, Any], dict[str, Any], str]:
