@@ -177,8 +177,8 @@ def _export_adapters(
         _write_json(part / GENERATION_CONFIG, generation)
     if changed := run.config.model.overrides:
         print(
-            f"warning: the adapters were trained with model.overrides {changed}; change the base's config.json in the same "
-            "way where they are loaded, or export with --lora merge",
+            f"warning: the adapters were trained with model.overrides {changed}; change the base's config.json in "
+            "the same way where they are loaded, or export with --lora merge",
             file=sys.stderr,
         )
     if changes:
