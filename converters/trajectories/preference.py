@@ -15,7 +15,6 @@ from xlam_jax.data.trajectory import ROW_KEYS, InvalidTrajectory, Note
 
 SIDES = {"chosen": "preferred_output", "rejected": "non_preferred_output"}
 """The sides of a pair, and their names in OpenAI's rows."""
-MODULES = (alpaca, openai, sharegpt)
 
 
 def is_other_layout(keys: Any) -> bool:

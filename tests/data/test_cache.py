@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from xlam_jax.config import Data
+from xlam_jax.config import Data, Source
 from xlam_jax.data import cache, corpus
 from xlam_jax.data.tokenizer import load_tokenizer
 from xlam_jax.errors import UserError
@@ -267,3 +267,20 @@ def test_every_module_that_has_a_part_in_an_example_is_part_of_the_key():
     assert not used & set(cache._APART_MODULES)
     modules = {path.stem for path in Path(cache.__file__).parent.rglob("*.py")}
     assert used | set(cache._APART_MODULES) <= modules
+
+
+@pytest.mark.parametrize(
+    ("format", "stale"), [("sharegpt", True), ("hammer", True), ("pairs", True), ("unified", False)]
+)
+def test_a_changed_module_that_a_converter_uses_makes_a_cache_stale(
+    format: str, stale: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    source = Source(name="rows", files=["rows.jsonl"], format=format)
+    before = cache._converter(source)
+    folder = tmp_path / "trajectories"
+    shutil.copytree(cache._CONVERTERS, folder)
+    for name in ("openai.py", "xlam60k.py"):  # used by sharegpt and pairs, and by hammer
+        with (folder / name).open("a") as file:
+            file.write("CHANGED = True\n")
+    monkeypatch.setattr(cache, "_CONVERTERS", folder)
+    assert (cache._converter(source) != before) == stale

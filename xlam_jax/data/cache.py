@@ -30,7 +30,6 @@ import numpy as np
 
 from converters import trajectories
 from converters.folders import new_folder
-from converters.trajectories import preference
 from xlam_jax.config import PAIRS, Data, Source
 from xlam_jax.data import corpus, identity
 from xlam_jax.data.corpus import Example, Loaded, Progress
@@ -335,19 +334,16 @@ def _code() -> str:
     """A digest of the code that has a part in every example: reading, rendering, cutting."""
     package = Path(__file__).parent
     modules = [path for path in sorted(package.rglob("*.py")) if path.stem not in _APART_MODULES]
-    modules += [_CONVERTERS / "common.py", _CONVERTERS / "links.py"]
+    modules.append(_CONVERTERS / "common.py")
     templates = (path for path in (files("serving") / "templates").iterdir() if path.name.endswith(".jinja"))
     return _digest(*(path.read_bytes() for path in (*modules, *sorted(templates, key=lambda path: path.name))))
 
 
 def _converter(source: Source) -> str:
+    """A digest of the code that converts a source's rows: of all converters, as they use one another."""
     if source.format == "unified":
         return ""
-    if source.format == PAIRS:
-        modules = ["preference.py", *(Path(str(module.__file__)).name for module in preference.MODULES)]
-    else:
-        modules = [f"{source.format}.py"]
-    return _digest(*((_CONVERTERS / module).read_bytes() for module in modules))
+    return _digest(*(path.read_bytes() for path in sorted(_CONVERTERS.glob("*.py"))))
 
 
 def _content(source: Source) -> Iterator[tuple[str, str]]:
