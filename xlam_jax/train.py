@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from xlam_jax.data.corpus import Loaded
     from xlam_jax.data.identity import Identity
     from xlam_jax.training.progress import Progress
+    from xlam_jax.training.setup import Setup
     from xlam_jax.training.step import State
 
 CONFIG = "config.yaml"
@@ -209,6 +210,54 @@ def _not_finite(
     )
 
 
+def _with_reference(
+    resolved: Resolved,
+    run: Path,
+    made: "Setup",
+    initial: Any,
+    frozen: Any,
+    fingerprints: tuple[str | None, str],
+    hosts: Hosts,
+    progress: "Progress",
+) -> "tuple[list[Loaded], str]":
+    """The data with the scores of the reference policy, and the fingerprint of its weights: those that the run starts
+    from. `initial`: these weights; None to read them again. `fingerprints`: theirs, where it is known, and that of
+    `frozen`.
+    """
+    from xlam_jax.training import reference, weights
+
+    config, (saved, of_frozen) = resolved.config, fingerprints
+
+    def policy() -> Any:
+        if initial is not None:
+            return initial
+        base = weights.read_base(resolved) if resolved.model.lora else None
+        return weights.fresh(resolved, weights.read_initial(resolved, base), made.state.params)
+
+    fingerprint = saved or weights.fingerprint(policy())
+
+    def score() -> "reference.Scores":
+        params = policy()
+        weights.check_policy(resolved, fingerprint, weights.fingerprint(params))
+        return reference.compute(resolved, made, params, frozen, progress)
+
+    loaded, found = reference.attach(
+        Path(config.objective.reference_cache or run / "reference"),
+        made.loaded,
+        reference.identity(
+            made.loaded,
+            weights=f"{fingerprint} {of_frozen}".strip(),
+            model=resolved.hf_config,
+            dtype=config.model.compute_dtype,
+        ),
+        score,
+        progress.line,
+        writes=hosts.first,
+    )
+    progress.line("reference policy: " + ("read" if found else "computed, and kept"))
+    return loaded, fingerprint
+
+
 def train(resolved: Resolved, run: Path, progress: "Progress", hosts: Hosts, profiled: range | None = None) -> int:
     """The whole run, in the order in which things happen."""
     config = resolved.config
@@ -308,35 +357,17 @@ def train(resolved: Resolved, run: Path, progress: "Progress", hosts: Hosts, pro
         write_text(run / RUN, json.dumps(started, indent=1) + "\n")
     loaded = made.loaded
     if configs.reference(config) == "precomputed":
-        from xlam_jax.training import reference
-
-        def policy() -> Any:
-            """The weights that the run starts from, which a resumed run reads again."""
-            if not start:
-                return state.params
-            beside_adapters = weights.read_base(resolved) if resolved.model.lora else None
-            return weights.fresh(resolved, weights.read_initial(resolved, beside_adapters), made.state.params)
-
-        def score() -> "reference.Scores":
-            params = policy()
-            weights.check_policy(resolved, metadata["reference"], weights.fingerprint(params))
-            return reference.compute(resolved, made, params, frozen, progress)
-
-        metadata["reference"] = metadata.get("reference") or weights.fingerprint(policy())
-        loaded, found = reference.attach(
-            Path(config.objective.reference_cache or run / "reference"),
-            loaded,
-            reference.identity(
-                loaded,
-                weights=f"{metadata['reference']} {beside or ''}".strip(),
-                model=resolved.hf_config,
-                dtype=config.model.compute_dtype,
-            ),
-            score,
-            progress.line,
-            writes=hosts.first,
+        loaded, metadata["reference"] = _with_reference(
+            resolved,
+            run,
+            made,
+            # a resumed run reads the weights again that it began with
+            None if start else state.params,
+            frozen,
+            (metadata.get("reference"), beside or ""),
+            hosts,
+            progress,
         )
-        progress.line("reference policy: " + ("read" if found else "computed, and kept"))
     loader = pipeline.Loader(
         loaded,
         config.data,
