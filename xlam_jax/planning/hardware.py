@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from xlam_jax import tpu_library
 from xlam_jax.errors import UserError, nearest
 from xlam_jax.training.cost import PEAK_FLOPS
 
@@ -106,6 +107,7 @@ class Topology:
         from jax.experimental import topologies
 
         assert self.chip
+        tpu_library.show()
         for name, value in OFFLINE.items():
             os.environ.setdefault(name, value)
         try:
