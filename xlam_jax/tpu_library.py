@@ -24,8 +24,8 @@ def has_tpu(dev: Path = Path("/dev")) -> bool:
 def hide() -> None:
     """Makes JAX choose among the other platforms, as if the package were not installed.
 
-    Changes nothing on a machine with a TPU, or where JAX_PLATFORMS or JAX_FORCE_TPU_INIT says what to use. Has no effect
-    once JAX has looked at its devices.
+    Changes nothing on a machine with a TPU, or where JAX_PLATFORMS or JAX_FORCE_TPU_INIT says what to use. Has no
+    effect once JAX has looked at its devices.
     """
     if os.environ.get("JAX_PLATFORMS") or "JAX_FORCE_TPU_INIT" in os.environ or has_tpu():
         return
