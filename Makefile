@@ -22,7 +22,7 @@ BFCL := bfcl-eval==2026.3.23
 WORKERS ?= 2
 PYTEST := $(PY) -m pytest --numprocesses $(WORKERS) --dist worksteal
 
-.PHONY: quickstart eval test test-slow test-browser test-serve serve-cpu fastchat lint bench clean
+.PHONY: quickstart eval test test-slow test-nightly test-browser test-serve serve-cpu fastchat lint bench clean
 
 quickstart: $(VENV)/.core
 	$(PY) -m xlam_jax.train --config configs/quickstart.yaml
@@ -32,10 +32,14 @@ quickstart: $(VENV)/.core
 eval: $(VENV)/.eval
 
 test: $(VENV)/.test
-	$(PYTEST) -m "not slow and not browser and not serve"
+	$(PYTEST) -m "not slow and not nightly and not browser and not serve"
 
 test-slow: $(VENV)/.slow
 	$(PYTEST) -m "slow and not browser and not serve"
+
+# Real deadlines, for a machine that does nothing else.
+test-nightly: $(VENV)/.test
+	REAL_DEADLINES=1 $(PY) -m pytest -m "(nightly or deadlines) and not browser and not serve"
 
 test-browser: $(VENV)/.test
 	$(PY) -m pytest -m browser tests/browser

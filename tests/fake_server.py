@@ -132,6 +132,12 @@ def hangs_up(handler: Handler, request: dict[str, Any]) -> None:
     handler.close_connection = True
 
 
+def never(handler: Handler, request: dict[str, Any]) -> None:
+    """Gives no answer for as long as the client waits."""
+    handler.rfile.read(1)  # nothing comes, until the client hangs up
+    handler.close_connection = True
+
+
 def refuses(status: int, message: str) -> Reply:
     """An error as OpenAI's API tells it."""
     return answers(status, json.dumps({"error": {"message": message, "type": "error", "code": status}}))

@@ -22,6 +22,20 @@ from xlam_jax import errors
 ROOT = Path(__file__).parent.parent
 
 
+def deadline(seconds: float) -> float:
+    """How long to wait for what must be done within `seconds`: exactly so long in `make test-nightly`, which is for an
+    idle machine, and else long enough for a busy one, so that only what hangs for ever fails."""
+    return seconds if "REAL_DEADLINES" in os.environ else 20 * seconds
+
+
+def wait_until(condition: Callable[[], object], *, within: float = 60) -> None:
+    """Returns as soon as a condition holds; fails when it does not within a `deadline`."""
+    until = time.monotonic() + deadline(within)
+    while not condition():
+        assert time.monotonic() < until, "it did not come to pass in time"
+        time.sleep(0.01)
+
+
 class Watched(io.StringIO):
     """Keeps what is written to it, and does something as soon as a certain text is."""
 

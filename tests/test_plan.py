@@ -216,7 +216,7 @@ def test_gpus_are_computed_and_it_says_so(commands: Commands):
     assert "computed, not compiled" in said
     assert "all-reduce data" in said
     assert "all-gather fsdp" in said
-    assert "of 80.00 GB: fits" in said
+    assert "of 60.00 GB (75% of 80.00 GB, by JAX's XLA_CLIENT_MEM_FRACTION): fits" in said
 
 
 @pytest.mark.parametrize(

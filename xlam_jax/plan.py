@@ -24,8 +24,9 @@ from xlam_jax import config as configs
 from xlam_jax import errors
 from xlam_jax.config import Resolved
 from xlam_jax.errors import UserError
-from xlam_jax.planning.failures import COMPILER_ERROR, DEVICE_MEMORY, KERNEL_MEMORY, failure, of_compiler
-from xlam_jax.planning.hardware import Topology, factorizations, parse
+from xlam_jax.planning.advice import Change, advise
+from xlam_jax.planning.failures import COMPILER_ERROR, DEVICE_MEMORY, KERNEL_MEMORY, failure, needed_memory, of_compiler
+from xlam_jax.planning.hardware import FRACTIONS, Topology, factorizations, parse
 
 if TYPE_CHECKING:
     from xlam_jax.planning.hlo import Collective
@@ -57,8 +58,10 @@ class Plan:
     flops: float
     arguments: float
     temporaries: float | None
+    device_memory: float | None
+    """Of a device; None where it is not known."""
     memory: float | None
-    """Of a device."""
+    """The part of it that JAX's allocator may use."""
     exchanges: dict[str, float]
     """Bytes that a device receives, by kind and axes of the mesh."""
     exchange_counts: dict[str, int]
@@ -67,6 +70,7 @@ class Plan:
     network_time: float | None
     compile_seconds: float | None
     estimated_arguments: float
+    estimated_temporaries: float
     estimated_flops: float
     unknown_loops: int = 0
     outcome: str = "computed"
@@ -74,6 +78,8 @@ class Plan:
     asked (computed), or because it failed (device-memory, kernel-memory or compiler-error)."""
     cause: str | None = None
     """Why compiling failed, in one line."""
+    changes: tuple[Change, ...] = ()
+    """If it does not fit: what to change."""
 
     @property
     def compiled(self) -> bool:
@@ -92,7 +98,8 @@ class Plan:
 
     @property
     def fits(self) -> bool | None:
-        """Whether a device has that much; None where its memory is not known, or compiling failed for other reasons."""
+        """Whether JAX may use that much of a device; None where its memory is not known, or compiling failed for other
+        reasons."""
         if self.failed:
             return False if self.outcome == DEVICE_MEMORY else None
         return None if self.memory is None or self.peak is None else self.peak <= self.memory
@@ -131,14 +138,35 @@ def main() -> int:
         plans = search(resolved, topology, _say(arguments.json))
     else:
         plans = [plan(resolved, topology, laid_out(resolved, topology))]
+    if plans[0].fits is False:
+        plans[0] = replace(plans[0], changes=changes(plans[0], arguments.config, overrides, topology))
     if arguments.json:
         objects = [_as_json(one) for one in plans]
         print(json.dumps(objects if arguments.search else objects[0], indent=1))
     elif arguments.search:
         print(_table(plans, topology))
+        if plans[0].changes:
+            print("no layout fits", *_changes_lines(plans[0]), sep="\n")
     else:
         print(_text(plans[0], topology))
     return REFUSED if plans[0].outcome in (KERNEL_MEMORY, COMPILER_ERROR) else 0
+
+
+def changes(unfit: Plan, config: Path, overrides: Sequence[str], topology: Topology) -> tuple[Change, ...]:
+    """What to change in a run that does not fit, by the estimate. Where the compiler needs more than the estimate, what
+    a change needs is scaled up by as much."""
+    resolved = configs.load(config, list(overrides))
+    own = unfit.estimated_arguments + unfit.estimated_temporaries
+    needed = needed_memory(unfit.cause or "") or unfit.peak or own
+
+    def peak(place: Topology, changed: list[str]) -> float | None:
+        try:
+            other = configs.load(config, [*overrides, *changed])
+            return (plan(other, place, laid_out(other, place), compiles=False).peak or 0.0) * max(1.0, needed / own)
+        except UserError:
+            return None  # it does not divide, or contradicts another field
+
+    return tuple(advise(resolved.config, unfit.mesh, topology, peak))
 
 
 def _as_json(plan: Plan) -> dict[str, Any]:
@@ -196,7 +224,8 @@ def plan(resolved: Resolved, topology: Topology, layout: "Layout", *, compiles: 
         flops=guess.flops,
         arguments=guess.arguments,
         temporaries=guess.temporaries,
-        memory=topology.chip.memory if topology.chip else None,
+        device_memory=topology.chip.memory if topology.chip else None,
+        memory=topology.memory,
         exchanges={},
         exchange_counts={},
         compute_time=None,
@@ -204,6 +233,7 @@ def plan(resolved: Resolved, topology: Topology, layout: "Layout", *, compiles: 
         network_time=None,
         compile_seconds=None,
         estimated_arguments=guess.arguments,
+        estimated_temporaries=guess.temporaries,
         estimated_flops=guess.flops,
     )
     computed = _timed(base, topology, layout, guess.collectives, guess.bytes)
@@ -385,6 +415,25 @@ def _gb(size: float) -> str:
     return f"{size / (unit or 1):.2f} {name}"
 
 
+def _available(one: Plan) -> str:
+    """The memory that a run may use of a device."""
+    memory, whole = one.memory or 0.0, one.device_memory or 0.0
+    if memory == whole:
+        return _gb(whole)
+    return f"{_gb(memory)} ({memory / whole:.0%} of {_gb(whole)}, by JAX's {FRACTIONS[0]})"
+
+
+def _changes_lines(one: Plan) -> list[str]:
+    """What to change in a run that does not fit."""
+    if not one.changes:
+        return []
+    enough = one.changes[0].fits
+    head = "each of these is enough" if enough else "none of these is enough alone; combine them, or take more devices"
+    return [f"to make it fit  {head} (by the estimate):"] + [
+        f"                {_gb(change.peak):>9}  {change.text}" for change in one.changes
+    ]
+
+
 def _seconds(time: float | None) -> str:
     return "not known" if time is None else f"{time:.3f} s" if time >= 0.1 else f"{1000 * time:.2f} ms"
 
@@ -419,7 +468,8 @@ def _text(one: Plan, topology: Topology) -> str:
     elif one.memory is not None and one.peak is not None:
         left = one.memory - one.peak
         verdict = f"fits, {_gb(left)} left" if left >= 0 else f"does not fit, {_gb(-left)} too much"
-        lines.append(f"                of {_gb(one.memory)}: {verdict}")
+        lines.append(f"                of {_available(one)}: {verdict}")
+    lines += _changes_lines(one)
     lines.append(
         f"FLOPs           {one.flops:.4g} a device and step, {one.flops / one.model_flops:.3f} × the model's "
         f"{one.model_flops:.4g}"

@@ -7,7 +7,8 @@ import time
 from typing import Any
 
 import pytest
-from fake_server import Handler, Reply, answers, call, events, hangs_up, refuses, says, serve
+from fake_server import Handler, Reply, answers, call, events, hangs_up, never, refuses, says, serve
+from support import deadline, wait_until
 
 from xlam_jax.errors import UserError
 from xlam_jax.evaluate.endpoint import KINDS, Answer, EndpointFault, Model
@@ -19,7 +20,7 @@ CALL = says("I look.", [call("weather", {})], "tool_calls")
 
 def chat(url: str, tools: list[dict[str, Any]] | None = None, **settings: Any) -> Answer:
     async def ask() -> Answer:
-        async with Model.connect(url, "tiny", **{"timeout": 5.0, "retries": 0, **settings}) as model:
+        async with Model.connect(url, "tiny", **{"timeout": deadline(5.0), "retries": 0, **settings}) as model:
             return await model.chat(ASK, tools)
 
     return asyncio.run(ask())
@@ -30,15 +31,11 @@ def fault(*replies: Reply, **settings: Any) -> tuple[EndpointFault, int]:
     with serve(*replies) as server:
         with pytest.raises(EndpointFault) as caught:
             chat(server.url, [TOOL], **settings)
+        wait_until(lambda: server.requests)  # a client with little patience is gone before the server has looked
         count = len(server.requests)
     assert caught.value.kind in KINDS
     assert caught.value.messages == ASK
     return caught.value, count
-
-
-def slow(handler: Handler, request: dict[str, Any]) -> None:
-    time.sleep(0.6)
-    handler.close_connection = True
 
 
 def cut_body(handler: Handler, request: dict[str, Any]) -> None:
@@ -59,7 +56,7 @@ CUT = events([{"content": "It is"}], None, cut=True)
 @pytest.mark.parametrize(
     ("reply", "kind", "settings", "requests"),
     [
-        (slow, "timeout", {"timeout": 0.2}, 1),
+        (never, "timeout", {"timeout": 0.2}, 1),
         (refuses(429, "slow down"), "rate-limited", {"retries": 1}, 2),
         (refuses(500, "CUDA error"), "server-error", {"retries": 1}, 2),
         (refuses(503, "loading"), "server-error", {}, 1),

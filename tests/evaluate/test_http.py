@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from support import deadline
 
 from xlam_jax.evaluate._http import fetch
 from xlam_jax.evaluate.endpoint import EndpointFault
@@ -42,7 +43,7 @@ def serve(*statuses: int) -> Iterator[tuple[str, list[str]]]:
 @pytest.mark.parametrize("first", [503, 429, HANGS_UP, CUT])
 def test_what_passes(first: int):
     with serve(first, 200) as (url, asked):
-        assert asyncio.run(fetch(url, timeout=5)) == (url, "hällo\n")
+        assert asyncio.run(fetch(url, timeout=deadline(5))) == (url, "hällo\n")
     assert asked == ["/page"] * 2
 
 

@@ -4,14 +4,16 @@ import json
 import math
 import re
 import signal
-import time
+import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from threading import Semaphore
 from typing import Any
 
 import fake_server
 import pytest
-from support import Commands
+from support import Commands, wait_until
 
 from xlam_jax.data import rate
 from xlam_jax.data.trajectory import parse_trajectory
@@ -44,11 +46,11 @@ def written(folder: Path, rows: list[Any]) -> Path:
     return path
 
 
-def rater(scores: dict[int, Any], pause: float = 0.0) -> Any:
-    """A server that rates task N as told; what is no number is its whole answer."""
+def rater(scores: dict[int, Any], before: Callable[[], object] = lambda: None) -> Any:
+    """A server that rates task N as told; what is no number is its whole answer. `before` is called first."""
 
     def reply(handler: Any, request: dict[str, Any]) -> None:
-        time.sleep(pause)
+        before()
         number = int(re.search(r"Task (\d+)\.", request["messages"][-1]["content"])[1])  # type: ignore[index]
         answer = scores.get(number, 3)
         text = answer if isinstance(answer, str) else json.dumps({"reason": f"because {number}", "score": answer})
@@ -104,15 +106,16 @@ def test_a_killed_run_goes_on(tmp_path: Path, commands: Commands) -> None:
     source, out = written(tmp_path, [row(number) for number in range(60)]), tmp_path / "out.jsonl"
     journal = tmp_path / "out.jsonl.ratings.jsonl"
     arguments = ["rate", source, "--out", out, "--model", "tiny", "--concurrency", 4]
-    with rater({}, pause=0.05) as server:
+    killed, answers = threading.Event(), Semaphore(20)
+    with rater({}, before=lambda: answers.acquire(blocking=False) or killed.wait()) as server:
         process = commands.start("xlam_jax.data", *arguments, "--base-url", server.url)
-        end = time.monotonic() + 120
-        while not (journal.exists() and journal.read_text().count("\n") > 8) and time.monotonic() < end:
-            time.sleep(0.02)
+        wait_until(lambda: journal.exists() and journal.read_text().count("\n") == 20)
+        wait_until(lambda: len(server.requests) == 24)
         process.send_signal(signal.SIGKILL)
         process.communicate()
+        killed.set()
         before = journal.read_text()
-        assert 8 < before.count("\n") < 60
+        assert before.count("\n") == 20
         assert not out.exists()
         journal.write_text(before + '{"key": "cut o')
         server.requests.clear()

@@ -5,14 +5,13 @@ import os
 import signal
 import socket
 import threading
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_server import Handler, Running, refuses, says, serve
-from support import Commands
+from support import Commands, deadline, wait_until
 
 from xlam_jax.evaluate.__main__ import main
 from xlam_jax.evaluate.records import Records, read
@@ -136,30 +135,30 @@ def test_rows_that_a_suite_cannot_read(commands: Commands, suite: Path, tmp_path
 
 def test_killed_and_gone_on_with(commands: Commands, suite: Path, tmp_path: Path):
     """kill -9 in the middle: nothing that was written is lost or asked again, and everything is asked."""
-    out, count = tmp_path / "out", 60
+    out, count, answered, at_once = tmp_path / "out", 60, 20, 4
     asked: Counter[int] = Counter()
-    lock = threading.Lock()
+    lock, killed = threading.Lock(), threading.Event()
 
     def counts(handler: Handler, request: dict[str, Any]) -> None:
         with lock:
             asked[number(request)] += 1
-        time.sleep(0.1)
+            waits = asked.total() > answered
+        if waits:  # what is asked now has no answer when it is killed
+            killed.wait()
         adds(handler, request)
 
     with serve(counts) as server:
-        process = commands.start("xlam_jax.evaluate", *arguments(suite, server, out, count, "--concurrency", 4))
-        until = time.monotonic() + 60
-        while time.monotonic() < until and (not (out / "examples.jsonl").exists() or len(read(out)) < 10):
-            time.sleep(0.02)
+        process = commands.start("xlam_jax.evaluate", *arguments(suite, server, out, count, "--concurrency", at_once))
+        wait_until(lambda: asked.total() == answered + at_once and len(read(out)) == answered)
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
-        time.sleep(0.2)  # what was under way at the server ends
+        killed.set()
         written = read(out)
-        assert 10 <= len(written) < count
+        assert len(written) == answered
         before = Counter(asked)
         with (out / "examples.jsonl").open("ab") as file:
             file.write(b'{"id": "t59", "scores": {"accu')  # what a torn write would leave
-        said = run(commands, *arguments(suite, server, out, count, "--concurrency", 4))
+        said = run(commands, *arguments(suite, server, out, count, "--concurrency", at_once))
     assert "the last line of examples.jsonl was cut off" in said.stderr
     after = read(out)
     assert sorted(after) == sorted(f"t{at}" for at in range(count))
@@ -174,7 +173,7 @@ def test_as_many_at_once_as_asked_for(commands: Commands, suite: Path, tmp_path:
     together = threading.Barrier(64)
 
     def waits(handler: Handler, request: dict[str, Any]) -> None:
-        together.wait(timeout=60)
+        together.wait(timeout=deadline(60))
         adds(handler, request)
 
     with serve(waits) as server:

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from jax._src import cloud_tpu_init
 from jax._src.clusters import cloud_tpu_cluster
-from support import ROOT
+from support import ROOT, deadline
 
 from xlam_jax import config as configs
 from xlam_jax import train
@@ -183,10 +183,10 @@ def test_variables_that_do_not_fit(monkeypatch: pytest.MonkeyPatch, environment:
 def together(values: list[Any], ask: Any) -> list[str | None]:
     """Calls `ask(hosts, value)` on as many hosts as there are values; the message of each, None for none."""
     port = free_ports()
-    Hub(port, len(values), timeout=20)
+    Hub(port, len(values), timeout=deadline(20))
 
     def one(process: int) -> str | None:
-        hosts = Link(("localhost", port), process, len(values), timeout=20)
+        hosts = Link(("localhost", port), process, len(values), timeout=deadline(20))
         try:
             ask(hosts, values[process])
         except UserError as error:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import ROOT, Commands, same_arrays, train_losses
+from support import ROOT, Commands, deadline, same_arrays, train_losses
 
 from xlam_jax import config as configs
 from xlam_jax import launch, train
@@ -75,7 +75,7 @@ def run(environment: dict[str, str], config: Path, root: Path, processes: int, d
         )
         for process in range(processes)
     ]
-    said = [process.communicate(timeout=900)[1] for process in started]
+    said = [process.communicate(timeout=deadline(900))[1] for process in started]
     assert [process.returncode for process in started] == [0] * processes, "\n".join(said)
 
 
@@ -148,6 +148,7 @@ def test_the_config_is_shown_once(commands: Commands, short_config: Path):
 
 CHILD = """
 import sys, time
+from pathlib import Path
 process, case = int(sys.argv[1]), sys.argv[2]
 print("[Gloo] Rank 0 is connected to 1 peer ranks.", flush=True)
 print(f"hello from {process}", flush=True)
@@ -163,7 +164,10 @@ if case == "killed":
     print("error: host 0 ended without a word\\nreally", file=sys.stderr)
     sys.exit(3)
 if case == "stays":
-    time.sleep(1000 * process)
+    Path(str(process)).touch()
+    while not all(Path(str(other)).exists() for other in range(3)):  # all have said hello
+        time.sleep(0.01)
+    time.sleep(600 * process)
     sys.exit(1)
 """
 
@@ -198,11 +202,13 @@ def test_what_processes_say_and_how_they_end(
     """`launch` with processes that stand in for training commands."""
     (tmp_path / "child.py").write_text(CHILD)
     program = (
-        "import sys; from xlam_jax import launch; launch.GRACE = 1.0\n"
+        f"import sys; from xlam_jax import launch; launch.GRACE = {1.0 if case == 'stays' else deadline(5)}\n"
         f"commands = [[sys.executable, {str(tmp_path / 'child.py')!r}, str(at), {case!r}] for at in range(3)]\n"
         "sys.exit(launch.Processes(commands, [None] * 3).wait())"
     )
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stdout) == (code, out), done.stderr
     assert sorted(done.stderr.replace("[2] error", "[1] error").splitlines()) == sorted(err)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from fake_server import Handler, Running, answers, events, refuses, says, serve
-from support import Commands
+from support import Commands, wait_until
 
 from serving.fastchat_worker import Worker, post, running
 from xlam_jax.errors import UserError
@@ -156,14 +156,10 @@ def test_a_server_that_fails_is_told_of(reply: Any, code: int, said: str, port: 
 
 
 def test_a_controller_started_anew_is_told_again(model: Running, port: int):
-    import time
-
     with controller(exist=False) as played:
         worker = Worker(model.url, f"http://127.0.0.1:{port}", played.url.removesuffix("/v1"), beat=0.05)
         with running(worker, "127.0.0.1", port):
-            until = time.monotonic() + 20
-            while time.monotonic() < until and len(played.requests) < 4:
-                time.sleep(0.01)
+            wait_until(lambda: len(played.requests) >= 4)
     paths = [request["path"] for request in played.requests]
     assert paths[:4] == ["/register_worker", "/receive_heart_beat"] * 2
 

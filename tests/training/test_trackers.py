@@ -5,12 +5,12 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import ROOT
+from support import ROOT, deadline, wait_until
 
 from xlam_jax import train
 from xlam_jax.config import Track
@@ -263,21 +263,27 @@ def hanging_ends() -> Iterator[None]:
     Hanging.over.set()
 
 
-def metrics_run(run: Path, monkeypatch: pytest.MonkeyPatch, tracker: Good, *, steps: int = 10) -> list[str]:
+def metrics_run(
+    run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tracker: Good,
+    *,
+    steps: int = 10,
+    clock: Callable[[], float] = time.monotonic,
+) -> list[str]:
     """Runs `Metrics` with a good tracker and this one; returns what people are told of trackers."""
     good, said = Good(), []
     monkeypatch.setitem(module.TRACKERS, "wandb", lambda: tracker)
     monkeypatch.setitem(module.TRACKERS, "tensorboard", lambda: good)
     progress = Progress(quiet=True)
     monkeypatch.setattr(progress, "line", said.append)
-    track = Track(to=["wandb", "tensorboard"])
+    track = Track(to=["tensorboard", "wandb"])
     values = {"loss": 1.5, "grad_norm": 1.0, "tokens": 10.0, "trained_tokens": 5.0, "learning_rate": 0.1}
-    trackers = open_trackers(track, run, CONFIG, progress.line, after=0)
+    trackers = open_trackers(track, run, CONFIG, progress.line, after=0, clock=clock)
     with Metrics(run, start=0, steps=steps, places=10, progress=progress, log_every=1000, trackers=trackers) as metrics:
         for step in range(1, steps + 1):
             metrics.record(step, "train", values | {"sources": {"shop": {"loss": 1.0}}})
-            while len(good.seen) < step:
-                time.sleep(0.001)
+            wait_until(lambda step=step: len(good.seen) >= step)
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, steps + 1))
     assert [step for step, _ in good.seen] == list(range(1, steps + 1))
@@ -328,14 +334,21 @@ def test_one_that_fails_at_the_end(run: Path, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.usefixtures("hanging_ends")
 @pytest.mark.parametrize("at", ["start", "log", "close"])
-def test_one_that_hangs(at: str, run: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(module, "START_SECONDS", 0.2)
-    monkeypatch.setattr(module, "CLOSE_SECONDS", 0.2)
+@pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.nightly)])
+def test_one_that_hangs(at: str, real: bool, run: Path, monkeypatch: pytest.MonkeyPatch):
+    """Without real time the clock stands still but for the moments at which the hanging one is waited for."""
+    monkeypatch.setattr(module, "START_SECONDS", 0.2 if real else deadline(60))
+    monkeypatch.setattr(module, "CLOSE_SECONDS", 0.2 if real else deadline(60))
     monkeypatch.setattr(module, "QUEUE", 50)
     steps = 10 if at == "close" else 100
+    day = 86400.0
+    at_start = [0.0, 0.0, day if at == "start" else 0.0]  # the time itself, and what each of the two is waited for
+    times = iter([*at_start, 2 * day, 2 * day, 3 * day])
     began = time.monotonic()
-    said = metrics_run(run, monkeypatch, Hanging(at), steps=steps)
-    assert time.monotonic() - began < 30
+    said = metrics_run(
+        run, monkeypatch, Hanging(at), steps=steps, clock=time.monotonic if real else lambda: next(times)
+    )
+    assert not real or time.monotonic() - began < deadline(30)
     not_ready = ["tracker wandb is not ready yet; the run goes on without waiting for it"] if at == "start" else []
     assert said[: len(not_ready)] == not_ready
     if at != "close":

@@ -338,23 +338,28 @@ class Hub:
         while not self._ended:
             time.sleep(BEAT / 2)
             late, at = time.monotonic() - at > 3 * BEAT, time.monotonic()
-            with self._lock:
-                self._tell({"beat": True})
-                missing = sorted(set(range(self._count)) - self._peers.keys())
-                if missing and at - began > self._timeout:
-                    shown = ", ".join(map(str, missing[:20])) + (" …" if len(missing) > 20 else "")
-                    came = f"{self._count - len(missing)} of {self._count} processes came"
-                    self._end(
-                        f"{came} within {self._timeout:.0f} s; missing: process {shown}; were all of them started, "
-                        "and can they reach host 0?",
-                        2,
-                    )
-                for process, peer in list(self._peers.items()):
-                    if late:  # this process stood still; what came meanwhile is not read yet
-                        peer.heard = at
-                    elif at - peer.heard > self._silence:
-                        text = f"has not been heard of for {self._silence:.0f} s: it hangs, or the network is cut"
-                        self._lost(process, text)
+            self._look(at, began, late)
+
+    def _look(self, at: float, began: float, late: bool) -> None:
+        """Ends the run if a host is missing or silent at this moment; `late` after a time in which this process stood
+        still."""
+        with self._lock:
+            self._tell({"beat": True})
+            missing = sorted(set(range(self._count)) - self._peers.keys())
+            if missing and at - began > self._timeout:
+                shown = ", ".join(map(str, missing[:20])) + (" …" if len(missing) > 20 else "")
+                came = f"{self._count - len(missing)} of {self._count} processes came"
+                self._end(
+                    f"{came} within {self._timeout:.0f} s; missing: process {shown}; were all of them started, "
+                    "and can they reach host 0?",
+                    2,
+                )
+            for process, peer in list(self._peers.items()):
+                if late:  # this process stood still; what came meanwhile is not read yet
+                    peer.heard = at
+                elif at - peer.heard > self._silence:
+                    text = f"has not been heard of for {self._silence:.0f} s: it hangs, or the network is cut"
+                    self._lost(process, text)
 
     def _lost(self, process: int, why: str) -> None:
         if not self._peers[process].gone:

@@ -14,6 +14,9 @@ OPERANDS = re.compile(r"operand_layout_constraints=\{(?P<operands>[^}]*\}(?:[^}]
 OPERAND = re.compile(r"(?:bf|f)\d+\w*\[[\d,]+\]")
 
 
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
 class Failure(NamedTuple):
     """What the compiler reported."""
 
@@ -39,6 +42,15 @@ def failure(error: BaseException) -> Failure:
     if "RESOURCE_EXHAUSTED" in text or "Ran out of memory" in text:
         return Failure(DEVICE_MEMORY, _of_device(text))
     return Failure(COMPILER_ERROR, text.splitlines()[0][:300])
+
+
+def needed_memory(cause: str) -> float | None:
+    """The bytes of a device that a compiler needed, by the cause of a failure; None where it does not say."""
+    sizes = SIZES.search(cause)
+    if not sizes or not sizes["used"]:
+        return None
+    number = sizes["used"].rstrip("KMGT")
+    return float(number) * UNITS[sizes["used"][len(number) :]]
 
 
 def _of_kernel(text: str, space: str) -> str:

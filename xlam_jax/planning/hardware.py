@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from xlam_jax import tpu_library
 from xlam_jax.errors import UserError, nearest
 from xlam_jax.training.cost import PEAK_FLOPS
 
@@ -56,6 +57,11 @@ NODE = 8
 BETWEEN_NODES = 50e9
 """Bytes a second of each GPU to other nodes: one 400 Gb/s adapter each."""
 
+FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+"""Variables that set which part of a GPU's memory JAX's allocator may use; the second is the older name."""
+FRACTION = 0.75
+"""What it may use otherwise."""
+
 OFFLINE = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is used: several plans may be made at once
     "TPU_SKIP_MDS_QUERY": "1",
@@ -79,6 +85,35 @@ class Topology:
     """None for a CPU: a machine's own speed is not in a table."""
     shape: tuple[int, ...] = ()
     """Of a TPU slice."""
+
+    @property
+    def fraction(self) -> float:
+        """The part of a device's memory that JAX's allocator may use. Raises `UserError` for an invalid variable."""
+        name = next((name for name in FRACTIONS if os.environ.get(name)), None)
+        if self.platform != "gpu" or name is None:
+            return FRACTION if self.platform == "gpu" else 1.0
+        try:
+            value = float(os.environ[name])
+        except ValueError:
+            value = 0.0
+        if not 0 < value <= 1:
+            raise UserError(f"the variable {name} is {os.environ[name]!r}; set it to a number above 0, at most 1")
+        return value
+
+    @property
+    def memory(self) -> float | None:
+        """Bytes of a device that a run can use; None for a CPU."""
+        return self.chip.memory * self.fraction if self.chip else None
+
+    @property
+    def larger(self) -> list["Topology"]:
+        """Topologies of the same chips with more devices, the smallest first: for GPUs up to 16 times as many."""
+        if self.platform == "tpu":
+            kind = self.name.partition(":")[0]
+            slices = [parse(f"{kind}:{shape}") for shape in TPU_SHAPES[kind]]
+            return [other for other in slices if other.count > self.count]
+        prefix = self.name.rpartition(":")[0]
+        return [parse(f"{prefix}:{times * self.count}") for times in (2, 4, 8, 16)]
 
     @property
     def wrapped(self) -> tuple[bool, ...]:
@@ -106,6 +141,7 @@ class Topology:
         from jax.experimental import topologies
 
         assert self.chip
+        tpu_library.show()
         for name, value in OFFLINE.items():
             os.environ.setdefault(name, value)
         try:

@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import IO, Self
 
@@ -55,9 +56,9 @@ class Progress:
     stands below the finished lines.
     """
 
-    def __init__(self, out: IO[str] | None = None, *, quiet: bool = False):
+    def __init__(self, out: IO[str] | None = None, *, quiet: bool = False, clock: Callable[[], float] = time.monotonic):
         self._out = out or sys.stderr
-        self._quiet = quiet
+        self._quiet, self._clock = quiet, clock
         self._console = Console(file=self._out, highlight=False)
         self.live = not quiet and self._out.isatty() and not self._console.is_dumb_terminal
         """Whether there is a terminal to draw on."""
@@ -85,7 +86,7 @@ class Progress:
                 self.line(status.line)
             return
         with self._lock:
-            self._status, self._told = status, time.monotonic()
+            self._status, self._told = status, self._clock()
             if self._told - self._drawn >= REST:
                 self._draw()
         if self._ticker is None:
@@ -125,7 +126,7 @@ class Progress:
 
     def _draw(self, above: str | None = None) -> None:
         """Draws the panel from the cursor's row down, under a line that stays; everything in one write."""
-        self._drawn = time.monotonic()
+        self._drawn = self._clock()
         status = self._status
         if status is None:
             return

@@ -36,6 +36,8 @@ START_SECONDS = 20.0
 CLOSE_SECONDS = 60.0
 """A run waits so long at its end for what is still to be sent."""
 Flat = Mapping[str, float]
+Clock = Callable[[], float]
+"""Seconds since some moment, never fewer than before."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,11 +214,17 @@ class Sender:
     """One tracker in its thread."""
 
     def __init__(
-        self, name: str, tracker: Tracker, run: Run, tell: Callable[[str], None], begun: Callable[[str], None]
+        self,
+        name: str,
+        tracker: Tracker,
+        run: Run,
+        tell: Callable[[str], None],
+        begun: Callable[[str], None],
+        clock: Clock,
     ):
         """`tell` takes a line for people, `begun` the tracker's own name of the run."""
         self.name = name
-        self._tracker, self._run, self._tell, self._begun = tracker, run, tell, begun
+        self._tracker, self._run, self._tell, self._begun, self._clock = tracker, run, tell, begun, clock
         self._records: deque[tuple[int, Flat]] = deque()
         self._change = threading.Condition()
         self._given = self._arrived = self._in_a_row = 0
@@ -240,8 +248,8 @@ class Sender:
             self._tell(f"tracker {self.name} does not keep up: from step {step} on it misses records")
 
     def wait_start(self, until: float) -> None:
-        """Waits until the tracker has started or failed to, or the monotonic clock says `until`."""
-        if not self._settled.wait(max(0.0, until - time.monotonic())):
+        """Waits until the tracker has started or failed to, or the clock says `until`."""
+        if not self._settled.wait(max(0.0, until - self._clock())):
             self._tell(f"tracker {self.name} is not ready yet; the run goes on without waiting for it")
 
     def end(self, failed: bool) -> None:
@@ -251,8 +259,8 @@ class Sender:
             self._change.notify()
 
     def wait_end(self, until: float) -> None:
-        """Waits for that, at most until the monotonic clock says `until`, and tells what is missing."""
-        self._thread.join(max(0.0, until - time.monotonic()))
+        """Waits for that, at most until the clock says `until`, and tells what is missing."""
+        self._thread.join(max(0.0, until - self._clock()))
         if self._thread.is_alive():
             self._tell(f"tracker {self.name} does not come to an end and is left behind")
         missing = self._given - self._arrived
@@ -301,8 +309,8 @@ class Sender:
 class Trackers:
     """The trackers of a run, all told the same."""
 
-    def __init__(self, senders: Sequence[Sender]):
-        self._senders = senders
+    def __init__(self, senders: Sequence[Sender], clock: Clock):
+        self._senders, self._clock = senders, clock
 
     def log(self, step: int, values: Flat) -> None:
         """Hands values such as train/loss to all; never waits and never fails."""
@@ -313,14 +321,20 @@ class Trackers:
         """Ends the run there, and tells what did not arrive; takes `CLOSE_SECONDS` at most."""
         for sender in self._senders:
             sender.end(failed)
-        until = time.monotonic() + CLOSE_SECONDS
+        until = self._clock() + CLOSE_SECONDS
         for sender in self._senders:
             sender.wait_end(until)
         self._senders = ()
 
 
 def open_trackers(
-    track: configs.Track, run: Path, config: dict[str, Any], tell: Callable[[str], None], *, after: int
+    track: configs.Track,
+    run: Path,
+    config: dict[str, Any],
+    tell: Callable[[str], None],
+    *,
+    after: int,
+    clock: Clock = time.monotonic,
 ) -> Trackers:
     """Starts the trackers of a run that goes on after the step `after`, for one host only.
 
@@ -347,8 +361,8 @@ def open_trackers(
             after=after,
             known=before.get("run") if before.get("project") == track.project else None,
         )
-        senders.append(Sender(name, TRACKERS[name](), told, tell, partial(begun, name)))
-    until = time.monotonic() + START_SECONDS
+        senders.append(Sender(name, TRACKERS[name](), told, tell, partial(begun, name), clock))
+    until = clock() + START_SECONDS
     for sender in senders:
         sender.wait_start(until)
-    return Trackers(senders)
+    return Trackers(senders, clock)
