@@ -37,8 +37,8 @@ def read_response(response: Any, format: str, with_tools: bool) -> dict[str, Any
     """Reads a chat completion, an SDK's object or JSON: `{"choices": [{"message", "finish_reason"}, …], "usage"}`.
 
     A message is `{"role", "content", "tool_calls"}`, each call `{"name", "arguments", "id"}` with an object as
-    arguments. A refusal is the content, and is marked by the key `refusal`; `reasoning` is what a reasoning model wrote before.
-    `error` of a choice reports calls that cannot be read, or that it is empty. `format` is the client's; with
+    arguments. A refusal is the content, and is marked by the key `refusal`; `reasoning` is what a reasoning model wrote
+    before. `error` of a choice reports calls that cannot be read, or that it is empty. `format` is the client's; with
     `with_tools`, calls are looked for in the text too. Raises `MalformedAnswer`.
     """
     sent = _plain(response)
@@ -131,8 +131,6 @@ class _StreamedCalls:
             function = delta.get("function")
             function = delta if function is None else function
             name, arguments = function.get("name"), function.get("arguments")
-            if not isinstance(arguments, str | dict | None):
-                raise TypeError("arguments are a text or an object")
             place = self._open.get(index)
             id = None if delta.get("id") == "" else delta.get("id")
             if place is None or self._begins(place, id, name, arguments, given is None):
@@ -143,7 +141,7 @@ class _StreamedCalls:
             call = self._calls[place]
             call["id"] = id if call["id"] is None else call["id"]
             call["name"] = call["name"] or name
-            if arguments:
+            if arguments is not None and arguments != "":
                 self._pieces[place].append(arguments)
 
     def _begins(self, place: int, id: Any, name: Any, arguments: Any, unnumbered: bool) -> bool:
@@ -156,9 +154,9 @@ class _StreamedCalls:
         if name != call["name"] or unnumbered:
             return True
         # the name is repeated: by a server that does so with each piece, or for another call of the same tool
-        if not pieces or not arguments:
+        if not pieces or arguments in (None, ""):
             return False
-        if isinstance(arguments, dict) or isinstance(pieces[-1], dict):
+        if not isinstance(arguments, str) or not isinstance(pieces[-1], str):
             return True
         ended = arguments.lstrip().startswith("{") and pieces[-1].rstrip().endswith("}")
         return ended and read_arguments(_joined(pieces)) is not None
@@ -176,9 +174,9 @@ class _StreamedCalls:
 
 
 def _joined(pieces: list[Any]) -> Any:
-    """The arguments of which these are the pieces: a text, or an object that came in one piece."""
-    if len(pieces) == 1:
-        return pieces[0]
+    """The arguments of which these are the pieces: a text, an object that came in one piece, or None."""
+    if len(pieces) < 2:
+        return pieces[0] if pieces else None
     return "".join(pieces) if all(isinstance(piece, str) for piece in pieces) else pieces
 
 
@@ -220,21 +218,24 @@ def _read_choice(sent: Any, finish: Any, format: str, with_tools: bool) -> dict[
 
 
 def _read_calls(message: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
-    """The calls of a server's message, and what is wrong with the first one that cannot be read."""
+    """The calls of a server's message, and what is wrong with the first one that cannot be read.
+
+    Raises `TypeError` or `AttributeError` for what are no calls.
+    """
     calls, error = [], ""
     sent = _list(message.get("tool_calls"))
     if not sent and (function := legacy_call(message)) is not None:
         sent = [{"function": function}]
-    for given in sent:
-        call = openai_call(given)
-        function = call.get("function") if isinstance(call, dict) else None
-        function = function if isinstance(function, dict) else {}
-        name, arguments = function.get("name"), read_arguments(function.get("arguments"))
+    for call in map(openai_call, sent):
+        if not isinstance(function := call.get("function"), dict | None):
+            raise TypeError("a call's function is an object")
+        name, given = (function or {}).get("name"), (function or {}).get("arguments")
+        arguments = read_arguments(given)
         if not isinstance(name, str) or arguments is None:
-            shown = shortened(json.dumps(given, default=str))
+            shown = shortened(json.dumps({"name": name, "arguments": given}))
             error = error or f"the server sent a call that cannot be read: {shown}"
-            arguments = function.get("arguments")
-        calls.append({"name": name, "arguments": arguments, "id": call.get("id") if isinstance(call, dict) else None})
+            arguments = given
+        calls.append({"name": name, "arguments": arguments, "id": call.get("id")})
     return calls, error
 
 

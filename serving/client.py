@@ -98,9 +98,7 @@ class xLAMChatCompletion:  # noqa: N801 - the name that xLAM's users know
         client.config = config
         return client
 
-    def completion(
-        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None, **options: Any
-    ) -> dict[str, Any]:
+    def completion(self, messages: Sequence[Any], tools: Sequence[Any] | None = None, **options: Any) -> dict[str, Any]:
         """Returns `{"choices": [{"message": {"role", "content", "tool_calls"}, "finish_reason"}], "usage"}`.
 
         Each call is `{"name", "arguments", "id"}`, arguments an object. `options` are further parameters of OpenAI's
@@ -114,7 +112,7 @@ class xLAMChatCompletion:  # noqa: N801 - the name that xLAM's users know
         return self._checked(answer)
 
     async def acompletion(
-        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None, **options: Any
+        self, messages: Sequence[Any], tools: Sequence[Any] | None = None, **options: Any
     ) -> dict[str, Any]:
         """`completion` without blocking."""
         request = self._request(messages, tools, options)
@@ -127,7 +125,7 @@ class xLAMChatCompletion:  # noqa: N801 - the name that xLAM's users know
         return self._checked(answer)
 
     def stream(
-        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None, **options: Any
+        self, messages: Sequence[Any], tools: Sequence[Any] | None = None, **options: Any
     ) -> Iterator[str | dict[str, Any]]:
         """Yields the content in pieces as it is written, and last what `completion` returns.
 
@@ -145,7 +143,7 @@ class xLAMChatCompletion:  # noqa: N801 - the name that xLAM's users know
         yield self._checked(response)
 
     async def astream(
-        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None, **options: Any
+        self, messages: Sequence[Any], tools: Sequence[Any] | None = None, **options: Any
     ) -> AsyncIterator[str | dict[str, Any]]:
         """`stream` without blocking."""
         request = self._request(messages, tools, options)
@@ -213,9 +211,7 @@ class xLAMChatCompletion:  # noqa: N801 - the name that xLAM's users know
             "max_retries": config.retries,
         }
 
-    def _request(
-        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None, options: dict[str, Any]
-    ) -> dict[str, Any]:
+    def _request(self, messages: Sequence[Any], tools: Sequence[Any] | None, options: dict[str, Any]) -> dict[str, Any]:
         config = self.config
         if "stream" in options:
             raise UserError("completion() takes no `stream`; call stream() or astream()")

@@ -76,11 +76,11 @@ def openai_call(call: Any) -> Any:
     call = _plain(call)
     if not isinstance(call, dict):
         return call
-    if "function" in call:
+    if call.get("function") is not None:
         return call | {"function": _plain(call["function"])}
-    if "name" not in call:
+    if call.get("name") is None:
         return call
-    function = {key: value for key, value in call.items() if key not in ("id", "type", "index")}
+    function = {key: value for key, value in call.items() if key not in ("id", "type", "index", "function")}
     return {"type": "function", "function": function} | ({"id": call["id"]} if call.get("id") is not None else {})
 
 
@@ -154,7 +154,7 @@ def _with_own_ids(turns: Sequence[Any]) -> Iterator[Any]:
         if role == "assistant":
             renamed = {}
             ids = [_id(call.get("id")) if isinstance(call, dict) else None for call in calls or ()]
-            if (unique := unique_ids(ids)) != ids:
+            if calls and (unique := unique_ids(ids)) != ids:
                 for id, name in zip(ids, unique, strict=True):
                     renamed.setdefault(id, []).append(name or "")
                 turn = turn | {"tool_calls": [c | {"id": id} for c, id in zip(calls, unique, strict=True)]}

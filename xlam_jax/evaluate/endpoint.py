@@ -136,7 +136,7 @@ class Model:
                 raise EndpointFault("bad-request", str(error), asked) from None
             else:
                 found = choice["message"]["tool_calls"]
-                if all(isinstance(one["name"], str) and isinstance(one["arguments"], dict) for one in found):
+                if not found or "error" not in choice:  # or else some of them cannot be read
                     ids = call_ids([call["id"] for call in found], len(asked))
                     calls = tuple(
                         ToolCall(id, call["name"], call["arguments"]) for id, call in zip(ids, found, strict=True)
