@@ -46,7 +46,9 @@ class Chat:
             missing=lambda name, _: input(f"  result of {name}: "),
         )
         self.messages = done.messages
-        if done.ended == "length":
+        if done.ended == "refused":
+            print("(the model refused)")
+        elif done.ended == "length":
             print("(cut off at --max-tokens, or at the model's limit)")
         elif done.ended == "max_turns":
             print(f"(stopped after {self._max_turns} answers that all called tools, --max-turns)")

@@ -18,22 +18,15 @@ from functools import cached_property
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal
 
-from xlam_jax.data.trajectory import (
-    InvalidTrajectory,
-    Message,
-    answered_calls,
-    parse_json,
-    parse_messages,
-    parse_tools,
-)
-from xlam_jax.data.wire import TOOL_CALLS, CompletionStream, arguments_json, may_call, parse_completion
+from serving.answers import AnswerStream, MalformedAnswer, read_response, shortened
+from xlam_jax.data.messages import call_ids, openai_tool, parse_request
+from xlam_jax.data.trajectory import InvalidTrajectory, Message, answered_calls, parse_tools
+from xlam_jax.data.wire import arguments_json, may_call
 from xlam_jax.errors import UserError, check_address
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI, OpenAI
 
-_SHOWN = 300
-"""Characters of a text in a message."""
 _OF_THE_CLIENT = {"extra_body", "extra_headers", "extra_query", "timeout"}
 """Options that are no part of what is sent."""
 
@@ -105,9 +98,7 @@ class xLAMChatCompletion:  # noqa: N801 - the name that xLAM's users know
         client.config = config
         return client
 
-    def completion(
-        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None, **options: Any
-    ) -> dict[str, Any]:
+    def completion(self, messages: Sequence[Any], tools: Sequence[Any] | None = None, **options: Any) -> dict[str, Any]:
         """Returns `{"choices": [{"message": {"role", "content", "tool_calls"}, "finish_reason"}], "usage"}`.
 
         Each call is `{"name", "arguments", "id"}`, arguments an object. `options` are further parameters of OpenAI's
@@ -117,10 +108,11 @@ class xLAMChatCompletion:  # noqa: N801 - the name that xLAM's users know
         request = self._request(messages, tools, options)
         with self._told():
             response = self._client.chat.completions.create(**request)
-        return self._checked(_read(response, self.config.base_url), may_call(tools, options.get("tool_choice")))
+            answer = read_response(response, self.config.format, may_call(tools, options.get("tool_choice")))
+        return self._checked(answer)
 
     async def acompletion(
-        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None, **options: Any
+        self, messages: Sequence[Any], tools: Sequence[Any] | None = None, **options: Any
     ) -> dict[str, Any]:
         """`completion` without blocking."""
         request = self._request(messages, tools, options)
@@ -129,42 +121,42 @@ class xLAMChatCompletion:  # noqa: N801 - the name that xLAM's users know
                 response = await self._async_client.chat.completions.create(**request)
             else:  # the typed method takes three quarters longer: it walks through all messages, and models the answer
                 response = await self._async_client.post("/chat/completions", cast_to=object, body=request)
-        return self._checked(_read(response, self.config.base_url), may_call(tools, options.get("tool_choice")))
+            answer = read_response(response, self.config.format, may_call(tools, options.get("tool_choice")))
+        return self._checked(answer)
 
     def stream(
-        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None, **options: Any
+        self, messages: Sequence[Any], tools: Sequence[Any] | None = None, **options: Any
     ) -> Iterator[str | dict[str, Any]]:
         """Yields the content in pieces as it is written, and last what `completion` returns.
 
         Raises as `completion`, and `ServerError` where the stream breaks off.
         """
         request = self._request(messages, tools, options)
-        answer = _Streamed(self.config, may_call(tools, options.get("tool_choice")))
-        with self._told():
-            with self._client.chat.completions.create(**request, stream=True) as chunks:
-                for chunk in chunks:
-                    if piece := answer.add(chunk):
-                        yield piece
-            rest, response = answer.finish()
+        answer = AnswerStream(self.config.format, may_call(tools, options.get("tool_choice")))
+        with self._told(), self._client.chat.completions.create(**request, stream=True) as chunks:
+            for chunk in chunks:
+                if piece := answer.add(chunk):
+                    yield piece
+        rest, response = self._finished(answer)
         if rest:
             yield rest
-        yield self._checked(response, may_call(tools, options.get("tool_choice")))
+        yield self._checked(response)
 
     async def astream(
-        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None, **options: Any
+        self, messages: Sequence[Any], tools: Sequence[Any] | None = None, **options: Any
     ) -> AsyncIterator[str | dict[str, Any]]:
         """`stream` without blocking."""
         request = self._request(messages, tools, options)
-        answer = _Streamed(self.config, may_call(tools, options.get("tool_choice")))
+        answer = AnswerStream(self.config.format, may_call(tools, options.get("tool_choice")))
         with self._told():
             async with await self._async_client.chat.completions.create(**request, stream=True) as chunks:
                 async for chunk in chunks:
                     if piece := answer.add(chunk):
                         yield piece
-            rest, response = answer.finish()
+        rest, response = self._finished(answer)
         if rest:
             yield rest
-        yield self._checked(response, may_call(tools, options.get("tool_choice")))
+        yield self._checked(response)
 
     def models(self) -> list[str]:
         """The names of the models that the server has. Raises `ServerError`."""
@@ -219,16 +211,14 @@ class xLAMChatCompletion:  # noqa: N801 - the name that xLAM's users know
             "max_retries": config.retries,
         }
 
-    def _request(
-        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None, options: dict[str, Any]
-    ) -> dict[str, Any]:
+    def _request(self, messages: Sequence[Any], tools: Sequence[Any] | None, options: dict[str, Any]) -> dict[str, Any]:
         config = self.config
         if "stream" in options:
             raise UserError("completion() takes no `stream`; call stream() or astream()")
         defaults = {"temperature": config.temperature, "max_tokens": config.max_tokens}
         request = {key: value for key, value in defaults.items() if value is not None} | options
         try:
-            turns = parse_messages([_message(message) for message in messages])
+            turns = parse_request(messages)
             schemas = parse_tools([openai_tool(tool) for tool in tools or ()])
         except InvalidTrajectory as invalid:
             raise UserError(f"the request is malformed: {invalid.detail}") from None
@@ -260,29 +250,29 @@ class xLAMChatCompletion:  # noqa: N801 - the name that xLAM's users know
         except openai.APIError as error:
             message = f"{where}: the server failed while answering: {error.message}"
             raise ServerError(message, kind="server-error") from None
+        except MalformedAnswer as error:
+            raise ServerError(f"{where}: {error}") from None
         except json.JSONDecodeError as error:
-            raise ServerError(f"{where}: answered with what is no JSON: {_cut(error.doc)!r}") from None
+            raise ServerError(f"{where}: answered with what is no JSON: {shortened(error.doc)!r}") from None
         except (UnicodeDecodeError, RecursionError) as error:
             raise ServerError(f"{where}: answered with what cannot be read ({type(error).__name__})") from None
 
-    def _checked(self, response: dict[str, Any], with_tools: bool) -> dict[str, Any]:
-        """The answer with its calls parsed; bad output raised or marked."""
-        choices = []
-        for choice in response["choices"]:
-            checked = _choice(choice, self.config.format, with_tools)
-            choices.append(checked)
-        answer = {"choices": choices, "usage": response.get("usage")}
-        for choice in choices:
+    def _finished(self, answer: AnswerStream) -> tuple[str, dict[str, Any]]:
+        """The rest of a stream's content, and the whole answer. Raises `ServerError` where the stream broke off."""
+        if (finished := answer.finish()) is None:
+            raise ServerError(
+                f"{self.config.base_url}: the stream broke off after {len(answer.content)} characters: "
+                f"{shortened(answer.content)!r}; ask again",
+                kind="broken-stream",
+            )
+        return finished
+
+    def _checked(self, answer: dict[str, Any]) -> dict[str, Any]:
+        """The answer. Raises `BadOutput` for one that is to be raised instead of being marked."""
+        for choice in answer["choices"]:
             if "error" in choice and self.config.bad_output == "raise":
                 raise BadOutput(f"{self.config.model}: {choice['error']}", answer)
         return answer
-
-
-def openai_tool(tool: Any) -> Any:
-    """A tool in OpenAI form, from that or from a flat one; what is neither stays as it is."""
-    if isinstance(tool, dict) and "function" not in tool and "name" in tool:
-        return {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}
-    return tool
 
 
 def to_openai(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -296,7 +286,7 @@ def to_openai(messages: Sequence[Message]) -> list[dict[str, Any]]:
         if message.name is not None:
             one["name"] = message.name
         if message.tool_calls:
-            ids = [f"call_{turn}_{at}" if call.id is None else call.id for at, call in enumerate(message.tool_calls)]
+            ids = call_ids([call.id for call in message.tool_calls], turn)
             results = list(takewhile(lambda after: after.role == "tool", messages[turn + 1 :]))
             answered = [ids[at] for at in answered_calls(message.tool_calls, results) or ()]
             one["tool_calls"] = [
@@ -307,170 +297,10 @@ def to_openai(messages: Sequence[Message]) -> list[dict[str, Any]]:
     return written
 
 
-def _message(message: Any) -> Any:
-    """A message whose calls are a list in OpenAI form."""
-    calls = message.get("tool_calls") if isinstance(message, dict) else None
-    if isinstance(calls, dict):
-        calls = [calls]
-    if not isinstance(calls, list):
-        return message
-    return message | {"tool_calls": [_openai_call(call) for call in calls]}
-
-
-def _openai_call(call: Any) -> Any:
-    if not isinstance(call, dict) or "function" in call or "name" not in call:
-        return call
-    function = {key: value for key, value in call.items() if key not in ("id", "type")}
-    return {"type": "function", "function": function} | ({"id": call["id"]} if call.get("id") is not None else {})
-
-
-def _read(response: Any, where: str) -> dict[str, Any]:
-    """The fields of a response that are used, from whatever the server sent."""
-    sent = response.model_dump(warnings=False) if hasattr(response, "model_dump") else response
-    choices = sent.get("choices") if isinstance(sent, dict) else None
-    if not isinstance(choices, list) or not choices:
-        raise ServerError(f"{where}: answered with what is no completion: {_cut(str(sent))!r}")
-    for choice in choices:
-        message = choice.get("message") if isinstance(choice, dict) else None
-        if (
-            not isinstance(message, dict)
-            or not isinstance(message.get("content"), str | None)
-            or not isinstance(message.get("tool_calls"), list | None)
-        ):
-            raise ServerError(f"{where}: answered with what is no completion: {_cut(str(sent))!r}")
-    return sent
-
-
-def _choice(choice: dict[str, Any], format: str, with_tools: bool) -> dict[str, Any]:
-    """One choice in the shape that `completion` returns; `error` says what is bad about it."""
-    sent = choice["message"]
-    content, finish = sent.get("content") or "", choice.get("finish_reason")
-    calls: list[dict[str, Any]] = []
-    error = ""
-    for call in sent.get("tool_calls") or []:
-        function = call.get("function") if isinstance(call, dict) else None
-        function = function if isinstance(function, dict) else {}
-        name, text = function.get("name"), function.get("arguments")
-        arguments: Any = None
-        if isinstance(text, str):
-            try:
-                arguments = parse_json(text) if text.strip() else {}
-            except InvalidTrajectory:
-                arguments = None
-        if not isinstance(name, str) or not isinstance(arguments, dict):
-            error = error or f"the server sent a call that cannot be read: {_cut(json.dumps(call, default=str))}"
-            arguments = text
-        calls.append({"name": name, "arguments": arguments, "id": call.get("id") if isinstance(call, dict) else None})
-    if not calls and (with_tools or format == "xlam_v1"):
-        text = content
-        content, found = parse_completion(text)
-        calls = [{"name": call.name, "arguments": call.arguments, "id": call.id} for call in found or ()]
-        if not calls and _meant_calls(text, content, format, cut_off=finish == "length"):
-            error = f"the model's answer holds calls that cannot be read: {_cut(text)!r}"
-    if not error and not calls and not content.strip():
-        error = "the model's answer is empty" + (" (cut off at max_tokens)" if finish == "length" else "")
-    if error and finish == "length" and "cut off" not in error:
-        error += " (cut off at max_tokens)"
-    message = {"role": "assistant", "content": content, "tool_calls": calls}
-    checked: dict[str, Any] = {"message": message, "finish_reason": finish}
-    if error:
-        checked["error"] = error
-    return checked
-
-
-def _meant_calls(text: str, content: str, format: str, cut_off: bool) -> bool:
-    """Whether a text in which no calls were found was meant to hold some."""
-    if format == "xlam_v1":  # anything but the object is malformed
-        return content == text and bool(text.strip())
-    stream = CompletionStream()
-    stream.feed(text)
-    keys = ('"arguments"', '"tool_calls"', *(('"name"',) if cut_off else ()))
-    return TOOL_CALLS in text or (stream.holding and content == text and any(key in text for key in keys))
-
-
-class _Streamed:
-    """A streamed answer as it is put together."""
-
-    def __init__(self, config: xLAMConfig, with_tools: bool):
-        self._where = config.base_url
-        self._parsed = with_tools or config.format == "xlam_v1"
-        self._stream = CompletionStream()
-        self._released = 0
-        self._text: list[str] = []
-        self._calls: dict[int, dict[str, Any]] = {}
-        self._arguments: dict[int, list[str]] = {}
-        """In pieces: a text would be copied with each."""
-        self._last = -1
-        """The highest index in use."""
-        self._at: dict[int, int] = {}
-        """Where the call of an index is: servers exist that give all calls one index."""
-        self._finish: str | None = None
-        self._usage: Any = None
-
-    def add(self, chunk: Any) -> str:
-        """Takes a chunk; returns the content that is certain. Raises `ServerError` for what is none."""
-        try:
-            return self._add(chunk)
-        except (AttributeError, TypeError):
-            raise ServerError(f"{self._where}: streamed what is no completion: {_cut(str(chunk))!r}") from None
-
-    def _add(self, chunk: Any) -> str:
-        sent = chunk.model_dump(warnings=False) if hasattr(chunk, "model_dump") else chunk
-        if not isinstance(sent, dict):
-            raise ServerError(f"{self._where}: streamed what is no completion: {_cut(str(sent))!r}")
-        self._usage = sent.get("usage") or self._usage
-        piece = ""
-        for choice in sent.get("choices") or []:
-            if choice.get("index"):
-                raise UserError("a stream of several choices can't be told apart; ask with n=1")
-            delta = choice.get("delta") or {}
-            self._finish = choice.get("finish_reason") or self._finish
-            if text := delta.get("content"):
-                self._text.append(text)
-                piece += self._stream.feed(text) if self._parsed else text
-            for call in delta.get("tool_calls") or []:
-                self._add_call(call)
-        self._released += len(piece)
-        return piece
-
-    def _add_call(self, call: dict[str, Any]) -> None:
-        if not isinstance(index := call.get("index") or 0, int):
-            raise TypeError(f"{index!r} is no index")
-        at = self._at.get(index, index)
-        before = self._calls.get(at, {}).get("id")
-        if before and call.get("id") and call["id"] != before:  # another call, of a server that gives all one index
-            at = self._last + 1
-        self._at[index] = at
-        self._last = max(self._last, at)
-        known = self._calls.setdefault(at, {"id": None, "function": {"name": None, "arguments": ""}})
-        function = call.get("function") or {}
-        known["id"] = known["id"] or call.get("id")
-        known["function"]["name"] = known["function"]["name"] or function.get("name")
-        if not isinstance(arguments := function.get("arguments") or "", str):
-            raise TypeError(f"{arguments!r} is not text")
-        self._arguments.setdefault(at, []).append(arguments)
-
-    def finish(self) -> tuple[str, dict[str, Any]]:
-        """Returns the content that was held back, and the answer as `_read` gives it."""
-        text = "".join(self._text)
-        if self._finish is None:
-            raise ServerError(
-                f"{self._where}: the stream broke off after {len(text)} characters: {_cut(text)!r}; ask again",
-                kind="broken-stream",
-            )
-        for at, call in self._calls.items():
-            call["function"]["arguments"] = "".join(self._arguments[at])
-        calls = [self._calls[at] for at in sorted(self._calls)]
-        content = text if calls or not self._parsed else parse_completion(text)[0]
-        message = {"role": "assistant", "content": text, "tool_calls": calls}
-        choice = {"message": message, "finish_reason": self._finish}
-        return content[self._released :], {"choices": [choice], "usage": self._usage}
-
-
 def _refusal(error: Any) -> str:
     """What a status other than 200 means to a user."""
     said = error.body.get("message") if isinstance(error.body, dict) else None
-    said = _cut(str(said or error.body or error.message))
+    said = shortened(str(said or error.body or error.message))
     advice = ""
     if _kind(error) == "over-length":
         advice = "; shorten the conversation or the tools, or ask for fewer tokens (max_tokens)"
@@ -490,7 +320,3 @@ def _kind(error: Any) -> str:
     said = str(error.body or error.message)
     too_long = re.search(r"context.{0,10}(length|window|size)|max_tokens|too long", said) is not None
     return "over-length" if error.status_code in (400, 413, 422) and too_long else "bad-request"
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} … ({len(text)} characters)"

@@ -17,7 +17,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from serving.client import ServerError
+from serving.answers import MalformedAnswer, read_response
+from serving.client import ServerError, to_openai
+from xlam_jax.data.messages import parse_request
+from xlam_jax.data.trajectory import InvalidTrajectory
 from xlam_jax.errors import UserError, check_address, positive, run
 
 if TYPE_CHECKING:
@@ -31,13 +34,20 @@ REQUESTS: list[list[dict[str, Any]]] = [
     [{"role": "user", "content": "What is the weather in Oslo?"}],
     [{"role": "system", "content": "Answer in one word."}, {"role": "user", "content": "Is “{x}” JSON?"}],
 ]
+REQUIRED_TOKENS = 256
+"""At least so many new tokens for an answer that the server is made to write as a call."""
+# the arguments are bounded: a model that is made to write a call comes to its end
 TOOLS: list[dict[str, Any]] = [
     {
         "type": "function",
         "function": {
             "name": "get_weather",
             "description": "The weather of a city.",
-            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string", "enum": ["Oslo", "Rome"]}},
+                "required": ["city"],
+            },
         },
     }
 ]
@@ -89,20 +99,45 @@ class Server:
             f"{self._url}/completions",
             plain | {"prompt": prompt, "logprobs": 0, "prompt_logprobs": 0, "return_token_ids": True},
         )["choices"][0]
-        message = self._ask("POST", f"{self._url}/chat/completions", chat | {"temperature": 0, "max_tokens": tokens})[
-            "choices"
-        ][0]["message"]
+        _, calls = self._chat(chat | {"temperature": 0, "max_tokens": tokens})
         scored = zip(prompt[1:], choice["prompt_logprobs"][1:], strict=True)
         return Answer(
             prompt,
             np.array([each[str(token)]["logprob"] for token, each in scored]),
             choice["token_ids"],
             np.array(choice["logprobs"]["token_logprobs"], dtype=float),
-            [
-                {"name": call["function"]["name"], "arguments": json.loads(call["function"]["arguments"])}
-                for call in message.get("tool_calls") or []
-            ],
+            calls,
         )
+
+    def required_call(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], tokens: int
+    ) -> tuple[list[int], list[dict[str, Any]]]:
+        """The tokens of an answer that has to be one call, and the calls that the server reads in them."""
+        sent, calls = self._chat(
+            {
+                "model": self.model,
+                "messages": messages,
+                "tools": tools,
+                "tool_choice": "required",
+                "parallel_tool_calls": False,
+                "temperature": 0,
+                "max_tokens": tokens,
+                "return_token_ids": True,
+            }
+        )
+        if not isinstance(new := sent.get("token_ids"), list):
+            raise ServerError(f"{self._url}: does not report the tokens of chat completions; is a vLLM server there?")
+        return new, calls
+
+    def _chat(self, request: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """The first choice of a chat completion as it was sent, and its calls."""
+        url = f"{self._url}/chat/completions"
+        sent = self._ask("POST", url, request)
+        try:
+            message = read_response(sent, "tools", with_tools=False)["choices"][0]["message"]
+        except MalformedAnswer as error:
+            raise ServerError(f"{url}: {error}") from None
+        return sent["choices"][0], [{key: call[key] for key in ("name", "arguments")} for call in message["tool_calls"]]
 
     def _ask(self, method: str, url: str, body: Any) -> Any:
         import httpx
@@ -126,7 +161,6 @@ def compare(
 ) -> tuple[Difference | None, float]:
     """The first difference between a server's answer and the checkpoint's, and the largest of log-probabilities."""
     from xlam_jax.data.render import end_tokens, render_prompt
-    from xlam_jax.generate import named, read_completion
     from xlam_jax.models.generation import generate
 
     ours = render_prompt(messages, tools, tokenizer)
@@ -153,11 +187,37 @@ def compare(
             return Difference(
                 "numerics", f"{told} {tokenizer.decode([answer.completion[at]])!r}, {other:.3g} less likely"
             ), largest
-    calls = named(read_completion(answer.completion, tokenizer).calls)
-    if calls != answer.calls:
-        told = f"the tokens hold {json.dumps(calls, ensure_ascii=False)}, the server reads"
-        return Difference("parser", f"{told} {json.dumps(answer.calls, ensure_ascii=False)}"), largest
-    return None, largest
+    return compare_calls(tokenizer, answer.completion, answer.calls), largest
+
+
+def compare_calls(
+    tokenizer: "PreTrainedTokenizerFast", completion: list[int], calls: list[dict[str, Any]]
+) -> Difference | None:
+    """How the calls that the server read in an answer's tokens differ from those that are in them."""
+    from xlam_jax.generate import named, read_completion
+
+    ours = named(read_completion(completion, tokenizer).calls)
+    if ours == calls:
+        return None
+    texts = [json.dumps(each, ensure_ascii=False) for each in (ours, calls)]
+    return Difference("parser", f"the tokens hold {texts[0]}, the server reads {texts[1]}")
+
+
+def compare_required_call(
+    server: Server,
+    tokenizer: "PreTrainedTokenizerFast",
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]],
+    tokens: int,
+) -> Difference | None:
+    """The same for an answer that the server makes a call: without any call the parser would not be compared."""
+    completion, calls = server.required_call(messages, tools, max(tokens, REQUIRED_TOKENS))
+    difference = compare_calls(tokenizer, completion, calls)
+    if difference is None and not calls:
+        text = tokenizer.decode(completion)
+        told = f"made to write a call (tool_choice required), the server wrote {text[-100:]!r}, in which there is none"
+        return Difference("parser", f"{told}; give tools with bounded arguments, or more --max-new-tokens")
+    return difference
 
 
 def _of_prompts(tokenizer: "PreTrainedTokenizerFast", ours: Sequence[int], theirs: Sequence[int]) -> Difference:
@@ -210,28 +270,47 @@ def main() -> int:
     parser.add_argument("--timeout", type=float, default=300, metavar="S", help="seconds for an answer (default: 300)")
     arguments = parser.parse_args()
 
-    from xlam_jax.generate import conversations, find_model, read_json
+    from xlam_jax.generate import find_model, read_json
 
     if arguments.tolerance is not None and not 0 <= arguments.tolerance < float("inf"):
         raise UserError(f"--tolerance {arguments.tolerance}: is no number of 0 or more")
-    requests = REQUESTS if arguments.messages is None else conversations(arguments.messages)
+    requests = _requests(arguments.messages)
     tools = TOOLS if arguments.tools is None else read_json(arguments.tools)
     found = find_model(arguments.checkpoint)
     server = Server(arguments.base_url, arguments.model, arguments.timeout)
     answers = [server.answer(messages, tools, arguments.max_new_tokens) for messages in requests]
     model = found.load()
     tolerance = TOLERANCE[np.dtype(model.dtype).name] if arguments.tolerance is None else arguments.tolerance
-    failed = 0
+    failed = compared = 0
     for at, (messages, answer) in enumerate(zip(requests, answers, strict=True)):
         difference, largest = compare(model, found.tokenizer, messages, tools, answer, tolerance)
         told = f"{len(answer.prompt)} prompt tokens, {len(answer.completion)} new, {len(answer.calls)} calls"
         if difference is None:
+            compared += len(answer.calls)
             print(f"request {at}: equal ({told}; log-probabilities within {largest:.2g})")
         else:
             failed += 1
             print(f"request {at}: differs in the {difference.kind}: {difference.told} ({told})")
     print(f"{len(requests) - failed} of {len(requests)} requests are answered alike by JAX and {arguments.base_url}")
+    if not compared and tools:
+        difference = compare_required_call(server, found.tokenizer, requests[0], tools, arguments.max_new_tokens)
+        failed += difference is not None
+        compared += difference is None
+        print(f"required call: {'equal' if difference is None else f'differs in the parser: {difference.told}'}")
+    print(f"{compared} calls were compared" + ("" if tools else "; without tools there are none"))
     return 1 if failed else 0
+
+
+def _requests(path: Path | None) -> list[list[dict[str, Any]]]:
+    """The conversations of a file, in the form in which servers and templates take them; without one, our own."""
+    from xlam_jax.generate import conversations
+
+    if path is None:
+        return REQUESTS
+    try:
+        return [to_openai(parse_request(messages)) for messages in conversations(path)]
+    except InvalidTrajectory as invalid:
+        raise UserError(f"{path}: a conversation is malformed: {invalid.detail}") from None
 
 
 if __name__ == "__main__":

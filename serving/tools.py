@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from serving.client import openai_tool, xLAMChatCompletion
+from serving.client import xLAMChatCompletion
 from xlam_jax import user_code
+from xlam_jax.data.messages import call_ids, openai_tool
 from xlam_jax.data.trajectory import InvalidTrajectory, parse_tools
 from xlam_jax.errors import UserError, nearest
 
@@ -55,9 +56,10 @@ class Loop:
     """The whole conversation, to be continued."""
     content: str
     """What the model said last."""
-    ended: Literal["answered", "max_turns", "length", "bad_output"]
-    """answered: in words; max_turns: it would still have called tools; length: cut off at max_tokens; bad_output: the
-    answer is empty or its calls cannot be read, and `llm` is to mark that instead of raising it."""
+    ended: Literal["answered", "refused", "max_turns", "length", "bad_output"]
+    """answered: in words; refused: the server marked the answer as a refusal; max_turns: it would still have called
+    tools; length: cut off at max_tokens; bad_output: the answer is empty or its calls cannot be read, and `llm` is to
+    mark that instead of raising it."""
 
 
 def as_tool(function: Callable[..., Any]) -> Tool:
@@ -160,14 +162,13 @@ def run_tools(
     for _ in range(max_turns):
         choice = _answer(llm, conversation, schemas, written, options)
         content = choice["message"]["content"]
-        calls = [
-            call | {"id": call["id"] or f"call_{len(conversation)}_{at}"}
-            for at, call in enumerate(choice["message"]["tool_calls"])
-        ]
-        add({"role": "assistant", "content": content} | ({"tool_calls": calls} if calls else {}))
+        calls = choice["message"]["tool_calls"]
+        ids = call_ids([call["id"] for call in calls], len(conversation))
+        calls = [call | {"id": id} for call, id in zip(calls, ids, strict=True)]
+        refused = {key: text for key, text in choice["message"].items() if key == "refusal"}
+        add({"role": "assistant", "content": content} | refused | ({"tool_calls": calls} if calls else {}))
         if not calls:
-            bad = "bad_output" if "error" in choice else "answered"
-            return Loop(conversation, content, "length" if choice["finish_reason"] == "length" else bad)
+            return Loop(conversation, content, _ending(choice))
         for call in calls:
             result = call_tool(known, call["name"], call["arguments"], missing)
             add({"role": "tool", "tool_call_id": call["id"], "name": call["name"], "content": result})
@@ -190,6 +191,15 @@ def _answer(
         else:
             answer = piece["choices"][0]
     return answer
+
+
+def _ending(choice: dict[str, Any]) -> Literal["answered", "refused", "length", "bad_output"]:
+    """How an answer without calls ends the conversation."""
+    if choice["finish_reason"] == "length":
+        return "length"
+    if "error" in choice:
+        return "bad_output"
+    return "refused" if "refusal" in choice["message"] else "answered"
 
 
 def _error(text: str) -> str:

@@ -48,6 +48,10 @@ class Running:
         self._server = server
         self.url = f"http://127.0.0.1:{server.server_port}/v1"
 
+    def answer(self, *replies: Reply) -> None:
+        """Answers the requests from now on with these."""
+        self._server.replies = list(replies)
+
     @property
     def requests(self) -> list[dict[str, Any]]:
         return self._server.requests
@@ -97,6 +101,18 @@ def says(content: str | None, calls: list[dict[str, Any]] | None = None, finish:
             for at in range(0, len(text), 4):
                 deltas.append({"tool_calls": [{"index": index, "function": {"arguments": text[at : at + 4]}}]})
         events(deltas, finish)(handler, request)
+
+    return reply
+
+
+def sends(message: dict[str, Any], deltas: list[dict[str, Any]], finish: str = "stop") -> Reply:
+    """A message as it is, or the deltas where a stream is asked for."""
+
+    def reply(handler: Handler, request: dict[str, Any]) -> None:
+        if request.get("stream"):
+            return events(deltas, finish)(handler, request)
+        choice = {"index": 0, "message": message, "finish_reason": finish}
+        handler.send(200, json.dumps({"id": "1", "object": "chat.completion", "choices": [choice]}))
 
     return reply
 

@@ -24,6 +24,7 @@ from converters.trajectories.common import (
     take_tools,
 )
 from converters.trajectories.links import link
+from xlam_jax.data.messages import modern_turn
 from xlam_jax.data.trajectory import (
     InvalidTrajectory,
     Message,
@@ -82,15 +83,8 @@ def split_instruction(turns: list[dict[str, Any]]) -> tuple[str, list[dict[str, 
 
 def read_turn(i: int, message: Any, repairs: list[Repaired]) -> dict[str, Any]:
     """Turn `i` of a conversation in OpenAI form, as the reader of trajectories takes it. Raises `InvalidTrajectory`."""
-    turn = dict(message) if field(message, "role", str) else {}
-    turn["role"] = {"developer": "system", "function": "tool"}.get(turn["role"], turn["role"])
-    function = turn.pop("function_call", None)
-    if isinstance(function, dict) and function and not any(value is not None for value in function.values()):
-        function = None  # the padding of a union schema
-    if function is not None:
-        if turn.get("tool_calls"):
-            raise InvalidTrajectory("bad-call", f"turn {i} has `function_call` and `tool_calls`; keep one of them")
-        turn["tool_calls"] = [{"type": "function", "function": function}]
+    field(message, "role", str)
+    turn = modern_turn(message, f"turn {i}")
     if turn.get("weight") is not None:
         weight = turn.pop("weight")
         if weight not in (0, 1):

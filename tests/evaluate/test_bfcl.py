@@ -1,6 +1,7 @@
 """The suite bfcl: it scores right answers as right, wrong ones as wrong, and all of them as bfcl-eval does itself."""
 
 import asyncio
+import html
 import json
 import os
 import subprocess
@@ -199,6 +200,48 @@ def test_over_http(tmp_path: Path, commands: Commands) -> None:
     assert summary["scores"] == {"accuracy": 1.0}
     assert summary["scored"] == 60
     assert set(summary["groups"]) == set(categories.split(","))
+
+
+def test_calls_that_cannot_be_read_are_counted_in_irrelevance(tmp_path: Path, commands: Commands) -> None:
+    """They count as no call, as in bfcl-eval, and the page says how many. The mean of rows is not called the score."""
+    with serve(says('[TOOL_CALLS][{"name": "f", "arguments": {'), says("I cannot."), says("[]")) as server:
+        command = ["--suite", "bfcl", "--base-url", server.url, "--model", "tiny", "--out", tmp_path, "--report"]
+        said = commands.call(
+            "xlam_jax.evaluate", *command, "--limit", 6, "--concurrency", 1, "--set", "categories=relevance"
+        ).stdout
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    counts = {name: (one["unreadable_calls"], one["scores"]["accuracy"]) for name, one in summary["groups"].items()}
+    assert counts == {"irrelevance": (1, 1.0), "live_irrelevance": (0, 1.0), "live_relevance": (0, 0.0)}
+    page = (tmp_path / "report.html").read_text()
+    for text in (said, page):
+        assert "irrelevance: 1 of 2 answers were meant as calls and cannot be read" in html.unescape(text)
+        assert "is not the leaderboard's overall number" in html.unescape(text)
+    assert said.splitlines()[5].startswith("mean of rows")
+    assert "<th>unreadable calls</th>" in page
+    assert "<td>mean of rows</td>" in page
+    assert "<td>all</td>" not in page
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("[f(a=", True),
+        ("```python\n[f(a=[x for x in y])]\n```", True),
+        ("f(1", True),
+        ("I cannot do that (sorry).", False),
+        ("[f(a=1)]", False),
+        ("[]", False),
+    ],
+)
+def test_answers_in_words_are_no_unreadable_calls(text: str, meant: bool) -> None:
+    of = suite(categories="irrelevance", mode="prompt")
+
+    class Says:
+        async def chat(self, messages: Any, tools: Any = None, **options: Any) -> Answer:
+            return Answer(list(messages), text, (), "stop")
+
+    ((_, outcome),) = answered(of, of.tasks()[:1], lambda _: Says())
+    assert outcome.details["unreadable_calls"] == meant
 
 
 def test_a_turn_without_end_is_broken_off() -> None:

@@ -18,6 +18,7 @@ from support import Commands, wait_until
 from xlam_jax.data import rate
 from xlam_jax.data.trajectory import parse_trajectory
 from xlam_jax.errors import UserError
+from xlam_jax.evaluate.endpoint import Model
 
 TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {"at": {}}}}}]
 
@@ -150,6 +151,36 @@ def test_what_is_wrong_is_told(tmp_path: Path, commands: Commands) -> None:
     assert not out.exists()
     onto = ["rate", source, "--out", source, "--force", "--model", "tiny", "--base-url", "http://127.0.0.1:9/v1"]
     assert "is one of the files to rate" in commands.fails("xlam_jax.data", *onto)
+
+
+def test_a_dead_server_is_named(tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the start of a run, and after some ratings; then the run ends, and does not try all other rows."""
+    source, out = written(tmp_path, [row(number) for number in range(30)]), tmp_path / "out.jsonl"
+    dead = "http://127.0.0.1:9/v1"
+    arguments = ["rate", source, "--out", out, "--model", "tiny", "--retries", 0, "--concurrency", 1, "--base-url"]
+    few = ["--limit", 2]
+    assert f"2 × refused ({dead}: cannot be reached" in commands.fails("xlam_jax.data", *arguments, dead, *few)
+    with rater({}) as server:
+        commands.call("xlam_jax.data", *arguments, server.url, *few)
+    said = commands.call("xlam_jax.data", *arguments, dead, "--limit", 4, code=1).stdout
+    assert f"2 answers without a rating (refused), the last: {dead}: cannot be reached" in said
+    monkeypatch.setattr(rate, "FAILURES", 5)
+    broken: list[Any] = []
+
+    def chat_that_dies(self: Any, *given: Any, **options: Any) -> Any:
+        broken.append(given)
+        if len(broken) > 1:
+            self._llm.config = replace(self._llm.config, base_url=dead)
+            self._llm.__dict__.pop("_async_client", None)
+        return real(self, *given, **options)
+
+    real = Model.chat
+    monkeypatch.setattr(Model, "chat", chat_that_dies)
+    with rater({}) as server:
+        said = commands.fails("xlam_jax.data", *arguments, server.url)
+    assert f"{dead}: cannot be reached" in said
+    assert "5 requests in a row" in said
+    assert len(broken) == 6
 
 
 @pytest.mark.parametrize(

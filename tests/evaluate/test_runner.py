@@ -238,7 +238,7 @@ def test_no_server(commands: Commands, suite: Path, tmp_path: Path):
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
     told = commands.fails("xlam_jax.evaluate", *arguments(suite, url, tmp_path / "out", 500, "--retries", 0))
     assert "cannot be reached" in told
-    assert "The same command goes on" in told
+    assert "the same command continues" in told
     assert len(read(tmp_path / "out")) < 50
     with serve(adds) as server:
         run(commands, *arguments(suite, server, tmp_path / "out", 500, "--limit", 20))

@@ -2,11 +2,15 @@
 
 import asyncio
 import json
+import threading
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from fake_server import answers, says, serve
+from fake_server import Handler, Reply, answers, says, serve
 from support import Commands
 
 from xlam_jax.data.trajectory import ToolCall
@@ -39,6 +43,25 @@ DONE = """<html><body><div><h1>Thank you for shopping with us!</h1>
 <h4>Goal <div id="goal"><pre>secret</pre></div></h4></div>
 <h3 id="reward">Your score (min 0.0, max 1.0)<pre>0.75</pre></h3>
 <h4 hidden>Reward Details <div><pre>{'r_att': 1}</pre></div></h4></div></body></html>"""
+
+
+@contextmanager
+def paged(pages: list[Reply]) -> Iterator[str]:
+    """A server that answers with these pages in turn."""
+
+    class Pages(Handler):
+        def do_GET(self) -> None:
+            pages.pop(0)(self, {})
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Pages)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
 def test_pages_of_the_original():
@@ -123,3 +146,36 @@ def test_a_server_that_is_no_shop(commands: Commands, tmp_path: Path, monkeypatc
         )  # fmt: skip
     summary = json.loads((tmp_path / "out/summary.json").read_text(encoding="utf-8"))
     assert (summary["errors"], summary["scored"], summary["scores"]) == ({"environment": 2}, 0, {})
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["nothing", "another-server"])
+def test_without_a_shop_the_run_ends(there: bool, commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """After ten examples in a row, not after all 500; and the message names the shop."""
+    monkeypatch.setattr("xlam_jax.evaluate._http.TRIES", 1)
+    with serve(answers(200, "hello")) as other, serve(says("x")) as server:
+        shop_url = other.url.removesuffix("/v1") if there else "http://127.0.0.1:9"
+        said = commands.fails(
+            "xlam_jax.evaluate", "--suite", "webshop", "--base-url", server.url, "--model", "tiny",
+            "--concurrency", 1, "--set", f"url={shop_url}", "--out", tmp_path / "out",
+        )  # fmt: skip
+        assert server.requests == []
+    assert f"{shop_url}/fixed_9" in said
+    assert "10 examples in a row" in said
+    summary = json.loads((tmp_path / "out/summary.json").read_text(encoding="utf-8"))
+    assert (summary["errors"], summary["wanted"]) == ({"environment": 10}, 500)
+
+
+def test_a_shop_that_is_away_for_a_while_does_not_end_the_run(
+    commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Only failures in a row count."""
+    monkeypatch.setattr("xlam_jax.evaluate._http.TRIES", 1)
+    page = RESULTS.replace("Page 1", '<form action="/search"><input name="search_query"></form>')
+    away, open_ = answers(500, "away"), answers(200, page, "text/html")
+    with serve(says("Thought: no.")) as server, paged([away] * 9 + [open_] + [away] * 9 + [open_]) as url:
+        commands.call(
+            "xlam_jax.evaluate", "--suite", "webshop", "--base-url", server.url, "--model", "tiny", "--concurrency", 1,
+            "--set", f"url={url}", "--set", "tasks=20", "--set", "max_steps=1", "--out", tmp_path / "out", code=1,
+        )  # fmt: skip
+    summary = json.loads((tmp_path / "out/summary.json").read_text(encoding="utf-8"))
+    assert (summary["errors"], summary["scored"]) == ({"environment": 18}, 2)

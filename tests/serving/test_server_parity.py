@@ -1,16 +1,17 @@
 """What differs between a server and a checkpoint is named: here the server is the checkpoint, changed on purpose."""
 
 import json
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 from support import Commands
 
-from serving.parity import REQUESTS, TOOLS, Answer, compare, score
+from serving.parity import REQUESTS, TOOLS, Answer, Server, compare, compare_required_call, score
 from xlam_jax.data.render import render_prompt
 from xlam_jax.generate import find_model, named, read_completion
 from xlam_jax.models.generation import generate
@@ -31,6 +32,13 @@ def answer(model: Any) -> Answer:
     scores = score(decoder, prompt + completion)
     calls = named(read_completion(completion, tokenizer).calls)
     return Answer(prompt, scores[: len(prompt) - 1], completion, scores[len(prompt) - 1 :], calls)
+
+
+class Served(NamedTuple):
+    """A server, and the chat completions that it was asked for."""
+
+    url: str
+    asked: list[dict[str, Any]]
 
 
 def kind(model: Any, answer: Answer) -> str | None:
@@ -78,9 +86,20 @@ def test_an_unlikely_choice_is_a_difference(model: Any, answer: Answer):
     assert kind(model, answer._replace(completion=unlikely, logprobs=scores, calls=calls)) == "numerics"
 
 
-def test_the_command_against_a_server(commands: Commands, exported: Path, model: Any, answer: Answer):
-    """A server that speaks vLLM's words, with the answer of the checkpoint, for each request."""
+@pytest.fixture
+def reads() -> dict[str, Any]:
+    """What the fake server reads in the call that it is made to write."""
+    return {"name": "get_weather", "arguments": json.dumps({"city": "Oslo"})}
+
+
+CALL_TEXT = '[{"name": "get_weather", "arguments": {"city": "Oslo"}}]'
+
+
+@pytest.fixture
+def vllm(model: Any, reads: dict[str, Any]) -> Iterator[Served]:
+    """A server that speaks vLLM's words, with the answers of the checkpoint."""
     decoder, tokenizer = model
+    asked: list[dict[str, Any]] = []
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *_: Any) -> None: ...
@@ -93,7 +112,12 @@ def test_the_command_against_a_server(commands: Commands, exported: Path, model:
             if self.path == "/tokenize":
                 return self.say({"tokens": render_prompt(body["messages"], body["tools"], tokenizer)})
             if self.path == "/v1/chat/completions":
-                return self.say({"choices": [{"message": {"tool_calls": None}}]})
+                asked.append(body)
+                if body.get("tool_choice") != "required":
+                    return self.say({"choices": [{"message": {"tool_calls": None}}]})
+                tokens = [*tokenizer.encode(CALL_TEXT, add_special_tokens=False), tokenizer.eos_token_id]
+                message = {"tool_calls": [{"function": reads}] if reads else []}
+                return self.say({"choices": [{"message": message, "token_ids": tokens}]})
             prompt = body["prompt"]
             [new] = generate(decoder, [prompt], eos_id=tokenizer.eos_token_id, max_new_tokens=body["max_tokens"])
             scores = score(decoder, prompt + new).tolist()
@@ -110,14 +134,44 @@ def test_the_command_against_a_server(commands: Commands, exported: Path, model:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}/v1"
-    parity = ["serving.parity", "--checkpoint", exported, "--base-url", url, "--max-new-tokens", 4]
     try:
-        said = commands.call(*parity).stdout
-        assert "request 0: equal" in said
-        assert "2 of 2 requests are answered alike" in said
-        assert "serves tiny, not other" in commands.fails(*parity, "--model", "other")
+        yield Served(f"http://127.0.0.1:{server.server_port}/v1", asked)
     finally:
         server.shutdown()
         server.server_close()
+
+
+def test_the_command_against_a_server(commands: Commands, exported: Path, vllm: Served):
+    parity = ["serving.parity", "--checkpoint", exported, "--base-url", vllm.url, "--max-new-tokens", 4]
+    said = commands.call(*parity).stdout
+    assert "request 0: equal" in said
+    assert "2 of 2 requests are answered alike" in said
+    assert "serves tiny, not other" in commands.fails(*parity, "--model", "other")
+
+
+def test_a_call_is_compared_although_the_model_writes_none(commands: Commands, exported: Path, vllm: Served, reads):
+    """With the defaults: no answer to the two requests is a call."""
+    parity = ["serving.parity", "--checkpoint", exported, "--base-url", vllm.url, "--max-new-tokens", 4]
+    said = commands.call(*parity).stdout
+    assert "required call: equal" in said
+    assert said.endswith("1 calls were compared\n")
+    assert [one.get("tool_choice") for one in vllm.asked] == [None, None, "required"]
+    assert vllm.asked[2]["max_tokens"] > 4
+    reads["arguments"] = "{}"
+    said = commands.call(*parity, code=1).stdout
+    assert "required call: differs in the parser: the tokens hold" in said
+    assert "0 calls were compared" in said
+
+
+@pytest.mark.parametrize("arguments", ["{}", '{"city": ', {"city": "Rome"}], ids=str)
+def test_a_required_call_that_is_read_wrongly(model: Any, vllm: Served, reads: dict[str, Any], arguments: Any):
+    reads["arguments"] = arguments
+    server = Server(vllm.url, None, 10)
+    difference = compare_required_call(server, model[1], REQUESTS[0], TOOLS, 4)
+    assert difference is not None
+    assert difference.kind == "parser"
+
+
+def test_a_server_that_is_gone(commands: Commands, exported: Path):
+    parity = ["serving.parity", "--checkpoint", exported, "--base-url", "http://127.0.0.1:9/v1"]
     assert "no answer that can be read" in commands.fails(*parity)

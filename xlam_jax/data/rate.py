@@ -28,7 +28,7 @@ from xlam_jax.data.wire import objects_in
 from xlam_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from xlam_jax.evaluate.endpoint import Model
+    from xlam_jax.evaluate.endpoint import EndpointFault, Model
 
 HIGHEST = 5
 FAILURES = 20
@@ -204,24 +204,41 @@ def rate(
     journal = Journal(journal_path, model.name)
     try:
         before = len(journal.ratings)
-        failed = asyncio.run(_ask_all(files, limit, journal, model, concurrency, progress))
-        if failed and not journal.ratings:
-            raise UserError(
-                f"{journal_path}: not one rating, but {', '.join(f'{n} × {kind}' for kind, n in failed.items())}"
-            )
-        result = _write(files, limit, out, journal, failed)
+        failures = asyncio.run(_ask_all(files, limit, journal, model, concurrency, progress))
+        if failures.counts and not journal.ratings:
+            raise UserError(f"{journal_path}: not one rating, but {failures}")
+        result = _write(files, limit, out, journal, failures)
     finally:
         journal.close()
     known = result.pop("known")
     return {
         "inputs": [str(path) for path in files],
         **result,
-        "asked": len(journal.ratings) - before + sum(failed.values()),
+        "asked": len(journal.ratings) - before + failures.counts.total(),
         "ratings": dict(sorted(Counter(f"{rated:g}" for _, _, rated in known.all).items())),
         "kept": sum(rated >= keep for _, _, rated in known.all),
         "keep": keep,
         "agreement": agreement(known.all, good, keep),
     }
+
+
+class _Failures:
+    """Answers without a rating: how many of each kind, and what was wrong with the last of them."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.details: dict[str, str] = {}
+        self.refused = 0
+        """Requests in a row that found no server."""
+
+    def add(self, error: "BadRating | EndpointFault") -> None:
+        """Counts an answer that has no rating."""
+        self.counts[error.kind] += 1
+        self.details[error.kind] = str(error).removeprefix(f"{error.kind}: ")
+        self.refused = self.refused + 1 if error.kind == "refused" else 0
+
+    def __str__(self) -> str:
+        return "; ".join(f"{count} × {kind} ({self.details[kind]})" for kind, count in self.counts.items())
 
 
 class _Known(NamedTuple):
@@ -249,11 +266,11 @@ async def _ask_all(
     model: "Model",
     concurrency: int,
     progress: Callable[[str], None],
-) -> Counter[str]:
-    """Asks for all ratings that are missing; returns how many failed, by reason."""
+) -> _Failures:
+    """Asks for all ratings that are missing; returns what failed. Raises `UserError` where nothing else is to come."""
     from xlam_jax.evaluate.endpoint import EndpointFault
 
-    failed: Counter[str] = Counter()
+    failures = _Failures()
     asked: set[str] = set(journal.ratings)
     rows = _trajectories(files, limit)
     began = told = time.monotonic()
@@ -272,25 +289,30 @@ async def _ask_all(
             rating = None
             try:
                 rating = parse((await model.chat(messages(trajectory))).content)
+                failures.refused = 0
             except (BadRating, EndpointFault) as error:
-                failed[error.kind] += 1
+                failures.add(error)
                 row |= {"failed": error.kind, "detail": str(error)}
             journal.write(name, row, rating)
             done += 1
-            if done == sum(failed.values()) >= max(FAILURES, 2 * concurrency):
-                kinds = ", ".join(f"{count} × {kind}" for kind, count in failed.items())
-                raise UserError(f"not one rating in {done} answers: {kinds}; the last: {row['detail']}")
+            enough = max(FAILURES, 2 * concurrency)
+            if done == failures.counts.total() >= enough:
+                raise UserError(f"not one rating in {done} answers: {failures}")
+            if failures.refused >= enough:
+                raise UserError(f"{row['detail']} ({failures.refused} requests in a row); the same command continues")
             if time.monotonic() - told > 2:
                 told = time.monotonic()
-                progress(f"{done} asked, {sum(failed.values())} without a rating, {done / (told - began):.1f} a second")
+                progress(
+                    f"{done} asked, {failures.counts.total()} without a rating, {done / (told - began):.1f} a second"
+                )
 
     async with model:  # its connections belong to this loop
         await asyncio.gather(*(work() for _ in range(concurrency)))
-    return failed
+    return failures
 
 
 def _write(
-    files: Sequence[Path], limit: int | None, out: Path, journal: Journal, failed: Counter[str]
+    files: Sequence[Path], limit: int | None, out: Path, journal: Journal, failures: _Failures
 ) -> dict[str, Any]:
     """Writes what has a rating, and counts the rest."""
     left_out: Counter[str] = Counter()
@@ -318,7 +340,8 @@ def _write(
         "trajectories": read,
         "rated": len(known.all),
         "left_out": dict(left_out.most_common()),
-        "failed": dict(failed.most_common()),
+        "failed": dict(failures.counts.most_common()),
+        "failures": failures.details,
         "known": known,
     }
 
@@ -390,7 +413,10 @@ def summary(out: Path, report: dict[str, Any]) -> str:
     lines = [f"{out}: {report['rated']} of {report['trajectories']} trajectories rated ({ratings or 'none'})"]
     lines.append(f"  {report['kept']} with {report['keep']:g} or more; {report['asked']} asked now")
     lines += [f"  left out {count} ({reason})" for reason, count in report["left_out"].items()]
-    lines += [f"  {count} answers without a rating ({kind})" for kind, count in report["failed"].items()]
+    lines += [
+        f"  {count} answers without a rating ({kind}), the last: {report['failures'][kind]}"
+        for kind, count in report["failed"].items()
+    ]
     for name, one in report["agreement"].items():
         shares = ", ".join(
             f"{what} {'–' if one[key] is None else f'{one[key]:.2f}'}"

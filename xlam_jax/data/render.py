@@ -15,12 +15,12 @@ import numpy as np
 from xlam_jax.config import Loss
 from xlam_jax.data.codec import CONTROL_TOKENS, KINDS, Codec, Kind, Segment
 from xlam_jax.data.formats import PLAIN, Format, Layout, Variant, find
+from xlam_jax.data.messages import parse_request
 from xlam_jax.data.trajectory import (
     InvalidTrajectory,
     Message,
     ToolCall,
     Trajectory,
-    parse_messages,
     parse_tools,
     system_text,
 )
@@ -179,7 +179,7 @@ def render_prompt(
     """
     codec, format_ = known(tokenizer, format or ("native" if tokenizer.chat_template else "xlam"))
     try:
-        turns, tools = parse_messages(messages), parse_tools(tools)
+        turns, tools = parse_request(messages), parse_tools(tools)
         if turns[-1].role not in ("user", "tool"):
             raise UserError(f"the last turn is by the {turns[-1].role}; end the messages with a user or a tool turn")
         segments = format_.prompt(system_text("", turns), tools, turns)

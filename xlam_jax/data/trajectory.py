@@ -142,14 +142,15 @@ def parse_tools(obj: object, repaired: Note | None = None) -> list[dict[str, Any
     return _parse_tools(obj, repaired or _no_note)
 
 
-def parse_messages(obj: object, repaired: Note | None = None) -> tuple[Message, ...]:
+def parse_messages(obj: object, repaired: Note | None = None, *, assistant_first: bool = False) -> tuple[Message, ...]:
     """Checks turns in OpenAI form (string or object arguments), their order and their call ids.
 
-    System turns come first, then a user turn; tool turns follow the assistant turn that calls. Call ids are unique
-    within a turn. Mends what `parse_trajectory` mends. Raises `InvalidTrajectory`.
+    System turns come first, then a user turn (with `assistant_first`, or one by the assistant); tool turns follow the
+    assistant turn that calls. Call ids are unique within a turn. Mends what `parse_trajectory` mends. Raises
+    `InvalidTrajectory`.
     """
     check_json(obj)
-    return _parse_messages(obj, repaired or _no_note)
+    return _parse_messages(obj, repaired or _no_note, assistant_first=assistant_first)
 
 
 def unread_calls(messages: Sequence[Message], declared: Collection[str]) -> Iterator[str]:
@@ -392,7 +393,9 @@ def _without_padding(
     )
 
 
-def _parse_messages(obj: object, note: Note, declared: Collection[str] = ()) -> tuple[Message, ...]:
+def _parse_messages(
+    obj: object, note: Note, declared: Collection[str] = (), assistant_first: bool = False
+) -> tuple[Message, ...]:
     if not isinstance(obj, list | tuple) or not obj:
         _fail("no-conversation", f"a conversation is a non-empty list of turns, got {_kind(obj)}")
     messages = [_parse_message(i, message, note) for i, message in enumerate(join_calls(obj, note))]
@@ -401,7 +404,7 @@ def _parse_messages(obj: object, note: Note, declared: Collection[str] = ()) -> 
         if read != messages:  # such turns may be parallel calls as well
             joined = join_calls([_message_to_dict(message) for message in read], note)
             messages = [_parse_message(i, message, note) for i, message in enumerate(joined)]
-    _check_order(messages)
+    _check_order(messages, ("user", "assistant") if assistant_first else ("user",))
     for i, message in enumerate(messages):
         if message.tool_calls:
             _link(messages, i, note)
@@ -588,14 +591,15 @@ def _parse_call(i: int, obj: object, note: Note) -> ToolCall:
     return ToolCall(_optional_id(obj, "id", f"turn {i}", note), function["name"], arguments)
 
 
-def _check_order(messages: Sequence[Message]) -> None:
+def _check_order(messages: Sequence[Message], first: Collection[str] = ("user",)) -> None:
+    """Refuses turns that are out of place; `first` are the roles of the first turn after the system's."""
     previous = "system"
     calls_open = False  # whether tool results may follow
     for i, message in enumerate(messages):
         role = message.role
         if role == "system" and previous != "system":
             _fail("bad-role-order", f"turn {i} is a system turn after a {previous} turn; system turns come first")
-        if previous == "system" and role not in ("system", "user"):
+        if previous == "system" and role not in ("system", *first):
             _fail("bad-role-order", f"turn {i} is by the {role}; the first turn after the system's is the user's")
         if role == "tool" and (previous not in ("assistant", "tool") or not calls_open):
             _fail("bad-role-order", f"turn {i} is a tool result after a {previous} turn without calls")

@@ -143,7 +143,8 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
                 ask(suite, agent, model, tasks, records, options.concurrency)
             finally:
                 found = [records.examples[task.id] for task in tasks if task.id in records.examples]
-                summary = summarize(about, found, len(tasks))
+                summary = summarize(about, found, len(tasks), kind.overall)
+                summary["notes"] = suite.notes(summary)
                 write_text(options.out / SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     print(f"{kind.name}, {options.model}, {name}\n{table(summary)}")
     for line in told(summary):

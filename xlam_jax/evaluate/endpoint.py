@@ -7,6 +7,7 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple, Self
 
 from serving.client import ServerError, to_openai, xLAMChatCompletion, xLAMConfig
+from xlam_jax.data.messages import call_ids
 from xlam_jax.data.trajectory import Message, ToolCall
 from xlam_jax.errors import UserError
 
@@ -53,6 +54,8 @@ class Answer(NamedTuple):
     calls: tuple[ToolCall, ...]
     """Each with an id of its own."""
     finish_reason: str | None
+    unreadable: bool = False
+    """The content was meant to be calls, and cannot be read as such."""
 
     @property
     def message(self) -> dict[str, Any]:
@@ -133,11 +136,15 @@ class Model:
                 raise EndpointFault("bad-request", str(error), asked) from None
             else:
                 found = choice["message"]["tool_calls"]
-                if all(isinstance(one["name"], str) and isinstance(one["arguments"], dict) for one in found):
-                    calls = _with_ids(found, len(asked))
+                if not found or "error" not in choice:  # or else some of them cannot be read
+                    ids = call_ids([call["id"] for call in found], len(asked))
+                    calls = tuple(
+                        ToolCall(id, call["name"], call["arguments"]) for id, call in zip(ids, found, strict=True)
+                    )
                     CALLS.get([]).extend(calls)
                     content = _LONE.sub("\ufffd", choice["message"]["content"])
-                    return Answer(asked, content, calls, choice["finish_reason"])
+                    unreadable = "error" in choice and bool(content.strip())  # the other error is an empty answer
+                    return Answer(asked, content, calls, choice["finish_reason"], unreadable)
                 fault = EndpointFault("malformed", choice["error"], asked)
         assert fault
         raise fault
@@ -145,23 +152,8 @@ class Model:
     async def _ask(
         self, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]] | None, options: dict[str, Any]
     ) -> dict[str, Any]:
-        sent = [_sendable(message) for message in messages]
         if not self._stream:
-            return (await self._llm.acompletion(sent, tools, **options))["choices"][0]
-        *_, last = [piece async for piece in self._llm.astream(sent, tools, **options)]
+            return (await self._llm.acompletion(messages, tools, **options))["choices"][0]
+        *_, last = [piece async for piece in self._llm.astream(messages, tools, **options)]
         assert isinstance(last, dict)
         return last["choices"][0]
-
-
-def _sendable(message: dict[str, Any]) -> dict[str, Any]:
-    """An empty answer of the model as one blank: servers and chat templates refuse a turn that says nothing."""
-    empty = message.get("role") == "assistant" and not message.get("content") and not message.get("tool_calls")
-    return message | {"content": " "} if empty else message
-
-
-def _with_ids(calls: Sequence[dict[str, Any]], turn: int) -> tuple[ToolCall, ...]:
-    """Calls whose ids are there and differ, whatever the server gave."""
-    ids = [call["id"] for call in calls]
-    if not all(isinstance(id, str) and id for id in ids) or len(set(ids)) < len(ids):
-        ids = [f"call_{turn}_{at}" for at in range(len(calls))]
-    return tuple(ToolCall(id, call["name"], call["arguments"]) for id, call in zip(ids, calls, strict=True))

@@ -13,6 +13,7 @@ from xlam_jax.data import html
 from xlam_jax.errors import UserError
 from xlam_jax.evaluate import records
 from xlam_jax.evaluate.records import RUN, SUMMARY
+from xlam_jax.evaluate.summary import OVERALL, told
 from xlam_jax.report import page as report
 from xlam_jax.report import plots
 from xlam_jax.report.__main__ import check_output
@@ -94,8 +95,6 @@ def _page(run: Run, found: Sequence[Mapping[str, Any]], beside: Sequence[Run]) -
 
 
 def _body(run: Run, found: Sequence[Mapping[str, Any]], beside: Sequence[Run]) -> Iterator[str]:
-    from xlam_jax.evaluate.summary import told
-
     yield f'<p class="quiet">Written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC.</p>\n'
     if warnings := [line for line in told(run.summary) if not line.startswith("failures")]:
         yield '<ul class="warnings">' + "".join(f"<li>{escape(one)}</li>" for one in warnings) + "</ul>\n"
@@ -134,12 +133,13 @@ def _number(value: float | None, percent: bool = False) -> str:
 
 def _scores(summary: Mapping[str, Any]) -> str:
     names = [name for name, _ in _ordered(summary, summary["scores"])]
-    counted = {**summary.get("groups", {}), "all": summary}
+    counted = [*summary.get("groups", {}).items(), (summary.get("overall", OVERALL), summary)]
+    counts = ["examples", "scored", *(["unreadable_calls"] if "unreadable_calls" in summary else [])]
     rows = [
-        [name or "(none)", one["examples"], one["scored"], *(_number(one["scores"].get(score)) for score in names)]
-        for name, one in counted.items()
+        [name or "(none)", *(one.get(count, 0) for count in counts), *(_number(one["scores"].get(n)) for n in names)]
+        for name, one in counted
     ]
-    return _scrolled(html.table(["group", "examples", "scored", *names], rows))
+    return _scrolled(html.table(["group", *(count.replace("_", " ") for count in counts), *names], rows))
 
 
 def _scrolled(table: str, kind: str = "") -> str:

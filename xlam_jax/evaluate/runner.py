@@ -17,7 +17,9 @@ from xlam_jax.training.progress import Progress, Status, duration
 EVERY = 10.0
 """Seconds between the lines of a log."""
 UNREACHED = 10
-"""Examples in a row that find no server, after which the run ends: it would tell nothing but that of all others."""
+"""Examples in a row for which a server failed, after which the run ends: the others would end like them."""
+_SERVERS = ("refused", "environment")
+"""Kinds of faults of which the cause is a server that is not there: the model's, or the suite's own."""
 
 
 def ask(
@@ -56,8 +58,11 @@ async def _ask(
             _check_scores(record, records)
             records.add(record)
             told.add(record)
-            if told.refused >= UNREACHED:
-                raise UserError(f"{record['error']['message']} The same command goes on")
+            if told.unreached >= UNREACHED:
+                raise UserError(
+                    f"{record['error']['message']} ({told.unreached} examples in a row ended like this). Start that "
+                    "server, or correct its address; the same command continues"
+                )
 
     shared = iter(pending)
     async with model, asyncio.TaskGroup() as group:
@@ -112,14 +117,14 @@ class _Told:
     def __init__(self, progress: Progress, total: int):
         self._progress, self._total, self._done = progress, total, 0
         self.errors: Counter[str] = Counter()
-        self.refused = 0
-        """In a row."""
+        self.unreached = 0
+        """Examples in a row for which a server failed."""
         self._began = self._said = time.monotonic()
 
     def add(self, record: dict[str, Any]) -> None:
         """An example that ended."""
         self._done += 1
-        self.refused = self.refused + 1 if record.get("error", {}).get("kind") == "refused" else 0
+        self.unreached = self.unreached + 1 if record.get("error", {}).get("kind") in _SERVERS else 0
         if "error" in record:
             kind = record["error"]["kind"]
             self.errors[kind] += 1

@@ -77,6 +77,8 @@ class Suite(ABC):
     """Own settings: name → what it is."""
     main_score: ClassVar[str] = "accuracy"
     """The score that is told first."""
+    overall: ClassVar[str] = "all"
+    """The name of the row of all examples, whose scores are the means over them."""
     agent: ClassVar[str] = "native"
     """The agent that it runs with unless another is asked for."""
     agents: ClassVar[Sequence[str] | None] = ("native",)
@@ -93,6 +95,10 @@ class Suite(ABC):
     @abstractmethod
     async def run(self, task: Task, model: "Model", agent: "Agent") -> Outcome:
         """Leads the model through a task. Raises `EndpointFault`, which the runner records."""
+
+    def notes(self, summary: Mapping[str, Any]) -> list[str]:
+        """What a reader of the scores must know, a sentence each; `summary` is that of `summary.json`."""
+        return []
 
     def close(self) -> None:  # noqa: B027 - most have nothing to close
         """Ends what the suite has open."""

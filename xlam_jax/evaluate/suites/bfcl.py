@@ -9,7 +9,8 @@ ICML 2025; https://gorilla.cs.berkeley.edu/leaderboard.html
 """
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from itertools import chain, zip_longest
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -29,6 +30,7 @@ class Bfcl(Suite):
 
     name = "bfcl"
     about = "Berkeley Function Calling Leaderboard: single and multi-turn calls, and when not to call (bfcl-eval)"
+    overall: ClassVar[str] = "mean of rows"
     settings: ClassVar = {
         "categories": f"names of categories and groups with commas (default: all): {', '.join(rows.GROUPS)}",
         "mode": "fc: functions are tools of the request (default); prompt: they are in the system prompt",
@@ -60,8 +62,27 @@ class Bfcl(Suite):
         answer = await chat.ask(model)
         calls = chat.calls(answer)
         verdict = self._check(row, calls)
-        details = {"result": chat.result(answer), "expected": row.expected, "checker": verdict.words}
+        details = {
+            "result": chat.result(answer),
+            "expected": row.expected,
+            "checker": verdict.words,
+            "unreadable_calls": int(chat.unreadable(answer)),
+        }
         return Outcome({"accuracy": float(verdict.valid)}, chat.messages, verdict.kind, details)
+
+    def notes(self, summary: Mapping[str, Any]) -> list[str]:
+        """What the number over all rows is not, and which answers were right only because they cannot be read."""
+        notes = [
+            f"'{self.overall}' is not the leaderboard's overall number: that one weighs groups of categories (agentic "
+            "40 %, multi-turn 30 %, and 10 % each live, non-live and irrelevance), and agentic is not run here"
+        ]
+        for name, group in summary.get("groups", {}).items():
+            if name in ("irrelevance", "live_irrelevance") and (count := group.get("unreadable_calls")):
+                notes.append(
+                    f"{name}: {count} of {group['scored']} answers were meant as calls and cannot be read; they count "
+                    "as no call, and so as right, as in bfcl-eval"
+                )
+        return notes
 
     def _check(self, row: Row, calls: list[Call] | None) -> package.Verdict:
         if row.category in rows.RELEVANCE:
@@ -78,6 +99,7 @@ class Bfcl(Suite):
         chat = _Chat(self._mode, row)
         done: list[list[list[str]]] = []  # turn, step, call
         results: list[list[Any]] = []
+        unreadable = 0
         with package.World(row.raw) as world:
             for turn, messages in enumerate(row.turns):
                 if turn in row.held_back:
@@ -89,6 +111,7 @@ class Bfcl(Suite):
                 while steps <= package.prompts().MAXIMUM_STEP_LIMIT:
                     answer = await chat.ask(model)
                     results[-1].append(chat.result(answer))
+                    unreadable += chat.unreadable(answer)
                     calls = chat.calls(answer)
                     if not calls:
                         break
@@ -102,8 +125,17 @@ class Bfcl(Suite):
                 verdict = package.Verdict(False, "steps-used-up")
             else:
                 verdict = world.check(done, row.expected)
-        details = {"result": results, "expected": row.expected, "checker": verdict.words}
+        details = {
+            "result": results,
+            "expected": row.expected,
+            "checker": verdict.words,
+            "unreadable_calls": unreadable,
+        }
         return Outcome({"accuracy": float(verdict.valid)}, chat.messages, verdict.kind, details)
+
+
+_CALL = re.compile(r"[`\s]*+(?:python\s++)?+\[?\s*+[A-Za-z_][\w.]*+\(")
+"""The beginning of a list of calls as the prompt asks for it."""
 
 
 class _Chat:
@@ -148,6 +180,12 @@ class _Chat:
             return parse(answer.content, self._language)
         except NoCalls:
             return None
+
+    def unreadable(self, answer: "Answer") -> bool:
+        """Whether the answer was meant as calls that cannot be read."""
+        if self._fc:
+            return answer.unreadable
+        return self.calls(answer) is None and _CALL.match(answer.content) is not None
 
     def result(self, answer: "Answer") -> Any:
         """The answer as bfcl-eval's own files of results have it."""

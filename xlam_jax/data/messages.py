@@ -1,0 +1,207 @@
+"""Chat messages and tools as callers pass them, brought into the one form that is checked, rendered and sent.
+
+Callers pass what their libraries give them: dictionaries, objects of an SDK (`response.choices[0].message`), the older
+`function_call` and role `function`, the newer role `developer`, a call that is flat or not in a list, a system message
+in the middle. Everything that takes messages from a caller (the client, evaluations, `generate`, `parity`) reads them
+with `parse_request`.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import count
+from typing import Any
+
+from xlam_jax.data.trajectory import InvalidTrajectory, Message, parse_messages
+
+_ROLES = {"developer": "system", "function": "tool"}
+"""Other names of roles."""
+_TEXT_PARTS = {"input_text": "text", "output_text": "text", "refusal": "refusal"}
+"""Types of content parts that are text → the key of that text."""
+
+
+def parse_request(messages: Sequence[Any]) -> tuple[Message, ...]:
+    """Reads the messages of a request; the assistant may speak first. Raises `InvalidTrajectory`."""
+    return parse_messages(normal_messages(messages), assistant_first=True)
+
+
+def normal_messages(messages: Sequence[Any]) -> list[Any]:
+    """The messages in OpenAI form, as dictionaries; what cannot be a message stays as it is, for the check to refuse.
+
+    - Objects with `model_dump` (pydantic, the SDKs) become dictionaries, also calls and content parts.
+    - `developer` becomes `system`; `function` and `function_call` become `tool` and `tool_calls`.
+    - A call may be flat, `{"name", "arguments"}`, and the only one need not be in a list.
+    - Calls of one turn that share an id get ids of their own, and so do their results, in their order.
+    - The `refusal` of an assistant that says nothing else is its content. An answer without anything becomes one blank:
+      servers and chat templates refuse a turn that says nothing.
+    - A system message after the first turn becomes text of the user: no chat format of ours has a place for it, and
+      most servers refuse it. It is put in front of the next user turn, as the formats do with system text at the
+      beginning; before an answer it is added to the user turn that is answered, or is one.
+    """
+    turns = [_message(message, f"turn {at}") for at, message in enumerate(messages)]
+    return list(_without_late_system(_with_own_ids(turns)))
+
+
+def modern_turn(turn: dict[str, Any], where: str) -> dict[str, Any]:
+    """A message with today's names of roles and keys: `developer`, `function` and `function_call` are replaced.
+
+    `where` names the message in errors. Raises `InvalidTrajectory` where both spellings of a call are given.
+    """
+    role = turn.get("role")
+    turn = turn | {"role": _ROLES.get(role, role)} if isinstance(role, str) else dict(turn)
+    if (function := legacy_call(turn)) is not None and turn.get("tool_calls"):
+        raise InvalidTrajectory("bad-call", f"{where} has `function_call` and `tool_calls`; keep one of them")
+    if function is not None:
+        turn["tool_calls"] = [{"type": "function", "function": function}]
+    turn.pop("function_call", None)
+    return turn
+
+
+def legacy_call(message: Mapping[str, Any]) -> Any:
+    """The older `function_call` of a message; None where there is none, or only nulls (a union schema's padding)."""
+    function = message.get("function_call")
+    if isinstance(function, dict) and function and not any(value is not None for value in function.values()):
+        return None
+    return function
+
+
+def openai_tool(tool: Any) -> Any:
+    """A tool in OpenAI form, from that or from a flat one; what is neither stays as it is."""
+    tool = _plain(tool)
+    if isinstance(tool, dict) and "function" not in tool and "name" in tool:
+        return {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}
+    return tool
+
+
+def openai_call(call: Any) -> Any:
+    """A call in OpenAI form, from that or from a flat one; what is neither stays as it is."""
+    call = _plain(call)
+    if not isinstance(call, dict):
+        return call
+    if call.get("function") is not None:
+        return call | {"function": _plain(call["function"])}
+    if call.get("name") is None:
+        return call
+    function = {key: value for key, value in call.items() if key not in ("id", "type", "index", "function")}
+    return {"type": "function", "function": function} | ({"id": call["id"]} if call.get("id") is not None else {})
+
+
+def unique_ids(ids: Sequence[Any]) -> list[str | None]:
+    """The ids of one turn's calls as texts that differ: the first of equal ones stays. None where there is none."""
+    texts = [_id(id) for id in ids]
+    known, used = set(texts), set[str]()
+    unique: list[str | None] = []
+    for id in texts:
+        if id in used:
+            id = next(name for name in (f"{id}_{number}" for number in count(2)) if name not in known)
+        if id is not None:
+            known.add(id)
+            used.add(id)
+        unique.append(id)
+    return unique
+
+
+def call_ids(ids: Sequence[Any], turn: int) -> list[str]:
+    """An id for each call of a turn, all different; `turn` is its place in the conversation."""
+    names = [f"call_{turn}_{at}" if id is None else id for at, id in enumerate(unique_ids(ids))]
+    return [id or "" for id in unique_ids(names)]
+
+
+def _id(id: Any) -> str | None:
+    """A call's id as text; None for what cannot be one."""
+    return str(id) if isinstance(id, str | int) and not isinstance(id, bool) and id != "" else None
+
+
+def _message(message: Any, where: str) -> Any:
+    """One message in OpenAI form, whatever the messages around it are."""
+    message = _plain(message)
+    if not isinstance(message, dict):
+        return message
+    if "function_call" in message:
+        message = message | {"function_call": _plain(message["function_call"])}
+    turn = modern_turn(message, where)
+    calls = turn.get("tool_calls")
+    if isinstance(calls, Mapping):
+        calls = [calls]
+    if isinstance(calls, list | tuple):
+        turn["tool_calls"] = [openai_call(call) for call in calls]
+    if isinstance(turn.get("content"), list | tuple):
+        turn["content"] = [_text_part(_plain(part)) for part in turn["content"]]
+    if turn.get("role") == "assistant":
+        refusal = turn.pop("refusal", None)
+        turn["content"] = turn.get("content") or refusal
+        if turn["content"] in (None, "") and not turn.get("tool_calls"):
+            turn["content"] = " "
+    return turn
+
+
+def _text_part(part: Any) -> Any:
+    """A content part of OpenAI's form; other types of text parts become it."""
+    key = _TEXT_PARTS.get(part["type"]) if isinstance(part, dict) and isinstance(part.get("type"), str) else None
+    return {"type": "text", "text": part.get(key)} if key else part
+
+
+def _plain(value: Any) -> Any:
+    """A dictionary from an SDK's object or a mapping; other values as they are."""
+    if callable(dump := getattr(value, "model_dump", None)):
+        return dump(warnings=False)  # whatever a server sent is in it, of types that were not checked
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def _with_own_ids(turns: Sequence[Any]) -> Iterator[Any]:
+    """The turns with different ids for the calls of each; results follow their calls, equal ids in the calls' order."""
+    renamed: dict[str | None, list[str]] = {}  # an id that calls share → the ids of those that have no result yet
+    for turn in turns:
+        role, calls = (turn.get("role"), turn.get("tool_calls")) if isinstance(turn, dict) else (None, None)
+        if role == "assistant":
+            renamed = {}
+            ids = [_id(call.get("id")) if isinstance(call, dict) else None for call in calls or ()]
+            if calls and (unique := unique_ids(ids)) != ids:
+                for id, name in zip(ids, unique, strict=True):
+                    renamed.setdefault(id, []).append(name or "")
+                turn = turn | {"tool_calls": [c | {"id": id} for c, id in zip(calls, unique, strict=True)]}
+        elif role == "tool" and (names := renamed.get(_id(turn.get("tool_call_id")))):
+            turn = turn | {"tool_call_id": names.pop(0)}
+        yield turn
+
+
+def _without_late_system(turns: Iterable[Any]) -> Iterator[Any]:
+    """The turns with system texts after the first turn in the user's turns."""
+    before: Any = None  # the last turn, not given out yet: text may be added to it
+    held: list[str] = []
+    started = False
+    for turn in turns:
+        role = turn.get("role") if isinstance(turn, dict) else None
+        if role == "system" and started and (text := _text(turn.get("content"))) is not None:
+            held += [text] if text else []
+            continue
+        started |= role != "system"
+        if held and role == "user" and (text := _text(turn.get("content"))) is not None:
+            turn = turn | {"content": "\n\n".join(filter(None, [*held, text]))}
+            held = []
+        elif held and role != "tool":  # results stay next to their calls
+            before, *own = _with_user_text(before, held)
+            held = []
+            if own:
+                yield before
+                before = own[0]
+        if before is not None:
+            yield before
+        before = turn
+    yield from _with_user_text(before, held) if held else [] if before is None else [before]
+
+
+def _with_user_text(before: Any, texts: Sequence[str]) -> list[Any]:
+    """A turn and, behind it, what the user says; in the turn itself if it is the user's."""
+    text = _text(before.get("content")) if isinstance(before, dict) and before.get("role") == "user" else None
+    if text is not None:
+        return [before | {"content": "\n\n".join(filter(None, [text, *texts]))}]
+    return [before, {"role": "user", "content": "\n\n".join(texts)}]
+
+
+def _text(content: Any) -> str | None:
+    """A content as text; None where it is more than that."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        return None
+    texts = [part.get("text") if part.get("type") == "text" else None for part in content]
+    return "\n".join(text for text in texts if text) if all(isinstance(text, str) for text in texts) else None
