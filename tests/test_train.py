@@ -55,7 +55,7 @@ def test_sigterm_saves_and_the_run_goes_on(commands: Commands, tiny_config: Path
     common = ("--config", tiny_config, f"output_dir={run}", "checkpoint.every=1000")
     stopped = 0
     for step in (2, 6):
-        err = commands.call(TRAIN, *common, at={f"step {step}/10  loss": terminate}).stderr
+        err = commands.call(TRAIN, *common, at={f"step {step}/10  loss": terminate}, code=75).stderr
         assert not stopped or f"continuing {run} after step {stopped}" in err
         stopped = int(re.findall(r"stopped by SIGTERM after step (\d+), saved", err)[0])
         assert step < stopped < 10
@@ -183,7 +183,7 @@ def test_bad_rows_are_dropped_on_request(commands: Commands, tiny_config: Path, 
     )
     said = commands.call(
         TRAIN, "--config", tiny_config, f"output_dir={tmp_path / 'run'}", f"data.sources={sources}",
-        "data.on_invalid=drop", at={"step 1/10  loss": terminate},
+        "data.on_invalid=drop", at={"step 1/10  loss": terminate}, code=75,
     ).stderr  # fmt: skip
     dropped = re.search(r"mine: .* dropped: (.*)", said)
     assert dropped
@@ -220,7 +220,7 @@ def test_init_from_starts_with_those_weights(
 ):
     source, again = {"orbax": trained[0], "hf": exported}[kind], tmp_path / "again"
     common = ("--config", tiny_config, f"output_dir={again}", f"model.init_from={source}")
-    commands.call(TRAIN, *common, at={"step 0/10": terminate})
+    commands.call(TRAIN, *common, at={"step 0/10": terminate}, code=75)
     last = json.loads((trained[0] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     first = json.loads((again / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])
     assert (first["step"], first["kind"], last["kind"]) == (0, "heldout", "heldout")

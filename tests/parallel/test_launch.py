@@ -14,6 +14,7 @@ from xlam_jax import config as configs
 from xlam_jax import launch, train
 from xlam_jax.errors import UserError
 from xlam_jax.parallel import distributed
+from xlam_jax.signals import Stop
 from xlam_jax.training.progress import Progress
 
 STEPS = 20
@@ -37,9 +38,10 @@ def work(task: dict[str, Any]) -> None:
     with (
         distributed.join(place if place.processes > 1 else None, 120, first) as hosts,
         Progress(quiet=not hosts.first) as progress,
+        Stop() as stop,
     ):
         for name, mesh in meshes.items():
-            train.train(resolve(task, root / name, mesh), root / name, progress, hosts)
+            train.train(resolve(task, root / name, mesh), root / name, progress, hosts, stop)
         from xlam_jax.training import checkpoint
         from xlam_jax.training.setup import set_up
 

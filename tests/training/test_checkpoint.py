@@ -1,5 +1,6 @@
 """Which checkpoints are kept."""
 
+import math
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -25,7 +26,10 @@ def test_the_best_is_kept_beside_the_newest(tmp_path: Path, metric: str, best: i
         if step == 4:  # a run that is continued still knows the best
             saves.close()
             saves = opened()
-        saves.save(step, {"params": {"w": jnp.full(3, step)}}, {}, None if value is None else {metric: value})
+        saves.save(step, {"params": {"w": jnp.full(3, step)}}, {})
+        if value is not None:
+            saves.record(step, {metric: value, "other": math.nan})
+            assert len(saves.steps()) <= 2
         saves.wait()
     assert saves.best() == (best, values[best])
     assert saves.steps()[-1] == 6
