@@ -456,7 +456,7 @@ def _system_error(error: BaseException | None) -> int | None:
     while error is not None:
         if isinstance(error, OSError) and error.errno:
             return error.errno
-        if match := re.search(r"\[?(?:OS error|Errno) (\d+)\b", str(error)):
+        if match := re.search(r"(?:os_error_code='|OS error |Errno )(\d+)\b", str(error)):
             return int(match[1])
         error = error.__cause__ or error.__context__
     return None
@@ -786,7 +786,7 @@ _TRANSIENT = (errno.EPERM, errno.ENOMEM, errno.EACCES, errno.ENFILE, errno.EMFIL
 def _unreadable(step_dir: Path, name: str, error: Exception) -> UserError:
     """Damage, or what keeps an undamaged file from being read."""
     reason = str(error).strip().splitlines()[0][:300]
-    if "PERMISSION_DENIED" in reason or re.search(rf"OS error ({'|'.join(map(str, _TRANSIENT))})\b", str(error)):
+    if "PERMISSION_DENIED" in reason or _system_error(error) in _TRANSIENT:
         return UserError(f"{step_dir / name}: can't be read ({reason})")
     return DamagedError(step_dir, f"{name} can't be read ({reason})")
 
