@@ -189,8 +189,8 @@ class Processes:
             for text, process in self._errors.items():
                 print(f"[{process}] {text}", file=sys.stderr, flush=True)
         # who lost another one, or was killed here because of it, is not the one that failed first
-        codes += [_code(process) for process in killed]
-        return min(filter(None, codes), key=lambda code: {LOST: 2, STOPPED: 1}.get(code, 0), default=0)
+        failed = [code for code in codes if code] or [_code(process) for process in killed]
+        return min(failed, key=lambda code: {LOST: 2, STOPPED: 1}.get(code, 0), default=0)
 
     def _pass_on(self, number: int, _: object) -> None:
         for process in self._started:

@@ -335,7 +335,7 @@ def test_the_tpu_script_passes_arguments_on(tmp_path: Path):
     scripts = {
         "gcloud": 'case $4 in scp) cp -r "$6" "$HOME" ;; ssh) cd "$HOME" && bash -c "${@: -1}" ;; esac',
         "python3": "exit 0",
-        "python": f'printf "%s\\n" "$@" >> {told}; case $(grep -c xlam_jax.train {told}) in 1) exit 3 ;; 2) exit 75 ;; esac',
+        "python": f'printf "%s\\n" "$@" >> {told}; codes=(0 3 75 0); exit ${{codes[$(grep -c xlam_jax.train {told})]}}',
         "sleep": "exit 0",
     }
     uv = home / ".local/bin/uv"
@@ -397,7 +397,7 @@ def test_the_slurm_script_continues_what_was_lost_or_stopped(
     assert "--cpus-per-task=32" in (tmp_path / "options").read_text().split()
 
 
-# ---- ... and the schemas of the systems that read them ------------------------------------------------------------------
+# ---- the schemas of the systems that read them ----------------------------------------------------------------------
 
 SCHEMAS = Path(__file__).parent / "launch_schemas"
 

@@ -36,6 +36,11 @@ def boom(*_):
 
 signal.signal(signal.SIGUSR1, boom)
 
+def stop(*_):
+    raise errors.StoppedError("stopped by SIGUSR2 before the first step")
+
+signal.signal(signal.SIGUSR2, stop)
+
 class Late(queue.SimpleQueue):
     def get(self):
         value = super().get()
@@ -154,6 +159,21 @@ def test_a_host_that_fails_says_why_to_all(group: Group, heard: bool):
             assert code == 1
             assert not heard or err.startswith("Traceback")
             assert not heard or err.endswith(f"error: {me}: RuntimeError: boom\n")
+
+
+def test_a_host_that_is_stopped_early_stops_all(group: Group):
+    group.start(3, port=free_ports())
+    group.met()
+    group.started[1].send_signal(signal.SIGUSR2)
+    me = f"host 1 ({socket.gethostname()})"
+    for process, (code, _, err) in enumerate(group.ended()):
+        assert code == STOPPED
+        if process == 1:
+            assert err == f"{me}: stopped by SIGUSR2 before the first step\n"
+        else:
+            assert err.startswith(
+                f"{me} stopped: stopped by SIGUSR2 before the first step; this host ends with code 75, so"
+            )
 
 
 def test_all_stop_after_the_same_step_when_one_is_asked(group: Group):

@@ -164,6 +164,9 @@ if case == "killed":
     time.sleep(0.5)
     print("error: host 0 ended without a word\\nreally", file=sys.stderr)
     sys.exit(3)
+if case in ("an error of 2", "stopped"):
+    time.sleep(0.3 * process)  # the others end first
+    sys.exit({"an error of 2": [3, 75, 1], "stopped": [3, 75, 75]}[case][process])
 if case == "stays":
     time.sleep(1000 * process)
     sys.exit(1)
@@ -186,6 +189,8 @@ if case == "stays":
             "hello from 0\n",
             ["[1] hello from 1", "[2] hello from 2", "[1] error: host 0 ended without a word", "really"],
         ),
+        ("an error of 2", 1, "hello from 0\n", ["[1] hello from 1", "[2] hello from 2"]),
+        ("stopped", 75, "hello from 0\n", ["[1] hello from 1", "[2] hello from 2"]),
         (
             "stays",
             1,
