@@ -52,7 +52,7 @@ def test_a_folder_that_nothing_was_written_into_is_removed(tmp_path: Path):
 def test_a_folder_that_can_not_be_written(tmp_path: Path):
     (tmp_path / "file").touch()
     with (
-        pytest.raises(UserError, match="output_dir: .* can't be written"),
+        pytest.raises(UserError, match=r"output_dir: .* can't be written"),
         locked(tmp_path / "file/run", "output_dir", print),
     ):
         pass
