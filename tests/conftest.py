@@ -22,8 +22,12 @@ def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):
         return
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    compiled = tempfile.mkdtemp(prefix="compiled-")
+    # Python's own bytecode, too: some machines are set up to keep none, and each start compiles 1,700 modules in 10 s
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     os.environ |= {
-        COMPILED: tempfile.mkdtemp(prefix="compiled-"),
+        "PYTHONPYCACHEPREFIX": f"{compiled}/bytecode",
+        COMPILED: compiled,
         "JAX_COMPILATION_CACHE_MAX_SIZE": str(10**10),  # with a limit, processes lock the folder when they write to it
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
         **HASTILY,

@@ -16,6 +16,7 @@ from xlam_jax import config as configs
 from xlam_jax import train
 from xlam_jax.errors import UserError
 from xlam_jax.parallel.link import Hosts
+from xlam_jax.signals import Stop
 from xlam_jax.training.dry_run import dry_run
 from xlam_jax.training.progress import Progress
 
@@ -38,7 +39,7 @@ def started(config: Path, run: Path, *overrides: str) -> list[dict[str, Any]]:
     resolved = configs.load(config, [f"output_dir={run}", *overrides])
     train.check_run_folder(run, resolved)
     with Progress(quiet=True) as progress:
-        assert train.train(resolved, run, progress, Hosts()) == 0
+        assert train.train(resolved, run, progress, Hosts(), Stop()) == 0
     return records_of(run)
 
 

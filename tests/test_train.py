@@ -14,6 +14,7 @@ import pytest
 from support import ROOT, Commands, assert_same_run, same_arrays, train_losses
 
 from xlam_jax import config as configs
+from xlam_jax.outputs import locked
 from xlam_jax.training import checkpoint, weights
 
 TRAIN = "xlam_jax.train"
@@ -24,9 +25,14 @@ def final_state(run: Path) -> object:
     return checkpoint.load_params(checkpoint.resolve(run))
 
 
-def terminate() -> None:
-    """SIGTERM to the run that this process executes."""
-    signal.raise_signal(signal.SIGTERM)
+def terminate(number: signal.Signals = signal.SIGTERM) -> None:
+    """A signal to the run that this process executes."""
+    signal.raise_signal(number)
+
+
+def interrupt() -> None:
+    """Ends what this process executes, as an error in the middle of it."""
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(
@@ -55,12 +61,56 @@ def test_sigterm_saves_and_the_run_goes_on(commands: Commands, tiny_config: Path
     common = ("--config", tiny_config, f"output_dir={run}", "checkpoint.every=1000")
     stopped = 0
     for step in (2, 6):
-        err = commands.call(TRAIN, *common, at={f"step {step}/10  loss": terminate}).stderr
+        err = commands.call(TRAIN, *common, at={f"step {step}/10  loss": terminate}, code=75).stderr
         assert not stopped or f"continuing {run} after step {stopped}" in err
         stopped = int(re.findall(r"stopped by SIGTERM after step (\d+), saved", err)[0])
         assert step < stopped < 10
         assert checkpoint.resolve(run).name == str(stopped)
     assert list(train_losses(run)) == list(range(1, stopped + 1))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_ctrl_c_and_a_closed_terminal_save_as_sigterm_does(
+    commands: Commands, tiny_config: Path, tmp_path: Path, number: signal.Signals
+):
+    run = tmp_path / "run"
+    common = ("--config", tiny_config, f"output_dir={run}", "checkpoint.every=1000")
+    err = commands.call(TRAIN, *common, at={"step 2/10  loss": lambda: terminate(number)}, code=75).stderr
+    stopped = re.findall(rf"stopped by {number.name} after step (\d+), saved", err)
+    assert checkpoint.resolve(run).name == stopped[0]
+
+
+def test_a_step_is_saved_before_its_evaluation(
+    commands: Commands, tiny_config: Path, trained: tuple[Path, str], tmp_path: Path
+):
+    """And a run that ends in the evaluation repeats that alone: nothing is there twice, and nothing is missing."""
+    run = tmp_path / "run"
+    common = ("--config", tiny_config, f"output_dir={run}")
+    commands.call(TRAIN, *common, at={"step 10/10  held-out": interrupt}, code=130)
+    again = commands.call(TRAIN, *common).stderr
+    assert f"continuing {run} after step 10\n" in again
+    assert_same_run(trained[0], run)
+    evaluation = json.loads((run / "checkpoints/10/evaluation.json").read_text(encoding="utf-8"))
+    last = json.loads((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    assert evaluation["metrics"]["heldout.loss"] == last["loss"]
+    assert "is finished: 10 of 10 steps" in commands.call(TRAIN, *common).stderr
+
+
+def test_what_can_be_checked_is_checked_before_the_data(commands: Commands, tiny_config: Path, tmp_path: Path):
+    (tmp_path / "bad.jsonl").write_text("{broken\n")
+    bad = ("--config", tiny_config, f"data.sources=[{{name: bad, files: [{tmp_path}/bad.jsonl]}}]")
+    message = commands.fails(TRAIN, *bad, f"output_dir={tmp_path}/run", "model.init_from=nowhere")
+    assert "nowhere" in message
+    assert "bad.jsonl" not in message
+    message = commands.fails(TRAIN, *bad, f"output_dir={tmp_path}/bad.jsonl/run")
+    assert f"output_dir: {tmp_path}/bad.jsonl/run can't be written (Not a directory)" in message
+    assert [entry.name for entry in tmp_path.iterdir()] == ["bad.jsonl"]
+
+
+def test_a_second_run_in_one_folder_is_refused(commands: Commands, tiny_config: Path, tmp_path: Path):
+    with locked(tmp_path / "run", "output_dir", print):
+        message = commands.fails(TRAIN, "--config", tiny_config, f"output_dir={tmp_path}/run")
+    assert f"output_dir: {tmp_path}/run is in use by process {os.getpid()} on " in message
 
 
 @pytest.mark.parametrize(
@@ -183,7 +233,7 @@ def test_bad_rows_are_dropped_on_request(commands: Commands, tiny_config: Path, 
     )
     said = commands.call(
         TRAIN, "--config", tiny_config, f"output_dir={tmp_path / 'run'}", f"data.sources={sources}",
-        "data.on_invalid=drop", at={"step 1/10  loss": terminate},
+        "data.on_invalid=drop", at={"step 1/10  loss": terminate}, code=75,
     ).stderr  # fmt: skip
     dropped = re.search(r"mine: .* dropped: (.*)", said)
     assert dropped
@@ -220,7 +270,7 @@ def test_init_from_starts_with_those_weights(
 ):
     source, again = {"orbax": trained[0], "hf": exported}[kind], tmp_path / "again"
     common = ("--config", tiny_config, f"output_dir={again}", f"model.init_from={source}")
-    commands.call(TRAIN, *common, at={"step 0/10": terminate})
+    commands.call(TRAIN, *common, at={"step 0/10": terminate}, code=75)
     last = json.loads((trained[0] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     first = json.loads((again / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])
     assert (first["step"], first["kind"], last["kind"]) == (0, "heldout", "heldout")

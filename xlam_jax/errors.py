@@ -1,14 +1,33 @@
-"""Mistakes a user can make, told in one message: no traceback, exit code 2."""
+"""Errors that a user can act on: one message, no traceback, exit code 2; and what a signal ends, exit code 75."""
 
 import argparse
+import contextlib
 import difflib
 import errno
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable
 from urllib.parse import urlsplit
 
+STOPPED = 75
+"""Exit code of a run that a signal stopped (EX_TEMPFAIL): nothing failed, and the same command continues it."""
+UNWRITABLE = {
+    errno.ENOSPC: ("the disk is full", "free some space"),
+    errno.EDQUOT: ("the disk quota is used up", "remove files that count towards it, or have it raised"),
+    errno.EFBIG: ("a file is larger than allowed here", "raise the limit (ulimit -f), or use another file system"),
+    errno.EMFILE: ("this process has too many open files", "raise the limit (ulimit -n)"),
+    errno.ENFILE: ("this machine has too many open files", "end programs that have many open, or raise fs.file-max"),
+    errno.EIO: ("the device reported an input/output error", "check the disk, or use another one"),
+    errno.EROFS: ("the file system is read-only", "mount it writable, or use another one"),
+}
+"""Reasons for which a file can't be written although its path is right, and what to do."""
 _OF_PATHS = (errno.EACCES, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EPERM, errno.EROFS)
+
+
+class StoppedError(BaseException):
+    """A signal ended a command that continues when it is started again. Like KeyboardInterrupt, it is no `Exception`:
+    code that outlives errors must not outlive it."""
 
 
 class UserError(Exception):
@@ -52,18 +71,30 @@ def run(main: Callable[[], int | None]) -> None:
     try:
         code = main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _print(f"error: {error}")
         sys.exit(2)
+    except StoppedError as stopped:
+        _print(str(stopped))
+        sys.exit(STOPPED)
+    except KeyboardInterrupt:
+        _print("interrupted")
+        sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:  # the reader of our output went away (`… | head`); not ours to report
         sys.stderr.close()
         sys.exit(1)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            told = f"{error.filename or 'an output'}: the disk is full; free some space and run again"
+        if error.errno in UNWRITABLE:
+            problem, advice = UNWRITABLE[error.errno]
+            told = f"{error.filename or 'an output'}: {problem}; {advice} and run again"
         elif error.errno in _OF_PATHS and error.filename:
             told = f"{error.filename}: {error.strerror}; check the path, and who may write there"
         else:
             raise
-        print(f"error: {told}", file=sys.stderr)
+        _print(f"error: {told}")
         sys.exit(2)
     sys.exit(code or 0)
+
+
+def _print(text: str) -> None:
+    with contextlib.suppress(OSError):  # a terminal that is gone
+        print(text, file=sys.stderr)

@@ -2,9 +2,9 @@
 processes on this machine.
 
 Starts `python -m xlam_jax.train` N times with what stands behind `--`. On a machine with GPUs each process gets its
-share of them, else each splits the CPU into D devices. SIGTERM and SIGINT are passed on. The exit code is that of the
-first process that fails; no process outlives this one. Why a run ended is told once: by process 0 while it can, else by
-the others.
+share of them, else each splits the CPU into D devices. SIGTERM, SIGINT and SIGHUP are passed on. The exit code is that
+of the first process that fails, and 75 when a signal stopped all; no process outlives this one. Why a run ended is
+printed once: by process 0 while it can, else by the others.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from typing import IO
 
 from xlam_jax import config as configs
 from xlam_jax import errors, train
-from xlam_jax.errors import UserError
+from xlam_jax.errors import STOPPED, UserError
 from xlam_jax.parallel.link import LOST, SILENCE, VERDICT
 
 GRACE = SILENCE + 3 * VERDICT
@@ -137,7 +137,6 @@ class Processes:
                     os._exit(1)
 
         self._started: list[subprocess.Popen[str]] = []
-        self._interrupted = False
         for one in PASSED_ON:
             signal.signal(one, self._pass_on)
         try:
@@ -167,31 +166,33 @@ class Processes:
 
     def wait(self) -> int:
         """Returns when all have ended: 0, or the code of the first that failed."""
-        code, until = 0, float("inf")
+        codes: list[int] = []
+        until = float("inf")
         running = list(self._started)
+        killed: list[subprocess.Popen[str]] = []
         while running:
             time.sleep(POLL)
             ended = [process for process in running if process.poll() is not None]
             running = [process for process in running if process not in ended]
-            # who lost another one is not the one that failed first
-            codes = sorted((_code(process) for process in ended), key=lambda one: one == LOST)
-            code = code or next(filter(None, codes), 0)
+            codes += [_code(process) for process in ended if process not in killed]
             if ended and running and until == float("inf"):
                 until = time.monotonic() + GRACE
             if running and time.monotonic() > until:
                 until = float("inf")
                 which = ", ".join(str(self._started.index(process)) for process in running)
                 print(f"launch: process {which} did not end within {GRACE:.0f} s, killed", file=sys.stderr, flush=True)
+                killed = running
                 self._kill()
         for teller in self._tellers:
             teller.join(timeout=5)
         if self._started[0].returncode <= 0:  # else it told why
             for text, process in self._errors.items():
                 print(f"[{process}] {text}", file=sys.stderr, flush=True)
-        return 130 if self._interrupted and code else code
+        # who lost another one, or was killed here because of it, is not the one that failed first
+        failed = [code for code in codes if code] or [_code(process) for process in killed]
+        return min(failed, key=lambda code: {LOST: 2, STOPPED: 1}.get(code, 0), default=0)
 
     def _pass_on(self, number: int, _: object) -> None:
-        self._interrupted |= number == signal.SIGINT
         for process in self._started:
             if process.poll() is None:
                 process.send_signal(number)

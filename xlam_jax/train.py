@@ -4,21 +4,24 @@ Running the same command again continues the run that its output_dir holds.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
-import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xlam_jax import config as configs
 from xlam_jax import errors
 from xlam_jax.config import Resolved
-from xlam_jax.errors import UserError
+from xlam_jax.errors import STOPPED, UserError
+from xlam_jax.outputs import LOCK, PART, locked
 from xlam_jax.parallel import distributed
 from xlam_jax.parallel.link import Hosts, host_name
+from xlam_jax.signals import Stop
 from xlam_jax.training.trackers import check_trackers
 
 if TYPE_CHECKING:
@@ -65,15 +68,15 @@ def main() -> int:
     run = Path(resolved.config.output_dir)
     place = distributed.find(arguments, os.environ)
     with_huge_pages()
-    with distributed.join(place, arguments.join_timeout, resolved) as hosts:
+    with Stop() as stop, distributed.join(place, arguments.join_timeout, resolved) as hosts:
         from xlam_jax.training.progress import Progress
 
         if arguments.dry_run:
             from xlam_jax.training.dry_run import dry_run
 
             return dry_run(resolved, quiet=not hosts.first)
-        with Progress(quiet=not hosts.first) as progress:
-            return train(resolved, run, progress, hosts, arguments.profile)
+        with Progress(quiet=not hosts.first) as progress, writing(run, resolved, hosts, progress):
+            return train(resolved, run, progress, hosts, stop, arguments.profile)
 
 
 def check(arguments: argparse.Namespace) -> Resolved:
@@ -101,7 +104,7 @@ def check_run_folder(run: Path, resolved: Resolved) -> None:
 
     saved = run / CONFIG
     if not saved.exists():
-        if run.exists() and (not run.is_dir() or any(entry.suffix != ".part" for entry in run.iterdir())):
+        if run.exists() and (not run.is_dir() or any(not _is_leftover(entry) for entry in run.iterdir())):
             raise UserError(f"output_dir: {run} exists and is not a run of this program; choose another folder")
         return
     try:
@@ -124,6 +127,22 @@ def check_run_folder(run: Path, resolved: Resolved) -> None:
         )
 
 
+def _is_leftover(entry: Path) -> bool:
+    """Whether a run that was killed before it wrote its config leaves such a file."""
+    return entry.suffix == PART or entry.name == LOCK
+
+
+@contextlib.contextmanager
+def writing(run: Path, resolved: Resolved, hosts: Hosts, progress: "Progress") -> Iterator[None]:
+    """Keeps other runs from the run folder, which is made where it is missing. Raises `UserError` where one has it."""
+    if not hosts.first:  # host 0 has the lock for all, and ends all where it can't be had
+        yield
+        return
+    with locked(run, "output_dir", progress.line):
+        check_run_folder(run, resolved)  # another run may have come to its end there since the first look
+        yield
+
+
 def with_huge_pages() -> None:
     """Starts this program again with transparent huge pages for malloc, which the C library reads only at start.
 
@@ -134,17 +153,6 @@ def with_huge_pages() -> None:
     if sys.platform == "linux" and "glibc.malloc.hugetlb" not in present:
         os.environ["GLIBC_TUNABLES"] = f"{present}:{tunable}" if present else tunable
         os.execv(sys.executable, sys.orig_argv)
-
-
-class Stop:
-    """Set by SIGTERM: the run saves and ends after the step at hand."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        signal.signal(signal.SIGTERM, self._ask)
-
-    def _ask(self, *_: object) -> None:
-        self.asked = True
 
 
 def facts_of_data(identity: "Identity") -> dict[str, Any]:
@@ -258,10 +266,11 @@ def _with_reference(
     return loaded, fingerprint
 
 
-def train(resolved: Resolved, run: Path, progress: "Progress", hosts: Hosts, profiled: range | None = None) -> int:
-    """The whole run, in the order in which things happen."""
+def train(
+    resolved: Resolved, run: Path, progress: "Progress", hosts: Hosts, stop: Stop, profiled: range | None = None
+) -> int:
+    """The whole run, in the order in which things happen. Returns the exit code: `STOPPED` when `stop` ended it."""
     config = resolved.config
-    stop = Stop()
 
     from xlam_jax.data import pipeline
     from xlam_jax.data.identity import identify
@@ -280,6 +289,17 @@ def train(resolved: Resolved, run: Path, progress: "Progress", hosts: Hosts, pro
     before = read_run(run / RUN, progress.line)
     if threads := before.get("cpu_threads"):
         keep_cpu_threads(threads[hosts.process if len(threads) == hosts.count else 0], config.mesh.cpu_devices)
+    from xlam_jax.training import checkpoint, weights
+
+    # ---- the start: opened before the data are rendered, which may take long, and before any file is written ---------
+    start = newest_step(run, hosts, progress)
+    checkpoint.check_names(run, range(start + 1, config.train.steps + 1))
+    base = weights.read_base(resolved) if resolved.model.lora else None
+    source = None if start else weights.source_folder(resolved)
+    if source is not None:
+        read_generation_config(source / GENERATION_CONFIG)
+    initial = None if start else weights.read_initial(resolved, base)
+
     made = set_up(resolved, progress)
     identity = identify(made.loaded, made.tokenizer, config.data.tokenizer)
     distributed.agree(hosts, facts_of_data(identity))
@@ -288,17 +308,10 @@ def train(resolved: Resolved, run: Path, progress: "Progress", hosts: Hosts, pro
     import numpy as np
 
     from xlam_jax.parallel.hosts import merged
-    from xlam_jax.training import checkpoint, evaluation, weights
+    from xlam_jax.training import evaluation
     from xlam_jax.training import step as steps
     from xlam_jax.training.optimizer import schedule
 
-    start = newest_step(run, hosts, progress)
-    # read before the run folder is touched: the weights may be missing, or another model's
-    base = weights.read_base(resolved) if made.frozen else None
-    source = None if start else weights.source_folder(resolved)
-    if source is not None:
-        read_generation_config(source / GENERATION_CONFIG)
-    initial = None if start else weights.read_initial(resolved, base)
     frozen = weights.frozen(resolved, base, made.frozen, made.dtype)
     beside = weights.fingerprint(frozen) if frozen else None
 
@@ -340,6 +353,9 @@ def train(resolved: Resolved, run: Path, progress: "Progress", hosts: Hosts, pro
         progress.line(f"weights from {config.model.init_from or 'the seed'}")
     del base, initial
     finished = start >= config.train.steps
+    # saved, and ended before its evaluation
+    owed = bool(start) and (finished or start % config.eval.every == 0)
+    owed = hosts.gather(owed and not checkpoint.is_evaluated(run / checkpoint.STEPS / str(start)))[0]
     # a finished run keeps the tokenizer that its checkpoints were saved with, and that exports look for
     if hosts.first and not (finished and (run / checkpoint.TOKENIZER).is_dir()):
         replaced = replace_folder(
@@ -347,10 +363,9 @@ def train(resolved: Resolved, run: Path, progress: "Progress", hosts: Hosts, pro
         )
         if replaced:
             progress.line(f"{run / checkpoint.TOKENIZER}: written again, as it was not {config.data.tokenizer}")
-    if finished:
+    if finished and not owed:
         progress.line(f"{run} is finished: {start} of {config.train.steps} steps")
         return 0
-    checkpoint.check_names(run, range(start + 1, config.train.steps + 1))
     saves = checkpoint.Checkpoints(run, keep=config.checkpoint.keep, metadata=metadata, best=config.checkpoint.best)
     if hosts.first:
         started = about(resolved, made, before) | {"cpu_threads": metadata["cpu_threads"], "data_changes": changes}
@@ -397,6 +412,7 @@ def train(resolved: Resolved, run: Path, progress: "Progress", hosts: Hosts, pro
     metrics = Metrics(
         run,
         start=start,
+        evaluated=not owed,
         steps=config.train.steps,
         places=config.train.batch_size * config.data.sequence_length,
         progress=progress,
@@ -439,13 +455,20 @@ def train(resolved: Resolved, run: Path, progress: "Progress", hosts: Hosts, pro
         told |= {"learning_rate": float(np.asarray(rate(step - 1)))} | ({"memory": memory} if memory else {})
         metrics.record(step, "train", told)
 
+    def save_step(step: int) -> None:
+        with metrics.paused("saving"):
+            saves.save(step, _items(state), merged(loader.state()))
+
     # ---- the loop -------------------------------------------------------------------------------------------------
-    best = saves.best()
+    best = hosts.gather(saves.best())[0]
     step = start
+    stop.save_first(progress.line)
     with metrics:
-        if not start:
+        if owed or not start:
             with metrics.paused("evaluating"):
-                evaluate(0)
+                told = evaluate(start)
+            if owed:
+                saves.record(start, told)
         last: tuple[int, dict[str, Any], Any] | None = None
         for step in range(start + 1, config.train.steps + 1):
             if profiled and step == max(profiled.start, start + 1):
@@ -455,27 +478,32 @@ def train(resolved: Resolved, run: Path, progress: "Progress", hosts: Hosts, pro
                 log(*last)
             last = (step, values, origins)
             finished = step == config.train.steps
-            ends = hosts.stops(step, stop.asked) or finished
+            ends = hosts.stops(step, stop.requested) or finished
             if profiled and step in profiled and (ends or step == profiled[-1]):
                 jax.block_until_ready(state)
                 jax.profiler.stop_trace()
                 progress.line(f"traced up to step {step}: {run / 'profile'}")
-            # who stops a run waits for it: nothing is evaluated then that would not be anyway
-            save_now, eval_now = ends or step % config.checkpoint.every == 0, finished or step % config.eval.every == 0
+            # Saved first: an evaluation may take long, and the run may be killed in it. A stopped run leaves it to the
+            # run that continues.
+            save_now = ends or step % config.checkpoint.every == 0
+            eval_now = finished or (not ends and step % config.eval.every == 0)
             if save_now or eval_now:
                 log(*last)
-                last, metric = None, None
-                if eval_now:
-                    with metrics.paused("evaluating"):
-                        told = evaluate(step)
-                    name = config.checkpoint.best or ""
-                    if name in told and math.isfinite(told[name]):
-                        metric = {name: told[name]}
-                        if best is None or checkpoint.better(name, metric[name], best[1]):
-                            save_now, best = True, (step, metric[name])
+                last = None
+            if save_now:
+                save_step(step)
+            if eval_now:
+                with metrics.paused("evaluating"):
+                    told = evaluate(step)
+                name = config.checkpoint.best or ""
+                value = told.get(name, math.nan)
+                if math.isfinite(value) and (best is None or checkpoint.better(name, value, best[1])):
+                    best = (step, value)
+                    if not save_now:
+                        save_now = True
+                        save_step(step)
                 if save_now:
-                    with metrics.paused("saving"):
-                        saves.save(step, _items(state), merged(loader.state()), metric)
+                    saves.record(step, told)
             if ends:
                 break
             batch, origins = made.batch(next(loader), config.train.batch_size), loader.origins()
@@ -487,11 +515,11 @@ def train(resolved: Resolved, run: Path, progress: "Progress", hosts: Hosts, pro
     if best:
         progress.line(f"best {config.checkpoint.best}: {best[1]:.4f}, {run / checkpoint.STEPS / str(best[0])}")
     if step < config.train.steps:
-        progress.line(f"stopped by SIGTERM after step {step}, saved; run the same command to continue")
-    else:
-        progress.line(
-            f"finished {step} steps in {duration(time.monotonic() - began)}; checkpoint: {checkpoint.resolve(run)}"
-        )
+        progress.line(f"stopped by {stop.name} after step {step}, saved; run the same command to continue")
+        return STOPPED
+    progress.line(
+        f"finished {step} steps in {duration(time.monotonic() - began)}; checkpoint: {checkpoint.resolve(run)}"
+    )
     return 0
 
 

@@ -14,15 +14,17 @@ fi
 name=$1 zone=$2
 shift 2
 
-# 3 or a signal: a host was lost, the others ended, and the same command goes on from the last checkpoint. Else it is over.
+# 3 or killed: a host was lost, and the others ended. 75: a signal stopped the run, which saved. The same command
+# continues from the last checkpoint. Any other code, and a signal to this script (Ctrl-C too), ends it.
 read -r -d '' remote <<SCRIPT || true
 cd xlam_jax && python3 -m pip install --quiet --user uv \\
     && ~/.local/bin/uv venv --quiet --allow-existing --python 3.12 .venv && . .venv/bin/activate \\
     && ~/.local/bin/uv pip install --quiet -c constraints.txt -e '.[tpu]' || exit
+trap 'stopped=1' INT TERM HUP
 for attempt in {1..20}; do
     python -m xlam_jax.train$(printf ' %q' "$@") && exit
     code=\$?
-    [[ \$code == 3 || \$code -gt 130 ]] || exit \$code
+    [[ (\$code == 3 || \$code == 75 || \$code -gt 130) && -z \$stopped ]] || exit \$code
     sleep 10
 done
 exit \$code

@@ -1,6 +1,7 @@
 """Where a process is among others, by flags and by what each launcher sets; what hosts compare; the launch files."""
 
 import io
+import json
 import re
 import shutil
 import socket
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import jsonschema
 import pytest
 import yaml
 from jax._src import cloud_tpu_init
@@ -20,11 +22,11 @@ from support import ROOT, deadline
 
 from xlam_jax import config as configs
 from xlam_jax import train
-from xlam_jax.errors import UserError
+from xlam_jax.errors import STOPPED, UserError
 from xlam_jax.launch import free_ports
 from xlam_jax.parallel import distributed
 from xlam_jax.parallel.distributed import Place, agree, check_shared, facts, find
-from xlam_jax.parallel.link import Hosts, Hub, Link
+from xlam_jax.parallel.link import LOST, Hosts, Hub, Link
 from xlam_jax.training import checkpoint
 from xlam_jax.training.progress import Progress
 
@@ -333,7 +335,7 @@ def test_the_tpu_script_passes_arguments_on(tmp_path: Path):
     scripts = {
         "gcloud": 'case $4 in scp) cp -r "$6" "$HOME" ;; ssh) cd "$HOME" && bash -c "${@: -1}" ;; esac',
         "python3": "exit 0",
-        "python": f'printf "%s\\n" "$@" >> {told}; [[ $(grep -c xlam_jax.train {told}) == 3 ]] || exit 3',
+        "python": f'printf "%s\\n" "$@" >> {told}; codes=(0 3 75 0); exit ${{codes[$(grep -c xlam_jax.train {told})]}}',
         "sleep": "exit 0",
     }
     uv = home / ".local/bin/uv"
@@ -355,15 +357,108 @@ def test_the_tpu_script_passes_arguments_on(tmp_path: Path):
     assert (home / "xlam_jax/pyproject.toml").exists()
 
 
-@pytest.mark.parametrize(("codes", "requeued"), [([0], False), ([3], True), ([137], True), ([2], False), ([1], False)])
-def test_the_slurm_script_goes_on_after_a_loss_alone(tmp_path: Path, codes: list[int], requeued: bool):
-    for name, body in {"srun": f"exit {codes[0]}", "scontrol": f'echo "$@" > {tmp_path}/requeued'}.items():
+@pytest.mark.parametrize(
+    ("codes", "state", "requeued"),
+    [
+        ([0, 0], "RUNNING", False),
+        ([3, 3], "RUNNING", True),
+        ([137, 3], "RUNNING", True),
+        ([75, 75], "RUNNING", True),
+        ([75, 75], "COMPLETING", False),  # after scancel
+        ([2, 2], "RUNNING", False),
+        ([3, 1], "RUNNING", False),
+        ([1, 137], "RUNNING", False),
+    ],
+)
+def test_the_slurm_script_continues_what_was_lost_or_stopped(
+    tmp_path: Path, codes: list[int], state: str, requeued: bool
+):
+    programs = {
+        # as srun does: one task of each node, and the highest of their codes
+        "srun": f"""
+            while [[ $1 == --* ]]; do echo "$1" >> {tmp_path}/options; shift; done
+            highest=0
+            for code in {" ".join(map(str, codes))}; do
+                CODE=$code "$@"; code=$?; ((code > highest)) && highest=$code
+            done
+            exit $highest""",
+        "python": f'echo "$@" >> {tmp_path}/called; exit $CODE',
+        "squeue": f"echo {state}",
+        "scontrol": f'echo "$@" > {tmp_path}/requeued',
+    }
+    for name, body in programs.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
-    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "12"}
-    done = subprocess.run(["bash", FILES / "slurm.sbatch", "--config", "x"], env=env, check=False)
-    assert done.returncode == codes[0]
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "12", "SLURM_CPUS_PER_TASK": "32"}
+    done = subprocess.run(["bash", FILES / "slurm.sbatch", "--config", "a b"], env=env, check=False)
+    assert done.returncode == (1 if 1 in codes else max(codes))
     assert (tmp_path / "requeued").exists() == requeued
+    assert (tmp_path / "called").read_text() == "-m xlam_jax.train --config a b\n" * 2
+    assert "--cpus-per-task=32" in (tmp_path / "options").read_text().split()
+
+
+# ---- the schemas of the systems that read them ----------------------------------------------------------------------
+
+SCHEMAS = Path(__file__).parent / "launch_schemas"
+
+
+def schema(name: str) -> dict[str, Any]:
+    return json.loads((SCHEMAS / name).read_text(encoding="utf-8"))
+
+
+def closed(node: Any) -> Any:
+    """A schema of Kubernetes as its API server applies it on request (`kubectl --validate=strict`): no other fields."""
+    if not isinstance(node, dict):
+        return node
+    node = {key: closed(value) for key, value in node.items()}
+    if "properties" in node:
+        node["properties"] = {name: closed(value) for name, value in node["properties"].items()}
+        node.setdefault("additionalProperties", False)
+    if node.pop("x-kubernetes-int-or-string", False):
+        node["type"] = ["integer", "string"]
+    return node
+
+
+def test_the_jobset_fits_its_schema():
+    jobset = yaml.safe_load((FILES / "jobset.yaml").read_text())
+    validator = jsonschema.Draft202012Validator(closed(schema("jobset.json")))
+    validator.validate(jobset)
+    jobset["spec"]["failurePolicy"]["maxRestart"] = 20
+    with pytest.raises(jsonschema.ValidationError, match="maxRestart"):
+        validator.validate(jobset)
+
+
+def test_the_jobset_is_started_again_but_for_errors():
+    jobset = yaml.safe_load((FILES / "jobset.yaml").read_text())
+    job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
+    (rule,) = job["podFailurePolicy"]["rules"]
+    assert rule["action"] == "FailJob"
+    assert rule["onExitCodes"] == {"containerName": "train", "operator": "In", "values": [1, 2]}
+    assert job["backoffLimit"] == 0  # any other code fails the job, too, and JobSet starts all of them again
+    (other,) = jobset["spec"]["failurePolicy"]["rules"]
+    assert (other["action"], other["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+
+
+def test_the_skypilot_task_fits_its_schema():
+    task = yaml.safe_load((FILES / "skypilot.yaml").read_text())
+    schemas = schema("skypilot.json")
+    jsonschema.validate(task, schemas["task"])
+    jsonschema.validate(task["resources"], schemas["resources"])
+    # SkyPilot starts again where any node's code is one of these; on an error all nodes have that error's
+    assert task["resources"]["job_recovery"] == {"recover_on_exit_codes": [LOST, STOPPED]}
+    with pytest.raises(jsonschema.ValidationError, match="recover_on_exit_code'"):
+        jsonschema.validate({"job_recovery": {"recover_on_exit_code": [3]}}, schemas["resources"])
+
+
+def test_the_slurm_script_uses_options_that_exist():
+    known, text = schema("slurm.json"), (FILES / "slurm.sbatch").read_text()
+    of_sbatch = re.findall(r"^#SBATCH --([\w-]+)", text, re.MULTILINE)
+    (called,) = re.findall(r"^srun (.*?) bash", text, re.MULTILINE)
+    of_srun = re.findall(r"--([\w-]+)", called)
+    assert len(of_sbatch) > 5
+    assert len(of_srun) > 2
+    assert set(of_sbatch) <= set(known["sbatch"])
+    assert set(of_srun) <= set(known["srun"])
 
 
 def test_the_slurm_script_starts_one_process_a_node():

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from support import ROOT, Commands, deadline, train_losses, wait_until
 
+from xlam_jax.errors import STOPPED
 from xlam_jax.launch import GRACE, free_ports
 from xlam_jax.parallel.link import LOST, SILENCE
 
@@ -34,6 +35,11 @@ def boom(*_):
     raise RuntimeError("boom\\nand more")
 
 signal.signal(signal.SIGUSR1, boom)
+
+def stop(*_):
+    raise errors.StoppedError("stopped by SIGUSR2 before the first step")
+
+signal.signal(signal.SIGUSR2, stop)
 
 class Late(queue.SimpleQueue):
     def get(self):
@@ -148,14 +154,27 @@ def test_a_host_that_fails_says_why_to_all(group: Group, heard: bool):
     me = f"host 1 ({socket.gethostname()})"
     for process, (code, _, err) in enumerate(group.ended()):
         if process != 1:
-            assert code == LOST
-            assert err.startswith(
-                f"error: {me} stopped: RuntimeError: boom; this host ends with code 3, so that all can"
-            )
+            assert code == 1  # and not that of a lost host: it would be started again, and come to the same error
+            assert err == f"error: {me} stopped: RuntimeError: boom; this host ends with code 1\n"
         else:
             assert code == 1
             assert not heard or err.startswith("Traceback")
             assert not heard or err.endswith(f"error: {me}: RuntimeError: boom\n")
+
+
+def test_a_host_that_is_stopped_early_stops_all(group: Group):
+    group.start(3, port=free_ports())
+    group.met()
+    group.started[1].send_signal(signal.SIGUSR2)
+    me = f"host 1 ({socket.gethostname()})"
+    for process, (code, _, err) in enumerate(group.ended()):
+        assert code == STOPPED
+        if process == 1:
+            assert err == f"{me}: stopped by SIGUSR2 before the first step\n"
+        else:
+            assert err.startswith(
+                f"{me} stopped: stopped by SIGUSR2 before the first step; this host ends with code 75, so"
+            )
 
 
 def test_all_stop_after_the_same_step_when_one_is_asked(group: Group):
@@ -345,8 +364,8 @@ def test_sigterm_on_one_of_four_saves_and_ends_all(commands: Commands, short_con
     wait_for(run / "checkpoints/4", started)
     os.kill(children(started)[3], signal.SIGTERM)
     _, err = started.communicate(timeout=AT_MOST)
-    assert started.returncode == 0, err
-    assert "stopped by SIGTERM after step " in err
+    assert started.returncode == STOPPED, err
+    assert "stopped by a signal to another host after step " in err
     assert "error" not in err
     step = max(train_losses(run))
     assert (run / "checkpoints" / str(step)).is_dir()

@@ -14,6 +14,7 @@ from xlam_jax import config as configs
 from xlam_jax import launch, train
 from xlam_jax.errors import UserError
 from xlam_jax.parallel import distributed
+from xlam_jax.signals import Stop
 from xlam_jax.training.progress import Progress
 
 STEPS = 20
@@ -37,9 +38,10 @@ def work(task: dict[str, Any]) -> None:
     with (
         distributed.join(place if place.processes > 1 else None, 120, first) as hosts,
         Progress(quiet=not hosts.first) as progress,
+        Stop() as stop,
     ):
         for name, mesh in meshes.items():
-            train.train(resolve(task, root / name, mesh), root / name, progress, hosts)
+            train.train(resolve(task, root / name, mesh), root / name, progress, hosts, stop)
         from xlam_jax.training import checkpoint
         from xlam_jax.training.setup import set_up
 
@@ -163,6 +165,9 @@ if case == "killed":
     time.sleep(0.5)
     print("error: host 0 ended without a word\\nreally", file=sys.stderr)
     sys.exit(3)
+if case in ("an error of 2", "stopped"):
+    time.sleep(0.3 * process)  # the others end first
+    sys.exit({"an error of 2": [3, 75, 1], "stopped": [3, 75, 75]}[case][process])
 if case == "stays":
     Path(str(process)).touch()
     while not all(Path(str(other)).exists() for other in range(3)):  # all have said hello
@@ -188,6 +193,8 @@ if case == "stays":
             "hello from 0\n",
             ["[1] hello from 1", "[2] hello from 2", "[1] error: host 0 ended without a word", "really"],
         ),
+        ("an error of 2", 1, "hello from 0\n", ["[1] hello from 1", "[2] hello from 2"]),
+        ("stopped", 75, "hello from 0\n", ["[1] hello from 1", "[2] hello from 2"]),
         (
             "stays",
             1,

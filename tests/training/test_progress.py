@@ -1,5 +1,6 @@
 """The panel on a real pseudo-terminal, seen through a terminal emulator; plain lines where there is none."""
 
+import errno
 import fcntl
 import io
 import os
@@ -287,3 +288,17 @@ def test_durations():
         "1:00:00",
         "25:01:01",
     ]
+
+
+class Gone(io.StringIO):
+    """A terminal that was closed, or a pipe without a reader."""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+
+def test_a_reader_that_goes_away_does_not_end_the_run():
+    with Progress(Gone()) as progress:
+        progress.line("a line")
+        progress.step(Status(step=1, steps=2, left=1.0, fields=(), line="step 1"), keep=True)
+        progress.line("another")

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Self
 
-from xlam_jax.errors import UserError
+from xlam_jax.errors import STOPPED, StoppedError, UserError
 
 BEAT = 2.0
 """Seconds between beats."""
@@ -133,6 +133,8 @@ class Link(Hosts):
         code = 1
         if isinstance(error, UserError):
             code, text = 2, str(error)
+        elif isinstance(error, StoppedError):
+            code, text = STOPPED, str(error)
         elif isinstance(error, KeyboardInterrupt):
             code, text = 130, "interrupted"
         else:
@@ -206,7 +208,8 @@ class Link(Hosts):
 def _end(text: str, code: int) -> NoReturn:
     """Ends the process at once: threads of XLA may wait for a host that is gone, and would never let it go."""
     with contextlib.suppress(OSError, ValueError):
-        print(f"\nerror: {text}" if sys.stderr.isatty() else f"error: {text}", file=sys.stderr, flush=True)
+        text = text if code == STOPPED else f"error: {text}"
+        print(f"\n{text}" if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
         sys.stdout.flush()
     os._exit(code)
 
@@ -325,8 +328,9 @@ class Hub:
             self._tell({"stop": self._last}, to=process)
         elif "failed" in message:
             who = host_name(process, self._peers[process].name)
-            code = 2 if message["code"] == 2 else LOST
-            again = "" if code == 2 else AGAIN
+            # an error ends all with its own code: with LOST, all would be started again and come to the same error
+            code = message["code"] if message["code"] in (1, 2, STOPPED) else LOST
+            again = AGAIN if code in (LOST, STOPPED) else ""
             self._end(f"{who} stopped: {message['failed']}; this host ends with code {code}{again}", code, but=process)
         elif "bye" in message:
             self._peers[process].gone = True

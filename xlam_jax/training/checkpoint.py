@@ -6,7 +6,8 @@ A run folder, and a converted model alike, look so:
     generation_config.json stop tokens and sampling defaults, where the source of the weights has them
     tokenizer/             the tokenizer with its chat template
     checkpoints/<step>/    Orbax: the items params, opt and data, and ema where a run keeps an average of its params;
-                           with the run's configuration as metadata
+                           with the run's configuration as metadata. evaluation.json: the metrics of its evaluation,
+                           once that is complete
 
 A step folder gets its name only once it is whole (Orbax writes beside and renames). Its metadata contain a checksum of
 every array by value, digests of the tokenizer's files and of generation_config.json, and a digest of themselves;
@@ -21,7 +22,7 @@ import re
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -30,6 +31,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from xlam_jax import errors
 from xlam_jax.errors import UserError
 from xlam_jax.models.generation_config import GENERATION_CONFIG, read_generation_config
 from xlam_jax.models.params import Params
@@ -44,9 +46,10 @@ STEPS = "checkpoints"
 TOKENIZER = "tokenizer"
 HF_CONFIG = "config.json"
 METADATA = "_CHECKPOINT_METADATA"
+EVALUATION = "evaluation.json"
 ARRAYS, FILES, DIGEST, METRICS = "arrays", "files", "digest", "metrics"
 """What `save` adds to the metadata of a step: shape, dtype and checksums of each item's arrays; digests of files of the
-run folder; a digest of the metadata; and the metrics that the best checkpoint is chosen by."""
+run folder; a digest of the metadata; and, of earlier versions, the metric that the best checkpoint is chosen by."""
 CHUNK = 2**25
 """Bytes of a chunk of a model that is written layer by layer, at most."""
 
@@ -85,6 +88,8 @@ class Checkpoints:
             step_name_format=_StepNames(),
             cleanup_tmp_directories=True,
         )
+        self._saving: Any = None
+        """Orbax's response to the last save, whose event loop stays open until its result is asked for."""
         self._metrics = {info.step: _saved_metrics(self._folder / str(info.step), info) for info in self._infos()}
 
     def steps(self) -> list[int]:
@@ -97,9 +102,13 @@ class Checkpoints:
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         """Orbax's question which of the steps, in order, stay."""
-        steps = [info.step for info in checkpoints]
+        kept = self._kept([info.step for info in checkpoints])
+        return [info.step in kept for info in checkpoints]
+
+    def _kept(self, steps: Sequence[int]) -> set[int]:
+        """Which of the steps, in order, stay."""
         best = self._best_of(steps)
-        return [step in steps[-self._keep :] or (best is not None and step == best[0]) for step in steps]
+        return {*steps[-self._keep :], *([best[0]] if best else [])}
 
     def _best_of(self, steps: Sequence[int]) -> tuple[int, float] | None:
         name = self._best or ""
@@ -109,49 +118,69 @@ class Checkpoints:
         step = max(values, key=lambda one: (values[one] if better(name, 1.0, 0.0) else -values[one], one))
         return step, values[step]
 
-    def save(self, step: int, items: dict[str, Any], data: dict[str, Any], metrics: Any = None) -> None:
+    def save(self, step: int, items: dict[str, Any], data: dict[str, Any]) -> None:
         """Starts saving trees of arrays by name; returns as soon as they are copied. All hosts call it together.
 
         Raises `UserError` when an earlier save failed.
         """
+        self.wait()
         items = {**items, "data": {"states": _encode(data)}}
-        metadata = self._metadata | {METRICS: metrics or {}, FILES: self._files, ARRAYS: _describe(items)}
+        metadata = self._metadata | {FILES: self._files, ARRAYS: _describe(items)}
         metadata |= {DIGEST: _digest(metadata)}
         context = ocp.Context()
         context.array.saving.scoped_storage_options_creator = _by_layers
-        self._metrics[step] = metrics or {}
         try:
             with context:
-                self._orbax.save_checkpointables_async(step, items, force=True, custom_metadata=metadata)
+                self._saving = self._orbax.save_checkpointables_async(step, items, force=True, custom_metadata=metadata)
+        except Exception as error:
+            raise self._explain(error) from error
+
+    def record(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Writes the metrics of a step's evaluation next to its arrays, and removes the steps that then need not be
+        kept. Waits for the save. All hosts call it together. Raises `UserError` when it can't be written."""
+        self.wait()
+        self._metrics[step] = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        try:
+            if jax.process_index() == 0:
+                _write_evaluation(self._folder / str(step), self._metrics[step])
+            steps = self.steps()
+            for other in sorted({*steps} - self._kept(steps)):
+                self._orbax.delete(other)
         except Exception as error:
             raise self._explain(error) from error
 
     def wait(self) -> None:
         """Returns when the last save is whole. Raises `UserError` when it could not be written."""
+        saving, self._saving = self._saving, None
         try:
+            if saving is not None:
+                saving.result()
             self._orbax.wait()
         except Exception as error:
             raise self._explain(error) from error
 
     def close(self) -> None:
-        """Ends the background threads."""
-        self._orbax.close()
+        """Waits for the last save, and ends the background threads."""
+        try:
+            self.wait()
+        finally:
+            self._orbax.close()
 
     def _infos(self) -> Sequence[Any]:
         return self._orbax.checkpoints
 
     def _explain(self, error: Exception) -> Exception:
-        """Turns a full disk into a message; anything else stays what it is."""
-        text = _chain(error)
-        full = "No space left" in text or "RESOURCE_EXHAUSTED" in text
-        if not full:
+        """Turns what keeps a file from being written into a message; anything else stays what it is."""
+        number = _system_error(error)
+        if number not in errors.UNWRITABLE:
             return error
+        problem, advice = errors.UNWRITABLE[number]
         whole = sorted(_steps(self._folder))
         kept = f"step {whole[-1]} is whole and stays" if whole else "no earlier checkpoint exists"
-        free = shutil.disk_usage(self._folder).free
+        free = f" ({shutil.disk_usage(self._folder).free / 1e6:.1f} MB free)" if number == errno.ENOSPC else ""
         return UserError(
-            f"{self._folder}: the disk is full ({free / 1e6:.1f} MB free), the checkpoint could not be written; "
-            f"{kept}. Free some space and run the same command again to continue from there."
+            f"{self._folder}: {problem}{free}, the checkpoint could not be written; {kept}. {advice.capitalize()} and "
+            "run the same command again to continue from there."
         )
 
 
@@ -180,10 +209,38 @@ def _usable(step_dir: Path) -> bool:
     return True
 
 
+def _write_evaluation(step_dir: Path, metrics: dict[str, float]) -> None:
+    record: dict[str, Any] = {METRICS: metrics}
+    write_text(step_dir / EVALUATION, json.dumps(record | {DIGEST: _digest(record)}, indent=1) + "\n")
+
+
+def _read_evaluation(step_dir: Path) -> dict[str, float] | None:
+    """The metrics of a step's evaluation; None where it is not complete, or the record is damaged (reported)."""
+    file = step_dir / EVALUATION
+    try:
+        record = json.loads(file.read_bytes())
+        if record[DIGEST] == _digest(record):
+            return record[METRICS]
+        problem = "its contents do not match their digest"
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        problem = f"{type(error).__name__}: {error}"[:300]
+    print(f"warning: {file}: damaged, the metrics of this step are not known ({problem})", file=sys.stderr)
+    return None
+
+
+def is_evaluated(step_dir: Path) -> bool:
+    """Whether the evaluation after a step is complete. Earlier versions evaluated before they saved."""
+    metadata = load_metadata(step_dir)
+    return METRICS in metadata or ARRAYS not in metadata or _read_evaluation(step_dir) is not None
+
+
 def _saved_metrics(step_dir: Path, info: Any) -> dict[str, float]:
-    """The metrics that a step was saved with. Earlier versions left them to Orbax."""
+    """The metrics of a step's evaluation. Earlier versions had them in the metadata, or left them to Orbax."""
     metadata = load_metadata(step_dir) if (step_dir / METADATA).exists() else {}
-    return metadata.get(METRICS, info.metrics) or {}
+    recorded = _read_evaluation(step_dir)
+    return (metadata.get(METRICS, info.metrics) or {}) if recorded is None else recorded
 
 
 def _named(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
@@ -394,12 +451,15 @@ def _silence_orbax_threads() -> None:
     threading.excepthook = hook
 
 
-def _chain(error: BaseException | None) -> str:
-    parts = []
+def _system_error(error: BaseException | None) -> int | None:
+    """The error number of the operating system in an error or its causes; TensorStore has it in its messages alone."""
     while error is not None:
-        parts.append(str(error))
+        if isinstance(error, OSError) and error.errno:
+            return error.errno
+        if match := re.search(r"(?:os_error_code='|OS error |Errno )(\d+)\b", str(error)):
+            return int(match[1])
         error = error.__cause__ or error.__context__
-    return "\n".join(parts)
+    return None
 
 
 def _encode(data: dict[str, Any]) -> np.ndarray:
@@ -726,7 +786,7 @@ _TRANSIENT = (errno.EPERM, errno.ENOMEM, errno.EACCES, errno.ENFILE, errno.EMFIL
 def _unreadable(step_dir: Path, name: str, error: Exception) -> UserError:
     """Damage, or what keeps an undamaged file from being read."""
     reason = str(error).strip().splitlines()[0][:300]
-    if "PERMISSION_DENIED" in reason or re.search(rf"OS error ({'|'.join(map(str, _TRANSIENT))})\b", str(error)):
+    if "PERMISSION_DENIED" in reason or _system_error(error) in _TRANSIENT:
         return UserError(f"{step_dir / name}: can't be read ({reason})")
     return DamagedError(step_dir, f"{name} can't be read ({reason})")
 

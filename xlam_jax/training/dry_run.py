@@ -17,16 +17,18 @@ def dry_run(resolved: Resolved, *, quiet: bool = False) -> int:
     tell = (lambda _: None) if quiet else print
     for line in resolved.warnings:
         progress.line(f"warning: {line}")
+    from xlam_jax.training import weights
+
+    weights.read_base(resolved)
     made = set_up(resolved, progress)
 
     import jax
     import numpy as np
 
     from xlam_jax.data import pipeline
-    from xlam_jax.training import cost, weights
+    from xlam_jax.training import cost
     from xlam_jax.training import step as steps
 
-    weights.read_base(resolved)
     loader = pipeline.Loader(
         made.loaded,
         config.data,

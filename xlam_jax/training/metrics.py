@@ -37,6 +37,7 @@ class Metrics:
         run: Path,
         *,
         start: int,
+        evaluated: bool = True,
         steps: int,
         places: int,
         progress: Progress,
@@ -44,7 +45,8 @@ class Metrics:
         trackers: Trackers | None = None,
         writes: bool = True,
     ):
-        """`places`: tokens of a batch, padding included. `writes`: whether this host is the one that writes."""
+        """`evaluated`: whether the evaluation after step `start` is complete; else what is there of it is removed.
+        `places`: tokens of a batch, padding included. `writes`: whether this host is the one that writes."""
         self._run, self._writes = run, writes
         self._steps, self._places, self._log_every = steps, places, log_every
         self._progress, self._trackers = progress, trackers
@@ -55,7 +57,7 @@ class Metrics:
         self._status: Status | None = None
         if writes:
             for name in (METRICS, SAMPLES):
-                for warning in _keep_until(start, run / name):
+                for warning in _keep_until(start, run / name, evaluated):
                     progress.line(f"warning: {warning}")
             for record in read(run):
                 self._remember(record)
@@ -182,17 +184,19 @@ def _records(path: Path, problems: list[str]) -> Iterator[dict[str, Any]]:
             problems.append(f"line {at} is not a record with a step")
 
 
-def _keep_until(step: int, path: Path) -> list[str]:
-    """Removes the lines after a step from a file, all of them where the step is 0, and those that can't be read.
-    Returns a warning of the latter."""
+def _keep_until(step: int, path: Path, evaluated: bool) -> list[str]:
+    """Removes the lines after a step from a file, all of them where the step is 0, those of the step's evaluation
+    where that is not complete (`evaluated`), and those that can't be read. Returns a warning of the latter."""
+
+    def is_kept(record: Mapping[str, Any]) -> bool:
+        return record["step"] < step or (record["step"] == step and (evaluated or record.get("kind") == "train"))
+
     if not path.exists():
         return []
     problems: list[str] = []
     part = path.with_suffix(".part")
     with part.open("w", encoding="utf-8") as kept:
-        kept.writelines(
-            json.dumps(record) + "\n" for record in _records(path, problems) if record["step"] <= step and step
-        )
+        kept.writelines(json.dumps(record) + "\n" for record in _records(path, problems) if step and is_kept(record))
     part.replace(path)
     return summarize(path, problems, "removed; the other lines are kept")
 

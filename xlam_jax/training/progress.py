@@ -50,7 +50,9 @@ class Status:
 
 
 class Progress:
-    """Tells what happens, on stderr unless `out` says otherwise; `quiet` tells nothing, for all hosts but one.
+    """Prints what happens, on stderr unless `out` says otherwise; `quiet` prints nothing, for all hosts but one.
+
+    A reader that goes away, such as a closed terminal or the `tee` of a pipe at Ctrl-C, ends the printing, not the run.
 
     A context manager: leaving it takes the panel away, so that what is written next (an error, the shell's prompt)
     stands below the finished lines.
@@ -77,7 +79,7 @@ class Progress:
             if self._status:
                 self._draw(above=text)
             else:
-                print(text, file=self._out, flush=True)
+                self._print(f"{text}\n")
 
     def step(self, status: Status, *, keep: bool) -> None:
         """The state of the run: in the panel on a terminal; in a log a line, when `keep` says so."""
@@ -108,7 +110,7 @@ class Progress:
         with self._lock:
             if self._status:
                 self._status = None
-                print("\r\x1b[J", end="", file=self._out, flush=True)
+                self._print("\r\x1b[J")
 
     def __enter__(self) -> Self:
         return self
@@ -119,10 +121,14 @@ class Progress:
     def _tick(self) -> None:
         while not self._closed.wait(TICK):
             with self._lock:
-                try:
-                    self._draw()
-                except OSError:  # the terminal is gone; the run goes on without it
-                    return
+                self._draw()
+
+    def _print(self, text: str) -> None:
+        try:
+            self._out.write(text)
+            self._out.flush()
+        except OSError:
+            self._quiet, self.live = True, False
 
     def _draw(self, above: str | None = None) -> None:
         """Draws the panel from the cursor's row down, under a line that stays; everything in one write."""
@@ -136,8 +142,7 @@ class Progress:
         ends = ["" if (cells := cell_len(one)) and cells % columns == 0 else "\x1b[K" for one in kept]
         text = "".join(f"{one}{end}\n" for one, end in zip(kept, ends, strict=True))
         rows = ["", *self._panel(status, columns)[: max(lines - 2, 1)]]
-        self._out.write(f"\r{text}" + "\x1b[K\n".join(rows) + f"\x1b[J\x1b[{len(rows) - 1}A\r")
-        self._out.flush()
+        self._print(f"\r{text}" + "\x1b[K\n".join(rows) + f"\x1b[J\x1b[{len(rows) - 1}A\r")
 
     def _size(self) -> tuple[int, int]:
         """Columns and rows."""
