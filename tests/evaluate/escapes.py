@@ -17,6 +17,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -207,13 +208,18 @@ async def attempts() -> dict[str, Any]:
                 if escape.startswith(("takes", "misleads")):  # each of them has all that there is
                     await session._end()
         for escape, code in OUTLIVES.items():
-            session = Sandbox(seconds=0.5, memory_mb=MEMORY_MB)
+            session = Sandbox(seconds=60, memory_mb=MEMORY_MB)
+            await session.run(prelude)
+            session._seconds = 0.5
             try:
-                outputs[escape] = await asyncio.wait_for(session.run(prelude + code), 30)
+                outputs[escape] = await asyncio.wait_for(session.run(code), 30)
             except TimeoutError:
                 outputs[escape] = "ESCAPED: its end is waited for in vain"
-            for pid in set(descendants()) - known:
-                outputs[escape] += " ESCAPED"
+            until = time.monotonic() + 20
+            while (left := set(descendants()) - known) and time.monotonic() < until:
+                await asyncio.sleep(0.01)
+            for pid in left:
+                outputs[escape] += f" ESCAPED {pid}"
                 os.kill(pid, signal.SIGKILL)
         for listening in (server, abstract):
             with contextlib.suppress(BlockingIOError):
@@ -252,12 +258,14 @@ def restore(device: list[int]) -> None:
 
 
 def descendants() -> list[int]:
-    """Processes that this one or its children have started."""
+    """Processes that this one or its children have started, and that have not ended."""
     parents = {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             with contextlib.suppress(OSError):
-                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+                state, parent, *_ = (folder / "stat").read_text().rpartition(")")[2].split()
+                if state not in "ZX":
+                    parents[int(folder.name)] = int(parent)
     found = [os.getpid()]
     for pid in found:
         found += [child for child, parent in parents.items() if parent == pid]
