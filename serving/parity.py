@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from serving.client import ServerError
+from serving.client import ServerError, checked_key
 from xlam_jax.errors import UserError, check_address, positive, run
 
 if TYPE_CHECKING:
@@ -108,7 +108,8 @@ class Server:
         import httpx
 
         try:
-            response = httpx.request(method, url, json=body, timeout=self._timeout)
+            key = {"Authorization": f"Bearer {checked_key(None)}"}
+            response = httpx.request(method, url, json=body, headers=key, timeout=self._timeout)
             if response.status_code != 200:
                 raise ServerError(f"{url}: {response.status_code}: {response.text[:300]}")
             return response.json()
