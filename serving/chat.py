@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument(
         "--max-turns", type=positive, default=8, metavar="N", help="answers to a request, with calls between"
     )
-    parser.add_argument("--api-key", default="EMPTY")
+    parser.add_argument("--api-key", metavar="KEY", help="the server's (default: the variable OPENAI_API_KEY)")
     parser.add_argument("--timeout", type=float, default=120.0, metavar="S")
     args = parser.parse_args()
     tools = load_tools(args.tools) if args.tools else []

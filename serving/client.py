@@ -10,6 +10,7 @@ text. With `format="xlam_v1"` the conversation is sent as xLAM v1's one message,
 """
 
 import json
+import os
 import re
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
@@ -51,6 +52,19 @@ class BadOutput(UserError):  # noqa: N818 - as errors are named that are also re
         self.answer = answer
 
 
+API_KEY = "OPENAI_API_KEY"
+"""The variable that holds the key of a server, as for OpenAI's own client."""
+
+
+def checked_key(api_key: str | None) -> str:
+    """A server's key: the given, else that of the environment, else EMPTY. Raises `UserError` for an invalid key."""
+    name = API_KEY if api_key is None else "api_key"
+    key = (os.environ.get(API_KEY) or "EMPTY") if api_key is None else api_key
+    if not key or not (key.isascii() and key.isprintable()):
+        raise UserError(f"{name}: is empty, or holds characters that no key has; check it for a line's end")
+    return key
+
+
 @dataclass(frozen=True, kw_only=True)
 class xLAMConfig:  # noqa: N801 - the name that xLAM's users know
     """Where the model is served, and how it is asked."""
@@ -59,7 +73,8 @@ class xLAMConfig:  # noqa: N801 - the name that xLAM's users know
     """Up to and with /v1."""
     model: str
     """The name under which the server has it."""
-    api_key: str = "EMPTY"
+    api_key: str | None = None
+    """None: the variable OPENAI_API_KEY, or EMPTY where it is not set, for servers that ask for none."""
     format: Literal["tools", "xlam_v1"] = "tools"
     """tools: the server renders messages and tools; xlam_v1: they are sent in one message."""
     timeout: float = 120.0
@@ -81,8 +96,7 @@ class xLAMConfig:  # noqa: N801 - the name that xLAM's users know
 
     def __post_init__(self) -> None:
         check_address("base_url", self.base_url)
-        if not self.api_key or not (self.api_key.isascii() and self.api_key.isprintable()):
-            raise UserError("api_key: is empty, or holds characters that no key has; check it for a line's end")
+        object.__setattr__(self, "api_key", checked_key(self.api_key))
 
 
 class xLAMChatCompletion:  # noqa: N801 - the name that xLAM's users know
@@ -307,7 +321,7 @@ def _refusal(error: Any) -> str:
     elif error.status_code == 404:
         advice = "; base_url ends in /v1, and model is one of the names that models() gives"
     elif error.status_code in (401, 403):
-        advice = "; give the server's api_key"
+        advice = f"; give the server's api_key, or set {API_KEY}"
     return f"the server answered {error.status_code}: {said}{advice}"
 
 

@@ -39,9 +39,9 @@ class Worker:
         """`address`: where FastChat reaches the worker. Raises `UserError` where the server does not answer."""
         from openai import OpenAI
 
-        from serving.client import xLAMChatCompletion
+        from serving.client import checked_key, xLAMChatCompletion
 
-        self._llm = OpenAI(base_url=base_url, api_key="EMPTY", max_retries=0)
+        self._llm = OpenAI(base_url=base_url, api_key=checked_key(None), max_retries=0)
         self._root = base_url.rstrip("/").removesuffix("/v1")
         self._address, self._controller, self._beat = address, controller.rstrip("/"), beat
         with xLAMChatCompletion(base_url, "") as client:

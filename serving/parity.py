@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from serving.answers import MalformedAnswer, read_response
-from serving.client import ServerError, to_openai
+from serving.client import ServerError, checked_key, to_openai
 from xlam_jax.data.messages import parse_request
 from xlam_jax.data.trajectory import InvalidTrajectory
 from xlam_jax.errors import UserError, check_address, positive, run
@@ -143,7 +143,8 @@ class Server:
         import httpx
 
         try:
-            response = httpx.request(method, url, json=body, timeout=self._timeout)
+            key = {"Authorization": f"Bearer {checked_key(None)}"}
+            response = httpx.request(method, url, json=body, headers=key, timeout=self._timeout)
             if response.status_code != 200:
                 raise ServerError(f"{url}: {response.status_code}: {response.text[:300]}")
             return response.json()

@@ -10,6 +10,7 @@ printed once: by process 0 while it can, else by the others.
 import argparse
 import ctypes
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -23,7 +24,7 @@ from typing import IO
 from xlam_jax import config as configs
 from xlam_jax import errors, train
 from xlam_jax.errors import STOPPED, UserError
-from xlam_jax.parallel.link import LOST, SILENCE, VERDICT
+from xlam_jax.parallel.link import LOST, SECRET, SILENCE, VERDICT
 
 GRACE = SILENCE + 3 * VERDICT
 """Seconds that the others have to end by themselves once one has ended: as long as it may take to learn of its loss."""
@@ -128,6 +129,7 @@ class Processes:
     def __init__(self, commands: list[list[str]], gpus: list[str | None]):
         """`gpus`: of each, its CUDA_VISIBLE_DEVICES; None leaves it alone."""
         me = os.getpid()
+        variables = {SECRET: secrets.token_hex(32)} | os.environ
         libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
         def dies_with_parent() -> None:
@@ -146,7 +148,7 @@ class Processes:
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT if at else None,  # process 0 draws on the terminal
-                    env=os.environ | ({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}),
+                    env=variables | ({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}),
                     process_group=0,  # Ctrl-C comes here, and from here to each once
                     preexec_fn=dies_with_parent,
                     text=True,

@@ -3,6 +3,10 @@
 import asyncio
 import json
 import pickle
+import pickletools
+import struct
+import tracemalloc
+from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +19,7 @@ from xlam_jax.errors import UserError
 from xlam_jax.evaluate import agents
 from xlam_jax.evaluate.endpoint import Answer
 from xlam_jax.evaluate.suite import Options, Outcome
-from xlam_jax.evaluate.suites.tool_query import ToolQuery
+from xlam_jax.evaluate.suites.tool_query import Library, ToolQuery
 
 PAPER = {"authors": ["Ada"], "year": 1843, "n_citation": 2}
 
@@ -158,6 +162,67 @@ def test_pickles_run_nothing(data: Path, capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(UserError, match=r"paper_net\.pkl: cannot be read \(it holds builtins\.print"):
         played(data, 0, call("loadPaperNet"), call("paperNodeCheck", node="Notes"))
     assert "executed" not in capsys.readouterr().out
+
+
+def put(index: int) -> bytes:
+    return b"]r" + struct.pack("<I", index) + b"."
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        put(2**32 - 1),
+        put(10**6),
+        b"]p4000000000\n.",
+        b"\x8e" + struct.pack("<Q", 1 << 40) + b"x.",
+        b"\x96" + struct.pack("<Q", 1 << 40) + b"x.",
+        b"\x8d" + struct.pack("<Q", 1 << 62) + b"x.",
+        b"B" + struct.pack("<I", 2**32 - 1) + b"x.",
+        b"T" + struct.pack("<i", 2**31 - 1) + b"x.",
+        b"T" + struct.pack("<i", -1) + b"x.",
+        b"\x8b" + struct.pack("<i", 2**31 - 1) + b"x.",
+        b"cbuiltins\nbytes\n(L1000000000000L\ntR.",
+        b"c__builtin__\nlist\n(L1L\ntR.",
+        b"ccopy_reg\n_reconstructor\n(cbuiltins\nbytes\ncbuiltins\nbytes\nL1000000000000L\ntR.",
+        pickle.dumps(list(range(1000)))[:-1] + b"q\x0000" + b"(cbuiltins\nset\nh\x00\x85R" * 500 + b"t.",
+        b"\xff",
+        b"",
+    ],
+)
+def test_pickles_that_ask_for_much_memory_are_refused(tmp_path: Path, pickled: bytes) -> None:
+    (tmp_path / "paper_net.pkl").write_bytes(pickled)
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match=r"paper_net\.pkl: cannot be read"):
+            _ = Library(tmp_path).papers
+        assert tracemalloc.get_traced_memory()[1] < 10 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_pickles_of_plain_data_are_read(tmp_path: Path, protocol: int) -> None:
+    values = {
+        "a": [1, -(2**70), 2.5, None, True, "é\n", (), (1, (2, 3))],
+        7: {"x" * 300: {1, 2}, "y": frozenset("ab")},
+        "ordered": OrderedDict(a=1),
+        "default": defaultdict(list, b=[1]),
+    }
+    for data in (pickle.dumps(values, protocol), pickletools.optimize(pickle.dumps(values, protocol))):
+        (tmp_path / "paper_net.pkl").write_bytes(data)
+        assert Library(tmp_path).papers == values  # pyright: ignore[reportUnnecessaryComparison]
+
+
+def test_a_result_without_end_is_not_shown(data: Path) -> None:
+    path = data / "tool-query/academia/raw/paper_net.pkl"
+    nodes: dict[str, Any] = {"p1": {"x": "y"}}
+    for _ in range(60):
+        nodes = {"p1": {"x": [nodes["p1"]["x"]] * 2}}
+    papers: Any = nx.DiGraph()
+    papers.add_node("p1", **nodes["p1"])
+    path.write_bytes(pickle.dumps(papers))
+    _, model = played(data, 0, call("loadPaperNet"), call("paperNodeCheck", node="Notes"), call("finish", answer=""))
+    assert model.heard[2] == "The result is too long to be shown."
 
 
 def test_what_is_missing_is_told(data: Path, tmp_path: Path) -> None:

@@ -17,16 +17,17 @@ from support import ROOT, Commands, deadline, train_losses, wait_until
 
 from xlam_jax.errors import STOPPED
 from xlam_jax.launch import GRACE, free_ports
-from xlam_jax.parallel.link import LOST, SILENCE
+from xlam_jax.parallel.link import LOST, SILENCE, WARNINGS, Hub, connect
 
 AT_MOST = deadline(60)
 """Seconds in which all are to end when one is lost."""
 HOST = """
-import atexit, json, queue, signal, sys, time
+import atexit, json, os, queue, signal, sys, time
 from xlam_jax import errors
 from xlam_jax.parallel.link import Hub, Link
 
 address, port, process, count, timeout, silence = json.loads(sys.argv[1])
+secret = os.environ.get("XLAM_JAX_SECRET", "")
 asked = []
 signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
 
@@ -49,8 +50,8 @@ class Late(queue.SimpleQueue):
 
 def main():
     if process == 0:
-        Hub(port, count, timeout=timeout, silence=silence)
-    with Link((address, port), process, count, timeout=timeout, silence=silence) as hosts:
+        Hub(port, count, timeout=timeout, silence=silence, secret=secret)
+    with Link((address, port), process, count, timeout=timeout, silence=silence, secret=secret) as hosts:
         print("here", flush=True)
         for step in range(1, 10**6):
             time.sleep(0.01 * (1 + process))  # some are faster
@@ -84,6 +85,7 @@ class Group:
         timeout: float = deadline(30),
         silence: float = deadline(6),
         within: Sequence[str] = (),
+        secret: str = "",
     ) -> None:
         """Starts some of `count` hosts, by a command such as `ip netns exec NAME`."""
         for process in range(count) if processes is None else processes:
@@ -91,7 +93,7 @@ class Group:
             self.started.append(
                 subprocess.Popen(
                     [*within, sys.executable, "-c", HOST, told],
-                    env=self._env,
+                    env=self._env | {"XLAM_JAX_SECRET": secret},
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
                     text=True,
@@ -212,6 +214,87 @@ def test_two_processes_with_one_id(group: Group):
     group.start(3, port=free_ports(), processes=(0, 1, 1))
     for code, _, err in group.ended():
         assert (code, "two processes have the id 1" in err) == (2, True)
+
+
+STRANGE = [
+    b"",
+    b"\0" * 100 + b"\n",
+    b"GET / HTTP/1.1\r\nHost: here\r\n\r\n",
+    b"[" * 100_000 + b"\n",
+    b"x" * 100_000,
+    b"null\n[1]\n7\n",
+    b'{"hello": 1, "name": "x", "count": 3}\n',
+    b'{"hello": 1, "name": "x", "count": 9}\n{"failed": "x", "code": 2}\n',
+    b'{"hello": 1, "name": "x", "count": 3, "proof": "' + b"0" * 64 + b'"}\n{"bye": true}\n',
+    b'{"hello": [], "name": {}, "count": null, "proof": "\xc3\xa9"}\n',
+    b'{"failed": "x", "code": 2}\n',
+    b'{"step": 1, "asked": true}\n',
+]
+"""What other programs may send to the port."""
+
+
+def call_as_strangers(port: int) -> None:
+    """Connects and sends all that; some stay and say nothing more."""
+    for sent in STRANGE:
+        with socket.create_connection(("localhost", port)) as stranger, contextlib.suppress(OSError):
+            stranger.sendall(sent)
+            stranger.shutdown(socket.SHUT_WR)
+            while stranger.recv(4096):
+                pass
+
+
+@pytest.mark.parametrize("secret", ["", "of this run"])
+def test_strangers_do_not_stop_a_run(group: Group, secret: str):
+    port = free_ports()
+    group.start(3, port=port, processes=(0, 2), secret=secret)
+    with connect(("localhost", port), 60):  # says nothing
+        call_as_strangers(port)
+        group.start(3, port=port, processes=(1,), secret=secret)
+        group.met()
+        call_as_strangers(port)
+        group.start(3, port=port, processes=(1,), secret=secret)  # one that was left over, or another run's
+        late = group.started.pop()
+        _, err = late.communicate(timeout=AT_MOST)
+        assert late.returncode == 2
+        assert "came when all 3 processes of the run were there" in err
+        group.started[1].terminate()
+        ended = group.ended()
+    assert [code for code, *_ in ended] == [0] * 3
+    assert len({out for _, out, _ in ended}) == 1
+    assert ended[0][2].count("warning: refused: ") == WARNINGS
+    assert [err for *_, err in ended[1:]] == [""] * 2
+
+
+def test_a_host_with_another_secret_is_refused_and_the_run_begins_without_it(group: Group):
+    port = free_ports()
+    group.start(2, port=port, processes=(0,), secret="of this run")
+    for wrong in ("", "of another run"):
+        group.start(2, port=port, processes=(1,), secret=wrong)
+        refused = group.started.pop()
+        _, err = refused.communicate(timeout=AT_MOST)
+        assert refused.returncode == 2
+        assert "has another XLAM_JAX_SECRET than host 0; set the variable to one value on all hosts" in err
+    group.start(2, port=port, processes=(1,), secret="of this run")
+    group.met()
+    group.started[0].terminate()
+    assert [code for code, *_ in group.ended()] == [0] * 2
+
+
+def test_a_coordinator_on_this_machine_is_open_to_it_alone():
+    for local, bound in ((True, {"127.0.0.1"}), (False, {"::", "0.0.0.0"})):
+        hub = Hub(free_ports(), 2, timeout=0, local=local)
+        assert hub._server.getsockname()[0] in bound
+
+
+def test_processes_of_one_launch_share_a_secret(commands: Commands):
+    code = (
+        "import sys; from xlam_jax.launch import Processes\n"
+        "say = 'import os; print(os.environ[\"XLAM_JAX_SECRET\"])'\n"
+        "sys.exit(Processes([[sys.executable, '-c', say]] * 2, [None] * 2).wait())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr == f"[1] {done.stdout}"
+    assert len(done.stdout.strip()) == 64
 
 
 def test_a_port_that_is_taken(group: Group):

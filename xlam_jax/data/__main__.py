@@ -105,7 +105,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     rate.add_argument("--base-url", required=True, metavar="URL", help="the server's, up to and with /v1")
     rate.add_argument("--model", required=True, metavar="NAME", help="the name under which the server has it")
     rate.add_argument("--out", required=True, type=Path, metavar="FILE.jsonl")
-    rate.add_argument("--api-key", default="EMPTY", metavar="KEY", help="where the server wants one")
+    rate.add_argument("--api-key", metavar="KEY", help="the server's (default: the variable OPENAI_API_KEY)")
     rate.add_argument("--concurrency", type=positive, default=16, metavar="K", help="default: %(default)s")
     rate.add_argument("--timeout", type=positive, default=120, metavar="S", help="seconds to wait for an answer")
     rate.add_argument("--retries", type=int, default=5, metavar="N", help="of a request that failed (default: 5)")

@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="for an answer (default: 120)")
     parser.add_argument("--retries", type=int, default=5, metavar="N", help="of a request that failed (default: 5)")
     parser.add_argument("--stream", action="store_true", help="ask for answers in pieces")
-    parser.add_argument("--api-key", default="EMPTY", metavar="KEY", help="the server's, where it wants one")
+    parser.add_argument("--api-key", metavar="KEY", help="the server's (default: the variable OPENAI_API_KEY)")
     return parser
 
 

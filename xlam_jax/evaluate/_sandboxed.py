@@ -5,23 +5,18 @@ import contextlib
 import io
 import json
 import os
-import resource
 import sys
 import traceback
 
 
-def main(memory_mb: int, longest: int) -> None:
-    """Reads from stdin until it ends."""
+def main(longest: int) -> None:
+    """Reads from stdin until it ends. `_shut_in` has set every limit; an output is cut at `longest` characters."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     nothing = os.open(os.devnull, os.O_RDWR)
     source = os.fdopen(os.dup(0), encoding="utf-8")
     os.dup2(nothing, 0)
     os.dup2(nothing, 1)
-    os.chdir("/tmp")
-    for limit, value in ((resource.RLIMIT_AS, memory_mb << 20), (resource.RLIMIT_NPROC, 64), (resource.RLIMIT_CORE, 0)):
-        with contextlib.suppress(ValueError):
-            resource.setrlimit(limit, (value, value))
-    sys.addaudithook(alone)  # root has no limit of processes, and a process that forks forks this loop
+    sys.addaudithook(alone)  # the kernel refuses it as well, with a message that does not say why
     names = {"__name__": "__main__"}
     for line in source:
         answers.write(json.dumps(run(json.loads(line), names)[:longest]) + "\n")
@@ -57,4 +52,4 @@ def run(code: str, names: dict) -> str:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(int(sys.argv[1]))

@@ -78,7 +78,7 @@ class Model:
         base_url: str,
         model: str,
         *,
-        api_key: str = "EMPTY",
+        api_key: str | None = None,
         timeout: float = 120.0,
         retries: int = 5,
         temperature: float = 0.0,

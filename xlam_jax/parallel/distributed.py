@@ -20,11 +20,13 @@ from typing import Any, NamedTuple
 from xlam_jax import config as configs
 from xlam_jax.config import Resolved
 from xlam_jax.errors import UserError
-from xlam_jax.parallel.link import Hosts, Hub, Link, connect, host_name, relay
+from xlam_jax.parallel.link import SECRET, Hosts, Hub, Link, connect, host_name, relay
 
 FLAGS = ("--coordinator", "--num-processes", "--process-id")
 PORT = 8476
 """Of the coordinator, where a launcher leaves the choice."""
+LOCAL = ("localhost", "127.0.0.1")
+"""Names of a coordinator that other machines cannot reach: then the ports are open to this machine alone."""
 OF_JOBS = 61440
 """From here on JAX derives ports from the numbers of jobs, one each; ours are two each, so that jobs that follow each
 other can share a node."""
@@ -189,10 +191,11 @@ def join(place: Place | None, timeout: float, resolved: Resolved) -> Hosts:
     """
     if place is None:
         return Hosts()
+    secret = os.environ.get(SECRET, "")
     if place.process == 0:
-        Hub(place.port + 1, place.processes, timeout=timeout)
+        Hub(place.port + 1, place.processes, timeout=timeout, secret=secret, local=place.host in LOCAL)
     address = ("localhost" if place.process == 0 else place.host, place.port + 1)
-    hosts = Link(address, place.process, place.processes, timeout=timeout)
+    hosts = Link(address, place.process, place.processes, timeout=timeout, secret=secret)
     try:
         if hosts.first:
             print(f"{hosts.me} is {place}", file=sys.stderr, flush=True)
@@ -209,6 +212,8 @@ def _initialize(place: Place, timeout: float) -> None:
 
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM; `Hosts.stops` is for that
+    everywhere = "[::]" if socket.has_dualstack_ipv6() else "0.0.0.0"
+    bound = "127.0.0.1" if place.host in LOCAL else everywhere
     port = place.port
     if place.process:
         port = relay(lambda: connect((place.host, place.port), timeout))
@@ -221,7 +226,7 @@ def _initialize(place: Place, timeout: float) -> None:
         process_id=place.process,
         local_device_ids=place.devices,
         cluster_detection_method="deactivate",
-        coordinator_bind_address=f"{'[::]' if socket.has_dualstack_ipv6() else '0.0.0.0'}:{place.port}",
+        coordinator_bind_address=f"{bound}:{place.port}",
         initialization_timeout=math.ceil(timeout),
         heartbeat_timeout_seconds=FOREVER,
         shutdown_timeout_seconds=60,

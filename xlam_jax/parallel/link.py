@@ -3,17 +3,23 @@
 JAX ends a process whose peer is lost with a message that names nobody, or leaves it waiting. So every host holds one
 TCP connection to a hub on host 0 and sends a beat over it; one that breaks or falls silent has a name. JSON lines:
 
-    host → hub    hello, beat, say (a value that all wait for), step (may I go on?), failed, bye
+    hub → host    nonce (anew for each connection)
+    host → hub    hello (who it is, and a proof that it knows the run's secret), beat, say (a value that all wait for),
+                  step (may I go on?), failed, bye
     hub → host    all (everyone is here), beat, told (everyone's values), stop (the last step), left (all said bye), end
                   (why it is over)
 
-Nothing here needs JAX or a device.
+A connection that does not answer with that proof has no effect on the run, nor has one that comes when all hosts are
+there. Nothing here needs JAX or a device.
 """
 
 import contextlib
+import hashlib
+import hmac
 import json
 import os
 import queue
+import secrets
 import socket
 import sys
 import threading
@@ -21,7 +27,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, Self
+from typing import Any, BinaryIO, NoReturn, Self
 
 from xlam_jax.errors import STOPPED, StoppedError, UserError
 
@@ -35,8 +41,25 @@ LOST = 3
 AGAIN = ", so that all can be started again and continue"
 RETRY = 0.2
 """Seconds between attempts to connect."""
+SECRET = "XLAM_JAX_SECRET"
+"""The variable with a text that all hosts of a run know and nobody else does. Without it, any program that speaks this
+protocol can join, before all hosts are there."""
+HELLO = 20.0
+"""Seconds in which a new connection must say who it is."""
+LONGEST_HELLO = 4096
+"""Bytes of that line."""
+STRANGERS = 64
+"""New connections that are listened to at a time; others wait their turn."""
+WARNINGS = 5
+"""Refused connections that are reported; a port scan makes many."""
 VERDICT = 5.0
 """Seconds in which the hub knows that a connection broke; a collective often fails a little earlier."""
+
+
+def proof(secret: str, nonce: str, process: int, name: str, count: int) -> str:
+    """Shows that a host knows the secret, without showing it: the HMAC-SHA256 of what it says and of a fresh nonce."""
+    said = json.dumps([nonce, process, name, count]).encode()
+    return hmac.new(secret.encode(), said, hashlib.sha256).hexdigest()
 
 
 def host_name(process: int, name: str) -> str:
@@ -85,13 +108,24 @@ class Hosts:
 class Link(Hosts):
     """This host's end of the line. When the hub says that it is over, or is lost itself, the process ends."""
 
-    def __init__(self, address: tuple[str, int], process: int, count: int, *, timeout: float, silence: float = SILENCE):
-        """Returns when all hosts are there. Raises `UserError` when that takes more than `timeout` seconds."""
-        self.process, self.count = process, count
+    def __init__(
+        self,
+        address: tuple[str, int],
+        process: int,
+        count: int,
+        *,
+        timeout: float,
+        silence: float = SILENCE,
+        secret: str = "",
+    ):
+        """Returns when all hosts are there. Raises `UserError` when that takes more than `timeout` seconds, or when the
+        hub refuses this host, as it does one that has another `secret`."""
+        self.process, self.count, self._secret = process, count, secret
         self.me = host_name(process, socket.gethostname())
         self._silence = silence
         self.names = ("?",) * count
         self._here, self._over, self._left = threading.Event(), threading.Event(), threading.Event()
+        self._greeted = threading.Event()
         self._told: queue.SimpleQueue[list[Any]] = queue.SimpleQueue()
         self._stop: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._refused: dict[str, Any] | None = None
@@ -106,7 +140,6 @@ class Link(Hosts):
                 f"{self.me}: the coordinator, host 0 at {where}, did not answer within {timeout:.0f} s "
                 f"({error.strerror or error}); is it running there, and can this address be reached from here?"
             ) from None
-        self._send(hello=process, name=socket.gethostname(), count=count)
         for task in (self._read, self._beat):
             threading.Thread(target=task, name="link", daemon=True).start()
         # the hub says who is missing a moment before
@@ -165,8 +198,9 @@ class Link(Hosts):
     def _beat(self) -> None:
         at = time.monotonic()
         while not self._over.wait(BEAT):
-            with contextlib.suppress(OSError):
-                self._send(beat=True)
+            if self._greeted.is_set():  # the hello comes first
+                with contextlib.suppress(OSError):
+                    self._send(beat=True)
             late, at = time.monotonic() - at > 3 * BEAT, time.monotonic()
             if late:  # this process stood still; what came meanwhile is not read yet
                 self._heard = at
@@ -181,7 +215,11 @@ class Link(Hosts):
         self._lost("ended without a word: it was killed, or its machine went down")
 
     def _take(self, message: dict[str, Any]) -> None:
-        if "all" in message:
+        if "nonce" in message:
+            who = self.process, socket.gethostname(), self.count
+            self._send(hello=who[0], name=who[1], count=who[2], proof=proof(self._secret, message["nonce"], *who))
+            self._greeted.set()
+        elif "all" in message:
             self.names = tuple(message["all"])
             self._here.set()
         elif "told" in message:
@@ -245,9 +283,22 @@ class _Peer:
 class Hub:
     """The middle of the line, on host 0."""
 
-    def __init__(self, port: int, count: int, *, timeout: float, silence: float = SILENCE):
+    def __init__(
+        self,
+        port: int,
+        count: int,
+        *,
+        timeout: float,
+        silence: float = SILENCE,
+        secret: str = "",
+        local: bool = False,
+    ):
         """Waits for `count` hosts on a port, in the background; when they are not there after `timeout` seconds, those
-        that are learn who is missing. Raises `UserError` when the port is taken."""
+        that are learn who is missing. With `local` only this machine can connect. Raises `UserError` when the port is
+        taken."""
+        self._secret = secret
+        self._strangers = threading.Semaphore(STRANGERS)
+        self._refusals = 0
         self._count, self._timeout, self._silence = count, timeout, silence
         self._peers: dict[int, _Peer] = {}
         self._said: dict[int, Any] = {}
@@ -255,10 +306,13 @@ class Hub:
         self._wished = False
         self._ended: dict[str, Any] | None = None  # what was told to all
         self._lock = threading.RLock()
-        both = socket.has_dualstack_ipv6()
+        both = socket.has_dualstack_ipv6() and not local
         try:
             self._server = socket.create_server(
-                ("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both, backlog=1024
+                ("127.0.0.1" if local else "", port),
+                family=socket.AF_INET6 if both else socket.AF_INET,
+                dualstack_ipv6=both,
+                backlog=1024,
             )
         except OSError as error:
             raise UserError(
@@ -270,19 +324,29 @@ class Hub:
 
     def _accept(self) -> None:
         while True:
-            connection, _ = self._server.accept()
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            threading.Thread(target=self._serve, args=(connection,), name="hub", daemon=True).start()
+            self._strangers.acquire()
+            try:
+                connection, address = self._server.accept()
+            except OSError:  # it hung up already, or no file is left to open
+                self._strangers.release()
+                time.sleep(RETRY)
+                continue
+            threading.Thread(target=self._serve, args=(connection, address[0]), name="hub", daemon=True).start()
 
-    def _serve(self, connection: socket.socket) -> None:
+    def _serve(self, connection: socket.socket, address: str) -> None:
         """One host's lines, to their end."""
         process = None
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError), connection.makefile("rb") as lines:
-            hello = json.loads(next(lines, b"{}"))
-            process = self._join(connection, hello)
-            if process is None:
-                return
-            for line in lines:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            lines = connection.makefile("rb")
+            try:
+                process = self._join(connection, lines, address)
+                if process is None:
+                    _hang_up(connection)
+            finally:
+                self._strangers.release()
+                if process is None:
+                    connection.close()
+            for line in lines if process is not None else ():
                 with self._lock:
                     self._peers[process].heard = time.monotonic()
                     self._take(process, json.loads(line))
@@ -290,27 +354,62 @@ class Hub:
             with self._lock:
                 self._lost(process, "ended without a word: it was killed, or its machine went down")
 
-    def _join(self, connection: socket.socket, hello: dict[str, Any]) -> int | None:
-        process, name = hello["hello"], hello["name"]
+    def _join(self, connection: socket.socket, lines: BinaryIO, address: str) -> int | None:
+        """The process behind a new connection; None for one that is no host of this run."""
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        nonce = secrets.token_hex(16)
+        late = threading.Timer(HELLO, connection.shutdown, [socket.SHUT_RDWR])
+        late.daemon = True
+        late.start()
+        try:
+            connection.sendall(json.dumps({"nonce": nonce}).encode() + b"\n")
+            hello = lines.readline(LONGEST_HELLO)
+        finally:
+            late.cancel()
+        try:
+            fields = json.loads(hello)
+            process, name, count, shown = (fields[key] for key in ("hello", "name", "count", "proof"))
+        except (ValueError, TypeError, KeyError, RecursionError):
+            self._refuse(connection, f"{address} connected, and is no host of this run")
+            return None
+        who = host_name(process, name)
+        if not hmac.compare_digest(str(shown), proof(self._secret, nonce, process, name, count)):
+            wrong = f"{who} has another {SECRET} than host 0; set the variable to one value on all hosts"
+            self._refuse(connection, f"{wrong} (a connection from {address})")
+            return None
         with self._lock:
             if self._ended:  # before this one came
-                self._peers[process] = _Peer(connection, name)
-                self._tell(self._ended, to=process)
-                return None
-            wrong = None
-            if hello["count"] != self._count:
-                who = host_name(process, name)
-                wrong = f"{who} is one of {hello['count']} processes, and host 0 expects {self._count}"
-            elif process in self._peers:
-                wrong = f"two processes have the id {process}: on {self._peers[process].name} and on {name}"
-            if wrong:
-                self._peers[self._count + len(self._peers)] = _Peer(connection, name)  # to be told as well
+                self._tell(self._ended, to=connection)
+            elif len(self._peers) == self._count:
+                self._refuse(connection, f"{who} came when all {self._count} processes of the run were there")
+            elif wrong := self._wrong(process, name, count):
+                self._tell({"end": wrong, "code": 2}, to=connection)
                 self._end(wrong, 2)
-                return None
-            self._peers[process] = _Peer(connection, name)
-            if len(self._peers) == self._count:
-                self._tell({"all": [self._peers[at].name for at in range(self._count)]})
-            return process
+            else:
+                self._peers[process] = _Peer(connection, name)
+                if len(self._peers) == self._count:
+                    self._tell({"all": [self._peers[at].name for at in range(self._count)]})
+                return process
+        return None
+
+    def _wrong(self, process: int, name: str, count: int) -> str:
+        """Why a process that knows the secret cannot be one of this run; empty where it can."""
+        if count != self._count:
+            return f"{host_name(process, name)} is one of {count} processes, and host 0 expects {self._count}"
+        if process not in range(count):
+            return f"{host_name(process, name)} is none of the processes 0 to {count - 1}"
+        if process in self._peers:
+            return f"two processes have the id {process}: on {self._peers[process].name} and on {name}"
+        return ""
+
+    def _refuse(self, connection: socket.socket, why: str) -> None:
+        """Ends a connection, and nothing else."""
+        self._refusals += 1
+        if self._refusals <= WARNINGS:
+            more = "; further ones are not reported" if self._refusals == WARNINGS else ""
+            with contextlib.suppress(OSError, ValueError):
+                print(f"warning: refused: {why}{more}", file=sys.stderr, flush=True)
+        self._tell({"end": why, "code": 2}, to=connection)
 
     def _take(self, process: int, message: dict[str, Any]) -> None:
         if "say" in message:
@@ -377,11 +476,26 @@ class Hub:
         for process in sorted(self._peers, key=lambda one: (one == but, one == 0)):
             self._tell(self._ended, to=process)
 
-    def _tell(self, message: dict[str, Any], to: int | None = None) -> None:
+    def _tell(self, message: dict[str, Any], to: int | socket.socket | None = None) -> None:
+        """Sends a message to a process or over a connection; None: to all."""
         line = json.dumps(message).encode() + b"\n"
-        for process in self._peers if to is None else (to,):
+        connections = (
+            [to]
+            if isinstance(to, socket.socket)
+            else [self._peers[process].connection for process in (self._peers if to is None else (to,))]
+        )
+        for connection in connections:
             with contextlib.suppress(OSError):
-                self._peers[process].connection.sendall(line)
+                connection.sendall(line)
+
+
+def _hang_up(connection: socket.socket) -> None:
+    """Lets the other side read what it was sent: closing with its own words unread would discard that."""
+    until = time.monotonic() + VERDICT
+    connection.settimeout(VERDICT)
+    connection.shutdown(socket.SHUT_WR)
+    while time.monotonic() < until and connection.recv(65536):
+        pass
 
 
 def relay(to: Callable[[], socket.socket]) -> int:

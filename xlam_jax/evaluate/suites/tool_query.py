@@ -11,12 +11,13 @@ Progress is the largest share of a task's subgoals that results so far equal; su
 
 import contextlib
 import copy
-import copyreg
 import io
 import pickle
+import pickletools
+import struct
 import sys
 from collections import OrderedDict, defaultdict
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -138,10 +139,64 @@ class Library:
 
     def _load(self, name: str) -> Any:
         path = self._folder / f"{name}.pkl"
+        data = path.read_bytes()
         try:
-            return _Unpickler(io.BytesIO(path.read_bytes())).load()
-        except (pickle.UnpicklingError, EOFError, AttributeError, ValueError, TypeError, IndexError, KeyError) as error:
-            raise UserError(f"{path}: cannot be read ({error}); get it again") from None
+            check_sizes(data)
+            return _Unpickler(data).load()
+        except (
+            pickle.UnpicklingError, EOFError, AttributeError, ValueError, TypeError, IndexError, KeyError,
+            MemoryError, OverflowError, RecursionError,
+        ) as error:  # fmt: skip
+            raise UserError(f"{path}: cannot be read ({error or type(error).__name__}); get it again") from None
+
+
+_FIXED = {"uint1": 1, "uint2": 2, "int4": 4, "uint4": 4, "uint8": 8, "float8": 8}
+"""Bytes of an instruction's argument, by its type as pickletools calls it."""
+_COUNTED = {
+    "string1": "<B", "bytes1": "<B", "unicodestring1": "<B", "long1": "<B", "string4": "<i", "long4": "<i",
+    "bytes4": "<I", "unicodestring4": "<I", "bytes8": "<Q", "bytearray8": "<Q", "unicodestring8": "<Q",
+}  # fmt: skip
+"""Types that begin with a count of bytes, and the count's form. All other types are lines of text."""
+_INSTRUCTIONS = {ord(one.code): (one.name, one.arg.name if one.arg else "") for one in pickletools.opcodes}
+_HARMLESS = [0] * 256
+"""Bytes of each instruction, its argument with it, that asks for nothing; 0 for all others."""
+for _code, (_name, _argument) in _INSTRUCTIONS.items():
+    if _name not in ("LONG_BINPUT", "STOP") and (not _argument or _argument in _FIXED):
+        _HARMLESS[_code] = 1 + _FIXED.get(_argument, 0)
+
+
+def check_sizes(data: bytes) -> None:
+    """Raises `pickle.UnpicklingError` where a pickle asks for more memory than a file of its size can need.
+
+    Python's reader reserves memory for a text of a stated length before it looks whether the file holds it, and for as
+    many memoized objects as the largest index says, for which 5 bytes can ask 64 GB.
+    """
+    at, end = 0, len(data)
+    while at < end:
+        if harmless := _HARMLESS[data[at]]:
+            at += harmless
+            continue
+        if data[at] not in _INSTRUCTIONS:
+            raise pickle.UnpicklingError(f"byte {at} is {data[at]:#x}, which is no instruction")
+        name, argument = _INSTRUCTIONS[data[at]]
+        begin = at = at + 1
+        if form := _COUNTED.get(argument):
+            at += struct.calcsize(form)
+            (count,) = struct.unpack(form, data[begin:at]) if at <= end else (0,)
+            if not 0 <= count <= end - at:
+                raise pickle.UnpicklingError(f"byte {begin} asks for {count} bytes, and {max(0, end - at)} are left")
+            at += count
+        elif argument in _FIXED:
+            at += _FIXED[argument]
+        elif argument:
+            for _ in range(2 if argument == "stringnl_noescape_pair" else 1):
+                at = data.find(b"\n", at) + 1 or end
+        if name.endswith("PUT"):
+            index = int(data[begin:at]) if name == "PUT" else int.from_bytes(data[begin:at], "little")
+            if not 0 <= index <= begin:  # each object before it has a byte at least
+                raise pickle.UnpicklingError(f"byte {begin} asks for room for {index} objects")
+        elif name == "STOP":
+            return
 
 
 class _Graph:
@@ -157,24 +212,70 @@ class _Graph:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Makes plain containers and graphs only: a pickle may otherwise run any code."""
+    """Makes plain containers and graphs only: a pickle may otherwise run any code, or multiply what it holds."""
 
-    _PLAIN: ClassVar = {
+    _FILLED: ClassVar = {
         ("collections", "OrderedDict"): OrderedDict,
         ("collections", "defaultdict"): defaultdict,
-        ("copyreg", "_reconstructor"): copyreg._reconstructor,  # pyright: ignore[reportAttributeAccessIssue]
-        **{
-            ("builtins", one.__name__): one
-            for one in (dict, list, set, frozenset, tuple, int, float, str, bytes, bool, object)
-        },
+        ("builtins", "set"): set,
+        ("builtins", "frozenset"): frozenset,
+    }
+    _EMPTY: ClassVar = {
+        ("builtins", one.__name__): one for one in (dict, list, tuple, int, float, str, bytes, bool, object)
     }
 
+    def __init__(self, data: bytes):
+        super().__init__(io.BytesIO(data))
+        self._room = len(data)
+        """Items that containers may still be filled with from others: each has a byte in the file at least."""
+
     def find_class(self, module: str, name: str) -> Any:
+        module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)  # Python 2's names
         if module.partition(".")[0] == "networkx":
             return _Graph
-        if (module, name) in self._PLAIN:
-            return self._PLAIN[module, name]
+        if (module, name) == ("copyreg", "_reconstructor"):
+            return self._reconstruct
+        if kind := self._FILLED.get((module, name)):
+            return partial(self._fill, kind)
+        if kind := self._EMPTY.get((module, name)):
+            return partial(self._make, kind)
         raise pickle.UnpicklingError(f"it holds {module}.{name}, which is neither a graph nor plain data")
+
+    def _fill(self, kind: Any, *arguments: Any) -> Any:
+        self._room -= sum(len(one) for one in arguments if hasattr(one, "__len__"))
+        if self._room < 0:
+            raise pickle.UnpicklingError("it copies its own parts again and again")
+        return kind(*arguments)
+
+    def _make(self, kind: Any, *arguments: Any) -> Any:
+        """Empty ones only: `bytes(10**12)` would be a terabyte."""
+        if arguments:
+            raise pickle.UnpicklingError(f"it makes a {kind.__name__} by a call")
+        return kind()
+
+    def _reconstruct(self, kind: Any, *_: Any) -> Any:
+        if kind is not _Graph:
+            raise pickle.UnpicklingError("it makes an object that is no graph")
+        return _Graph()
+
+
+LONGEST_RESULT = 1_000_000
+"""Characters and items of what a tool shows."""
+
+
+def is_short(value: Any, most: int = LONGEST_RESULT) -> bool:
+    """Whether a value's text is not much longer than `most`. A small value can have a text without end: one that holds
+    another twice, which holds a third twice, and so on."""
+    waiting, seen = [value], 0
+    while waiting:
+        one = waiting.pop()
+        parts = [*one.keys(), *one.values()] if isinstance(one, dict) else one
+        seen += len(parts) if isinstance(parts, list | tuple | set | frozenset | str | bytes) else 1
+        if seen > most:
+            return False
+        if isinstance(parts, list | tuple | set | frozenset):
+            waiting += parts
+    return True
 
 
 class _Failed(Exception):  # noqa: N818 - a result like any other, which no subgoal equals
@@ -200,6 +301,8 @@ class Academia:
     async def step(self, action: ToolCall) -> Step:
         try:
             result = getattr(self, f"_{action.name}")(**action.arguments)
+            if not is_short(result):
+                raise _Failed("The result is too long to be shown.")
         except _Failed as failed:
             return Step(str(failed), self._progress)
         self._results.append(result)

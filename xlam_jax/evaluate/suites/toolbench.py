@@ -9,6 +9,7 @@ else; the judge's prompt is our own. An answer is sought in one line of actions 
 
 import asyncio
 import json
+import os
 import re
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -61,11 +62,11 @@ class Toolbench(AgentSuite):
     settings: ClassVar = {
         **AgentSuite.settings,
         "server": "address that plays the tools, such as http://localhost:8080/virtual",
-        "toolbench_key": "that the tool server wants (default: EMPTY)",
+        "toolbench_key": "that the tool server wants (default: the variable TOOLBENCH_KEY, or EMPTY)",
         "subsets": f"with commas (default: those that are there of {', '.join(SUBSETS)})",
         "judge": "the judge model's server, up to and with /v1",
         "judge_model": "the name under which that server has it",
-        "judge_key": "that the judge's server wants (default: EMPTY)",
+        "judge_key": "that the judge's server wants (default: the variable OPENAI_API_KEY, or EMPTY)",
     }
 
     def __init__(self, options: Options):
@@ -76,8 +77,8 @@ class Toolbench(AgentSuite):
         check_address("--set server", self._server)
         check_address("--set judge", self._judge)
         self._judge_model = _needed(options, "judge_model", "the name of the judge model")
-        self._judge_key = setting(options, "judge_key", str, "EMPTY")
-        self._key = setting(options, "toolbench_key", str, "EMPTY")
+        self._judge_key = options.extra.get("judge_key")
+        self._key = setting(options, "toolbench_key", str, os.environ.get("TOOLBENCH_KEY") or "EMPTY")
         folders = [data / "solvable_queries", data]
         root = next((one for one in folders if (one / "test_instruction").is_dir()), data)
         queries = root / "test_instruction" if (root / "test_instruction").is_dir() else root

@@ -1,0 +1,86 @@
+"""The key of a server comes from the environment wherever none is given."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_server import Handler, says, serve
+
+from serving import chat
+from serving.client import xLAMChatCompletion, xLAMConfig
+from serving.fastchat_worker import Worker
+from serving.parity import Server
+from xlam_jax.data import __main__ as data
+from xlam_jax.errors import UserError
+from xlam_jax.evaluate import __main__ as evaluate
+from xlam_jax.evaluate.endpoint import Model
+
+URL = "http://localhost:1/v1"
+ASKED = [{"role": "user", "content": "Hi"}]
+FLAGS = ["--base-url", URL, "--model", "m", "--out", "out"]
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-environment")
+    return "sk-environment"
+
+
+def test_requests_carry_the_key_of_the_environment_or_the_given_one(key: str) -> None:
+    received: list[str] = []
+
+    def reply(handler: Handler, request: dict[str, Any]) -> None:
+        received.append(handler.headers["Authorization"])
+        says("Hello.")(handler, request)
+
+    async def ask(api_key: str | None) -> None:
+        async with Model.connect(server.url, "tiny", api_key=api_key) as model:
+            await model.chat(ASKED)
+
+    with serve(reply) as server:
+        for given in (None, "sk-given"):
+            with xLAMChatCompletion(server.url, "tiny", api_key=given) as llm:
+                llm.completion(ASKED)
+            asyncio.run(ask(given))
+        worker = Worker(server.url, "http://localhost:2", "http://localhost:3")
+        worker._llm.chat.completions.create(model="tiny", messages=ASKED)  # type: ignore[arg-type]
+        Server(server.url, "tiny", 10)._ask("POST", f"{server.url}/completions", {})
+    assert received == [f"Bearer {key}"] * 2 + ["Bearer sk-given"] * 2 + [f"Bearer {key}"] * 2
+
+
+def test_without_a_key_the_servers_that_want_none_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("", None):
+        monkeypatch.setenv("OPENAI_API_KEY", name) if name is not None else monkeypatch.delenv("OPENAI_API_KEY")
+        assert xLAMConfig(base_url=URL, model="m").api_key == "EMPTY"
+
+
+def test_an_invalid_key_is_named_by_where_it_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="api_key: is empty"):
+        xLAMConfig(base_url=URL, model="m", api_key="")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-x\n")
+    with pytest.raises(UserError, match="OPENAI_API_KEY: is empty, or holds"):
+        xLAMConfig(base_url=URL, model="m")
+
+
+def test_no_command_gives_a_key_of_its_own(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    assert evaluate._parser().parse_args(["--suite", "x", *FLAGS]).api_key is None
+    assert data._parsers()[0].parse_args(["rate", "file.jsonl", *FLAGS]).api_key is None
+    talks: list[chat.Chat] = []
+    monkeypatch.setattr(chat, "talk", lambda one, _: talks.append(one))
+    monkeypatch.setattr("sys.argv", ["chat", "--base-url", URL, "--model", "m"])
+    chat.main()
+    assert talks[0]._llm.config.api_key == key
+
+
+def test_the_tool_server_and_the_judge_have_theirs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from xlam_jax.evaluate.suite import Options
+    from xlam_jax.evaluate.suites.toolbench import Toolbench
+
+    (tmp_path / "G1_tool.json").write_text("[]")
+    monkeypatch.setenv("TOOLBENCH_KEY", "tb-environment")
+    extra = {"server": URL, "judge": URL, "judge_model": "judge"}
+    suite = Toolbench(Options(data=tmp_path, extra=extra))
+    assert (suite._key, suite._judge_key) == ("tb-environment", None)
+    suite = Toolbench(Options(data=tmp_path, extra=extra | {"toolbench_key": "a", "judge_key": "b"}))
+    assert (suite._key, suite._judge_key) == ("a", "b")

@@ -1,0 +1,316 @@
+"""Runs a Python program where it sees no network, no other process and no files but Python's own.
+
+A script of its own that imports nothing of the project: `sandbox` starts it with `python -I -c`. Its first argument is
+JSON: `program` (source text), `parent` (process id; this process is killed when its parent dies), `paths` (shown
+read-only), `disk_mb`, `memory_mb`. The remaining arguments are the program's. When anything cannot be set up, the
+program is not run: one line on stderr says why, and the exit code is 1.
+
+The process that stays outside waits for the program. The program runs as process 1 of its own process namespace, so
+that nothing it starts can outlive it. Three layers keep it from reaching or exhausting the machine:
+
+    namespaces       users, network, mounts, processes, IPC: its root is a folder in memory with read-only bind mounts
+    seccomp          it can start threads, but no processes and no programs; no namespaces; no memory outside of its
+                     address space (memfd, System V and POSIX IPC); no kernel interface that is newer than this filter
+    resource limits  addresses, threads, open files. Root is exempt from some of them, so a sandbox that root starts
+                     runs as nobody
+"""
+
+import ctypes
+import errno
+import json
+import os
+import platform
+import resource
+import signal
+import struct
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+NOBODY = 65534
+"""User and group id of the program where root starts it."""
+THREADS = 64
+OPEN_FILES = 256
+"""Bounds what pipes and sockets can buffer in the kernel: 64 KiB a pipe, as larger ones are refused."""
+FILES = 4096
+"""Number of files that the program can create; their metadata does not count as disk space."""
+
+NEW_NAMESPACES = (
+    ("user", 0x10000000),
+    ("mnt", 0x00020000),
+    ("pid", 0x20000000),
+    ("net", 0x40000000),
+    ("ipc", 0x08000000),
+    ("uts", 0x04000000),
+)
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
+MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1 << 5, 1 << 12, 1 << 14, 1 << 18
+MNT_DETACH = 2
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NAME, PR_GET_NAME, PR_SET_SECCOMP, PR_CAPBSET_DROP = 1, 4, 15, 16, 22, 24
+PR_SET_NO_NEW_PRIVS = 38
+CAPABILITY_VERSION = 0x20080522
+CLONE_THREAD = 0x10000
+F_SETLK, F_SETLKW, F_OFD_SETLK, F_OFD_SETLKW, F_SETPIPE_SZ = 6, 7, 37, 38, 1031
+AF_UNIX, AF_INET, AF_INET6 = 1, 2, 10
+
+AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+FIRST_UNKNOWN = {"x86_64": 335, "aarch64": 294}
+"""System calls from this number on are refused as if the kernel did not have them: glibc and Python then use the older
+ones. Among them are io_uring, pidfd, clone3, the new mount interface, and whatever is still to come."""
+NUMBERS = {
+    "clone": (56, 220),
+    "prctl": (157, 167),
+    "fcntl": (72, 25),
+    "socket": (41, 198),
+    "socketpair": (53, 199),
+    "capset": (126, 91),
+    "pivot_root": (155, 41),
+}
+REFUSED = {
+    # other processes and programs
+    "fork": (57, None), "vfork": (58, None), "execve": (59, 221), "execveat": (322, 281), "ptrace": (101, 117),
+    "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "kcmp": (312, 272),
+    # namespaces and mounts
+    "unshare": (272, 97), "setns": (308, 268), "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41),
+    "chroot": (161, 51), "name_to_handle_at": (303, 264), "open_by_handle_at": (304, 265),
+    # memory and objects that are not charged to the address space, or that all processes of a user share
+    "memfd_create": (319, 279), "shmget": (29, 194), "shmat": (30, 196), "semget": (64, 190), "msgget": (68, 186),
+    "mq_open": (240, 180), "io_setup": (206, 0), "inotify_init": (253, None), "inotify_init1": (294, 26),
+    "fanotify_init": (300, 262), "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219),
+    # wide kernel interfaces that a calculation does not need
+    "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282), "personality": (135, 92),
+    "modify_ldt": (154, None), "syslog": (103, 116), "quotactl": (179, 60), "acct": (163, 89), "reboot": (169, 142),
+}  # fmt: skip
+"""Number on x86_64 and on aarch64."""
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def main() -> None:
+    """Sets up the place, and runs the program in it."""
+    settings = json.loads(sys.argv[1])
+    program = compile(settings["program"], "<program>", "exec")
+    try:
+        filter_ = system_call_filter(platform.machine())
+        end_with_parent(settings["parent"])
+        can_be_nobody = enter_namespaces()
+        if child := os.fork():
+            wait_for(child)
+        build_root(settings["paths"], settings["disk_mb"])
+        give_up_rights(can_be_nobody, settings["memory_mb"], settings["disk_mb"], filter_)
+    except OSError as error:
+        print(f"{error.filename}: {error.strerror}" if error.filename else error.strerror, file=sys.stderr, flush=True)
+        os._exit(1)
+    sys.argv = ["program", *sys.argv[2:]]
+    exec(program, {"__name__": "__main__"})
+
+
+def check(result: int, what: str) -> None:
+    """Raises `OSError` for a failed call of libc."""
+    if result:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
+
+
+def end_with_parent(parent: int) -> None:
+    """The kernel kills this process when its parent dies, even if it was killed itself."""
+    check(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl")
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def wait_for(child: int) -> NoReturn:
+    """Waits for the program, and ends with its code. This process holds no end of its pipes."""
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(nothing, stream)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    os._exit(code if code >= 0 else 128 - code)
+
+
+def enter_namespaces() -> bool:
+    """Moves this process into new namespaces; returns whether the program can run as `NOBODY` there."""
+    me = os.getpid()
+    as_nobody = os.geteuid() == 0 and all(maps(f"/proc/self/{kind}_map", NOBODY) for kind in ("uid", "gid"))
+    waiting, begin = os.pipe()
+    writer = os.fork()
+    if writer == 0:  # only a process outside may map more than its own user
+        os.close(begin)
+        if os.read(waiting, 1):
+            try:
+                write_maps(me, as_nobody)
+            except OSError as error:
+                print(f"{error.filename}: {error.strerror}{hint(error, '', '')}", file=sys.stderr, flush=True)
+                os._exit(1)
+        os._exit(0)
+    os.close(waiting)
+    limits = {kind: f"user.max_{kind}_namespaces" for kind, _ in NEW_NAMESPACES}
+    most = {kind: setting(limit) for kind, limit in limits.items()}
+    for kind, flag in NEW_NAMESPACES:
+        try:
+            check(libc.unshare(flag), f"unshare ({kind} namespace)")
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror}{hint(error, limits[kind], most[kind])}") from None
+        if kind == "user":
+            os.write(begin, b"x")
+            if os.waitpid(writer, 0)[1]:
+                os._exit(1)  # it said why
+    os.close(begin)
+    return as_nobody
+
+
+def setting(name: str) -> str:
+    """A setting of the kernel; empty where it has none of that name."""
+    try:
+        with open(f"/proc/sys/{name.replace('.', '/')}", encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
+def hint(error: OSError, limit: str, most: str) -> str:
+    """What to change where a namespace is refused; `most` is what `limit` was before: each namespace has its own."""
+    if error.errno in (errno.ENOSPC, errno.EUSERS):
+        return f"; not the disk: the limit of namespaces is reached; raise it: sysctl {limit} (now {most})"
+    for name, bad in (("kernel.unprivileged_userns_clone", "0"), ("kernel.apparmor_restrict_unprivileged_userns", "1")):
+        if setting(name) == bad:
+            return f"; this system forbids it to users: sysctl {name} (now {bad})"
+    return "; a container may forbid it" if error.errno == errno.EPERM else ""
+
+
+def maps(path: str, number: int) -> bool:
+    """Whether a user or group id exists in this process's own user namespace."""
+    with open(path, encoding="ascii") as lines:
+        return any(int(first) <= number < int(first) + int(count) for first, _, count in map(str.split, lines))
+
+
+def write_maps(process: int, as_nobody: bool) -> None:
+    """Makes the user root in its namespace, for the set-up, and nobody's id known there."""
+    for kind, own in (("uid", os.geteuid()), ("gid", os.getegid())):
+        if kind == "gid" and not as_nobody:
+            write(f"/proc/{process}/setgroups", "deny")
+        more = f"\n{NOBODY} {NOBODY} 1" if as_nobody else ""
+        write(f"/proc/{process}/{kind}_map", f"0 {own} 1{more}")
+
+
+def write(path: str, text: str) -> None:
+    file = os.open(path, os.O_WRONLY)
+    try:
+        os.write(file, text.encode())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from None
+    finally:
+        os.close(file)
+
+
+def mount(source: str | None, target: str, kind: str | None, flags: int, options: str | None = None) -> None:
+    words = [None if one is None else one.encode() for one in (source, target, kind)]
+    check(libc.mount(*words, ctypes.c_ulong(flags), None if options is None else options.encode()), f"mount {target}")
+
+
+def build_root(paths: Sequence[str], disk_mb: int) -> None:
+    """Makes a file system in memory the root of this process; of the machine's files it has `paths`, read-only."""
+    os.umask(0o022)
+    mount(None, "/", None, MS_REC | MS_PRIVATE)
+    root = "/proc"  # a folder that every Linux has, and that holds none of the paths
+    mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, f"size={disk_mb}m,nr_inodes={FILES},mode=755")
+    for folder in ("/tmp", "/dev"):
+        os.mkdir(root + folder)
+    os.chmod(f"{root}/tmp", 0o1777)
+    os.close(os.open(f"{root}/dev/null", os.O_CREAT | os.O_WRONLY))
+    for path in paths:
+        os.makedirs(root + path, exist_ok=True)
+        bind(path, root + path, MS_NODEV)
+    bind("/dev/null", f"{root}/dev/null", MS_NOEXEC)
+    os.chdir(root)
+    check(libc.syscall(number("pivot_root"), b".", b"."), "pivot_root")  # the old root is mounted over the new one
+    check(libc.umount2(b".", MNT_DETACH), "umount /")
+    os.chdir("/tmp")
+
+
+def bind(path: str, target: str, flags: int) -> None:
+    """Shows a folder or device, of which no attribute can be changed through `target`."""
+    mount(path, target, None, MS_BIND)
+    kept = os.statvfs(path).f_flag & (MS_NODEV | MS_NOEXEC)  # a namespace of users must not lift them
+    mount(None, target, None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | flags | kept)
+
+
+def give_up_rights(as_nobody: bool, memory_mb: int, disk_mb: int, filter_: bytes) -> None:
+    """Gives up whatever could undo or exhaust: rights, limits, system calls, open files."""
+    nothing = os.open(os.devnull, os.O_RDWR)  # the one of this place: through the machine's own it could be changed
+    os.dup2(nothing, 2)
+    os.closerange(3, OPEN_FILES)
+    for capability in range(64):
+        libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
+    if as_nobody:
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+    header, none = struct.pack("=Ii", CAPABILITY_VERSION, 0), bytes(24)
+    check(libc.syscall(number("capset"), header, none), "capset")
+    for limit, value in (
+        (resource.RLIMIT_AS, memory_mb << 20),
+        (resource.RLIMIT_NPROC, THREADS),
+        (resource.RLIMIT_NOFILE, OPEN_FILES),
+        (resource.RLIMIT_FSIZE, disk_mb << 20),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_MEMLOCK, 0),
+        (resource.RLIMIT_SIGPENDING, 256),
+    ):
+        lower(limit, value)
+    check(libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0), "prctl")  # no core dump for a handler of the machine
+    check(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl")  # a change of user has cleared it
+    check(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl")
+    rules = ctypes.create_string_buffer(filter_, len(filter_))
+    program = struct.pack("@HP", len(filter_) // 8, ctypes.addressof(rules))
+    check(libc.prctl(PR_SET_SECCOMP, 2, program, 0, 0), "seccomp")
+
+
+def lower(limit: int, value: int) -> None:
+    """Sets a resource limit, or keeps a lower one that the machine has set."""
+    hard = resource.getrlimit(limit)[1]
+    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(limit, (value, value))
+
+
+def number(name: str) -> int:
+    """Number of a system call on this machine."""
+    return NUMBERS[name][list(AUDIT_ARCH).index(platform.machine())]
+
+
+def system_call_filter(machine: str) -> bytes:
+    """The filter of system calls as a program of the classic BPF. Raises `OSError` for an unknown processor."""
+    if machine not in AUDIT_ARCH:
+        raise OSError(errno.ENOSYS, f"seccomp: the system calls of {machine} are not known here")
+    at = list(AUDIT_ARCH).index(machine)
+    load, jump_equal, jump_from, jump_if_set, give = 0x20, 0x15, 0x35, 0x45, 0x06
+    allow, refuse, kill = 0x7FFF0000, 0x00050000, 0x80000000
+    rules: list[tuple[int, int, int, int]] = [
+        (load, 0, 0, 4),
+        (jump_equal, 1, 0, AUDIT_ARCH[machine]),
+        (give, 0, 0, kill),
+        (load, 0, 0, 0),
+        (jump_from, 0, 1, FIRST_UNKNOWN[machine]),
+        (give, 0, 0, refuse | errno.ENOSYS),
+    ]
+    for numbers in REFUSED.values():
+        if (refused := numbers[at]) is not None:
+            rules += [(jump_equal, 0, 1, refused), (give, 0, 0, refuse | errno.EPERM)]
+
+    def by_argument(name: str, argument: int, test: int, values: Sequence[int], if_equal: int, otherwise: int) -> None:
+        checks = [(test, len(values) - index, 0, value) for index, value in enumerate(values)]
+        body = [(load, 0, 0, 16 + 8 * argument), *checks, (give, 0, 0, otherwise), (give, 0, 0, if_equal)]
+        rules.extend([(jump_equal, 0, len(body), NUMBERS[name][at]), *body])
+
+    by_argument("clone", 0, jump_if_set, [CLONE_THREAD], allow, refuse | errno.EPERM)
+    by_argument("prctl", 0, jump_equal, [PR_SET_NAME, PR_GET_NAME], allow, refuse | errno.EPERM)
+    for name in ("socket", "socketpair"):  # not those of virtual machines, cryptography, or the kernel's own
+        by_argument(name, 0, jump_equal, [AF_UNIX, AF_INET, AF_INET6], allow, refuse | errno.EAFNOSUPPORT)
+    locks = [F_SETLK, F_SETLKW, F_OFD_SETLK, F_OFD_SETLKW]  # memory of the kernel without a limit
+    by_argument("fcntl", 1, jump_equal, [*locks, F_SETPIPE_SZ], refuse | errno.EPERM, allow)
+    rules.append((give, 0, 0, allow))
+    return b"".join(struct.pack("=HBBI", *rule) for rule in rules)
+
+
+if __name__ == "__main__":
+    main()
