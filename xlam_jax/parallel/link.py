@@ -346,7 +346,9 @@ class Hub:
                 self._strangers.release()
                 if process is None:
                     connection.close()
-            for line in lines if process is not None else ():
+            if process is None:
+                return
+            for line in lines:
                 with self._lock:
                     self._peers[process].heard = time.monotonic()
                     self._take(process, json.loads(line))
