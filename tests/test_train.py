@@ -75,7 +75,11 @@ def test_ctrl_c_and_a_closed_terminal_save_as_sigterm_does(
 ):
     run = tmp_path / "run"
     common = ("--config", tiny_config, f"output_dir={run}", "checkpoint.every=1000")
-    err = commands.call(TRAIN, *common, at={"step 2/10  loss": lambda: terminate(number)}, code=75).stderr
+    before = signal.signal(number, signal.SIG_DFL)  # the tests may run in the background, where it is ignored
+    try:
+        err = commands.call(TRAIN, *common, at={"step 2/10  loss": lambda: terminate(number)}, code=75).stderr
+    finally:
+        signal.signal(number, before)
     stopped = re.findall(rf"stopped by {number.name} after step (\d+), saved", err)
     assert checkpoint.resolve(run).name == stopped[0]
 

@@ -314,7 +314,7 @@ class Checkpoint(Section):
     """When the state is saved."""
 
     every: Count = Field(default=100, json_schema_extra=CHANGEABLE)
-    """Steps between checkpoints; also after the last step, and when a signal (SIGTERM, SIGINT, SIGHUP) stops the run."""
+    """Steps between checkpoints; also after the last step, and when a signal such as SIGTERM stops the run."""
     keep: Count = Field(default=2, json_schema_extra=CHANGEABLE)
     """The newest so many are kept."""
     best: str | None = Field(default=None, json_schema_extra=CHANGEABLE)
