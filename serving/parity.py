@@ -210,7 +210,8 @@ def main() -> int:
     parser.add_argument("--timeout", type=float, default=300, metavar="S", help="seconds for an answer (default: 300)")
     arguments = parser.parse_args()
 
-    from xlam_jax.generate import conversations, find_model, read_json
+    from xlam_jax.documents import read_json
+    from xlam_jax.generate import conversations, find_model
 
     if arguments.tolerance is not None and not 0 <= arguments.tolerance < float("inf"):
         raise UserError(f"--tolerance {arguments.tolerance}: is no number of 0 or more")

@@ -1,6 +1,5 @@
 """What a run folder tells: its records as columns over steps, its config, and what is wrong with its files."""
 
-import json
 import math
 from array import array
 from collections.abc import Iterator
@@ -10,7 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from xlam_jax.config import Config
+from xlam_jax import documents
+from xlam_jax.config import Config, from_saved
 from xlam_jax.errors import UserError
 from xlam_jax.journals import SHOWN, json_lines, summarize
 from xlam_jax.train import CONFIG
@@ -234,31 +234,19 @@ def _tables(path: Path, warnings: list[str]) -> dict[str, Table]:
 
 def _about(path: Path, warnings: list[str]) -> dict[str, Any]:
     try:
-        about = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        about, what = None, "not there"
-    except ValueError:
-        about, what = None, "no JSON"
-    else:
-        what = "no JSON object"
-    if isinstance(about, dict):
-        return about
-    warnings.append(f"{path}: {what}: sizes, devices, target shares and utilisation are not known")
+        return documents.read_object(path)
+    except UserError as error:
+        problem = str(error)
+    warnings.append(f"{problem}: sizes, devices, target shares and utilisation are not known")
     return {}
 
 
 def _config(path: Path, warnings: list[str]) -> tuple[Config | None, str]:
-    import yaml
-    from pydantic import ValidationError
-
     text = path.read_bytes().decode(errors="backslashreplace")
     try:
-        return Config.model_validate(yaml.safe_load(text)), text
-    except ValidationError as error:
-        first = error.errors()[0]
-        problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-    except yaml.YAMLError as error:
-        problem = " ".join(str(error).split())
+        return from_saved(documents.parse_yaml(text, path), str(path)), text
+    except UserError as error:
+        problem = " ".join(str(error).removeprefix(f"{path}: ").split())
     warnings.append(f"{path}: does not fit this version's schema ({problem}): shown as it is, and not compared")
     return None, text
 
