@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from converters.folders import Work, refuse_existing, resumable_folder
+from converters.folders import Work, refuse_address, refuse_existing, resumable_folder
 from converters.hf_map import EMBEDDING, HEAD, Tensor, parameter, tensors
 from converters.shards import DTYPES, Shard, ahead
 from converters.work import Told, add_arguments, check_finite, compare, dtype_of
@@ -405,17 +405,18 @@ def main() -> None:
         required=True,
         help="folder with config.json and safetensors, an address that fsspec opens, or a hub name",
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder to make; it must not exist")
+    parser.add_argument("--out", required=True, help="folder to make; it must not exist")
     add_arguments(parser)
     args = parser.parse_args()
-    refuse_existing(args.out)
+    refuse_address(args.out)
+    refuse_existing(Path(args.out))
     opened = HFWeights(args.hf)
     for line in opened.warnings:
         print(f"warning: {line}", file=sys.stderr)
 
     dtype = dtype_of(args.dtype)
     source = {"hf": opened.name, "dtype": args.dtype, "files": opened.stamps()}
-    with resumable_folder(args.out, source) as work:
+    with resumable_folder(Path(args.out), source) as work:
         _convert(opened, dtype, work, args.workers)
         if args.verify:
             _verify(opened, dtype, work.folder, args.workers)

@@ -82,8 +82,8 @@ def split_instruction(turns: list[dict[str, Any]]) -> tuple[str, list[dict[str, 
 
 def read_turn(i: int, message: Any, repairs: list[Repaired]) -> dict[str, Any]:
     """Turn `i` of a conversation in OpenAI form, as the reader of trajectories takes it. Raises `InvalidTrajectory`."""
-    turn = dict(message) if field(message, "role", str) else {}
-    turn["role"] = {"developer": "system", "function": "tool"}.get(turn["role"], turn["role"])
+    role = field(message, "role", str)
+    turn = message | {"role": {"developer": "system", "function": "tool"}.get(role, role)}
     function = turn.pop("function_call", None)
     if isinstance(function, dict) and function and not any(value is not None for value in function.values()):
         function = None  # the padding of a union schema

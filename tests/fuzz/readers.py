@@ -14,13 +14,16 @@ from support import ROOT
 from converters import peft
 from converters.hf_to_orbax import HFWeights
 from converters.shards import DTYPES, Place, header_of
-from converters.trajectories import FORMATS, converter, row_converter
-from converters.trajectories.common import convert_one
+from converters.trajectories import EXPORTERS, FORMATS, converter, exporter, row_converter
+from converters.trajectories.common import Converted, convert_one, read_rows
 from xlam_jax import config as configs
 from xlam_jax.config import Source
 from xlam_jax.data import sources
+from xlam_jax.data.files import read_lines
 from xlam_jax.data.render import end_tokens, render_prompt
 from xlam_jax.data.tokenizer import load_tokenizer, text_to_ids_digest
+from xlam_jax.data.trajectory import InvalidTrajectory, parse_json, to_dict
+from xlam_jax.data.validate import check_row
 from xlam_jax.models import hf_keys
 from xlam_jax.models.config import ModelConfig, read_hf_config
 from xlam_jax.models.generation_config import read_generation_config
@@ -191,6 +194,7 @@ def tokenizer(folder: Path) -> Read:
     values = {"tokenizer.json": small, "tokenizer_config.json": json.loads(texts["tokenizer_config.json"]),
               "special_tokens_map.json": special}  # fmt: skip
     frame = {key: value for key, value in small.items() if key != "model"}
+    load_tokenizer(str(source))  # imports, which take longer than any input
 
     def read(draw: Random) -> None:
         for name, text in texts.items():
@@ -319,28 +323,50 @@ OTHERS: dict[str, list[Any]] = {
 }  # fmt: skip
 
 
+MIXED = {
+    "query": "Weather?",
+    "tools": [
+        {"name": "a", "parameters": {"city": {"type": "str, optional", "default": "Oslo"}, "n": {"type": "int"}}},
+        {"name": "b", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}},
+        {"name": "c", "parameters": {"x": {"type": "str", "required": True}, "y": {"type": "List[int]", "required": False}}},
+        {"type": "function", "function": {"name": "d", "parameters": {"type": "object", "properties": None}}},
+        {"name": "e", "parameters": '{"type": {"type": "str"}, "properties": {"type": "dict"}}'},
+        {"name": "f", "parameters": None},
+    ],
+    "answers": [{"name": "a", "arguments": {"city": "Oslo", "n": "1"}}, {"name": "b", "arguments": '{"city": "x"}'}],
+}
+"""Tools whose parameters are written in every form that there is."""
+
+
 def rows(folder: Path) -> Read:
     """Rows of every format, one by one; and files of them."""
-    from xlam_jax.data.trajectory import parse_json
-    from converters.trajectories.common import read_rows
-
     starts: dict[str, list[Any]] = {}
     for name in FORMATS:
         paths = [DATA / file for file in FILES.get(name, ())]
-        given = OTHERS[name] if name in OTHERS else [row for path in paths for _, row in read_rows(path)]
+        if name == "apibench":  # one row per line, whatever the file's name says
+            given: list[Any] = [parse_json(line) for path in paths for _, line in read_lines(path)]
+        else:
+            given = OTHERS.get(name) or [row for path in paths for _, row in read_rows(path) if isinstance(row, dict)]
         if name == "unified":
             lines = (ROOT / "examples/quickstart/webshop.jsonl").read_bytes().splitlines()[:2]
             given = [parse_json(line) for line in lines]
         starts[name] = sorted(given, key=lambda row: len(str(row)))[:4]
+        starts[name] += [MIXED] * (name in ("xlam60k", "hammer"))
     alone = [name for name in FORMATS if row_converter(name) is not None]
 
     def read(draw: Random) -> None:
         if draw.random() < 0.7:
             name = draw.choice(alone)
             row = mutate(draw, draw.choice(starts[name]))
+            row = row if isinstance(row, dict) else InvalidTrajectory("not-an-object", "a row is a JSON object")
             convert_row = row_converter(name)
             assert convert_row is not None
-            assert list(convert_one(folder / "rows.jsonl", 1, row, convert_row))
+            items = list(convert_one(folder / "rows.jsonl", 1, row, convert_row))
+            assert items
+            for item in items:
+                if isinstance(item, Converted):
+                    check_row(to_dict(item.trajectory))
+                    list(exporter(draw.choice(EXPORTERS))(item.trajectory))
             return
         name = draw.choice(FORMATS)
         start = draw.choice(starts[name])
