@@ -60,6 +60,7 @@ def write_hf(
 
     shards = _shards(list(tensors(config)), place, max_shard_bytes)
     kept = {key: value for key, value in hf_config.items() if key not in ("dtype", "torch_dtype")}
+    kept |= {"hidden_act": "silu"} if kept.get("hidden_act") in hf_keys.SILU else {}
     held = str(np.dtype(dtype or params["embedding"].dtype))
     sizes = {name: [place(tensor).bytes for tensor in shard] for name, shard in shards.items()}
     total = sum(sum(each) for each in sizes.values())

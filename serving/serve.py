@@ -300,7 +300,11 @@ def _check_folder(folder: Path, values: bool) -> None:
     shards = [Shard(str(path)) for path in sorted(folder.glob("*.safetensors"))]
     method = hf_keys.quantization_method(config)
     if hf_keys.family_of(config) and method is None:
-        HFWeights(folder)
+        if renamed := HFWeights(folder).renamed:
+            raise UserError(
+                f"{folder}: {next(iter(renamed))} has the name of a wrapper, which vLLM does not read; convert the "
+                "folder with converters.hf_to_orbax, and serve the result"
+            )
     elif hf_keys.family_of(config) and not quantized_tensor({shard.url: shard for shard in shards}):
         raise UserError(
             f"{folder / 'config.json'}: has a quantization_config ({method}), and the weights are not quantized; "

@@ -113,7 +113,7 @@ class ModelConfig:
         values = Values(hf, origin, overridden)
         if hf.get("model_type", family) != family:
             raise values.error("model_type", "architectures", expected=f"{family!r} belongs to that architecture")
-        if hf.get("hidden_act", "silu") != "silu":
+        if hf.get("hidden_act", "silu") not in hf_keys.SILU:
             raise values.error("hidden_act", expected="only 'silu' is implemented")
         heads = values.size("num_attention_heads")
         kv_heads = values.size(
