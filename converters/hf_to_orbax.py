@@ -312,7 +312,9 @@ def remove_wrappers(folder: str, shards: Mapping[str, Shard]) -> dict[str, str]:
         )
     names = {key: WRAPPERS.sub("", key) for key in stored}
     while EMBEDDING_KEY not in names.values():
-        shared = (one for one in PREFIXES if f"{one}{EMBEDDING_KEY}" in names.values() or _is_below(one, names.values()))
+        shared = (
+            one for one in PREFIXES if f"{one}{EMBEDDING_KEY}" in names.values() or _is_below(one, names.values())
+        )
         prefix = next((one for one in shared if all(name.startswith(one) for name in names.values())), None)
         if prefix is None:
             break

@@ -78,7 +78,7 @@ def read_object(path: Path, expected: str = "a JSON object is expected here") ->
 def parse_yaml(text: str, origin: object, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
     """Parses YAML. Raises `UserError` naming `origin`, also for aliases that expand to more than a document holds."""
     try:
-        value = yaml.load(text, Loader=loader)  # noqa: S506 - a SafeLoader
+        value = yaml.load(text, Loader=loader)
         _check(value, text=True)
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
         # of PyYAML's constructors, too: they raise what int(), float() and datetime() raise

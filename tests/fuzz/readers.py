@@ -327,8 +327,14 @@ MIXED = {
     "query": "Weather?",
     "tools": [
         {"name": "a", "parameters": {"city": {"type": "str, optional", "default": "Oslo"}, "n": {"type": "int"}}},
-        {"name": "b", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}},
-        {"name": "c", "parameters": {"x": {"type": "str", "required": True}, "y": {"type": "List[int]", "required": False}}},
+        {
+            "name": "b",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+        },
+        {
+            "name": "c",
+            "parameters": {"x": {"type": "str", "required": True}, "y": {"type": "List[int]", "required": False}},
+        },
         {"type": "function", "function": {"name": "d", "parameters": {"type": "object", "properties": None}}},
         {"name": "e", "parameters": '{"type": {"type": "str"}, "properties": {"type": "dict"}}'},
         {"name": "f", "parameters": None},
@@ -383,6 +389,5 @@ def rows(folder: Path) -> Read:
 
 
 READERS: dict[str, Callable[[Path], Read]] = {
-    read.__name__: read
-    for read in (config, saved_config, overrides, hf_config, safetensors, tokenizer, run, rows)
+    read.__name__: read for read in (config, saved_config, overrides, hf_config, safetensors, tokenizer, run, rows)
 }
