@@ -307,8 +307,8 @@ def remove_wrappers(folder: str, shards: Mapping[str, Shard]) -> dict[str, str]:
     stored = [key for shard in shards.values() for key in shard.tensors]
     if adapter := next((key for key in stored if ADAPTER.search(key)), None):
         raise UserError(
-            f"{folder}: {adapter} belongs to an adapter that is not merged into the weights; save the model with peft's "
-            "merge_and_unload, or give the base's folder as model.init_from and the adapter's as lora.init_from"
+            f"{folder}: {adapter} belongs to an adapter that is not merged into the weights; save the model with "
+            "peft's merge_and_unload, or give the base's folder as model.init_from and the adapter's as lora.init_from"
         )
     names = {key: WRAPPERS.sub("", key) for key in stored}
     while EMBEDDING_KEY not in names.values():
