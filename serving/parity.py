@@ -87,7 +87,7 @@ class Server:
         except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
             raise ServerError(
                 f"{self._url}: answers without what a server of vLLM gives ({type(error).__name__}: {error}); token "
-                "ids and log-probabilities of the prompt are compared, which other servers lack: give the address of vLLM"
+                "ids and log-probabilities of the prompt are compared, which others lack: give vLLM's address"
             ) from None
 
     def _answer(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], tokens: int) -> Answer:

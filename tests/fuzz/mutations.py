@@ -76,7 +76,7 @@ def mutate_bytes(draw: Random, data: bytes) -> bytes:
             case 2:
                 content[at:at] = draw.choice(
                     (b"\0", b'"', b"{", b"[", b"[" * 3000, b"}", b"\xff", b"\xef\xbb\xbf", b"\n", b"- &a [*a]\n",
-                     b"NaN", b"\xe2\x80\xa8", b"\\u0000", b"\\ud800", b": ", b"!!python/object:os.system x", b"9" * 5000)
+                     b"NaN", b"\xe2\x80\xa8", b"\\u0000", b"\\ud800", b": ", b"!!python/object:os.x y", b"9" * 5000)
                 )  # fmt: skip
             case 3:
                 content[at:at] = content[at : at + length]
