@@ -24,6 +24,16 @@ def refuse_existing(out: Path) -> None:
             return
 
 
+def refuse_address(out: str) -> None:
+    """Raises `UserError` for an address such as gs://bucket/folder, where only a folder can be written."""
+    if "://" in out:
+        raise UserError(f"{out}: an address, and this output is written to a local folder; give one, and copy it there")
+
+
+class SourceError(UserError):
+    """The source could not be read; what is converted already is kept, so that the command can be run again."""
+
+
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """Gives a path beside `out` to make a folder at, and renames it to `out` when the block ends well.
@@ -129,13 +139,16 @@ def output(out: str, source: Mapping[str, Any]) -> Iterator[Work]:
             yield work
         return
     with tempfile.TemporaryDirectory(prefix="xlam-out-") as held:
-        work = RemoteWork(Path(held), out.rstrip("/"))
+        try:
+            work = RemoteWork(Path(held), out.rstrip("/"))
+        except (OSError, ImportError, ValueError) as error:
+            raise UserError(f"{out}: can't be written ({error}); an address that fsspec opens is expected") from None
         try:
             work.begin(out, source)
             yield work
             work.end()
-        except (OSError, ImportError) as error:
-            raise UserError(f"{out}: can't be written ({error}); run again to go on") from error
+        except OSError as error:
+            raise UserError(f"{out}: can't be written ({error}); run again to continue") from error
         finally:
             work.close()
 
@@ -179,7 +192,7 @@ def resumable_folder(out: Path, source: Mapping[str, Any]) -> Iterator[Work]:
             work = Work(part)
             try:
                 yield work
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, SourceError):
                 keeps = True
                 raise
             finally:

@@ -6,8 +6,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Set
 from fnmatch import fnmatch
 from math import prod
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from converters.folders import Work, refuse_existing, resumable_folder
+from converters.folders import Work, refuse_address, refuse_existing, resumable_folder
 from converters.hf_map import EMBEDDING, HEAD, Tensor, parameter, tensors
 from converters.shards import DTYPES, Shard, ahead
 from converters.work import Told, add_arguments, check_finite, compare, dtype_of
@@ -51,10 +50,10 @@ class Parameter:
 
     def __init__(self, parts: list[tuple[Tensor, "Source"]], dtype: np.dtype | None = None):
         self._parts = {tensor.at: (tensor, source) for tensor, source in parts}
-        tensor, source = parts[0]
+        tensor, _ = parts[0]
         self.shape = tensor.stacked_shape
-        self.stored = source.dtype
-        self.dtype = dtype or source.dtype
+        self.stored = widest({source.dtype for _, source in parts})
+        self.dtype = dtype or self.stored
         self.size = prod(self.shape)
         self.ndim = len(self.shape)
 
@@ -96,6 +95,13 @@ class Parameter:
         return jax.make_array_from_single_device_arrays(self.shape, sharding, arrays)
 
 
+def widest(dtypes: Set[np.dtype]) -> np.dtype:
+    """The narrowest dtype that holds every value of several dtypes: layers may be stored in different ones."""
+    if len(dtypes) == 1:
+        return next(iter(dtypes))
+    return np.dtype(np.float64 if np.dtype(np.float64) in dtypes else np.float32)
+
+
 class Source(NamedTuple):
     """Where a tensor stands."""
 
@@ -132,10 +138,17 @@ class HFWeights:
         names, index = _weight_files(self.files, self.name)
         shards = {name: Shard(f"{self._url}/{name}") for name in names}
         refuse_quantized(self.name, shards, hf_config)
+        self.renamed = remove_wrappers(self.name, shards)
+        """What was removed from the names of tensors; empty where they are those of transformers."""
+        if self.renamed:
+            index = {self.renamed.get(key, key): file for key, file in index.items()}
         self.sources = _locate(self.name, shards, list(tensors(self.config)), index)
         self.hf_config, dropped = hf_keys.without_quantization(hf_config, origin)
         self.warnings = [*dropped, *hf_keys.warnings_of(hf_config, self.config.family, origin)]
         """What config.json asks for and this project does not do, a line each."""
+        if self.renamed:
+            stored, key = next(iter(self.renamed.items()))
+            self.warnings.append(f"{self.name}: {len(self.renamed)} tensors have names of a wrapper; {stored} is {key}")
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each file with weights."""
@@ -281,6 +294,49 @@ def refuse_quantized(folder: str, shards: Mapping[str, Shard], hf_config: Mappin
         )
 
 
+WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""What torch.compile, FSDP and activation checkpointing add to the names of the modules that they wrap."""
+PREFIXES = ("base_model.model.", "module.", "model.")
+"""What PEFT, data parallelism and training frameworks put before every name."""
+ADAPTER = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|base_layer|lora_magnitude_vector)\b")
+
+
+def remove_wrappers(folder: str, shards: Mapping[str, Shard]) -> dict[str, str]:
+    """Gives tensors that were saved from a wrapped model the names of transformers; returns stored name → name of the
+    tensors that were renamed. Raises `UserError` where two would have one name, and for unmerged adapters."""
+    stored = [key for shard in shards.values() for key in shard.tensors]
+    if adapter := next((key for key in stored if ADAPTER.search(key)), None):
+        raise UserError(
+            f"{folder}: {adapter} belongs to an adapter that is not merged into the weights; save the model with "
+            "peft's merge_and_unload, or give the base's folder as model.init_from and the adapter's as lora.init_from"
+        )
+    names = {key: WRAPPERS.sub("", key) for key in stored}
+    while EMBEDDING_KEY not in names.values():
+        shared = (
+            one for one in PREFIXES if f"{one}{EMBEDDING_KEY}" in names.values() or _is_below(one, names.values())
+        )
+        prefix = next((one for one in shared if all(name.startswith(one) for name in names.values())), None)
+        if prefix is None:
+            break
+        names = {key: name.removeprefix(prefix) for key, name in names.items()}
+    renamed = {key: name for key, name in names.items() if key != name}
+    origins: dict[str, str] = {}
+    for key, name in names.items():
+        if name in origins and renamed:
+            raise UserError(
+                f"{folder}: {origins[name]} and {key} are both {name} without the names of wrappers; remove one of them"
+            )
+        origins[name] = key
+    for shard in shards.values() if renamed else ():
+        shard.tensors = {names[key]: tensor for key, tensor in shard.tensors.items()}
+    return renamed
+
+
+def _is_below(prefix: str, names: Iterable[str]) -> bool:
+    """Whether the embedding is stored under this prefix and further ones."""
+    return any(name.startswith(prefix) and name.endswith(f".{EMBEDDING_KEY}") for name in names)
+
+
 FUSED = {"w1": ("gate_up_proj", 0), "w3": ("gate_up_proj", 1), "w2": ("down_proj", 0)}
 """Where all experts of a layer are kept in two tensors, [expert, gate then up, model] and [expert, model, MLP]: which
 holds a weight, and in which half."""
@@ -355,19 +411,12 @@ def _locate(
             wrong.append(f"{key} is in {found[key][0]}, and {INDEX} names {index.get(key, 'no file')} for it")
     absent = index.keys() - used - {key for file in files.values() for key in file.tensors}
     wrong += [f"{key} is not in {index[key]}, which {INDEX} names for it" for key in sorted(absent)]
-    dtypes: dict[tuple[str, ...], Counter[str]] = {}
     for tensor in wanted:
         key, part = places[tensor.key]
         if key in found:
             stored = files[found[key][0]].tensors[key]
-            dtypes.setdefault(tensor.path, Counter())[stored.dtype] += 1
             if part is None and stored.shape != tensor.shape:
                 wrong.append(f"{key} has shape {stored.shape}, config.json means {tensor.shape}")
-    wrong += [
-        f"{path[-1]} of the layers comes in {' and '.join(sorted(kinds))}; one dtype is needed"
-        for path, kinds in dtypes.items()
-        if len(kinds) > 1
-    ]
     if wrong:
         shown = "\n  ".join(wrong[:20]) + (f"\n  … and {len(wrong) - 20} more" if len(wrong) > 20 else "")
         raise UserError(
@@ -405,17 +454,18 @@ def main() -> None:
         required=True,
         help="folder with config.json and safetensors, an address that fsspec opens, or a hub name",
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder to make; it must not exist")
+    parser.add_argument("--out", required=True, help="folder to make; it must not exist")
     add_arguments(parser)
     args = parser.parse_args()
-    refuse_existing(args.out)
+    refuse_address(args.out)
+    refuse_existing(Path(args.out))
     opened = HFWeights(args.hf)
     for line in opened.warnings:
         print(f"warning: {line}", file=sys.stderr)
 
     dtype = dtype_of(args.dtype)
     source = {"hf": opened.name, "dtype": args.dtype, "files": opened.stamps()}
-    with resumable_folder(args.out, source) as work:
+    with resumable_folder(Path(args.out), source) as work:
         _convert(opened, dtype, work, args.workers)
         if args.verify:
             _verify(opened, dtype, work.folder, args.workers)
@@ -436,11 +486,13 @@ def _convert(opened: HFWeights, dtype: np.dtype | None, work: Work, workers: int
 
     def move(item: tuple[Tensor, Source]) -> None:
         tensor, where = item
-        value = tensor.from_hf(where.read()).astype(dtype or where.dtype, copy=False)
+        value = tensor.from_hf(where.read()).astype(parameter(params, tensor.path).dtype, copy=False)
         check_finite(opened.name, tensor.key, value)
         model.write(tensor.path, tensor.at, value)
 
-    sizes = {tensor.key: prod(tensor.shape) * (dtype or where.dtype).itemsize for tensor, where in opened.sources}
+    sizes = {
+        tensor.key: prod(tensor.shape) * parameter(params, tensor.path).dtype.itemsize for tensor, _ in opened.sources
+    }
     left = [pair for pair in opened.sources if pair[0].key not in work.done]
     with Told("converting", sum(sizes.values())) as told:
         told.skip(sum(sizes[key] for key in work.done))
@@ -459,8 +511,8 @@ def _verify(opened: HFWeights, dtype: np.dtype | None, folder: Path, workers: in
 
     def same(item: tuple[Tensor, Source]) -> bool:
         tensor, where = item
-        source = where.read().astype(dtype or where.dtype, copy=False)
-        return source.tobytes() == tensor.to_hf(parameter(params, tensor.path)).tobytes()
+        kept = parameter(params, tensor.path)
+        return where.read().astype(kept.dtype, copy=False).tobytes() == tensor.to_hf(kept).tobytes()
 
     compare(opened.name, same, opened.sources, workers)
     if "://" not in opened.name and dtype is None:

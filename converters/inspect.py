@@ -6,6 +6,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from xlam_jax.config import from_saved
 from xlam_jax.errors import run
 from xlam_jax.models.config import ModelConfig
 
@@ -72,18 +73,18 @@ def stored(folder: Path) -> dict[str, str]:
         "dtype": _dtypes(held),
         "tokenizer": _tokenizer(checkpoint.tokenizer_dir(step), TOKENIZER_FILES),
     }
-    run_config = checkpoint.load_metadata(step).get("config")
-    if run_config is None or run_config["train"]["trainable"] == "full":
+    saved = checkpoint.load_metadata(step).get("config")
+    run_config = from_saved(saved, f"{step}: its config") if saved else None
+    if run_config is None or run_config.train.trainable == "full":
         checkpoint.check_params(step, shapes(ModelConfig.from_hf(hf_config)))
     if run_config is None:
         return facts | {"config": "none: a converted model"}
-    train, model, lora = run_config["train"], run_config["model"], run_config.get("lora") or {}
-    what = train["trainable"]
+    train, lora, kind = run_config.train, run_config.lora, run_config.objective.kind
+    what: str = train.trainable
     if what != "full":
-        what += f" (rank {lora.get('rank')} on {', '.join(lora.get('targets', []))}): the step holds the adapters alone"
-    kind = run_config.get("objective", {}).get("kind", "sft")
-    start = model.get("init_from") or "random weights"
-    return facts | {"config": f"{kind}, {what}, from {start}, {train['steps']:,} steps of {train['batch_size']} rows"}
+        what += f" (rank {lora.rank} on {', '.join(lora.targets)}): the step holds the adapters alone"
+    start = run_config.model.init_from or "random weights"
+    return facts | {"config": f"{kind}, {what}, from {start}, {train.steps:,} steps of {train.batch_size} rows"}
 
 
 def _model(hf_config: dict[str, Any], model: ModelConfig) -> dict[str, str]:

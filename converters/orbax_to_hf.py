@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from converters.folders import Work, new_folder, output, refuse_existing
+from converters.folders import Work, new_folder, output, refuse_address, refuse_existing
 from converters.hf_map import Tensor, parameter, tensors
 from converters.hf_to_orbax import INDEX, SINGLE
 from converters.shards import Place, Shard, ahead, header_of
@@ -60,6 +60,7 @@ def write_hf(
 
     shards = _shards(list(tensors(config)), place, max_shard_bytes)
     kept = {key: value for key, value in hf_config.items() if key not in ("dtype", "torch_dtype")}
+    kept |= {"hidden_act": "silu"} if kept.get("hidden_act") in hf_keys.SILU else {}
     held = str(np.dtype(dtype or params["embedding"].dtype))
     sizes = {name: [place(tensor).bytes for tensor in shard] for name, shard in shards.items()}
     total = sum(sum(each) for each in sizes.values())
@@ -133,6 +134,7 @@ def main() -> None:
         raise UserError(f"{step}: holds a whole model without adapters; leave --lora {args.lora} out")
     hf_config, generation, changes = _trained_ends(step, tokenizer)
     if args.lora == "adapter" and with_adapters is not None:
+        refuse_address(args.out)
         base = _export_adapters(Path(args.out), step, with_adapters, tokenizer, generation, changes)
         print(f"{args.out}: the adapters of step {step.name} of {args.checkpoint}, for {base or 'a random base'}")
         return

@@ -17,6 +17,7 @@ import numpy as np
 
 from converters.shards import DTYPES, Shard
 from converters.work import check_finite
+from xlam_jax import documents
 from xlam_jax.errors import UserError
 from xlam_jax.models.config import Lora, ModelConfig
 
@@ -179,17 +180,7 @@ def read_config(folder: Path) -> AdapterConfig:
     no field that changes the result is ignored.
     """
     where = folder / CONFIG
-    try:
-        described = json.loads(where.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"{folder}: no PEFT adapter can be read there ({CONFIG}: {error.strerror}); {CONFIG} and {WEIGHTS} are "
-            "expected"
-        ) from None
-    except ValueError as error:
-        raise UserError(f"{where}: not valid JSON: {error}; download or save the adapter again") from None
-    if not isinstance(described, dict):
-        raise UserError(f"{where}: contains a {type(described).__name__}; a JSON object is expected")
+    described = documents.read_object(where, f"a PEFT adapter with {CONFIG} and {WEIGHTS} is expected")
     if described.get("peft_type") != "LORA":
         raise UserError(f"{where}: peft_type is {described.get('peft_type')!r}; only LORA is read: {MERGE}")
     neutral = NEUTRAL | dict.fromkeys(VARIANTS, OFF)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import ml_dtypes
 import numpy as np
 
+from converters.folders import SourceError
 from xlam_jax import strict_json
 from xlam_jax.errors import UserError
 
@@ -101,7 +102,12 @@ class Shard:
         dtype = DTYPES[stored.dtype]
         first, shape = (0, stored.shape) if part is None else part
         start = stored.start + first * dtype.itemsize
-        data = self._files.cat_file(self._path, start, start + prod(shape) * dtype.itemsize)
+        try:
+            data = self._files.cat_file(self._path, start, start + prod(shape) * dtype.itemsize)
+        except OSError as error:
+            raise SourceError(
+                f"{self.url}: {key} can't be read ({error.strerror or error}); run again to continue"
+            ) from None
         if len(data) != prod(shape) * dtype.itemsize:
             raise UserError(f"{self.url}: {key} ends after {len(data)} bytes; the file changed while it was read")
         return np.frombuffer(data, dtype).reshape(shape)

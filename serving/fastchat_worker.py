@@ -7,6 +7,7 @@ with the model's chat template. It speaks FastChat's protocol over HTTP and need
 
 import argparse
 import hashlib
+import http.client
 import json
 import re
 import signal
@@ -227,10 +228,16 @@ def _joined(before: dict[str, Any] | None, new: Any) -> dict[str, Any] | None:
 
 
 def post(url: str, body: Any) -> Any:
-    """Sends JSON, and returns the JSON that comes back, None for nothing. No proxy stands between. Raises `OSError`."""
+    """Sends JSON, and returns the JSON that comes back, None for nothing. No proxy stands between.
+
+    Raises `OSError`, also where the other side does not speak HTTP, and `ValueError` for what is not JSON.
+    """
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30) as answer:
-        return json.loads(answer.read() or b"null")
+    try:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30) as answer:
+            return json.loads(answer.read() or b"null")
+    except http.client.HTTPException as error:
+        raise ConnectionError(f"no HTTP: {type(error).__name__} {str(error)[:100]!r}") from None
 
 
 def handler_of(worker: Worker) -> type[BaseHTTPRequestHandler]:

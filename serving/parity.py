@@ -82,7 +82,8 @@ class Server:
         self._root = self._url.removesuffix("/v1")
         self._timeout = timeout
         listed = self._ask("GET", f"{self._url}/models", None)
-        names = [one.get("id") for one in listed.get("data", []) if isinstance(one, dict)]
+        models = listed.get("data") if isinstance(listed, dict) else None
+        names = [one.get("id") for one in models or () if isinstance(one, dict)] if isinstance(models, list) else []
         if not names or (model is not None and model not in names):
             raise ServerError(
                 f"{base_url}: serves {', '.join(map(str, names)) or 'no model'}, not {model}; give --model"
@@ -90,7 +91,16 @@ class Server:
         self.model = model or names[0]
 
     def answer(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], tokens: int) -> Answer:
-        """Its greedy answer."""
+        """Its greedy answer. Raises `ServerError` where the server does not answer as vLLM does."""
+        try:
+            return self._answer(messages, tools, tokens)
+        except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
+            raise ServerError(
+                f"{self._url}: answers without what a server of vLLM gives ({type(error).__name__}: {error}); token "
+                "ids and log-probabilities of the prompt are compared, which others lack: give vLLM's address"
+            ) from None
+
+    def _answer(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], tokens: int) -> Answer:
         chat = {"model": self.model, "messages": messages, "tools": tools}
         prompt = self._ask("POST", f"{self._root}/tokenize", chat | {"add_generation_prompt": True})["tokens"]
         plain = {"model": self.model, "temperature": 0, "max_tokens": tokens, "skip_special_tokens": False}
@@ -271,7 +281,8 @@ def main() -> int:
     parser.add_argument("--timeout", type=float, default=300, metavar="S", help="seconds for an answer (default: 300)")
     arguments = parser.parse_args()
 
-    from xlam_jax.generate import find_model, read_json
+    from xlam_jax.documents import read_json
+    from xlam_jax.generate import find_model
 
     if arguments.tolerance is not None and not 0 <= arguments.tolerance < float("inf"):
         raise UserError(f"--tolerance {arguments.tolerance}: is no number of 0 or more")

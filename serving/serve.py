@@ -227,7 +227,11 @@ def check_port(host: str, port: int) -> None:
     """Raises `UserError` where the port is taken or may not be used."""
     if not 0 < port < 2**16:
         raise UserError(f"port {port}: is none; choose one of 1 to 65535 with --port")
-    family, kind, protocol, _, address = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM)[0]
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM)[0]
+    except (OSError, UnicodeError) as error:  # UnicodeError: of a name that is not a valid host name
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"--host {host}: not an address of this machine ({reason}); give one, or 0.0.0.0") from None
     with socket.socket(family, kind, protocol) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -296,7 +300,11 @@ def _check_folder(folder: Path, values: bool) -> None:
     shards = [Shard(str(path)) for path in sorted(folder.glob("*.safetensors"))]
     method = hf_keys.quantization_method(config)
     if hf_keys.family_of(config) and method is None:
-        HFWeights(folder)
+        if renamed := HFWeights(folder).renamed:
+            raise UserError(
+                f"{folder}: {next(iter(renamed))} has the name of a wrapper, which vLLM does not read; convert the "
+                "folder with converters.hf_to_orbax, and serve the result"
+            )
     elif hf_keys.family_of(config) and not quantized_tensor({shard.url: shard for shard in shards}):
         raise UserError(
             f"{folder / 'config.json'}: has a quantization_config ({method}), and the weights are not quantized; "

@@ -96,7 +96,7 @@ def load_tools(path: Path) -> list[Tool]:
     """
     if path.suffix == ".py":
         return [one if isinstance(one, Tool) else as_tool(one) for one in _functions(path)]
-    from xlam_jax.generate import read_json
+    from xlam_jax.documents import read_json
 
     given = read_json(path)
     if not isinstance(given, list):

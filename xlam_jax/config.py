@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
+from xlam_jax import documents
 from xlam_jax.errors import UserError, nearest
 from xlam_jax.models import hf_keys
 from xlam_jax.models.config import Lora, ModelConfig, read_hf_config
@@ -42,6 +43,8 @@ HF_TARGETS = {
 _ON_PAIRS = ("sigmoid", "hinge", "ipo", "kto_pair", "simpo", "orpo")
 PAIRS = "pairs"
 """The format of a source that holds pairs."""
+SCHEMA = 1
+"""Number of this schema. It grows when a key is renamed or removed, or a value gets another meaning."""
 CHANGEABLE: dict[str, JsonValue] = {"changeable": True}
 """Marks a field that does not change what a run computes: a run may be continued with another value."""
 
@@ -366,6 +369,8 @@ class Config(Section):
 
     output_dir: str
     """The run folder: checkpoints, metrics, the resolved config. Running again continues what it holds."""
+    schema_version: int = Field(default=SCHEMA, json_schema_extra=CHANGEABLE)
+    """The schema that this config was written for, stored with each run; configs of earlier ones are migrated."""
     seed: int = 0
     """Of initial weights and of the order of the data."""
     model: Model
@@ -389,16 +394,21 @@ class Config(Section):
 
 
 class _Yaml(yaml.SafeLoader):
-    """YAML in which 1e-4 is a number, as everyone who writes a learning rate means it."""
+    """YAML in which 1e-4 is a number, as everyone who writes a learning rate means it, and 2026-01-31 is a text."""
 
 
-_Yaml.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes texts that `_Yaml` would read as numbers."""
 
 
-def _parse_yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_Yaml)
+for _class in (_Yaml, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )
+_Yaml.yaml_implicit_resolvers = {
+    first: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:timestamp"]
+    for first, pairs in _Yaml.yaml_implicit_resolvers.items()
+}
 
 
 class Resolved(typing.NamedTuple):
@@ -422,10 +432,7 @@ def load(path: Path, overrides: list[str] | None = None) -> Resolved:
     values, origins = _read(path, ())
     for override in overrides or []:
         _override(values, origins, override)
-    try:
-        config = Config.model_validate(values)
-    except ValidationError as error:
-        raise UserError("\n  ".join(_explain(problem, origins, str(path)) for problem in error.errors())) from None
+    config = _validated(values, origins, str(path))
     hf_path = Path(config.model.config)
     hf_path = hf_path / "config.json" if hf_path.is_dir() else hf_path
     hf_config = hf_keys.with_overrides(read_hf_config(hf_path), config.model.overrides, str(hf_path))
@@ -437,6 +444,61 @@ def load(path: Path, overrides: list[str] | None = None) -> Resolved:
         warnings.append(f"{hf_path}: router_aux_loss_coef is {unused}; train.router_aux_weight, {used}, is used")
     _check(config, model)
     return Resolved(config, origins, hf_config, model, tuple(warnings))
+
+
+def _validated(values: dict[str, Any], origins: dict[str, str], path: str) -> Config:
+    try:
+        return Config.model_validate(_migrated(values, path))
+    except ValidationError as error:
+        raise UserError("\n  ".join(_explain(problem, origins, path) for problem in error.errors())) from None
+
+
+def _migrated(values: dict[str, Any], origin: str) -> dict[str, Any]:
+    """The values of a config in today's schema. Raises `UserError` for a later schema's."""
+    version = values.get("schema_version", SCHEMA)
+    if type(version) is not int or version < 0:
+        raise UserError(f"{origin}: schema_version is {version!r}; a number up to {SCHEMA} is expected")
+    if version > SCHEMA:
+        raise UserError(
+            f"{origin}: schema_version is {version}, and this version of xlam_jax reads schemas up to {SCHEMA}; "
+            "use the version that wrote it, or a later one"
+        )
+    for migrate in MIGRATIONS[version:]:
+        values = migrate(values)
+    return values | {"schema_version": SCHEMA}
+
+
+def _from_0(values: dict[str, Any]) -> dict[str, Any]:
+    """Schema 0 is that of runs saved before schemas had numbers; for some of them no moving average was null."""
+    train = values.get("train")
+    if isinstance(train, dict) and train.get("ema", 0.0) is None:
+        return values | {"train": train | {"ema": 0.0}}
+    return values
+
+
+MIGRATIONS = (_from_0,)
+"""At each number, what makes values of that schema values of the next one."""
+
+
+def from_saved(values: Any, origin: str) -> Config:
+    """The config of a run, as it was saved with the run by this or an earlier version.
+
+    Raises `UserError` naming `origin` and the keys that this version does not have or reads differently.
+    """
+    if not isinstance(values, dict):
+        raise UserError(f"{origin}: contains {_shown(values)}; the config of a run is expected; restore the file")
+    try:
+        return _validated({"schema_version": 0, **values}, {}, origin)
+    except UserError as error:
+        raise UserError(
+            f"{error}\n  The run was saved by another version of xlam_jax, or its config was changed; use that "
+            "version, or restore the config"
+        ) from None
+
+
+def read_saved(path: Path) -> Config:
+    """Reads the config.yaml of a run folder, as `from_saved`."""
+    return from_saved(documents.read_yaml(path, "the config of a run is expected here"), str(path))
 
 
 def model_of(config: Config, hf_config: dict[str, Any], origin: str = "config.json") -> ModelConfig:
@@ -478,19 +540,15 @@ def _lora(config: Config, model: ModelConfig) -> Lora:
 def _read(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, str]]:
     if path.resolve() in seen:
         raise UserError(f"{path}: extends itself, by way of {' → '.join(str(one) for one in seen)}")
-    try:
-        values = _parse_yaml(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; a YAML config is expected" + _alike(path)) from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: is a folder; a YAML config is expected") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    hint = "" if path.exists() else _alike(path)
+    values = documents.read_yaml(path, f"a YAML config is expected{hint}", _Yaml)
     if not isinstance(values, dict):
         raise UserError(f"{path}: holds {type(values).__name__}; a mapping of sections is expected")
     base = values.pop("extends", None)
     if base is None:
         merged, origins = {}, {}
+    elif not isinstance(base, str):
+        raise UserError(f"{path}: extends is {base!r}; the path of a YAML config, relative to this file, is expected")
     else:
         merged, origins = _read(path.parent / base, (*seen, path.resolve()))
     _merge(merged, origins, values, str(path), "")
@@ -522,10 +580,7 @@ def _override(values: dict[str, Any], origins: dict[str, str], text: str) -> Non
         node = node.setdefault(key, {})
         if not isinstance(node, dict):
             raise UserError(f"override {text!r}: {'.'.join(keys[: depth + 1])} is a value, not a section")
-    try:
-        node[keys[-1]] = _parse_yaml(value)
-    except yaml.YAMLError as error:
-        raise UserError(f"override {text!r}: {value!r} is not a YAML value: {' '.join(str(error).split())}") from None
+    node[keys[-1]] = documents.parse_yaml(value, f"override {text!r}", _Yaml)
     origins[name] = "command line"
 
 
@@ -539,7 +594,12 @@ def _explain(problem: Any, origins: dict[str, str], path: str) -> str:
         return f"{origin}: unknown key {name}{nearest(str(problem['loc'][-1]), known)} (known: {', '.join(known)})"
     if problem["type"] == "missing":
         return f"{origin}: {name} is missing; it has no default"
-    return f"{origin}: {name} is {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+    return f"{origin}: {name} is {_shown(problem['input'])}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def _parents(name: str) -> list[str]:
@@ -750,7 +810,7 @@ def check_divisible(config: Config, model: ModelConfig, sizes: dict[str, int]) -
 
 def to_yaml(config: Config) -> str:
     """The resolved config as YAML; reading it back gives the same config."""
-    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+    return yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def describe(resolved: Resolved) -> str:

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from xlam_jax.documents import read_json
 from xlam_jax.errors import UserError, run
 
 if TYPE_CHECKING:
@@ -86,18 +87,6 @@ def _load(config: "ModelConfig", named: str, read: "Callable[[], Params]") -> "D
         return jnp.asarray(leaf, leaf.dtype if name == "router" or name.endswith("norm") else dtype)
 
     return binder(config, dtype=dtype)(jax.tree_util.tree_map_with_path(cast, read()))
-
-
-def read_json(path: Path) -> Any:
-    """Reads a JSON file. Raises `UserError` with the line where it is malformed."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: can't be read ({error.strerror}); a JSON file is expected here") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
 
 
 def conversations(path: Path) -> list[list[dict[str, Any]]]:

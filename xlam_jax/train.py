@@ -98,8 +98,6 @@ def _steps(text: str) -> range:
 
 def check_run_folder(run: Path, resolved: Resolved) -> None:
     """Raises `UserError` when the folder holds another run, or something that is no run at all."""
-    import yaml
-
     from xlam_jax.models.config import read_hf_config
 
     saved = run / CONFIG
@@ -108,10 +106,9 @@ def check_run_folder(run: Path, resolved: Resolved) -> None:
             raise UserError(f"output_dir: {run} exists and is not a run of this program; choose another folder")
         return
     try:
-        old = configs.Config.model_validate(yaml.safe_load(saved.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, ValueError) as error:  # of pydantic and of decoding, too
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{saved}: can't be read ({reason}); restore the file, or choose another output_dir") from None
+        old = configs.read_saved(saved)
+    except UserError as error:
+        raise UserError(f"{error}, or choose another output_dir") from None
     different = configs.differences(old, resolved.config)
     new_hf = resolved.hf_config
     old_hf = read_hf_config(run / "config.json") if (run / "config.json").exists() else new_hf  # killed before it wrote

@@ -355,3 +355,97 @@ def test_a_shard_size_without_a_unit_is_refused(tmp_path: Path, convert: Command
     with pytest.raises(SystemExit, match="2"):
         convert(orbax_to_hf, "--checkpoint", tmp_path, "--out", tmp_path / "out", "--max-shard-size", "many")
     assert "'many' is not a size; write it like 5GB" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "base_model.model.", "module.", "model."])
+def test_names_of_wrappers_are_removed(wrapper: str, tmp_path: Path):
+    folder = saved(tmp_path / "hf", "mistral")
+    values = load_file(folder / "model.safetensors")
+    expected = load_hf(folder)[1]
+    save_file({wrapper + key: value for key, value in values.items()}, folder / "model.safetensors")
+    opened = hf_to_orbax.HFWeights(folder)
+    assert any("have names of a wrapper" in line for line in opened.warnings)
+    np.testing.assert_array_equal(load_hf(folder)[1]["blocks"]["q"], expected["blocks"]["q"])
+
+
+def test_names_of_wrappers_inside_and_twice(tmp_path: Path):
+    folder = saved(tmp_path / "hf", "mistral")
+    values = load_file(folder / "model.safetensors")
+    expected = load_hf(folder)[1]["blocks"]["w1"]
+    inside = {key.replace(".mlp.", "._orig_mod.mlp."): value for key, value in values.items()}
+    save_file(inside, folder / "model.safetensors")
+    np.testing.assert_array_equal(load_hf(folder)[1]["blocks"]["w1"], expected)
+    save_file(inside | {"_orig_mod.model.norm.weight": values["model.norm.weight"]}, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"_orig_mod\.model\.norm\.weight.* model\.norm\.weight without the names|both"):
+        load_hf(folder)
+
+
+def test_adapters_that_are_not_merged_are_named(tmp_path: Path):
+    folder = saved(tmp_path / "hf", "mistral")
+    values = load_file(folder / "model.safetensors")
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
+    changed = {f"base_model.model.{name}": value for name, value in values.items()}
+    save_file(changed | {key: np.zeros((2, 2), np.float32)}, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"lora_A\.default\.weight belongs to an adapter that is not merged"):
+        load_hf(folder)
+
+
+def test_layers_of_several_dtypes_are_read_in_the_wider_one(tmp_path: Path, convert: Command):
+    folder = saved(tmp_path / "hf", "mistral")
+    values = load_file(folder / "model.safetensors")
+    key = "model.layers.0.self_attn.q_proj.weight"
+    save_file(values | {key: values[key].astype(np.float16)}, folder / "model.safetensors")
+    q = load_hf(folder)[1]["blocks"]["q"]
+    assert q.dtype == np.float32
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).model.layers[0].self_attn.q_proj.weight
+    np.testing.assert_array_equal(q[0].reshape(q.shape[1], -1).T, theirs.detach().numpy())
+    convert(hf_to_orbax, "--hf", folder, "--out", tmp_path / "orbax", "--verify")
+
+
+def test_swish_is_silu(tmp_path: Path, convert: Command):
+    folder = saved(tmp_path / "hf", "mistral")
+    set_config(folder, hidden_act="swish")
+    convert(hf_to_orbax, "--hf", folder, "--out", tmp_path / "orbax", "--verify")
+    convert(orbax_to_hf, "--checkpoint", tmp_path / "orbax", "--out", tmp_path / "back")
+    assert json.loads((tmp_path / "back/config.json").read_text())["hidden_act"] == "silu"  # vLLM knows no other
+
+
+def test_parts_are_kept_where_the_source_cannot_be_read(
+    tmp_path: Path, convert: Command, monkeypatch: pytest.MonkeyPatch
+):
+    folder = saved(tmp_path / "hf", "mistral")
+    read = hf_to_orbax.Shard.read
+    done: list[str] = []
+
+    def failing(shard: Any, key: str, part: Any = None) -> Any:
+        if "layers.1" in key:
+            monkeypatch.setattr(shard, "_files", None)
+
+            class Broken:
+                def cat_file(self, *_: object) -> bytes:
+                    raise OSError(5, "Input/output error")
+
+            shard._files = Broken()
+        done.append(key)
+        return read(shard, key, part)
+
+    monkeypatch.setattr(hf_to_orbax.Shard, "read", failing)
+    with pytest.raises(UserError, match=r"model\.safetensors: .* can't be read \(Input/output error\); run again"):
+        convert(hf_to_orbax, "--hf", folder, "--out", tmp_path / "orbax", "--workers", "1")
+    monkeypatch.setattr(hf_to_orbax.Shard, "read", lambda *given: (done.append(given[1]), read(*given))[1])
+    done.clear()
+    convert(hf_to_orbax, "--hf", folder, "--out", tmp_path / "orbax")
+    assert done
+    assert "model.embed_tokens.weight" not in done
+
+
+def test_addresses_as_outputs(tmp_path: Path, convert: Command, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    folder = saved(tmp_path / "hf", "mistral")
+    with pytest.raises(UserError, match="gs://bucket/a: an address, and this output is written to a local folder"):
+        convert(hf_to_orbax, "--hf", folder, "--out", "gs://bucket/a")
+    convert(hf_to_orbax, "--hf", folder, "--out", "orbax")
+    for address in ("gs://bucket/a", "nothing://bucket/a"):
+        with pytest.raises(UserError, match=f"{address}: can't be written"):
+            convert(orbax_to_hf, "--checkpoint", "orbax", "--out", address)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "orbax"]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from xlam_jax import documents
 from xlam_jax.data.formats import read_template
 from xlam_jax.data.render import chat_template
 from xlam_jax.errors import UserError, nearest
@@ -43,24 +44,36 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
         Path(name) / "tokenizer_config.json"
     ).is_file():
         raise UserError(f"tokenizer '{name}': no tokenizer_config.json there; {known}")
+    if Path(name).is_dir():
+        _check_files(Path(name))
     try:
         tokenizer = _plain(Path(name)) or AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"tokenizer '{name}' cannot be loaded ({reason}); {known}") from None
+        if isinstance(tokenizer, PreTrainedTokenizerFast):
+            tokenizer("a")  # what is malformed in tokenizer.json may show only now
+    except BaseException as error:  # transformers and tokenizers raise nearly anything for a malformed file
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UserError(f"tokenizer '{name}' cannot be loaded ({reason[:300]}); {known}") from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"tokenizer '{name}' is a {type(tokenizer).__name__} without tokenizer.json; {known}")
     return tokenizer
+
+
+def _check_files(folder: Path) -> None:
+    """Raises `UserError` for a JSON file of a tokenizer folder that is not an object."""
+    for name in ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json"):
+        if (folder / name).is_file():
+            documents.read_object(folder / name, "a file of a tokenizer is expected here; get the folder again")
 
 
 def _plain(folder: Path) -> "PreTrainedTokenizerFast | None":
     """The tokenizer of a folder that asks for no class of its own: spares the import of every model's code."""
     from transformers import PreTrainedTokenizerFast
 
-    try:
-        asked = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("tokenizer_class")
-    except OSError:
+    if not (folder / "tokenizer_config.json").is_file():
         return None
+    asked = documents.read_object(folder / "tokenizer_config.json").get("tokenizer_class")
     if asked not in ("PreTrainedTokenizerFast", "TokenizersBackend"):
         return None
     return PreTrainedTokenizerFast.from_pretrained(str(folder))

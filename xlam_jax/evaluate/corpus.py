@@ -172,6 +172,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     connection = sqlite3.connect(part)
     try:
         count = write(connection, read_pages(options.pages))
+        if not count:
+            raise UserError(f"{options.pages}: contains no pages; lines of {{title, text}} are expected")
     except BaseException:
         connection.close()
         part.unlink()

@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from xlam_jax import documents
 from xlam_jax.data import html
 from xlam_jax.errors import UserError
 from xlam_jax.evaluate import records
@@ -46,13 +47,11 @@ def read_run(folder: Path) -> Run:
     """Reads run.json and summary.json. Raises `UserError`."""
     about = records.about(folder)
     path = folder / SUMMARY
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(summary, dict) or not isinstance(summary.get("scores"), dict):
-            raise ValueError("no scores")
-        return Run(folder, about, summary)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); run the evaluation again, it goes on") from None
+    again = "run the evaluation again, it continues"
+    summary = documents.read_object(path, again)
+    if not isinstance(summary.get("scores"), dict):
+        raise UserError(f"{path}: has no scores; {again}")
+    return Run(folder, about, summary)
 
 
 def siblings(run: Run) -> Iterator[Run]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from xlam_jax import documents
 from xlam_jax.errors import UserError
 from xlam_jax.outputs import write_text
 
@@ -100,15 +101,9 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
 def about(folder: Path) -> dict[str, Any]:
     """What run.json says. Raises `UserError`."""
     path = folder / RUN
-    try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{folder}: holds no {RUN}, so it is no evaluation's folder; check the path") from None
-    except ValueError as error:
-        raise UserError(f"{path}: is no JSON ({error}); name another --out") from None
-    if not isinstance(said, dict):
-        raise UserError(f"{path}: is no JSON object; name another --out")
-    return said
+    if not path.exists():
+        raise UserError(f"{folder}: contains no {RUN}, so it is not the folder of an evaluation; check the path")
+    return documents.read_object(path, "the record of an evaluation is expected; name another --out")
 
 
 def _check(folder: Path, wanted: Mapping[str, Any]) -> None:

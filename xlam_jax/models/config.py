@@ -1,15 +1,14 @@
 """What a model is: read from a Hugging Face `config.json`, the one description every tool of the field shares."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from xlam_jax import documents
 from xlam_jax.errors import UserError, nearest
 from xlam_jax.models import hf_keys
 from xlam_jax.models.hf_keys import FAMILIES, Values
-from xlam_jax.strict_json import unique_keys
 
 # What a config.json that leaves a key out means by it: the defaults of transformers.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -114,7 +113,7 @@ class ModelConfig:
         values = Values(hf, origin, overridden)
         if hf.get("model_type", family) != family:
             raise values.error("model_type", "architectures", expected=f"{family!r} belongs to that architecture")
-        if hf.get("hidden_act", "silu") != "silu":
+        if hf.get("hidden_act", "silu") not in hf_keys.SILU:
             raise values.error("hidden_act", expected="only 'silu' is implemented")
         heads = values.size("num_attention_heads")
         kv_heads = values.size(
@@ -197,12 +196,4 @@ def read_hf_config(path: Path) -> dict[str, Any]:
 
     Raises `UserError` where the file is missing, not a JSON object, or has a key twice.
     """
-    try:
-        hf = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; a Hugging Face config.json is expected here") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(hf, dict):
-        raise UserError(f"{path}: contains a {type(hf).__name__}; a JSON object is expected")
-    return hf
+    return documents.read_object(path, "a Hugging Face config.json is expected here")

@@ -1,10 +1,10 @@
 """`generation_config.json`: which tokens end generation, and the sampling defaults of transformers and vLLM."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from xlam_jax import documents
 from xlam_jax.errors import UserError
 
 GENERATION_CONFIG = "generation_config.json"
@@ -17,16 +17,9 @@ def read_generation_config(path: Path) -> dict[str, Any] | None:
 
     Raises `UserError` where it is not a JSON object, or its token ids are not ids.
     """
-    try:
-        generation = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except OSError as error:
-        raise UserError(f"{path}: can't be read ({error.strerror})") from None
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-        raise UserError(f"{path}: not valid JSON: {error}; correct or remove the file") from None
-    if not isinstance(generation, dict):
-        raise UserError(f"{path}: holds a {type(generation).__name__}; a JSON object is expected")
+    generation = documents.read_object(path, "the generation config of a model is expected here; correct or remove it")
     eos = generation.get("eos_token_id")
     ids = {"eos_token_id": eos if isinstance(eos, list) else [eos]}
     ids |= {key: [generation.get(key)] for key in ("bos_token_id", "pad_token_id")}

@@ -38,6 +38,9 @@ HONOURED: dict[str, Set[str]] = {
 ALIASES = {"torch_dtype": "dtype", "num_experts": "num_local_experts"}
 """Second spellings of a key, and the first one."""
 
+SILU = ("silu", "swish")
+"""Names of x · sigmoid(x) in transformers; vLLM knows the first only."""
+
 _UNUSED_HERE = (None, False, 0)
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     # biases

@@ -1,7 +1,7 @@
 """What a run folder tells: its records as columns over steps, its config, and what is wrong with its files."""
 
-import json
 import math
+import sys
 from array import array
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from xlam_jax.config import Config
+from xlam_jax import documents
+from xlam_jax.config import Config, from_saved
 from xlam_jax.errors import UserError
 from xlam_jax.journals import SHOWN, json_lines, summarize
 from xlam_jax.train import CONFIG
@@ -18,6 +19,8 @@ from xlam_jax.training.metrics import METRICS
 from xlam_jax.training.setup import RUN
 
 KINDS_OF_RECORDS = ("train", "heldout", "requests")
+MOST = sys.float_info.max
+"""The largest number that a column holds; integers of a JSON file may be larger."""
 Keys = tuple[str, ...]
 """Keys that lead to a number in a record, such as ("sources", "webshop", "loss")."""
 
@@ -85,7 +88,12 @@ class Run(NamedTuple):
 def number(value: Any) -> float | None:
     """The value where it is a finite number, else None."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and math.isfinite(value) else None
+    return float(value) if is_number and -MOST <= value <= MOST else None
+
+
+def is_step(value: Any) -> bool:
+    """Whether a value is the number of a step: an integer of 64 bits."""
+    return type(value) is int and -(2**63) <= value < 2**63
 
 
 class _Node:
@@ -126,7 +134,7 @@ class _Columns:
                 if name not in node.below:
                     node.below[name] = _Node()
                 self._add(value, node.below[name], row, bad)
-            elif (kind is float or kind is int) and value - value == 0:  # neither infinite nor NaN
+            elif (kind is float or kind is int) and -MOST <= value <= MOST:  # neither infinite nor NaN
                 column = columns.get(name)
                 if column is None:
                     column = columns[name] = array("d")
@@ -207,7 +215,7 @@ def _tables(path: Path, warnings: list[str]) -> dict[str, Table]:
     problems: list[str] = []
     not_finite: list[str] = []
     for at, record in json_lines(path, problems):
-        if not isinstance(record, dict) or type(record.get("step")) is not int or "kind" not in record:
+        if not isinstance(record, dict) or not is_step(record.get("step")) or "kind" not in record:
             problems.append(f"line {at} is no record with step and kind")
             continue
         step, kind, absent = record.pop("step"), record.pop("kind"), record.pop("not_finite", None)
@@ -234,31 +242,19 @@ def _tables(path: Path, warnings: list[str]) -> dict[str, Table]:
 
 def _about(path: Path, warnings: list[str]) -> dict[str, Any]:
     try:
-        about = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        about, what = None, "not there"
-    except ValueError:
-        about, what = None, "no JSON"
-    else:
-        what = "no JSON object"
-    if isinstance(about, dict):
-        return about
-    warnings.append(f"{path}: {what}: sizes, devices, target shares and utilisation are not known")
+        return documents.read_object(path)
+    except UserError as error:
+        problem = str(error)
+    warnings.append(f"{problem}: sizes, devices, target shares and utilisation are not known")
     return {}
 
 
 def _config(path: Path, warnings: list[str]) -> tuple[Config | None, str]:
-    import yaml
-    from pydantic import ValidationError
-
     text = path.read_bytes().decode(errors="backslashreplace")
     try:
-        return Config.model_validate(yaml.safe_load(text)), text
-    except ValidationError as error:
-        first = error.errors()[0]
-        problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-    except yaml.YAMLError as error:
-        problem = " ".join(str(error).split())
+        return from_saved(documents.parse_yaml(text, path), str(path)), text
+    except UserError as error:
+        problem = " ".join(str(error).removeprefix(f"{path}: ").split())
     warnings.append(f"{path}: does not fit this version's schema ({problem}): shown as it is, and not compared")
     return None, text
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from xlam_jax.data.schemas import hashable
 from xlam_jax.journals import json_lines, summarize
 from xlam_jax.report.plots import color_class
+from xlam_jax.report.runs import is_step
 from xlam_jax.training.metrics import SAMPLES
 
 REQUESTS = 40
@@ -60,7 +61,7 @@ def read(run: Path, warnings: list[str]) -> Samples:
     if not path.exists():
         return Samples({}, 0)
     for at, record in json_lines(path, problems):
-        if not isinstance(record, dict) or type(record.get("step")) is not int:
+        if not isinstance(record, dict) or not is_step(record.get("step")):
             problems.append(f"line {at} is no sample with a step")
             continue
         key = (str(record.get("source")), str(record.get("id")), str(record.get("turn", "?")))

@@ -608,6 +608,8 @@ def load_hf_config(step_dir: Path) -> dict[str, Any]:
     path = step_dir.parent.parent / HF_CONFIG
     hf_config = read_hf_config(path)
     saved = load_metadata(step_dir).get("model") or hf_config
+    if not isinstance(saved, dict):
+        raise DamagedError(step_dir, f"model in {METADATA} is a {type(saved).__name__}, not an object")
     different = [
         f"{key} is {hf_config.get(key)!r} there and {saved.get(key)!r} in the checkpoint"
         for key in sorted(saved.keys() | hf_config.keys())
@@ -643,7 +645,10 @@ def check_files(step_dir: Path) -> None:
     """Raises `UserError` when a file beside a step is not the one that it was saved with. Further files are fine."""
     run = step_dir.parent.parent
     now = _digests(run)
-    for name, digest in load_metadata(step_dir).get(FILES, {}).items():
+    files = load_metadata(step_dir).get(FILES, {})
+    if not isinstance(files, dict):
+        raise DamagedError(step_dir, f"{FILES} in {METADATA} is a {type(files).__name__}, not an object")
+    for name, digest in files.items():
         if now.get(name) != digest:
             advice = f" (a run that is continued without {run / TOKENIZER} writes it again)"
             raise UserError(

@@ -21,6 +21,7 @@ from textwrap import shorten
 from typing import Any, Protocol
 
 from xlam_jax import config as configs
+from xlam_jax import documents
 from xlam_jax.errors import UserError
 from xlam_jax.outputs import write_text
 
@@ -327,6 +328,20 @@ class Trackers:
         self._senders = ()
 
 
+def _read_known(path: Path, tell: Callable[[str], None]) -> dict[str, dict[str, str]]:
+    """Each tracker's project and run id in an earlier process; {} where the file is missing or damaged."""
+    if not path.exists():
+        return {}
+    try:
+        known = documents.read_object(path)
+        if not all(isinstance(value, dict) for value in known.values()):
+            raise UserError(f"{path}: each tracker's project and run are expected")
+    except UserError as error:
+        tell(f"warning: {error}; the trackers begin new runs")
+        return {}
+    return known
+
+
 def open_trackers(
     track: configs.Track,
     run: Path,
@@ -343,7 +358,7 @@ def open_trackers(
     """
     check_trackers(track)
     path, lock = run / KNOWN, threading.Lock()
-    known: dict[str, dict[str, str]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    known = _read_known(path, tell)
 
     def begun(name: str, own: str) -> None:
         with lock:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xlam_jax.config import Config, Resolved, model_of
+from xlam_jax.config import Resolved, from_saved, model_of
 from xlam_jax.errors import UserError
 from xlam_jax.models import hf_keys
 from xlam_jax.models.config import ModelConfig
@@ -134,7 +134,7 @@ def frozen(resolved: Resolved, base: Params | None, abstract: Params, dtype: Any
 def saved_run(step_dir: Path) -> Resolved | None:
     """The run that a step belongs to, if it trained adapters; None for a step that holds a whole model."""
     saved = checkpoint.load_metadata(step_dir).get("config")
-    config = Config.model_validate(saved) if saved else None
+    config = from_saved(saved, f"{step_dir}: its config") if saved else None
     if config is None or config.train.trainable == "full":
         return None
     hf_config = checkpoint.load_hf_config(step_dir)
