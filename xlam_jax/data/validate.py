@@ -56,7 +56,8 @@ def validate(path: Path, limit: Limit | None = None) -> Iterator[list[Finding]]:
     line = 0
     source = Source(name="validate", files=[str(path)])
     sources.check(source)
-    for _, _, line, row, padded in sources._file(source, path):
+    for _, _, number, row, padded, begins in sources.file_rows(source, path):
+        line = begins or number
         identity = ""
         if isinstance(row, InvalidTrajectory):
             problems = [Problem(row.reason, row.detail)]
