@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from converters.trajectories import EXPORTERS, FORMATS, converter, exporter
+from converters.trajectories import EXPORTERS, FORMATS, converter, exporter, guess
 from converters.trajectories.common import Converted, Dropped, ExportRow, Lost
 from xlam_jax.data.files import Meter
 from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory, to_dict
@@ -98,8 +98,11 @@ def convert(
         if not tally.written:
             first = tally.first_drop
             why = f"; first: {first.where}: {first.reason}: {first.detail}" if first else ""
-            raise UserError(f"not one trajectory of format '{name}' in {', '.join(map(str, inputs))}{why}")
+            hint = guess(inputs, besides=name)
+            raise UserError(f"not one trajectory of format '{name}' in {', '.join(map(str, inputs))}{why}{hint}")
     result = {"format": name, "to": to, "inputs": [str(path) for path in inputs], "out": str(out), **tally.report()}
+    if tally.first_drop and 2 * result["rows"]["dropped"] > result["rows"]["read"]:
+        result["hint"] = guess(inputs, besides=name).removeprefix("; ")
     if report is not None:
         with _new_file(report) as file:
             file.write(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
@@ -114,6 +117,8 @@ def summary(report: dict[str, Any]) -> Iterator[str]:
         f"{rows['read']} rows read = {rows['converted']} converted + {rows['dropped']} dropped"
         + (f"; {report['lines']} lines of format {report['to']}" if report["to"] != "unified" else "")
     )
+    if report.get("hint"):
+        yield f"  most rows were dropped: {report['hint']}"
     for title, reasons in (
         ("dropped trajectories", report["dropped"]["trajectory"]),
         ("dropped steps", report["dropped"]["step"]),
@@ -207,7 +212,7 @@ class _Tally:
             self._repaired.add(item.where, repair.reason, repair.detail)
         for loss in lost:
             self._lost.add(item.where, loss.reason, loss.detail)
-        for problem in self._check_row(to_dict(item.trajectory)):
+        for problem in self._check_row(to_dict(item.trajectory, numbers=True)):
             self._left.add(item.where, problem.reason, problem.detail)
         digest = hashlib.blake2b(item.trajectory.id.encode(), digest_size=16).digest()
         if digest in self._ids:

@@ -15,6 +15,7 @@ from xlam_jax.data.trajectory import (
     InvalidTrajectory,
     Message,
     Trajectory,
+    parse_json,
     parse_trajectory,
     system_text,
 )
@@ -204,6 +205,26 @@ def field(row: object, key: str, kind: type | tuple[type, ...]) -> Any:
     if not isinstance(value, kind):
         raise InvalidTrajectory("missing-field", f"`{key}` is {'missing' if value is None else type(value).__name__}")
     return value
+
+
+def turns_of(row: dict[str, Any], key: str, repairs: list[Repaired]) -> list[Any]:
+    """The turns at `key`: a list, or JSON of one in a text, as tables hold it. Raises `InvalidTrajectory`."""
+    value = row.get(key)
+    if isinstance(value, str):
+        value = parse_json(value)
+        repairs.append(Repaired("string-turns", f"`{key}` is JSON in a text"))
+    return field(row | {key: value}, key, list)
+
+
+def declared_tools(value: Any) -> list[Any]:
+    """Tools that may be JSON in a text, each tool too, and one tool without a list. Raises `InvalidTrajectory`."""
+    try:
+        if isinstance(value, str):
+            value = parse_json(value) if value.strip() else []
+        tools = value if isinstance(value, list) else [] if value is None else [value]
+        return [parse_json(tool) if isinstance(tool, str) else tool for tool in tools]
+    except InvalidTrajectory as invalid:
+        raise InvalidTrajectory("bad-tools", f"`tools` is a text that is no JSON: {invalid.detail}") from None
 
 
 def take_tools(turns: list[dict[str, Any]], tools: list[Any], repairs: list[Repaired]) -> list[Any]:

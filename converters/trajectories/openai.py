@@ -19,18 +19,22 @@ from converters.trajectories.common import (
     Lost,
     Repaired,
     convert_rows,
+    declared_tools,
     field,
     losses,
     take_tools,
+    turns_of,
 )
 from converters.trajectories.links import link
 from xlam_jax.data.trajectory import (
+    TURN,
     InvalidTrajectory,
     Message,
     Trajectory,
     answered_calls,
     decode_arguments,
     to_messages,
+    with_call_list,
 )
 
 
@@ -50,6 +54,8 @@ def convert_row(row: dict[str, Any], name: str, ids: bool = True) -> Iterator[di
     rest = {key: value for key, value in row.items() if key not in ("messages", "functions", "id")}
     identity = row.get("id")
     repairs: list[Repaired] = []
+    if isinstance(rest.get("tools"), str):
+        rest["tools"] = declared_tools(rest["tools"])
     functions = row.get("functions")
     if functions:
         declared = [{"type": "function", "function": function} for function in field(row, "functions", list)]
@@ -57,7 +63,7 @@ def convert_row(row: dict[str, Any], name: str, ids: bool = True) -> Iterator[di
             raise InvalidTrajectory("bad-tools", "`tools` and `functions` declare different tools; keep one of them")
         rest["tools"] = declared
     turns: list[dict[str, Any]] = []
-    for i, message in enumerate(field(row, "messages", list)):
+    for i, message in enumerate(turns_of(row, "messages", repairs)):
         turns.append(read_turn(i, message, repairs))
         if turns[-1]["role"] == "system" and not rest.get("tools"):
             rest["tools"] = take_tools(turns, [], repairs)
@@ -75,14 +81,14 @@ def convert_row(row: dict[str, Any], name: str, ids: bool = True) -> Iterator[di
 def split_instruction(turns: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
     """Takes a system turn that is nothing but text off the front."""
     match turns:
-        case [{"role": "system", "content": str(text), **others}, *rest] if text and not others:
+        case [{"role": "system", "content": str(text), **others}, *rest] if text and not others.keys() - {TURN}:
             return text, rest
     return "", turns
 
 
 def read_turn(i: int, message: Any, repairs: list[Repaired]) -> dict[str, Any]:
     """Turn `i` of a conversation in OpenAI form, as the reader of trajectories takes it. Raises `InvalidTrajectory`."""
-    turn = dict(message) if field(message, "role", str) else {}
+    turn = {**message, TURN: i} if field(message, "role", str) else {}
     turn["role"] = {"developer": "system", "function": "tool"}.get(turn["role"], turn["role"])
     function = turn.pop("function_call", None)
     if isinstance(function, dict) and function and not any(value is not None for value in function.values()):
@@ -96,6 +102,8 @@ def read_turn(i: int, message: Any, repairs: list[Repaired]) -> dict[str, Any]:
         if weight not in (0, 1):
             raise InvalidTrajectory("bad-loss", f"turn {i} has weight {weight!r}, not 0 or 1")
         turn["loss"] = bool(weight)
+    note = lambda reason, detail: repairs.append(Repaired(reason, detail))  # noqa: E731
+    turn = with_call_list(i, turn, note)
     calls = turn.get("tool_calls")
     if calls and isinstance(calls, list):
         turn["content"] = "" if turn.get("content") is None else turn["content"]

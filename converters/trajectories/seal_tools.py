@@ -47,7 +47,9 @@ def convert(paths: list[Path]) -> Iterator[Converted | Dropped]:
         try:
             tools[row["api_name"]] = _schema(row)
         except InvalidTrajectory as invalid:
-            raise UserError(f"{place(pool, number, line)}: {invalid.reason}: {invalid.detail}; correct the tool") from None
+            raise UserError(
+                f"{place(pool, number, line)}: {invalid.reason}: {invalid.detail}; correct the tool"
+            ) from None
         field_of[row["api_name"]] = kind = str(row.get("field", "")).partition("/")[0]
         fields.setdefault(kind, []).append(row["api_name"])
     return convert_rows(rows, lambda row, name: _convert_row(row, name, tools, field_of, fields))

@@ -51,7 +51,9 @@ def _read_tools(path: Path) -> list[dict[str, Any]]:
         try:
             tools += parse_tools([read.row])
         except InvalidTrajectory as invalid:
-            raise UserError(f"{place(path, read.number, read.line)}: tool {read.number}: {invalid.reason}: {invalid.detail}; correct it") from None
+            raise UserError(
+                f"{place(path, read.number, read.line)}: no tool: {invalid.reason}: {invalid.detail}; correct it"
+            ) from None
     return tools
 
 

@@ -259,7 +259,7 @@ def _first_byte(path: Path) -> bytes:
         return file.read(1 << 10).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
 
 
-def _read_document(path: Path) -> Iterator[tuple[int, dict[str, Any] | InvalidTrajectory]]:
+def _read_document(path: Path) -> Iterator[Row]:
     """Yields the file's one object as row 1."""
     with open_bytes(path) as file:
         text = file.read(LONGEST_ROW + 1)

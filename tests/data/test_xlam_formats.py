@@ -559,9 +559,7 @@ def test_whatever_the_row_nothing_else_is_raised(name, monkeypatch):
     @settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.nested_given])
     @given(st.lists(broken(start) | st.dictionaries(st.sampled_from(sorted(start)), JSON), min_size=1, max_size=2))
     def check(candidates):
-        monkeypatch.setattr(
-            "converters.trajectories.train_ready.read_rows", lambda path: rows(candidates)
-        )
+        monkeypatch.setattr("converters.trajectories.train_ready.read_rows", lambda path: rows(candidates))
         monkeypatch.setattr("converters.trajectories.common.read_rows", lambda path: rows(candidates))
         items = list(converter(name)([Path("rows.jsonl")]))
         assert {item.row for item in items} == set(range(1, len(candidates) + 1))

@@ -111,7 +111,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def read_items(path: Path) -> Iterator[tuple[int, int, bytes]]:
-    """Streams (number from 1, line that it begins on, text) of the items of a JSON list, or of the values of a JSON object.
+    """Streams (number from 1, line that it begins on, text) of the items of a JSON list, or values of a JSON object.
 
     The texts are not parsed: what stands between two commas may be no JSON. Raises `UserError` on a file that can't be
     read, is no list or object, ends before it closes or goes on after it, and on an item over `LONGEST_ROW` bytes.

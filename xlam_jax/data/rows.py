@@ -1,11 +1,12 @@
 """Rows of a file of any kind: lines or a JSON document, plain or packed, Parquet, ArrayRecord."""
 
+import io
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from xlam_jax.data import nulls
 from xlam_jax.data.files import open_bytes, read_items, read_lines
@@ -68,7 +69,7 @@ def _has_lines(path: Path, named_so: bool) -> bool:
     """Whether a row is a line: not where a list begins; in a .json file where one object ends with its line, and
     another follows."""
     with open_bytes(path) as file:
-        begin = file.peek(1)[:_PEEKED].removeprefix(b"\xef\xbb\xbf").lstrip()
+        begin = cast(io.BufferedReader, file).peek(1)[:_PEEKED].removeprefix(b"\xef\xbb\xbf").lstrip()
         if named_so or not begin.startswith(b"{"):
             return named_so and not begin.startswith(b"[")
         first, second = ([*_lines(file), b"", b""])[:2]
@@ -88,7 +89,7 @@ def _lines(file: Any) -> list[bytes]:
 
 
 _PEEKED = 1 << 16
-_LONGEST_FIRST = 16 << 20
+_LONGEST_FIRST = 4 << 20
 
 
 def _object(text: bytes) -> dict[str, Any] | InvalidTrajectory:
@@ -137,7 +138,7 @@ def _parquet(path: Path, columns: Callable[[list[str]], Sequence[str]]) -> Itera
 
 
 def arrow_rows(table: "pa.RecordBatch | pa.Table") -> Iterator[tuple[Any, bool]]:
-    """The rows of a table without nulls, but for those that the reader judges, and whether they have such; see `Row`."""
+    """The rows of a table without nulls, but for those that the reader judges, and `padded` of each; see `Row`."""
     kinds = {name: table.schema.field(name).type for name in table.schema.names}
     for values in table.to_pylist(maps_as_pydicts="strict"):
         try:

@@ -9,7 +9,6 @@ nulls are left out. In tools and arguments they are judged by the tools' schemas
 as a repair, `null-fields`; a column of JSON texts has no such padding.
 """
 
-import math
 import os
 import socket
 import urllib.request
@@ -31,7 +30,7 @@ from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory, parse_json, 
 from xlam_jax.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    import pyarrow as pa
+    pass
 
 _OWN = ("unified", PAIRS)  # the formats that are read as they are
 UNIFIED = ("unique_trajectory_id", "source", "score", "task_instruction", "tools", "conversation")
@@ -213,7 +212,9 @@ def _rows(source: Source, dataset: dict[str, Any]) -> Iterator[_Row]:
 def file_rows(source: Source, path: Path) -> Iterator["_Row"]:
     """The rows of a file of a source."""
     for read in read_rows(path, lambda names: _columns(source, str(path), names)):
-        yield _Row(place(path, read.number, read.line), path, read.number, _parsed(source, read.row), read.padded, read.line)
+        yield _Row(
+            place(path, read.number, read.line), path, read.number, _parsed(source, read.row), read.padded, read.line
+        )
 
 
 def _columns(source: Source, where: str, names: list[str]) -> list[str]:
