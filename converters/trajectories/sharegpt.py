@@ -29,7 +29,7 @@ from converters.trajectories.links import link
 from converters.trajectories.openai import split_instruction
 from xlam_jax.data import text_calls
 from xlam_jax.data.embedded import value_at
-from xlam_jax.data.trajectory import TURN, InvalidTrajectory, Trajectory, decode_arguments, parse_json
+from xlam_jax.data.trajectory import TURN, InvalidTrajectory, Trajectory, decode_arguments, parse_json, unflattened
 from xlam_jax.errors import nearest
 
 ROLES = {
@@ -61,7 +61,7 @@ def convert(paths: list[Path]) -> Iterator[Converted | Dropped]:
 def convert_row(row: dict[str, Any], name: str) -> Iterator[dict[str, Any] | Repaired]:
     """Converts one conversation. `source` and `score`, which some files add, are kept."""
     repairs: list[Repaired] = []
-    tools = declared_tools(row.get("tools"))
+    tools = [_wrapped(tool) for tool in declared_tools(row.get("tools"))]
     turns: list[dict[str, Any]] = []
     if row.get("system"):
         turns.append({"role": "system", "content": field(row, "system", str)})
@@ -140,6 +140,9 @@ def _chat_turn(i: int, message: dict[str, Any], content: Any, repairs: list[Repa
         "content": content,
         **({} if loss is None else {"loss": loss}),
     }
+    calls = turn.get("tool_calls")
+    if isinstance(calls, list):
+        turn["tool_calls"] = [_wrapped(call) for call in calls]
     turn = openai.read_turn(i, turn, repairs)
     calls = turn.get("tool_calls") or []
     for call in calls if isinstance(calls, list) else [calls]:
@@ -253,6 +256,11 @@ def _name(item: Any) -> Any:
     """The name of a tool, or of a call, in OpenAI form."""
     function = item.get("function") if isinstance(item, dict) else None
     return function.get("name") if isinstance(function, dict) else None
+
+
+def _wrapped(item: Any) -> Any:
+    """A tool or call in OpenAI form; flat ones are this format's own way to write them."""
+    return unflattened(item, "item", lambda reason, detail: None)
 
 
 def export_row(trajectory: Trajectory) -> Iterator[dict[str, Any] | Lost]:

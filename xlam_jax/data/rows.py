@@ -66,12 +66,14 @@ def place(path: Path, number: int, line: int = 0) -> str:
 
 
 def _has_lines(path: Path, named_so: bool) -> bool:
-    """Whether a row is a line: not where a list begins; in a .json file where one object ends with its line, and
+    """Whether a row is a line: not where a list of objects begins; in a .json file where one object ends with its line, and
     another follows."""
     with open_bytes(path) as file:
         begin = cast(io.BufferedReader, file).peek(1)[:_PEEKED].removeprefix(b"\xef\xbb\xbf").lstrip()
-        if named_so or not begin.startswith(b"{"):
-            return named_so and not begin.startswith(b"[")
+        if named_so:
+            return not (begin.startswith(b"[") and begin[1:].lstrip().startswith(b"{"))
+        if not begin.startswith(b"{"):
+            return False
         first, second = ([*_lines(file), b"", b""])[:2]
     try:
         return bool(second) and isinstance(json.loads(first), dict)
