@@ -7,10 +7,12 @@ Each module has `convert(paths)`; those that take a row at a time also have `con
 from collections.abc import Iterator
 from functools import partial
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from converters.trajectories.common import Convert, Converted, ConvertRow, Dropped, ExportRow
+from xlam_jax.data.trajectory import InvalidTrajectory
 from xlam_jax.errors import UserError, nearest
 
 FORMATS = (
@@ -33,6 +35,8 @@ FORMATS = (
     "sharegpt",
     "alpaca",
 )
+GUESSED = 20
+"""Rows by which a format is guessed."""
 EXPORTERS = ("openai", "sharegpt", "xlam60k", "train_ready")
 
 
@@ -60,6 +64,22 @@ def exporter(name: str) -> ExportRow:
     """The `export_row` of a format. Raises `UserError` on a name that has none."""
     _known(name, EXPORTERS, "format to write")
     return _module(name).export_row
+
+
+def guess(paths: list[Path], besides: str) -> str:
+    """A hint at the format that reads most of the first `GUESSED` rows, empty where none reads half of them."""
+    best, most = "", 0
+    for name in FORMATS:
+        if name == besides:
+            continue
+        try:
+            items = list(islice(converter(name)(paths), GUESSED))
+        except (UserError, InvalidTrajectory):
+            continue
+        read = sum(isinstance(item, Converted) for item in items)
+        if read > most and 2 * read >= len(items):
+            best, most = name, read
+    return f"; --format {best} reads them" if best else ""
 
 
 def _known(name: str, names: tuple[str, ...], what: str) -> None:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from converters.trajectories import EXPORTERS, FORMATS, converter, exporter
+from converters.trajectories import EXPORTERS, FORMATS, converter, exporter, guess
 from converters.trajectories.common import Converted, Dropped, ExportRow, Lost
 from xlam_jax.data.files import Meter
 from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory, to_dict
@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
         nargs="+",
         type=Path,
         metavar="FILE",
-        help="rows a line (.jsonl) or a JSON document (.json); also packed (.gz, .zst)",
+        help="lines (.jsonl) or a JSON document (.json), also packed (.gz, .zst), Parquet, ArrayRecord",
     )
     parser.add_argument("--out", required=True, type=Path, metavar="FILE.jsonl")
     parser.add_argument(
@@ -97,9 +97,12 @@ def convert(
                     lines.write(json.dumps(row, ensure_ascii=False) + "\n")
         if not tally.written:
             first = tally.first_drop
-            why = f"; first: {first.path}:{first.row}: {first.reason}: {first.detail}" if first else ""
-            raise UserError(f"not one trajectory of format '{name}' in {', '.join(map(str, inputs))}{why}")
+            why = f"; first: {first.where}: {first.reason}: {first.detail}" if first else ""
+            hint = guess(inputs, besides=name)
+            raise UserError(f"not one trajectory of format '{name}' in {', '.join(map(str, inputs))}{why}{hint}")
     result = {"format": name, "to": to, "inputs": [str(path) for path in inputs], "out": str(out), **tally.report()}
+    if tally.first_drop and 2 * result["rows"]["dropped"] > result["rows"]["read"]:
+        result["hint"] = guess(inputs, besides=name).removeprefix("; ")
     if report is not None:
         with _new_file(report) as file:
             file.write(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
@@ -114,6 +117,8 @@ def summary(report: dict[str, Any]) -> Iterator[str]:
         f"{rows['read']} rows read = {rows['converted']} converted + {rows['dropped']} dropped"
         + (f"; {report['lines']} lines of format {report['to']}" if report["to"] != "unified" else "")
     )
+    if report.get("hint"):
+        yield f"  most rows were dropped: {report['hint']}"
     for title, reasons in (
         ("dropped trajectories", report["dropped"]["trajectory"]),
         ("dropped steps", report["dropped"]["step"]),
@@ -145,7 +150,7 @@ def _exported(item: Converted, export: ExportRow, tally: "_Tally") -> Iterator[d
         if not rows:
             raise InvalidTrajectory(lost[0].reason, lost[0].detail) if lost else InvalidTrajectory("no-row", "")
     except InvalidTrajectory as invalid:
-        tally.add(Dropped(item.path, item.row, invalid.reason, invalid.detail))
+        tally.add(Dropped(item.path, item.row, invalid.reason, invalid.detail, line=item.line))
         return
     tally.add_written(item, rows, lost)
     yield from rows
@@ -156,15 +161,15 @@ class _Reasons:
 
     def __init__(self):
         self._entries: dict[str, dict[str, Any]] = {}
-        self._last: dict[str, tuple[Path, int]] = {}
+        self._last: dict[str, str] = {}
 
-    def add(self, path: Path, row: int, reason: str, detail: str) -> None:
+    def add(self, where: str, reason: str, detail: str) -> None:
         entry = self._entries.setdefault(reason, {"count": 0, "rows": [], "more": 0, "detail": detail[:1000]})
         entry["count"] += 1
-        if self._last.get(reason) != (path, row):  # a row is listed once, however often
-            self._last[reason] = (path, row)
+        if self._last.get(reason) != where:  # a row is listed once, however often
+            self._last[reason] = where
             if len(entry["rows"]) < LISTED:
-                entry["rows"].append(f"{path}:{row}")
+                entry["rows"].append(where)
             else:
                 entry["more"] += 1
 
@@ -193,7 +198,7 @@ class _Tally:
             self._row, self._row_written = (item.path, item.row), False
             self.read += 1
         if isinstance(item, Dropped):
-            self._dropped[item.unit].add(item.path, item.row, item.reason, item.detail)
+            self._dropped[item.unit].add(item.where, item.reason, item.detail)
             if item.unit == "trajectory":
                 self._trajectories_dropped += 1
                 self.first_drop = self.first_drop or item
@@ -204,14 +209,14 @@ class _Tally:
         self._rows_converted += not self._row_written
         self._row_written = True
         for repair in item.repairs:
-            self._repaired.add(item.path, item.row, repair.reason, repair.detail)
+            self._repaired.add(item.where, repair.reason, repair.detail)
         for loss in lost:
-            self._lost.add(item.path, item.row, loss.reason, loss.detail)
-        for problem in self._check_row(to_dict(item.trajectory)):
-            self._left.add(item.path, item.row, problem.reason, problem.detail)
+            self._lost.add(item.where, loss.reason, loss.detail)
+        for problem in self._check_row(to_dict(item.trajectory, numbers=True)):
+            self._left.add(item.where, problem.reason, problem.detail)
         digest = hashlib.blake2b(item.trajectory.id.encode(), digest_size=16).digest()
         if digest in self._ids:
-            self._left.add(item.path, item.row, "duplicate-trajectory-id", f"'{item.trajectory.id}' came before")
+            self._left.add(item.where, "duplicate-trajectory-id", f"'{item.trajectory.id}' came before")
         self._ids.add(digest)
 
     def report(self) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from xlam_jax.data.declarations import find_tools
-from xlam_jax.data.files import read_items, read_lines, stem
+from xlam_jax.data.files import stem
+from xlam_jax.data.rows import place, read_rows
 from xlam_jax.data.trajectory import (
     InvalidTrajectory,
     Message,
@@ -29,6 +30,12 @@ class Dropped:
     reason: str
     detail: str
     unit: Literal["trajectory", "step"] = "trajectory"
+    line: int = 0
+    """That the row begins on, where it is known."""
+
+    @property
+    def where(self) -> str:
+        return place(self.path, self.row, self.line)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +62,11 @@ class Converted:
     row: int
     trajectory: Trajectory
     repairs: tuple[Repaired, ...] = ()
+    line: int = 0
+
+    @property
+    def where(self) -> str:
+        return place(self.path, self.row, self.line)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +86,19 @@ ExportRow = Callable[[Trajectory], Iterable[dict[str, Any] | Lost]]
 def convert_rows(paths: Iterable[Path], convert_row: ConvertRow) -> Iterator[Converted | Dropped]:
     """Streams every row of `paths` through `convert_row(row, name)`, where `name` is unique to the row."""
     for path in paths:
-        for number, row in read_rows(path):
-            yield from convert_one(path, number, row, convert_row)
+        for read in read_rows(path):
+            yield from convert_one(path, read.number, read.row, convert_row, read.padded, read.line)
 
 
 def convert_one(
-    path: Path, number: int, row: dict[str, Any] | InvalidTrajectory, convert_row: ConvertRow, padded: bool = False
+    path: Path,
+    number: int,
+    row: dict[str, Any] | InvalidTrajectory,
+    convert_row: ConvertRow,
+    padded: bool = False,
+    line: int = 0,
 ) -> Iterator[Converted | Dropped]:
-    """Converts row `number` of `path`; `padded` where it has the null fields of a union schema.
+    """Converts row `number` of `path`, on `line`; `padded` where it has the null fields of a union schema.
 
     `convert_row(row, name)` yields unified trajectories as objects, which are checked here, and before each the steps
     left out of it and the defects mended in it; it raises `InvalidTrajectory` for a row that can't be converted, and
@@ -107,17 +124,17 @@ def convert_one(
                     raise item
                 trajectory = parse_trajectory(item, repaired=partial(_note, repairs), padded=padded)
             except InvalidTrajectory as invalid:  # a row may hold several: the next one may be fine
-                yield Dropped(path, number, invalid.reason, invalid.detail)
+                yield Dropped(path, number, invalid.reason, invalid.detail, line=line)
             else:
-                yield from (Dropped(path, number, step.reason, step.detail, unit="step") for step in steps)
-                yield Converted(path, number, trajectory, tuple(repairs))
+                yield from (Dropped(path, number, step.reason, step.detail, unit="step", line=line) for step in steps)
+                yield Converted(path, number, trajectory, tuple(repairs), line)
             steps, repairs = [], []
     except InvalidTrajectory as invalid:
-        yield Dropped(path, number, invalid.reason, invalid.detail)
+        yield Dropped(path, number, invalid.reason, invalid.detail, line=line)
     else:
-        yield from (Dropped(path, number, step.reason, step.detail, unit="step") for step in steps)
+        yield from (Dropped(path, number, step.reason, step.detail, unit="step", line=line) for step in steps)
         if silent:
-            yield Dropped(path, number, "no-trajectory", "the row holds none")
+            yield Dropped(path, number, "no-trajectory", "the row holds none", line=line)
 
 
 def _note(repairs: list[Repaired], reason: str, detail: str) -> None:
@@ -180,23 +197,6 @@ def _turn_losses(turn: Message, other: Message) -> Iterator[str]:
         yield "loss-flag-not-held"
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | InvalidTrajectory]]:
-    """Streams (number from 1, row): the lines of a .jsonl file, or the items of a JSON list or JSON object of rows.
-
-    Either may be packed (.gz, .zst). Rows that are no JSON objects come as `InvalidTrajectory`. Raises `UserError` on
-    an unreadable file.
-    """
-    lines = {".jsonl", ".ndjson"} & set(path.suffixes[-2:])
-    for number, text in read_lines(path) if lines else read_items(path):
-        try:
-            row = parse_json(text)
-            if not isinstance(row, dict):
-                raise InvalidTrajectory("not-an-object", f"a row is a JSON object, got a {type(row).__name__}")
-            yield number, row
-        except InvalidTrajectory as invalid:
-            yield number, invalid
-
-
 def field(row: object, key: str, kind: type | tuple[type, ...]) -> Any:
     """Returns `row[key]`; raises `InvalidTrajectory("missing-field", …)` when it is absent or of another type."""
     if not isinstance(row, dict):
@@ -205,6 +205,26 @@ def field(row: object, key: str, kind: type | tuple[type, ...]) -> Any:
     if not isinstance(value, kind):
         raise InvalidTrajectory("missing-field", f"`{key}` is {'missing' if value is None else type(value).__name__}")
     return value
+
+
+def turns_of(row: dict[str, Any], key: str, repairs: list[Repaired]) -> list[Any]:
+    """The turns at `key`: a list, or JSON of one in a text, as tables hold it. Raises `InvalidTrajectory`."""
+    value = row.get(key)
+    if isinstance(value, str):
+        value = parse_json(value)
+        repairs.append(Repaired("string-turns", f"`{key}` is JSON in a text"))
+    return field(row | {key: value}, key, list)
+
+
+def declared_tools(value: Any) -> list[Any]:
+    """Tools that may be JSON in a text, each tool too, and one tool without a list. Raises `InvalidTrajectory`."""
+    try:
+        if isinstance(value, str):
+            value = parse_json(value) if value.strip() else []
+        tools = value if isinstance(value, list) else [] if value is None else [value]
+        return [parse_json(tool) if isinstance(tool, str) else tool for tool in tools]
+    except InvalidTrajectory as invalid:
+        raise InvalidTrajectory("bad-tools", f"`tools` is a text that is no JSON: {invalid.detail}") from None
 
 
 def take_tools(turns: list[dict[str, Any]], tools: list[Any], repairs: list[Repaired]) -> list[Any]:

@@ -19,19 +19,23 @@ from converters.trajectories.common import (
     Lost,
     Repaired,
     convert_rows,
+    declared_tools,
     field,
     losses,
     take_tools,
+    turns_of,
 )
 from converters.trajectories.links import link
 from xlam_jax.data.messages import modern_turn
 from xlam_jax.data.trajectory import (
+    TURN,
     InvalidTrajectory,
     Message,
     Trajectory,
     answered_calls,
     decode_arguments,
     to_messages,
+    with_call_list,
 )
 
 
@@ -51,6 +55,8 @@ def convert_row(row: dict[str, Any], name: str, ids: bool = True) -> Iterator[di
     rest = {key: value for key, value in row.items() if key not in ("messages", "functions", "id")}
     identity = row.get("id")
     repairs: list[Repaired] = []
+    if isinstance(rest.get("tools"), str):
+        rest["tools"] = declared_tools(rest["tools"])
     functions = row.get("functions")
     if functions:
         declared = [{"type": "function", "function": function} for function in field(row, "functions", list)]
@@ -58,7 +64,7 @@ def convert_row(row: dict[str, Any], name: str, ids: bool = True) -> Iterator[di
             raise InvalidTrajectory("bad-tools", "`tools` and `functions` declare different tools; keep one of them")
         rest["tools"] = declared
     turns: list[dict[str, Any]] = []
-    for i, message in enumerate(field(row, "messages", list)):
+    for i, message in enumerate(turns_of(row, "messages", repairs)):
         turns.append(read_turn(i, message, repairs))
         if turns[-1]["role"] == "system" and not rest.get("tools"):
             rest["tools"] = take_tools(turns, [], repairs)
@@ -76,7 +82,7 @@ def convert_row(row: dict[str, Any], name: str, ids: bool = True) -> Iterator[di
 def split_instruction(turns: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
     """Takes a system turn that is nothing but text off the front."""
     match turns:
-        case [{"role": "system", "content": str(text), **others}, *rest] if text and not others:
+        case [{"role": "system", "content": str(text), **others}, *rest] if text and not others.keys() - {TURN}:
             return text, rest
     return "", turns
 
@@ -84,12 +90,14 @@ def split_instruction(turns: list[dict[str, Any]]) -> tuple[str, list[dict[str, 
 def read_turn(i: int, message: Any, repairs: list[Repaired]) -> dict[str, Any]:
     """Turn `i` of a conversation in OpenAI form, as the reader of trajectories takes it. Raises `InvalidTrajectory`."""
     field(message, "role", str)
-    turn = modern_turn(message, f"turn {i}")
+    turn = modern_turn(message, f"turn {i}") | {TURN: i}
     if turn.get("weight") is not None:
         weight = turn.pop("weight")
         if weight not in (0, 1):
             raise InvalidTrajectory("bad-loss", f"turn {i} has weight {weight!r}, not 0 or 1")
         turn["loss"] = bool(weight)
+    note = lambda reason, detail: repairs.append(Repaired(reason, detail))  # noqa: E731
+    turn = with_call_list(i, turn, note)
     calls = turn.get("tool_calls")
     if calls and isinstance(calls, list):
         turn["content"] = "" if turn.get("content") is None else turn["content"]

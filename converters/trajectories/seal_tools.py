@@ -19,9 +19,9 @@ from converters.trajectories.common import (
     declared_arguments,
     field,
     json_schema,
-    read_rows,
     tool,
 )
+from xlam_jax.data.rows import place, read_rows
 from xlam_jax.data.trajectory import InvalidTrajectory
 from xlam_jax.errors import UserError
 
@@ -41,13 +41,15 @@ def convert(paths: list[Path]) -> Iterator[Converted | Dropped]:
     tools: dict[str, dict[str, Any]] = {}
     field_of: dict[str, str] = {}
     fields: dict[str, list[str]] = {}
-    for number, row in read_rows(pool):
+    for number, line, row, _ in read_rows(pool):
         if isinstance(row, InvalidTrajectory) or not isinstance(row.get("api_name"), str):
-            raise UserError(f"{pool}:{number}: no tool; every line is an object with `api_name`")
+            raise UserError(f"{place(pool, number, line)}: no tool; every line is an object with `api_name`")
         try:
             tools[row["api_name"]] = _schema(row)
         except InvalidTrajectory as invalid:
-            raise UserError(f"{pool}:{number}: {invalid.reason}: {invalid.detail}; correct the tool") from None
+            raise UserError(
+                f"{place(pool, number, line)}: {invalid.reason}: {invalid.detail}; correct the tool"
+            ) from None
         field_of[row["api_name"]] = kind = str(row.get("field", "")).partition("/")[0]
         fields.setdefault(kind, []).append(row["api_name"])
     return convert_rows(rows, lambda row, name: _convert_row(row, name, tools, field_of, fields))

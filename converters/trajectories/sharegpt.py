@@ -19,15 +19,17 @@ from converters.trajectories.common import (
     Lost,
     Repaired,
     convert_rows,
+    declared_tools,
     field,
     losses,
     take_tools,
+    turns_of,
 )
 from converters.trajectories.links import link
 from converters.trajectories.openai import split_instruction
 from xlam_jax.data import text_calls
 from xlam_jax.data.embedded import value_at
-from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory, decode_arguments, parse_json
+from xlam_jax.data.trajectory import TURN, InvalidTrajectory, Trajectory, decode_arguments, parse_json, unflattened
 from xlam_jax.errors import nearest
 
 ROLES = {
@@ -59,12 +61,12 @@ def convert(paths: list[Path]) -> Iterator[Converted | Dropped]:
 def convert_row(row: dict[str, Any], name: str) -> Iterator[dict[str, Any] | Repaired]:
     """Converts one conversation. `source` and `score`, which some files add, are kept."""
     repairs: list[Repaired] = []
-    tools = _tools(row.get("tools"))
+    tools = [_wrapped(tool) for tool in declared_tools(row.get("tools"))]
     turns: list[dict[str, Any]] = []
     if row.get("system"):
         turns.append({"role": "system", "content": field(row, "system", str)})
         tools = take_tools(turns, tools, repairs)
-    for i, message in enumerate(field(row, "conversations", list)):
+    for i, message in enumerate(turns_of(row, "conversations", repairs)):
         _add(turns, i, message, tools, repairs)
         if turns[-1]["role"] == "system":
             tools = take_tools(turns, tools, repairs)
@@ -97,7 +99,7 @@ def _add(turns: list[dict[str, Any]], i: int, message: Any, tools: list[Any], re
         turns.append(_chat_turn(i, message, value, repairs))
         return
     kind = ROLES[role]
-    rest = _without(message, "from", "value", "train", "weight")
+    rest = {**_without(message, "from", "value", "train", "weight"), TURN: i}
     loss = _loss(i, message)
     if loss is not None:
         rest["loss"] = loss
@@ -256,21 +258,9 @@ def _name(item: Any) -> Any:
     return function.get("name") if isinstance(function, dict) else None
 
 
-def _tools(value: Any) -> list[Any]:
-    if isinstance(value, str):
-        try:
-            value = parse_json(value) if value.strip() else []
-        except InvalidTrajectory as invalid:
-            raise InvalidTrajectory("bad-tools", f"`tools` is a text that is no JSON: {invalid.detail}") from None
-    if value is None:
-        return []
-    tools = value if isinstance(value, list) else [value]
-    return [_wrapped(tool) for tool in tools]
-
-
-def _wrapped(tool: Any) -> Any:
-    flat = isinstance(tool, dict) and "function" not in tool and isinstance(tool.get("name"), str)
-    return {"type": "function", "function": tool} if flat else tool
+def _wrapped(item: Any) -> Any:
+    """A tool or call in OpenAI form; flat ones are this format's own way to write them."""
+    return unflattened(item, "item", lambda reason, detail: None)
 
 
 def export_row(trajectory: Trajectory) -> Iterator[dict[str, Any] | Lost]:

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from converters.trajectories.common import Converted, Dropped, convert_rows, field, read_rows, stem
+from converters.trajectories.common import Converted, Dropped, convert_rows, field, stem
+from xlam_jax.data.rows import place, read_rows
 from xlam_jax.data.trajectory import InvalidTrajectory, parse_tools
 from xlam_jax.errors import UserError
 
@@ -46,11 +47,13 @@ def _domain(path: Path) -> str:
 
 def _read_tools(path: Path) -> list[dict[str, Any]]:
     tools: list[Any] = []
-    for number, row in read_rows(path):
+    for read in read_rows(path):
         try:
-            tools += parse_tools([row])
+            tools += parse_tools([read.row])
         except InvalidTrajectory as invalid:
-            raise UserError(f"{path}: tool {number}: {invalid.reason}: {invalid.detail}; correct it") from None
+            raise UserError(
+                f"{place(path, read.number, read.line)}: no tool: {invalid.reason}: {invalid.detail}; correct it"
+            ) from None
     return tools
 
 

@@ -22,12 +22,12 @@ from converters.trajectories.common import (
     convert_one,
     declared_arguments,
     field,
-    read_rows,
     stem,
     tool,
 )
 from xlam_jax.data import literals
 from xlam_jax.data.files import LONGEST_ROW, open_bytes
+from xlam_jax.data.rows import Row, read_rows
 from xlam_jax.data.trajectory import InvalidTrajectory, Note, decode_arguments, parse_json
 from xlam_jax.errors import UserError
 
@@ -70,9 +70,10 @@ def convert(paths: list[Path]) -> Iterator[Converted | Dropped]:
     """
     for path in paths:
         document = not ({".jsonl", ".ndjson"} & set(path.suffixes[-2:])) and _first_byte(path) != b"["
-        for number, row in _read_document(path) if document else read_rows(path):
-            name = _name(path) if document else f"{stem(path)}_{number}"
-            yield from convert_one(path, number, row, lambda row, _, name=name: convert_row(row, name))
+        for read in _read_document(path) if document else read_rows(path):
+            name = _name(path) if document else f"{stem(path)}_{read.number}"
+            named = lambda row, _, name=name: convert_row(row, name)  # noqa: E731
+            yield from convert_one(path, read.number, read.row, named, read.padded, read.line)
 
 
 def convert_row(row: dict[str, Any], name: str) -> Iterator[Item]:
@@ -258,7 +259,7 @@ def _first_byte(path: Path) -> bytes:
         return file.read(1 << 10).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
 
 
-def _read_document(path: Path) -> Iterator[tuple[int, dict[str, Any] | InvalidTrajectory]]:
+def _read_document(path: Path) -> Iterator[Row]:
     """Yields the file's one object as row 1."""
     with open_bytes(path) as file:
         text = file.read(LONGEST_ROW + 1)
@@ -268,6 +269,6 @@ def _read_document(path: Path) -> Iterator[tuple[int, dict[str, Any] | InvalidTr
         row = parse_json(text)
         if not isinstance(row, dict):
             raise InvalidTrajectory("not-an-object", f"an answer is a JSON object, got a {type(row).__name__}")
-        yield 1, row
+        yield Row(1, 1, row)
     except InvalidTrajectory as invalid:
-        yield 1, invalid
+        yield Row(1, 1, invalid)

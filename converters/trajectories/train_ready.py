@@ -22,8 +22,8 @@ from converters.trajectories.common import (
     convert_one,
     field,
     losses,
-    read_rows,
 )
+from xlam_jax.data.rows import read_rows
 from xlam_jax.data.trajectory import (
     InvalidTrajectory,
     Message,
@@ -65,8 +65,8 @@ class _Open:
 
 def _merged(path: Path) -> Iterator[Converted | Dropped]:
     held: _Open | None = None
-    for number, row in read_rows(path):
-        *others, item = convert_one(path, number, row, _convert_row)
+    for number, line, row, padded in read_rows(path):
+        *others, item = convert_one(path, number, row, _convert_row, padded, line)
         if not isinstance(item, Converted):
             yield from (*others, item)
             continue
@@ -78,7 +78,7 @@ def _merged(path: Path) -> Iterator[Converted | Dropped]:
             else:
                 yield from held.others
                 detail = f"row {number} repeats the turns of '{held.id}' and goes on"
-                yield Dropped(held.item.path, held.item.row, "repeated-context", detail, unit="step")
+                yield Dropped(held.item.path, held.item.row, "repeated-context", detail, "step", held.item.line)
                 made = longer
         held = made
     if held is not None:

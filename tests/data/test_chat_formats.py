@@ -469,7 +469,9 @@ def test_alpaca():
     assert read("alpaca", {"instruction": "Go.", "output": "Gone."}).conversation[0].content == "Go."
     assert refused("alpaca", {"instruction": "Go."}) == "missing-field: `output` is missing"
     assert refused("alpaca", {**row, "history": ["Who?"]}) == "bad-turn: round 0 of `history` is no pair of texts"
-    assert "empty-assistant-turn" in refused("alpaca", {**row, "output": ""})
+    (item,) = items("alpaca", {**row, "output": ""})
+    assert isinstance(item, Converted)
+    assert [repair.reason for repair in item.repairs] == ["empty-last-turn"]
 
 
 ROWS: dict[str, dict[str, Any]] = {

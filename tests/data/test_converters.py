@@ -16,8 +16,8 @@ from converters.trajectories.common import (
     as_declared,
     convert_one,
     json_schema,
-    read_rows,
 )
+from xlam_jax.data.rows import read_rows
 from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory
 from xlam_jax.errors import UserError
 
@@ -277,7 +277,7 @@ def test_a_row_may_hold_several_trajectories():
 
 
 def first_row(path: Path) -> dict:
-    return next(row for _, row in read_rows(path) if isinstance(row, dict))
+    return next(read.row for read in read_rows(path) if isinstance(read.row, dict))
 
 
 @pytest.mark.parametrize(

@@ -34,14 +34,14 @@ def test_the_items_are_those_of_the_whole_document(tmp_path, monkeypatch, buffer
     def check(document, ascii_only, indent):
         path.write_text(json.dumps(document, ensure_ascii=ascii_only, indent=indent), encoding="utf-8")
         values = list(document.values()) if isinstance(document, dict) else document
-        assert [(number, json.loads(text)) for number, text in read_items(path)] == list(enumerate(values, start=1))
+        assert [(number, json.loads(text)) for number, _, text in read_items(path)] == list(enumerate(values, start=1))
 
     check()
 
 
 def items(path: Path, content: bytes) -> list[bytes]:
     path.write_bytes(content)
-    return [text for _, text in read_items(path)]
+    return [text for _, _, text in read_items(path)]
 
 
 def test_items_that_are_no_json_keep_their_place(tmp_path):

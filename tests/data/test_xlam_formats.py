@@ -17,6 +17,7 @@ from converters.trajectories.__main__ import main
 from converters.trajectories.common import Converted, Dropped, Lost, convert_one, json_schema
 from converters.trajectories.train_ready import convert as convert_train_ready
 from converters.trajectories.xlam60k import SPELLINGS, spelling, tool_schemas
+from xlam_jax.data.rows import Row
 from xlam_jax.data.trajectory import InvalidTrajectory, Message, ToolCall, Trajectory, parse_trajectory, to_dict
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -552,13 +553,14 @@ def test_agentohana_variants(convert):
 def test_whatever_the_row_nothing_else_is_raised(name, monkeypatch):
     start = rows_of(name)[0]
 
+    def rows(candidates):
+        return (Row(number, number, row) for number, row in enumerate(candidates, start=1))
+
     @settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.nested_given])
     @given(st.lists(broken(start) | st.dictionaries(st.sampled_from(sorted(start)), JSON), min_size=1, max_size=2))
     def check(candidates):
-        monkeypatch.setattr(
-            "converters.trajectories.train_ready.read_rows", lambda path: enumerate(candidates, start=1)
-        )
-        monkeypatch.setattr("converters.trajectories.common.read_rows", lambda path: enumerate(candidates, start=1))
+        monkeypatch.setattr("converters.trajectories.train_ready.read_rows", lambda path: rows(candidates))
+        monkeypatch.setattr("converters.trajectories.common.read_rows", lambda path: rows(candidates))
         items = list(converter(name)([Path("rows.jsonl")]))
         assert {item.row for item in items} == set(range(1, len(candidates) + 1))
         for item in items:

@@ -141,7 +141,7 @@ def _say(line: str) -> None:
 
 def _readable(files: Sequence[Path]) -> None:
     """Raises `UserError` before any work for files that are not there or whose ending says nothing."""
-    from xlam_jax.data.sources import PACKED, SUFFIXES
+    from xlam_jax.data.rows import PACKED, SUFFIXES, suffix
 
     for file in files:
         if file.is_dir():
@@ -149,11 +149,10 @@ def _readable(files: Sequence[Path]) -> None:
         if not file.exists():
             siblings = [entry.name for entry in file.parent.iterdir()] if file.parent.is_dir() else []
             raise UserError(f"{file}: no such file{nearest(file.name, siblings)}")
-        bare = file.with_suffix("") if file.suffix in PACKED else file
-        if bare.suffix not in SUFFIXES:
+        if suffix(file) not in SUFFIXES:
             raise UserError(
                 f"{file}: its ending should tell what it holds: {', '.join(SUFFIXES)}, "
-                f"the first two also with {' or '.join(PACKED)}"
+                f"the first three also with {' or '.join(PACKED)}"
             )
 
 

@@ -110,8 +110,8 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
-def read_items(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Streams (number from 1, text) of the items of a JSON list, or of the values of a JSON object.
+def read_items(path: Path) -> Iterator[tuple[int, int, bytes]]:
+    """Streams (number from 1, line that it begins on, text) of the items of a JSON list, or values of a JSON object.
 
     The texts are not parsed: what stands between two commas may be no JSON. Raises `UserError` on a file that can't be
     read, is no list or object, ends before it closes or goes on after it, and on an item over `LONGEST_ROW` bytes.
@@ -132,7 +132,7 @@ def read_items(path: Path) -> Iterator[tuple[int, bytes]]:
                 raise UserError(f"{path}: item {number + 1} of its object has no key; get it again")
             if text.strip(_BLANK) or mark == b"," or after_comma:
                 number += 1
-                yield number, text
+                yield number, scan.began, text
             if mark != b",":
                 break
             after_comma = True
@@ -157,6 +157,8 @@ class _Scan:
     def __init__(self, path: Path, file: BinaryIO):
         self._path, self._file = path, file
         self._text, self._at, self._before = b"", 0, 0  # `_before`: bytes of the file that the window has left behind
+        self._line = self.began = 1
+        """`began`: the line on which the last item begins."""
 
     def _more(self) -> bool:
         """Moves the window on; as large a piece as is held already, so that a long item is searched few times."""
@@ -171,6 +173,7 @@ class _Scan:
             if start and self._text.startswith(b"\xef\xbb\xbf"):
                 self._at = 3
             rest = self._text[self._at :].lstrip(_BLANK)
+            self._line += self._text.count(b"\n", self._at, len(self._text) - len(rest))
             self._at = len(self._text) - len(rest)
             if rest or not self._more():
                 return
@@ -200,6 +203,8 @@ class _Scan:
             mark = self._text[end - 1 : end]
             if not depth and mark in marks:
                 text = self._text[self._at : end - 1]
+                self.began = self._line + text.count(b"\n", 0, len(text) - len(text.lstrip(_BLANK)))
+                self._line += text.count(b"\n")
                 self._at = end
                 return text, mark
             if mark in b"[{":

@@ -51,7 +51,7 @@ def parse_pair(row: object, default_id: str, repaired: Note, *, padded: bool = F
         whole = shared | {"conversation": [*row["conversation"], *row[name]], "score": row.get(f"{name}_score")}
         try:
             note = lambda reason, detail: notes.update({(reason, detail): None})  # noqa: E731
-            return parse_trajectory(whole, default_id, note, padded=padded)
+            return parse_trajectory(whole, default_id, note, padded=padded, keep_end=True)
         except InvalidTrajectory as invalid:
             raise InvalidTrajectory(invalid.reason, f"{name}: {invalid.detail}") from None
 

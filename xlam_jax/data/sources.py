@@ -9,36 +9,31 @@ nulls are left out. In tools and arguments they are judged by the tools' schemas
 as a repair, `null-fields`; a column of JSON texts has no such padding.
 """
 
-import math
 import os
 import socket
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from urllib.parse import urlsplit
 
-from converters.trajectories.common import ConvertRow, Dropped, convert_one, read_rows, stem
+from converters.trajectories.common import ConvertRow, Dropped, convert_one, stem
 from converters.trajectories.common import Repaired as Repair
 from converters.trajectories.preference import is_other_layout, pair_row
 from xlam_jax.config import PAIRS, Filters, Source
 from xlam_jax.data import nulls
 from xlam_jax.data.pair import PAIR_KEYS, Pair, parse_pair
+from xlam_jax.data.rows import BATCH, PACKED, SUFFIXES, arrow_rows, place, read_rows, suffix
 from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory, parse_json, unread_calls
 from xlam_jax.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    import pyarrow as pa
+    pass
 
-PACKED = (".gz", ".zst")
-JSON = (".jsonl", ".json")
-SUFFIXES = (*JSON, ".parquet", ".array_record")
 _OWN = ("unified", PAIRS)  # the formats that are read as they are
 UNIFIED = ("unique_trajectory_id", "source", "score", "task_instruction", "tools", "conversation")
-_BATCH = 64  # rows of a Parquet file or dataset that are held at once
 _PROBE_SECONDS = 5.0
 
 
@@ -66,6 +61,8 @@ class _Row(NamedTuple):
     row: dict[str, Any] | InvalidTrajectory
     padded: bool = False
     """Whether the row has the null fields of a union schema."""
+    line: int = 0
+    """That the row begins on in its file."""
 
 
 def read(source: Source, dataset: dict[str, Any] | None = None) -> Iterator[Item]:
@@ -108,8 +105,8 @@ def check(source: Source) -> None:
         _fail(source, f"filters.max_turns is {filters.max_turns}, less than filters.min_turns, {filters.min_turns}")
     _converter(source)
     for file in source.files:
-        if _suffix(Path(file)) not in SUFFIXES:
-            known = f"{', '.join(SUFFIXES)}, and the first two also with {' or '.join(PACKED)}"
+        if suffix(Path(file)) not in SUFFIXES:
+            known = f"{', '.join(SUFFIXES)}, and the first three also with {' or '.join(PACKED)}"
             _fail(source, f"{file}: what it holds is told by its ending, and this one is not known; known are {known}")
         if not Path(file).is_file():
             what = "is a folder; name its files" if Path(file).is_dir() else "no such file"
@@ -118,11 +115,6 @@ def check(source: Source) -> None:
 
 def _fail(source: Source, message: str) -> NoReturn:
     raise UserError(f"data.sources: {source.name}: {message}")
-
-
-def _suffix(path: Path) -> str:
-    inner = Path(path.stem).suffix
-    return inner if path.suffix in PACKED and inner in JSON else path.suffix
 
 
 def _alike(path: Path) -> str:
@@ -214,65 +206,15 @@ def _rows(source: Source, dataset: dict[str, Any]) -> Iterator[_Row]:
         return _dataset(source, source.dataset, dataset)
     if source.tfds is not None:
         return _tfds(source, source.tfds)
-    return (row for file in source.files for row in _file(source, Path(file)))
+    return (row for file in source.files for row in file_rows(source, Path(file)))
 
 
-def _file(source: Source, path: Path) -> Iterator[_Row]:
-    kind = _suffix(path)
-    if kind == ".parquet":
-        rows = _parquet(source, path)
-    elif kind == ".array_record":
-        rows = _array_record(path)
-    else:
-        rows = ((number, row, False) for number, row in read_rows(path))
-    for number, row, padded in rows:
-        yield _Row(f"{path}:{number}", path, number, row, padded)
-
-
-_Read = Iterator[tuple[int, dict[str, Any] | InvalidTrajectory, bool]]
-
-
-def _array_record(path: Path) -> _Read:
-    """Rows of JSON text, numbered from 1."""
-    with open_array_record(path) as reader:
-        for number in range(reader.num_records()):
-            try:
-                row = parse_json(reader.read([number])[0])
-                if not isinstance(row, dict):
-                    raise InvalidTrajectory("not-an-object", f"a row is a JSON object, got a {type(row).__name__}")
-            except InvalidTrajectory as invalid:
-                row = invalid
-            yield number + 1, row, False
-
-
-@contextmanager
-def open_array_record(path: Path) -> Iterator[Any]:
-    """Gives the file's reader. Raises `UserError` when it can't be read; by itself a reader says it has no records."""
-    from array_record.python.array_record_module import ArrayRecordReader
-
-    reader = ArrayRecordReader(str(path))
-    try:
-        yield reader
-        reader.close()  # tells what is wrong with the file, if anything
-    except RuntimeError as error:
-        raise UserError(f"{path}: cannot be read as ArrayRecord ({error}); make it or get it again") from None
-
-
-def _parquet(source: Source, path: Path) -> _Read:
-    """Rows numbered from 1."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    number = 0
-    try:
-        with pq.ParquetFile(path) as file:
-            columns = _columns(source, str(path), file.schema_arrow.names)
-            for batch in file.iter_batches(_BATCH, columns=columns):
-                for row, padded in _arrow(source, batch):
-                    number += 1
-                    yield number, row, padded
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path}: cannot be read as Parquet ({error}); make it or get it again") from None
+def file_rows(source: Source, path: Path) -> Iterator["_Row"]:
+    """The rows of a file of a source."""
+    for read in read_rows(path, lambda names: _columns(source, str(path), names)):
+        yield _Row(
+            place(path, read.number, read.line), path, read.number, _parsed(source, read.row), read.padded, read.line
+        )
 
 
 def _columns(source: Source, where: str, names: list[str]) -> list[str]:
@@ -288,55 +230,18 @@ def _columns(source: Source, where: str, names: list[str]) -> list[str]:
     return [name for name in names if name in (PAIR_KEYS if source.format == PAIRS else UNIFIED)]
 
 
-def _arrow(source: Source, table: "pa.RecordBatch | pa.Table") -> Iterator[tuple[Any, bool]]:
-    """The rows of a table, texts of JSON parsed, without nulls but for those that the reader judges; see `_Row`."""
-    kinds = {name: table.schema.field(name).type for name in table.schema.names}
-    for values in table.to_pylist(maps_as_pydicts="strict"):
-        try:
-            row = nulls.drop_outside_tools({name: _value(value, kinds[name], name) for name, value in values.items()})
-            padded = nulls.has_columns_of_arguments(row)
-            yield (_parsed(row) if source.format in _OWN else row), padded
-        except InvalidTrajectory as invalid:
-            yield invalid, False
-
-
-def _value(value: Any, kind: "pa.DataType", path: str) -> Any:
-    """An Arrow value as JSON."""
-    import pyarrow.types as pat
-
-    if value is None or isinstance(value, bool | int):
-        return value
-    if getattr(kind, "extension_name", "") == "arrow.json":
-        return parse_json(value)
-    if isinstance(value, str):
-        return value
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise InvalidTrajectory("malformed-json", f"{path} is {value}, which JSON does not have")
-        return value
-    if pat.is_struct(kind):
-        fields = [kind.field(at) for at in range(kind.num_fields)]  # pyright: ignore[reportAttributeAccessIssue]
-        return {field.name: _value(value[field.name], field.type, f"{path}.{field.name}") for field in fields}
-    if isinstance(value, dict):
-        return {str(key): _value(item, kind.item_type, path) for key, item in value.items()}  # pyright: ignore
-    if isinstance(value, list):
-        return [_value(item, kind.value_type, path) for item in value]  # pyright: ignore
-    if isinstance(value, bytes):
-        return _text(value, path)
-    return str(value)  # a date or the like
-
-
-def _text(value: bytes, path: str) -> str:
-    try:
-        return value.decode()
-    except UnicodeDecodeError:
-        raise InvalidTrajectory("bad-value", f"{path} is bytes, not text") from None
-
-
-def _parsed(row: dict[str, Any]) -> dict[str, Any]:
+def _parsed(source: Source, row: dict[str, Any] | InvalidTrajectory) -> dict[str, Any] | InvalidTrajectory:
     """A row whose tools and turns may each be JSON texts, as a whole or one by one; other layouts stay as they are."""
-    if is_other_layout(row):
+    if isinstance(row, InvalidTrajectory) or source.format not in _OWN or is_other_layout(row):
         return row
+    try:
+        return _parsed_texts(row)
+    except InvalidTrajectory as invalid:
+        return invalid
+
+
+def _parsed_texts(row: dict[str, Any]) -> dict[str, Any]:
+    row = dict(row)
     for key in ("tools", "conversation", "chosen", "rejected"):
         if isinstance(value := row.get(key), str):
             row[key] = parse_json(value)
@@ -351,8 +256,8 @@ def _dataset(source: Source, name: str, of_hub: dict[str, Any]) -> Iterator[_Row
         saved = any((folder / file).is_file() for file in ("dataset_dict.json", "state.json"))
         if not saved:
             files = _split_files(source, folder)
-            if all(_suffix(file) in SUFFIXES for file in files):  # reads JSON as it stands; `datasets` makes it columns
-                return (row for file in files for row in _file(source, file))
+            if all(suffix(file) in SUFFIXES for file in files):  # reads JSON as it stands; `datasets` makes it columns
+                return (row for file in files for row in file_rows(source, file))
         elif source.subset is not None:
             _fail(source, f"subset is {source.subset!r}, and {folder} is one dataset, saved; leave it out")
         open_ = partial(_load_saved, source, folder) if saved else partial(_load, source)
@@ -370,10 +275,11 @@ def _dataset_rows(source: Source, open_: Callable[[], Any]) -> Iterator[_Row]:
     name = f"{source.dataset}:{source.split}"
     index = 0
     try:
-        for table in open_().with_format("arrow").iter(_BATCH):
+        for table in open_().with_format("arrow").iter(BATCH):
             columns = _columns(source, name, table.column_names)
-            for row, padded in _arrow(source, table.select(columns)):
-                yield _Row(f"{name}[{index}]", Path(Path(str(source.dataset)).name), index, row, padded)
+            for row, padded in arrow_rows(table.select(columns)):
+                where = Path(Path(str(source.dataset)).name)
+                yield _Row(f"{name}[{index}]", where, index, _parsed(source, row), padded)
                 index += 1
     except DatasetGenerationError as error:
         why = _first_line(error.__cause__ or error)
@@ -481,13 +387,13 @@ def _tfds(source: Source, name: str) -> Iterator[_Row]:
             f"holds {', '.join(built) or 'nothing'}; trajectories are built there with "
             "python -m xlam_jax.data.tfds_builder",
         )
-    for start in range(0, len(rows), _BATCH):
-        indices = range(start, min(start + _BATCH, len(rows)))
+    for start in range(0, len(rows), BATCH):
+        indices = range(start, min(start + BATCH, len(rows)))
         for number, values in zip(indices, rows.__getitems__(indices), strict=True):
             try:
                 row = nulls.drop_outside_tools(tfds_builder.plain(values))
                 padded = nulls.has_columns_of_arguments(row)
-                row = _parsed(row) if source.format in _OWN else row
+                row = _parsed(source, row)
             except InvalidTrajectory as invalid:
                 row, padded = invalid, False
             yield _Row(f"{name}:{source.split}[{number}]", Path(name.partition("/")[0]), number, row, padded)

@@ -6,7 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,7 +19,9 @@ ROLES = ("system", "user", "assistant", "tool")
 ROW_KEYS = frozenset({"unique_trajectory_id", "source", "score", "task_instruction", "tools", "conversation"})
 REASONING_KEYS = ("reasoning", "reasoning_content", "thinking")
 """Spellings of the key with an assistant turn's reasoning; the first is the canonical one."""
-MESSAGE_KEYS = frozenset({"role", "content", "tool_calls", "tool_call_id", "name", "loss"})
+TURN = "turn_in_file"
+"""Key of a turn's number in the file that it was converted from: messages name it. Converters set it."""
+MESSAGE_KEYS = frozenset({"role", "content", "tool_calls", "tool_call_id", "name", "loss", TURN})
 CALL_KEYS = frozenset({"type", "id", "function"})
 FUNCTION_KEYS = frozenset({"name", "arguments"})
 DEEPEST = 400
@@ -70,6 +72,8 @@ class Message:
     name: str | None = None
     loss: bool | None = None
     reasoning: str = ""
+    number: int | None = field(default=None, compare=False)
+    """Its turn in the file that it was converted from, where that may be another one than here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +89,7 @@ class Trajectory:
 
 
 def parse_trajectory(
-    obj: object, default_id: str = "", repaired: Note | None = None, *, padded: bool = False
+    obj: object, default_id: str = "", repaired: Note | None = None, *, padded: bool = False, keep_end: bool = False
 ) -> Trajectory:
     """Checks one row and returns it typed.
 
@@ -96,7 +100,9 @@ def parse_trajectory(
     missing-call-id and mismatched-call-id (where calls and results leave no doubt; then each result has its call's id),
     parallel-calls-as-turns (see `join_calls`), results-out-of-order (results follow in the order of their calls),
     null-fields (padding of a union schema, see `xlam_jax.data.nulls`; `padded` where the row is known to have it),
-    string-tools, missing-tool-type, text-score, number-as-id, unknown-key (this format has no such key).
+    string-tools, tool-without-list, flat-tool, missing-tool-type, string-turns, string-calls, call-without-list,
+    flat-call, empty-last-turn and refused-last-turn (unless `keep_end`, and where another assistant turn is left to
+    learn from), text-score, number-as-id, unknown-key (this format has no such key).
     `default_id` names rows without `unique_trajectory_id`.
     Text that is meant as a call and cannot be read as one of a declared tool stays as it is (see `unread_calls`).
     Raises `InvalidTrajectory`, and nothing else, for whatever `obj` is; arguments are not yet checked against the
@@ -109,7 +115,8 @@ def parse_trajectory(
     dropped: list[str] = []
     tools = _read_tools(obj.get("tools"), note, padded, dropped)
     declared = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
-    conversation = _parse_messages(obj.get("conversation"), note, declared)
+    turns = obj.get("conversation")
+    conversation = _parse_messages(turns if keep_end else without_empty_end(turns, note), note, declared)
     if not any(message.role == "assistant" for message in conversation):
         _fail("no-assistant-turn", f"none of the {len(conversation)} turns is by the assistant")
     for i, message in enumerate(conversation):
@@ -117,7 +124,10 @@ def parse_trajectory(
             if call.name not in declared:
                 known = ", ".join(declared) or "none"
                 hint = nearest(call.name[:100], declared)
-                _fail("undeclared-tool", f"turn {i} calls '{call.name}', declared tools: {known}{hint}")
+                _fail(
+                    "undeclared-tool",
+                    f"turn {turn_number(i, message)} calls '{call.name}', declared tools: {known}{hint}",
+                )
     conversation = _without_padding(conversation, declared, padded, dropped)
     if dropped:
         note("null-fields", f"left out, as null: {', '.join(sorted(set(dropped)))}")
@@ -131,6 +141,39 @@ def parse_trajectory(
         tools=tools,
         conversation=conversation,
     )
+
+
+def without_empty_end(turns: Any, note: Note) -> Any:
+    """The turns without a last one in which the assistant says nothing, or only refuses, where an earlier one is left
+    to learn from. They may be JSON in a text."""
+    if isinstance(turns, str):
+        turns = parse_json(turns)
+        note("string-turns", "`conversation` is JSON in a text")
+    if not isinstance(turns, list | tuple) or not turns:
+        return turns
+    *before, last = turns
+    taught = any(isinstance(turn, dict) and turn.get("role") == "assistant" and turn.get("loss") is not False
+                 for turn in before)  # fmt: skip
+    if not taught or not isinstance(last, dict) or last.get("role") != "assistant" or last.get("tool_calls"):
+        return turns
+    try:
+        said = _content("assistant", last.get("content"), "the last turn", _no_note, [])
+    except InvalidTrajectory:
+        said = "" if _refuses(last.get("content")) else "?"
+    if said.strip():
+        return turns
+    refused = bool(last.get("refusal")) or _refuses(last.get("content"))
+    what = "refused-last-turn" if refused else "empty-last-turn"
+    note(
+        what, f"turn {turn_number(len(before), last)} {'only refuses' if refused else 'says nothing'}, and is left out"
+    )
+    return before
+
+
+def _refuses(content: Any) -> bool:
+    """Whether all parts of a content are refusals."""
+    parts = content if isinstance(content, list) else []
+    return bool(parts) and all(isinstance(part, dict) and part.get("type") == "refusal" for part in parts)
 
 
 def parse_tools(obj: object, repaired: Note | None = None) -> list[dict[str, Any]]:
@@ -160,10 +203,20 @@ def unread_calls(messages: Sequence[Message], declared: Collection[str]) -> Iter
     for i, message in enumerate(messages):
         if message.role != "assistant":
             continue
-        found = text_calls.read(message.content, declared, f"turn {i}")
+        where = f"turn {turn_number(i, message)}"
+        found = text_calls.read(message.content, declared, where)
         if found is not None:
             problem = found.problem or f"calls '{found.calls[0].name}', and the turn has tool calls as well"
-            yield f"the text of turn {i} {problem}"
+            yield f"the text of {where} {problem}"
+
+
+def turn_number(place: int, turn: Any) -> int:
+    """The number of a turn for a message about it: in the user's file, or else its place in the conversation.
+
+    `turn` is a `Message`, or an object that need not be checked yet.
+    """
+    number = turn.number if isinstance(turn, Message) else turn.get(TURN) if isinstance(turn, dict) else None
+    return number if isinstance(number, int) else place
 
 
 def system_text(task_instruction: str, messages: Sequence[Message]) -> str:
@@ -172,8 +225,11 @@ def system_text(task_instruction: str, messages: Sequence[Message]) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def to_dict(trajectory: Trajectory) -> dict[str, Any]:
-    """Returns the canonical JSON object; `parse_trajectory` reads it back equal. Absent optional keys stay absent."""
+def to_dict(trajectory: Trajectory, numbers: bool = False) -> dict[str, Any]:
+    """Returns the canonical JSON object; `parse_trajectory` reads it back equal. Absent optional keys stay absent.
+
+    With `numbers`, turns keep those that messages name.
+    """
     row: dict[str, Any] = {"unique_trajectory_id": trajectory.id}
     if trajectory.source is not None:
         row["source"] = trajectory.source
@@ -182,7 +238,10 @@ def to_dict(trajectory: Trajectory) -> dict[str, Any]:
     if trajectory.task_instruction:
         row["task_instruction"] = trajectory.task_instruction
     row["tools"] = trajectory.tools
-    row["conversation"] = [_message_to_dict(message) for message in trajectory.conversation]
+    row["conversation"] = [
+        _message_to_dict(message) | ({TURN: message.number} if numbers and message.number is not None else {})
+        for message in trajectory.conversation
+    ]
     return row
 
 
@@ -351,8 +410,12 @@ def _read_tools(obj: object, note: Note, padded: bool, dropped: list[str]) -> li
         note("string-tools", "`tools` is JSON in a text")
     if obj is None:
         return []
+    if isinstance(obj, dict):
+        note("tool-without-list", "`tools` is one tool, not in a list")
+        obj = [obj]
     if not isinstance(obj, list):
         _fail("bad-tools", f"`tools` is a list, got {_kind(obj)}")
+    obj = [unflattened(tool, "tool", note) for tool in obj]
     obj = nulls.clean_tools(obj, padded, dropped)
     seen: set[str] = set()
     tools: list[dict[str, Any]] = []
@@ -374,6 +437,16 @@ def _read_tools(obj: object, note: Note, padded: bool, dropped: list[str]) -> li
             tool = {"type": "function"} | {key: value for key, value in tool.items() if key != "type"}
         tools.append(tool)
     return tools
+
+
+def unflattened(obj: Any, what: str, note: Note) -> Any:
+    """A tool or call with its function in `function`, which flat ones are themselves. Others as they are."""
+    if not isinstance(obj, dict) or not isinstance(obj.get("name"), str) or obj.get("function") is not None:
+        return obj
+    note(f"flat-{what}", f"{what} '{obj['name'][:100]}' is written without `function`")
+    outer = {key: obj[key] for key in ("type", "id") if key in obj and not (key == "id" and what == "tool")}
+    inner = {key: value for key, value in obj.items() if key not in outer and key != "function"}
+    return {**outer, "type": "function", "function": inner}
 
 
 def _without_padding(
@@ -398,11 +471,16 @@ def _parse_messages(
 ) -> tuple[Message, ...]:
     if not isinstance(obj, list | tuple) or not obj:
         _fail("no-conversation", f"a conversation is a non-empty list of turns, got {_kind(obj)}")
-    messages = [_parse_message(i, message, note) for i, message in enumerate(join_calls(obj, note))]
+    turns = [with_call_list(i, turn, note) for i, turn in enumerate(obj)]
+    messages = [_parse_message(i, message, note) for i, message in enumerate(join_calls(turns, note))]
     if declared:
         read = [_read_text_calls(i, message, declared, note) for i, message in enumerate(messages)]
         if read != messages:  # such turns may be parallel calls as well
-            joined = join_calls([_message_to_dict(message) for message in read], note)
+            numbered = [
+                _message_to_dict(message) | ({} if message.number is None else {TURN: message.number})
+                for message in read
+            ]
+            joined = join_calls(numbered, note)
             messages = [_parse_message(i, message, note) for i, message in enumerate(joined)]
     _check_order(messages, ("user", "assistant") if assistant_first else ("user",))
     for i, message in enumerate(messages):
@@ -423,7 +501,8 @@ def join_calls(turns: Sequence[Any], note: Note) -> list[Any]:
         if joined and _calls_tools(joined[-1]) and _calls_tools(turn):
             joined[-1] = _joined(i, joined[-1], turn)
             starts.append(len(joined) - 1)
-            note("parallel-calls-as-turns", f"turn {i} calls like the turn before it, and becomes part of that")
+            number = turn_number(i, turn)
+            note("parallel-calls-as-turns", f"turn {number} calls like the turn before it, and becomes part of that")
         else:
             joined.append(turn)
     for at in dict.fromkeys(starts):
@@ -436,8 +515,8 @@ def join_calls(turns: Sequence[Any], note: Note) -> list[Any]:
         if len(results) not in (0, len(calls)) and not all(id is not None and id in ids for id in answered):
             _fail(
                 "ambiguous-parallel-calls",
-                f"turn {at} and those after it call {len(calls)} tools in turns of their own, and {len(results)} "
-                "results follow without the ids of their calls: which call has none is not known",
+                f"turn {turn_number(at, joined[at])} and those after it call {len(calls)} tools in turns of their own, "
+                f"and {len(results)} results follow without the ids of their calls: which call has none is not known",
             )
     return joined
 
@@ -452,7 +531,8 @@ def _joined(i: int, first: dict[str, Any], second: dict[str, Any]) -> dict[str, 
     whole = second | first | {"tool_calls": [*first["tool_calls"], *second["tool_calls"]]}
     losses = [first.get("loss"), second.get("loss")]
     if (losses[0] is False) != (losses[1] is False):
-        _fail("bad-loss", f"turns {i - 1} and {i} call tools in parallel, and have loss {losses[0]} and {losses[1]}")
+        numbers = f"{turn_number(i - 1, first)} and {turn_number(i, second)}"
+        _fail("bad-loss", f"turns {numbers} call tools in parallel, and have loss {losses[0]} and {losses[1]}")
     if losses != [None, None]:
         whole["loss"] = next(loss for loss in losses if loss is not None)
     for key in ("content", *REASONING_KEYS):
@@ -468,6 +548,7 @@ def _joined(i: int, first: dict[str, Any], second: dict[str, Any]) -> dict[str, 
 
 
 def _parse_message(i: int, obj: object, note: Note) -> Message:
+    i = turn_number(i, obj)
     if not isinstance(obj, dict):
         _fail("bad-turn", f"turn {i} is {_kind(obj)}, not an object")
     role = obj.get("role")
@@ -499,7 +580,28 @@ def _parse_message(i: int, obj: object, note: Note) -> Message:
         name=_optional_text(obj, "name", where),
         loss=loss,
         reasoning="\n\n".join(dict.fromkeys(reasoning)),
+        number=i if TURN in obj else None,
     )
+
+
+def with_call_list(i: int, turn: Any, note: Note) -> Any:
+    """A turn whose calls are a list in OpenAI form: they may be JSON in a text, one call without a list, or flat.
+
+    What can't be read is left to the reader. Raises `InvalidTrajectory` for a text that is no JSON.
+    """
+    calls = turn.get("tool_calls") if isinstance(turn, dict) else None
+    if not calls or not isinstance(calls, str | dict | list):
+        return turn
+    where = f"turn {turn_number(i, turn)}"
+    if isinstance(calls, str):
+        calls = parse_json(calls)
+        note("string-calls", f"{where} has `tool_calls` that are JSON in a text")
+    if isinstance(calls, dict):
+        calls = [calls]
+        note("call-without-list", f"{where} has one call, not in a list")
+    if isinstance(calls, list):
+        calls = [unflattened(call, "call", note) for call in calls]
+    return turn | {"tool_calls": calls}
 
 
 def _read_text_calls(i: int, message: Message, declared: Collection[str], note: Note) -> Message:
@@ -508,6 +610,7 @@ def _read_text_calls(i: int, message: Message, declared: Collection[str], note: 
         return message
     from xlam_jax.data import text_calls  # which needs this module
 
+    i = turn_number(i, message)
     found = text_calls.read(message.content, declared, f"turn {i}")
     if found is None or found.problem:
         return message
@@ -595,8 +698,8 @@ def _check_order(messages: Sequence[Message], first: Collection[str] = ("user",)
     """Refuses turns that are out of place; `first` are the roles of the first turn after the system's."""
     previous = "system"
     calls_open = False  # whether tool results may follow
-    for i, message in enumerate(messages):
-        role = message.role
+    for place, message in enumerate(messages):
+        role, i = message.role, turn_number(place, message)
         if role == "system" and previous != "system":
             _fail("bad-role-order", f"turn {i} is a system turn after a {previous} turn; system turns come first")
         if previous == "system" and role not in ("system", *first):
@@ -613,37 +716,44 @@ def _link(messages: list[Message], i: int, note: Note) -> None:
     The results are put into the order of their calls.
     """
     calls = list(messages[i].tool_calls)
+    caller = turn_number(i, messages[i])
     ids = [call.id for call in calls if call.id is not None]
     if len(set(ids)) < len(ids):
-        _fail("duplicate-call-id", f"turn {i} gives two calls one id: {', '.join(ids)}")
+        _fail("duplicate-call-id", f"turn {caller} gives two calls one id: {', '.join(ids)}")
     end = next((j for j in range(i + 1, len(messages)) if messages[j].role != "tool"), len(messages))
     answered = answered_calls(calls, messages[i + 1 : end])
     if answered is None:
         known = set(ids)
         loose = [j for j in range(i + 1, end) if messages[j].tool_call_id not in known]
         j = next((j for j in loose if messages[j].tool_call_id is not None), loose[0])
-        stray = messages[j].tool_call_id
+        stray, number = messages[j].tool_call_id, turn_number(j, messages[j])
         if stray is None:
-            _fail("orphan-tool-result", f"turn {j} does not say which of the {len(calls)} calls before it it answers")
+            _fail(
+                "orphan-tool-result", f"turn {number} does not say which of the {len(calls)} calls before it it answers"
+            )
         _fail(
             "orphan-tool-call-id",
-            f"turn {j} answers call '{stray}', calls before it: {', '.join(ids) or 'none with an id'}",
+            f"turn {number} answers call '{stray}', calls before it: {', '.join(ids) or 'none with an id'}",
         )
     for j, k in enumerate(answered, start=i + 1):
         call, result = calls[k], messages[j]
+        number = turn_number(j, result)
         if call.id == result.tool_call_id:
             continue
         if call.id is None:
-            note("missing-call-id", f"turn {i} calls '{call.name}' without an id, turn {j} has '{result.tool_call_id}'")
+            note(
+                "missing-call-id",
+                f"turn {caller} calls '{call.name}' without an id, turn {number} has '{result.tool_call_id}'",
+            )
             calls[k] = replace(call, id=result.tool_call_id)
         elif result.tool_call_id is None:
-            note("missing-call-id", f"turn {j} does not say that it answers call '{call.id}'")
+            note("missing-call-id", f"turn {number} does not say that it answers call '{call.id}'")
         else:
-            note("mismatched-call-id", f"turn {j} answers '{result.tool_call_id}', the call is '{call.id}'")
+            note("mismatched-call-id", f"turn {number} answers '{result.tool_call_id}', the call is '{call.id}'")
         messages[j] = replace(result, tool_call_id=calls[k].id)
     messages[i] = replace(messages[i], tool_calls=tuple(calls))
     if answered != sorted(answered):  # formats without ids know a result's call by its place alone
-        note("results-out-of-order", f"the results after turn {i} come in another order than its calls")
+        note("results-out-of-order", f"the results after turn {caller} come in another order than its calls")
         results = messages[i + 1 : end]
         messages[i + 1 : end] = [results[at] for at in sorted(range(len(results)), key=answered.__getitem__)]
 

@@ -56,7 +56,8 @@ def validate(path: Path, limit: Limit | None = None) -> Iterator[list[Finding]]:
     line = 0
     source = Source(name="validate", files=[str(path)])
     sources.check(source)
-    for _, _, line, row, padded in sources._file(source, path):
+    for _, _, number, row, padded, begins in sources.file_rows(source, path):
+        line = begins or number
         identity = ""
         if isinstance(row, InvalidTrajectory):
             problems = [Problem(row.reason, row.detail)]
@@ -148,7 +149,7 @@ def _check_calls(tools: Sequence[dict[str, Any]], turns: Sequence[Message]) -> I
         for call in turn.tool_calls:
             if call.name in schemas:
                 for reason, detail in schemas[call.name].check(call.arguments):
-                    yield Problem(reason, f"turn {at} calls '{call.name}': {detail}")
+                    yield Problem(reason, f"turn {reader.turn_number(at, turn)} calls '{call.name}': {detail}")
 
 
 def _schemas(tools: Sequence[dict[str, Any]]) -> dict[str, Parameters]:
@@ -186,7 +187,7 @@ def _empty_turns(turns: Sequence[Message]) -> Iterator[Problem]:
     """Yields turns in which nobody says anything. A tool may well give nothing back."""
     for at, turn in enumerate(turns):
         if turn.role != "tool" and not turn.tool_calls and not turn.content.strip():
-            yield Problem("empty-turn", f"turn {at} ({turn.role}) has no text")
+            yield Problem("empty-turn", f"turn {reader.turn_number(at, turn)} ({turn.role}) has no text")
 
 
 def _unanswered(turns: Sequence[Message], at: int) -> Iterator[Problem]:
@@ -195,10 +196,12 @@ def _unanswered(turns: Sequence[Message], at: int) -> Iterator[Problem]:
     results = [turn for _, turn in _results(turns, at)] if calls else []
     if at + 1 + len(results) < len(turns):
         ids = {turn.tool_call_id for turn in results}
+        number = reader.turn_number(at, turns[at])
         for order, call in enumerate(calls):
             if (call.id not in ids) if call.id is not None else order >= len(results):
                 yield Problem(
-                    "unanswered-call", f"turn {at} calls '{call.name}', and the next turn comes before a result"
+                    "unanswered-call",
+                    f"turn {number} calls '{call.name}', and the next turn comes before a result",
                 )
 
 
@@ -233,10 +236,11 @@ def _check_pieces(row: object, refused: InvalidTrajectory) -> Iterator[Problem]:
         attempt(reader._optional_text, row, key, "the row")
     attempt(reader._score, row.get("score"), note)
     tools = _tool_pieces(row.get("tools"), note)
-    raw = row.get("conversation")
+    raw = attempt(reader.without_empty_end, row.get("conversation"), note)
     if not isinstance(raw, list) or not raw:
         attempt(reader._parse_messages, raw, note)
         raw = []
+    raw = [attempt(reader.with_call_list, at, turn, note) or turn for at, turn in enumerate(raw)]
     raw = attempt(reader.join_calls, raw, note) or raw
     turns: list[Message] = []
     for at, item in enumerate(raw):
@@ -310,6 +314,7 @@ def _tool_pieces(raw: object, note: reader.Note) -> list[dict[str, Any]]:
             return []
     named: dict[str, dict[str, Any]] = {}
     for at, tool in enumerate(raw):
+        tool = reader.unflattened(tool, "tool", lambda reason, detail: None)
         try:
             reader.parse_tools([tool], note)
         except InvalidTrajectory as invalid:
