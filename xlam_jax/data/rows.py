@@ -66,8 +66,8 @@ def place(path: Path, number: int, line: int = 0) -> str:
 
 
 def _has_lines(path: Path, named_so: bool) -> bool:
-    """Whether a row is a line: not where a list of objects begins; in a .json file where one object ends with its line, and
-    another follows."""
+    """Whether a row is a line: not where a list of objects begins; in a .json file where an object ends with its line,
+    and another follows."""
     with open_bytes(path) as file:
         begin = cast(io.BufferedReader, file).peek(1)[:_PEEKED].removeprefix(b"\xef\xbb\xbf").lstrip()
         if named_so:
