@@ -122,7 +122,8 @@ def parse_header(header: bytes, size: int) -> dict[str, Stored]:
     if not header.startswith(b"{"):
         raise ValueError("its header is not a JSON object")
     entries = strict_json.loads(header)
-    metadata = entries.pop(METADATA, None) or {}
+    metadata = entries.pop(METADATA, None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError(f"{METADATA} is {str(metadata)[:100]}, and maps names to strings in this format")
     tensors = {key: _parse_entry(key, entry) for key, entry in entries.items()}

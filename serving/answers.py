@@ -15,7 +15,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from xlam_jax.data.messages import legacy_call, openai_call, unique_ids
+from xlam_jax.data.messages import legacy_call, openai_call, plain, unique_ids
 from xlam_jax.data.trajectory import DEEPEST, REASONING_KEYS, InvalidTrajectory, check_json, parse_json
 from xlam_jax.data.wire import TOOL_CALLS, CompletionStream, parse_completion
 from xlam_jax.errors import UserError
@@ -41,14 +41,14 @@ def read_response(response: Any, format: str, with_tools: bool) -> dict[str, Any
     before. `error` of a choice reports calls that cannot be read, or that it is empty. `format` is the client's; with
     `with_tools`, calls are looked for in the text too. Raises `MalformedAnswer`.
     """
-    sent = _plain(response)
+    sent = plain(response)
     choices = sent.get("choices") if isinstance(sent, dict) else None
     if not isinstance(choices, list) or not choices:
-        raise MalformedAnswer(f"answered with what is no completion: {shortened(str(sent))!r}")
+        raise MalformedAnswer(f"did not answer with a chat completion: {shortened(str(sent))!r}")
     try:
         read = [_read_choice(choice["message"], choice.get("finish_reason"), format, with_tools) for choice in choices]
     except (TypeError, KeyError, AttributeError):
-        raise MalformedAnswer(f"answered with what is no completion: {shortened(str(sent))!r}") from None
+        raise MalformedAnswer(f"did not answer with a chat completion: {shortened(str(sent))!r}") from None
     return {"choices": read, "usage": sent.get("usage")}
 
 
@@ -69,11 +69,11 @@ class AnswerStream:
 
     def add(self, chunk: Any) -> str:
         """Takes a chunk; returns the content that is certain now. Raises `MalformedAnswer`."""
-        sent = _plain(chunk)
+        sent = plain(chunk)
         try:
             return self._add(sent)
         except (TypeError, AttributeError):
-            raise MalformedAnswer(f"streamed what is no completion: {shortened(str(sent))!r}") from None
+            raise MalformedAnswer(f"did not stream a chat completion: {shortened(str(sent))!r}") from None
 
     def _add(self, sent: dict[str, Any]) -> str:
         self._usage = sent.get("usage") or self._usage
@@ -119,6 +119,8 @@ class _StreamedCalls:
         self._calls: list[dict[str, Any]] = []
         self._pieces: list[list[Any]] = []
         """Of the arguments of each call, to be joined once: a text would be copied with each piece."""
+        self._brackets: list[_Brackets] = []
+        """Of the arguments of each call."""
         self._open: dict[int, int] = {}
         """Index of a call in the stream → its place here: there are servers that give all calls one index."""
 
@@ -138,11 +140,13 @@ class _StreamedCalls:
                 self._open[index] = place
                 self._calls.append({"id": None, "name": None, "index": index})
                 self._pieces.append([])
+                self._brackets.append(_Brackets())
             call = self._calls[place]
             call["id"] = id if call["id"] is None else call["id"]
             call["name"] = call["name"] or name
             if arguments is not None and arguments != "":
                 self._pieces[place].append(arguments)
+                self._brackets[place].add(arguments)
 
     def _begins(self, place: int, id: Any, name: Any, arguments: Any, unnumbered: bool) -> bool:
         """Whether a piece with the index of a call (or `unnumbered`, with none) begins another one."""
@@ -158,8 +162,12 @@ class _StreamedCalls:
             return False
         if not isinstance(arguments, str) or not isinstance(pieces[-1], str):
             return True
-        ended = arguments.lstrip().startswith("{") and pieces[-1].rstrip().endswith("}")
-        return ended and read_arguments(_joined(pieces)) is not None
+        brackets = self._brackets[place]
+        if not arguments.lstrip().startswith("{") or not brackets.closed:
+            return False
+        if not brackets.malformed:  # parsed at most once: what follows cannot repair it
+            brackets.malformed = read_arguments(_joined(pieces)) is None
+        return not brackets.malformed
 
     def folded(self) -> list[dict[str, Any]]:
         """The calls as a whole message has them: by their index, those of one index as they came."""
@@ -173,8 +181,36 @@ class _StreamedCalls:
         ]
 
 
+class _Brackets:
+    """Follows the brackets of JSON that comes in pieces, in time that grows with its length."""
+
+    def __init__(self) -> None:
+        self.malformed = False
+        """Whether a text whose brackets were closed could not be parsed."""
+        self._depth = 0
+        self._in_string = self._escaped = False
+
+    @property
+    def closed(self) -> bool:
+        """Whether no bracket and no string is open."""
+        return self._depth == 0 and not self._in_string
+
+    def add(self, piece: Any) -> None:
+        for char in piece if isinstance(piece, str) else "":
+            if self._escaped:
+                self._escaped = False
+            elif self._in_string:
+                self._escaped, self._in_string = char == "\\", char != '"'
+            elif char == '"':
+                self._in_string = True
+            elif char in "{[":
+                self._depth += 1
+            elif char in "}]":
+                self._depth -= 1
+
+
 def _joined(pieces: list[Any]) -> Any:
-    """The arguments of which these are the pieces: a text, an object that came in one piece, or None."""
+    """Joins the pieces of a call's arguments: returns a text, an object that came in one piece, or None."""
     if len(pieces) < 2:
         return pieces[0] if pieces else None
     return "".join(pieces) if all(isinstance(piece, str) for piece in pieces) else pieces
@@ -305,7 +341,3 @@ def _list(value: Any) -> list[Any]:
     if not isinstance(value, list | None):
         raise TypeError("a list is expected")
     return value or []
-
-
-def _plain(sent: Any) -> Any:
-    return sent.model_dump(warnings=False) if hasattr(sent, "model_dump") else sent

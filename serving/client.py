@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal
@@ -33,7 +33,7 @@ _OF_THE_CLIENT = {"extra_body", "extra_headers", "extra_query", "timeout"}
 
 
 class ServerError(UserError):
-    """A server that cannot be reached, does not answer in time, refuses, or answers with what is no completion."""
+    """A server that cannot be reached, does not answer in time, refuses, or does not answer with a chat completion."""
 
     def __init__(self, message: str, status: int | None = None, kind: str = "malformed"):
         super().__init__(message)
@@ -41,7 +41,7 @@ class ServerError(UserError):
         """The HTTP status, where there was one."""
         self.kind = kind
         """refused (not reached), timeout, broken-stream (it hung up), rate-limited (429), server-error (5xx),
-        over-length, bad-request (any other status), or malformed (what is no completion)."""
+        over-length, bad-request (any other status), or malformed (not a chat completion)."""
 
 
 class BadOutput(UserError):  # noqa: N818 - as errors are named that are also returned as marks
@@ -56,10 +56,13 @@ API_KEY = "OPENAI_API_KEY"
 """The variable that holds the key of a server, as for OpenAI's own client."""
 
 
-def checked_key(api_key: str | None) -> str:
-    """A server's key: the given, else that of the environment, else EMPTY. Raises `UserError` for an invalid key."""
-    name = API_KEY if api_key is None else "api_key"
-    key = (os.environ.get(API_KEY) or "EMPTY") if api_key is None else api_key
+def checked_key(api_key: str | None, name: str = "api_key", variable: str = API_KEY) -> str:
+    """A server's key: the given, else that of the environment, else EMPTY. Raises `UserError` for an invalid key.
+
+    `name` is what the user calls the given key.
+    """
+    key = (os.environ.get(variable) or "EMPTY") if api_key is None else api_key
+    name = variable if api_key is None else name
     if not key or not (key.isascii() and key.isprintable()):
         raise UserError(f"{name}: is empty, or holds characters that no key has; check it for a line's end")
     return key
@@ -73,7 +76,7 @@ class xLAMConfig:  # noqa: N801 - the name that xLAM's users know
     """Up to and with /v1."""
     model: str
     """The name under which the server has it."""
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
     """None: the variable OPENAI_API_KEY, or EMPTY where it is not set, for servers that ask for none."""
     format: Literal["tools", "xlam_v1"] = "tools"
     """tools: the server renders messages and tools; xlam_v1: they are sent in one message."""
@@ -267,7 +270,7 @@ class xLAMChatCompletion:  # noqa: N801 - the name that xLAM's users know
         except MalformedAnswer as error:
             raise ServerError(f"{where}: {error}") from None
         except json.JSONDecodeError as error:
-            raise ServerError(f"{where}: answered with what is no JSON: {shortened(error.doc)!r}") from None
+            raise ServerError(f"{where}: did not answer with JSON: {shortened(error.doc)!r}") from None
         except (UnicodeDecodeError, RecursionError) as error:
             raise ServerError(f"{where}: answered with what cannot be read ({type(error).__name__})") from None
 

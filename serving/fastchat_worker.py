@@ -16,12 +16,21 @@ import sys
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from serving.serve import add_model_arguments, check_port, command_of, reachable, serve, split
+from serving.serve import (
+    add_model_arguments,
+    check_port,
+    command_of,
+    reachable,
+    serve,
+    server_key,
+    split,
+    warn_of_strangers,
+)
 from xlam_jax.errors import UserError, run
 
 HEART_BEAT = 45.0
@@ -36,16 +45,20 @@ CONTEXT_OVERFLOW, OVERLOADED, INTERNAL = 40303, 42903, 50001
 class Worker:
     """What FastChat asks of a worker, answered by an OpenAI-compatible server of vLLM."""
 
-    def __init__(self, base_url: str, address: str, controller: str, beat: float = HEART_BEAT):
+    def __init__(
+        self, base_url: str, address: str, controller: str, beat: float = HEART_BEAT, api_key: str | None = None
+    ):
         """`address`: where FastChat reaches the worker. Raises `UserError` where the server does not answer."""
         from openai import OpenAI
 
         from serving.client import checked_key, xLAMChatCompletion
 
-        self._llm = OpenAI(base_url=base_url, api_key=checked_key(None), max_retries=0)
+        key = checked_key(api_key)
+        self._headers = {"Authorization": f"Bearer {key}"}
+        self._llm = OpenAI(base_url=base_url, api_key=key, max_retries=0)
         self._root = base_url.rstrip("/").removesuffix("/v1")
         self._address, self._controller, self._beat = address, controller.rstrip("/"), beat
-        with xLAMChatCompletion(base_url, "") as client:
+        with xLAMChatCompletion(base_url, "", api_key=key) as client:
             self.names = client.models()
         lengths = [getattr(model, "max_model_len", None) for model in self._llm.models.list().data]
         if not isinstance(lengths[0], int):
@@ -87,7 +100,9 @@ class Worker:
         messages = self.conversation(params["prompt"])
         asked = {"prompt": params["prompt"]} if messages is None else {"messages": messages}
         try:
-            counted = post(f"{self._root}/tokenize", {"model": params.get("model", self.names[0])} | asked)
+            counted = post(
+                f"{self._root}/tokenize", {"model": params.get("model", self.names[0])} | asked, self._headers
+            )
         except OSError as error:
             return {"count": 0, **self._failure(error)}
         return {"count": counted["count"], "error_code": 0}
@@ -227,12 +242,14 @@ def _joined(before: dict[str, Any] | None, new: Any) -> dict[str, Any] | None:
     return joined
 
 
-def post(url: str, body: Any) -> Any:
+def post(url: str, body: Any, headers: Mapping[str, str] | None = None) -> Any:
     """Sends JSON, and returns the JSON that comes back, None for nothing. No proxy stands between.
 
     Raises `OSError`, also where the other side does not speak HTTP, and `ValueError` for what is not JSON.
     """
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    request = urllib.request.Request(
+        url, json.dumps(body).encode(), {"Content-Type": "application/json", **(headers or {})}
+    )
     try:
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30) as answer:
             return json.loads(answer.read() or b"null")
@@ -315,8 +332,11 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=21002)
     parser.add_argument("--worker-address", metavar="URL", help="how FastChat reaches it (default: from host and port)")
     parser.add_argument("--controller-address", metavar="URL", default="http://localhost:21001")
+    parser.add_argument("--api-key", metavar="KEY", help="the server's (default: the variable OPENAI_API_KEY)")
     args = parser.parse_args(own)
     check_port(args.host, args.port)
+    warn_of_strangers(args.host, args.port, "FastChat has none: keep the port within a network that you trust")
+    key = args.api_key if args.base_url else args.api_key or server_key(extra)
     try:
         post(f"{args.controller_address.rstrip('/')}/list_models", {})
     except (OSError, ValueError) as error:
@@ -325,7 +345,7 @@ def main() -> int:
 
     @contextmanager
     def ready(base_url: str) -> Iterator[None]:
-        worker = Worker(base_url, address, args.controller_address)
+        worker = Worker(base_url, address, args.controller_address, api_key=key)
         with running(worker, args.host, args.port):
             print(
                 f"ready: {', '.join(worker.names)} at {address}, registered with {args.controller_address}", flush=True

@@ -75,12 +75,12 @@ class Difference(NamedTuple):
 class Server:
     """vLLM's addresses beside OpenAI's: what it makes of a text, and how likely it finds each token."""
 
-    def __init__(self, base_url: str, model: str | None, timeout: float):
+    def __init__(self, base_url: str, model: str | None, timeout: float, api_key: str | None = None):
         """`model`: the first that is served, where it is None. Raises `ServerError` when nobody answers."""
         check_address("--base-url", base_url)
         self._url = base_url.rstrip("/")
         self._root = self._url.removesuffix("/v1")
-        self._timeout = timeout
+        self._timeout, self._headers = timeout, {"Authorization": f"Bearer {checked_key(api_key)}"}
         listed = self._ask("GET", f"{self._url}/models", None)
         models = listed.get("data") if isinstance(listed, dict) else None
         names = [one.get("id") for one in models or () if isinstance(one, dict)] if isinstance(models, list) else []
@@ -153,8 +153,7 @@ class Server:
         import httpx
 
         try:
-            key = {"Authorization": f"Bearer {checked_key(None)}"}
-            response = httpx.request(method, url, json=body, headers=key, timeout=self._timeout)
+            response = httpx.request(method, url, json=body, headers=self._headers, timeout=self._timeout)
             if response.status_code != 200:
                 raise ServerError(f"{url}: {response.status_code}: {response.text[:300]}")
             return response.json()
@@ -226,8 +225,8 @@ def compare_required_call(
     difference = compare_calls(tokenizer, completion, calls)
     if difference is None and not calls:
         text = tokenizer.decode(completion)
-        told = f"made to write a call (tool_choice required), the server wrote {text[-100:]!r}, in which there is none"
-        return Difference("parser", f"{told}; give tools with bounded arguments, or more --max-new-tokens")
+        wrote = f"with tool_choice required the server wrote {text[-100:]!r}, which contains no call"
+        return Difference("parser", f"{wrote}; give tools with bounded arguments, or more --max-new-tokens")
     return difference
 
 
@@ -279,6 +278,7 @@ def main() -> int:
     parser.add_argument("--max-new-tokens", type=positive, default=32, metavar="N")
     parser.add_argument("--tolerance", type=float, help="of log-probabilities (default: by the dtype of the weights)")
     parser.add_argument("--timeout", type=float, default=300, metavar="S", help="seconds for an answer (default: 300)")
+    parser.add_argument("--api-key", metavar="KEY", help="the server's (default: the variable OPENAI_API_KEY)")
     arguments = parser.parse_args()
 
     from xlam_jax.documents import read_json
@@ -289,7 +289,7 @@ def main() -> int:
     requests = _requests(arguments.messages)
     tools = TOOLS if arguments.tools is None else read_json(arguments.tools)
     found = find_model(arguments.checkpoint)
-    server = Server(arguments.base_url, arguments.model, arguments.timeout)
+    server = Server(arguments.base_url, arguments.model, arguments.timeout, arguments.api_key)
     answers = [server.answer(messages, tools, arguments.max_new_tokens) for messages in requests]
     model = found.load()
     tolerance = TOLERANCE[np.dtype(model.dtype).name] if arguments.tolerance is None else arguments.tolerance

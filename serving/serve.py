@@ -22,9 +22,11 @@ import urllib.request
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
+from serving.client import API_KEY
 from serving.vllm_cli import package
 from xlam_jax.errors import UserError, positive, run
 from xlam_jax.outputs import write_text
@@ -147,6 +149,9 @@ def serve(command: Sequence[str], host: str, port: int, name: str, timeout: floa
 
     Once it is healthy `ready` is entered; without it a line and a sample request are printed.
     """
+    key = server_key(command)
+    if key is None:
+        warn_of_strangers(host, port, "set VLLM_API_KEY, or keep the port within a network that you trust")
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "VLLM_NO_USAGE_STATS": os.environ.get("VLLM_NO_USAGE_STATS", "1"),
@@ -169,7 +174,7 @@ def serve(command: Sequence[str], host: str, port: int, name: str, timeout: floa
     try:
         if _wait(server, reachable(host), port, timeout, lambda: bool(stopped)):
             where = f"http://{reachable(host)}:{port}/v1"
-            with _tell_ready(where, name) if ready is None else ready(where):
+            with _tell_ready(where, name, key) if ready is None else ready(where):
                 while server.poll() is None and not stopped:
                     time.sleep(0.2)
     finally:
@@ -191,6 +196,26 @@ def split(words: list[str]) -> tuple[list[str], list[str]]:
     """What stands before `--` and behind it."""
     at = words.index("--") if "--" in words else len(words)
     return words[:at], words[at + 1 :]
+
+
+def server_key(extra: Sequence[str]) -> str | None:
+    """The key that vLLM wants with these flags in this environment; None if it wants none."""
+    for at, word in enumerate(extra):
+        flag, equals, value = word.partition("=")
+        if flag in ("--api-key", "--api_key"):
+            return value if equals else next(iter(extra[at + 1 : at + 2]), None)
+    return os.environ.get("VLLM_API_KEY") or None
+
+
+def warn_of_strangers(host: str, port: int, remedy: str) -> None:
+    """Prints a warning where other machines may connect without a key."""
+    try:
+        local = ip_address(host).is_loopback
+    except ValueError:
+        local = host == "localhost"
+    if not local:
+        where = host or "all addresses"
+        print(f"warning: port {port} on {where} takes requests without a key; {remedy}", file=sys.stderr)
 
 
 def _adapters(given: Sequence[str], values: bool) -> dict[str, Path]:
@@ -401,10 +426,11 @@ def _wait(server: "subprocess.Popen[bytes]", host: str, port: int, timeout: floa
 
 
 @contextlib.contextmanager
-def _tell_ready(where: str, name: str) -> Iterator[None]:
+def _tell_ready(where: str, name: str, key: str | None) -> Iterator[None]:
     body = json.dumps({"model": name, "messages": [{"role": "user", "content": "Weather in Oslo?"}], "tools": [SAMPLE]})
-    print(f"ready: {where} serves {name}; Ctrl-C ends it. Try:")
-    print(f"  curl {where}/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}")
+    print(f"ready: {where} serves {name}; Ctrl-C ends it. Try{'' if key is None else f', with the key as {API_KEY}'}:")
+    header = "" if key is None else f'-H "Authorization: Bearer ${API_KEY}" '  # the key itself belongs in no log
+    print(f"  curl {where}/chat/completions {header}-H 'Content-Type: application/json' -d {shlex.quote(body)}")
     print(f"  python -m serving.chat --base-url {where}", flush=True)
     yield
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from support import cpu_limit
 
-from serving.client import _choice, _Streamed, xLAMConfig
+from serving.answers import AnswerStream, read_response
 from serving.fastchat_worker import Worker
 from serving.tools import as_tool, call_tool
 from xlam_jax.data import rate
@@ -102,13 +102,13 @@ def stream(text: str) -> None:
 def client(text: str) -> None:
     for format in ("tools", "xlam_v1"):
         call = {"id": "0", "function": {"name": "f", "arguments": text}}
-        _choice({"message": {"content": text}, "finish_reason": "stop"}, format, True)
-        _choice({"message": {"content": None, "tool_calls": [call]}, "finish_reason": "length"}, format, True)
+        said = {"message": {"content": text}, "finish_reason": "stop"}
+        called = {"message": {"content": None, "tool_calls": [call]}, "finish_reason": "length"}
+        read_response({"choices": [said, called]}, format, with_tools=True)
 
 
 def streamed_by_client(text: str) -> None:
-    config = xLAMConfig(base_url="http://localhost/v1", model="m")
-    answer, calls, many = (_Streamed(config, True) for _ in range(3))
+    answer, calls, many = (AnswerStream("tools", with_tools=True) for _ in range(3))
     for at, piece in enumerate(pieces(text)):
         answer.add({"choices": [{"delta": {"content": piece}}]})
         function = {"name": "f", "arguments": piece}

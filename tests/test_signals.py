@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 import pytest
-from support import ROOT
+from support import ROOT, deadline
 
 PROGRAM = """
 import hashlib, signal, sys, time
@@ -53,7 +53,7 @@ def run(
         for text in until:
             if text not in said:
                 said += process.stderr.readline()
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=deadline(120))
     return process.returncode, out, said + err
 
 

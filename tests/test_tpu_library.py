@@ -109,7 +109,7 @@ def test_no_command_loads_it(unset: dict[str, str], tiny_config: Path, tmp_path:
         ("converters.hf_to_orbax", "--hf", hf, "--out", tmp_path / "orbax"),
         ("xlam_jax.generate", "--model", hf, "--messages", request, "--max-new-tokens", "2"),
         ("xlam_jax.report", run, "--out", tmp_path / "report.html"),
-        ("xlam_jax.data", "stats", "--config", tiny_config),
+        ("xlam_jax.data", "stats", "--config", tiny_config, "--out", tmp_path / "stats.html"),
         ("xlam_jax.plan", "--config", tiny_config, "--topology", "gpu:h100:1", "train.batch_size=4"),
     ):
         program = f"{LOADED}\nimport runpy\nsys.argv = sys.argv[1:]\nrunpy.run_module(sys.argv[0], run_name='__main__')"

@@ -22,12 +22,12 @@ UNWRITABLE = {
     errno.EROFS: ("the file system is read-only", "mount it writable, or use another one"),
 }
 """Reasons for which a file can't be written although its path is right, and what to do."""
-_OF_PATHS = (errno.EACCES, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EPERM, errno.EROFS)
+_OF_PATHS = (errno.EACCES, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EPERM)
 
 
 class StoppedError(BaseException):
-    """A signal ended a command that continues when it is started again. Like KeyboardInterrupt, it is no `Exception`:
-    code that outlives errors must not outlive it."""
+    """A signal ended a command that continues when it is started again. Like KeyboardInterrupt, it is not an
+    `Exception`: code that catches errors and continues must not catch it."""
 
 
 class UserError(Exception):
@@ -85,12 +85,12 @@ def run(main: Callable[[], int | None]) -> None:
     except OSError as error:
         if error.errno in UNWRITABLE:
             problem, advice = UNWRITABLE[error.errno]
-            told = f"{error.filename or 'an output'}: {problem}; {advice} and run again"
+            message = f"{error.filename or 'an output'}: {problem}; {advice} and run again"
         elif error.errno in _OF_PATHS and error.filename:
-            told = f"{error.filename}: {error.strerror}; check the path, and who may write there"
+            message = f"{error.filename}: {error.strerror}; check the path, and who may write there"
         else:
             raise
-        _print(f"error: {told}")
+        _print(f"error: {message}")
         sys.exit(2)
     sys.exit(code or 0)
 

@@ -460,7 +460,7 @@ def train(
     best = hosts.gather(saves.best())[0]
     step = start
     stop.save_first(progress.line)
-    with metrics:
+    with saves, metrics:
         if owed or not start:
             with metrics.paused("evaluating"):
                 told = evaluate(start)
@@ -506,7 +506,6 @@ def train(
             batch, origins = made.batch(next(loader), config.train.batch_size), loader.origins()
         saves.wait()
         best = saves.best()
-        saves.close()
     if hosts.first:
         progress.line(f"loss plot: {plot(run)}")
     if best:

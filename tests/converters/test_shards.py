@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
@@ -117,6 +117,8 @@ def change(header: dict[str, Any], data: bytes, action: tuple[Any, ...]) -> byte
 
 @settings(max_examples=150, deadline=None)
 @given(actions=st.lists(CHANGES, min_size=1, max_size=3))
+@example(actions=[("entry", "__metadata__", [])])
+@example(actions=[("entry", "__metadata__", False)])
 def test_changed_headers(actions: list[tuple[Any, ...]]):
     header, data = base()
     for action in actions:

@@ -7,13 +7,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from escapes import ESCAPES, MEMORY_MB, OUTLIVES
-from support import ROOT
+from support import ROOT, wait_until
 
 from xlam_jax.evaluate import sandbox
 
@@ -94,10 +93,7 @@ def test_code_ends_with_the_process_that_asked_for_it() -> None:
         (outside,) = map(int, children.read_text().split())
         (inside,) = map(int, Path(f"/proc/{outside}/task/{outside}/children").read_text().split())
         asking.send_signal(signal.SIGKILL)
-    until = time.monotonic() + 60
-    while running(outside) or running(inside):
-        assert time.monotonic() < until, "the code goes on"
-        time.sleep(0.01)
+    wait_until(lambda: not running(outside) and not running(inside))
 
 
 def running(pid: int) -> bool:

@@ -11,7 +11,7 @@ import pytest
 from support import wait_until
 
 from xlam_jax.launch import free_ports
-from xlam_jax.parallel.link import LOST, SILENCE, Hub
+from xlam_jax.parallel.link import LOST, SILENCE, Hub, proof
 
 HOUR = 3600.0
 
@@ -19,12 +19,15 @@ HOUR = 3600.0
 class Host:
     """A host that says hello, and nothing after it."""
 
-    def __init__(self, port: int, process: int, count: int):
+    def __init__(self, port: int, process: int, count: int, name: str = ""):
+        name = name or f"node{process}"
         self._socket = socket.create_connection(("localhost", port))
         self._lines = self._socket.makefile("rb")
-        self._socket.sendall(json.dumps({"hello": process, "name": f"node{process}", "count": count}).encode() + b"\n")
+        nonce = self.next("nonce")["nonce"]
+        hello = {"hello": process, "name": name, "count": count, "proof": proof("", nonce, process, name, count)}
+        self._socket.sendall(json.dumps(hello).encode() + b"\n")
 
-    def told(self, kind: str) -> dict[str, Any]:
+    def next(self, kind: str) -> dict[str, Any]:
         """The next message of a kind."""
         return next(message for message in map(json.loads, self._lines) if kind in message)
 
@@ -64,7 +67,7 @@ def test_a_silent_host_is_named(meet: Meet):
     hub._peers[0].heard = hub._peers[2].heard = now + HOUR
     hub._look(now + HOUR + 1, now, late=False)
     for host in hosts:
-        end = host.told("end")
+        end = host.next("end")
         assert end["code"] == LOST
         assert end["end"].startswith(
             "host 1 (node1) has not been heard of for 3600 s: it hangs, or the network is cut;"
@@ -85,8 +88,18 @@ def test_a_host_that_does_not_come_is_named(meet: Meet):
     assert not hub._ended
     hub._look(math.nextafter(HOUR, math.inf), 0.0, late=False)
     for host in hosts:
-        end = host.told("end")
+        end = host.next("end")
         assert end["code"] == 2
         assert end["end"].startswith(
             "3 of 4 processes came within 3600 s; missing: process 2; were all of them started"
         )
+
+
+@pytest.mark.parametrize("name", ["\x1b[2Jnode", "node\nerror: host 1 stopped", "n" * 300])
+def test_a_name_that_would_spoil_a_log_is_refused(name: str, capsys: pytest.CaptureFixture[str]):
+    port = free_ports()
+    Hub(port, 2, timeout=HOUR, silence=HOUR)
+    stranger = Host(port, 0, 2, name)
+    assert "is not a host of this run" in stranger.next("end")["end"]
+    stranger.close()
+    assert name not in capsys.readouterr().err

@@ -8,6 +8,7 @@ import pytest
 from fake_server import Handler, says, serve
 
 from serving import chat
+from serving import serve as serving
 from serving.client import xLAMChatCompletion, xLAMConfig
 from serving.fastchat_worker import Worker
 from serving.parity import Server
@@ -49,6 +50,58 @@ def test_requests_carry_the_key_of_the_environment_or_the_given_one(key: str) ->
     assert received == [f"Bearer {key}"] * 2 + ["Bearer sk-given"] * 2 + [f"Bearer {key}"] * 2
 
 
+def test_the_worker_counts_tokens_with_the_key_that_it_has() -> None:
+    received: list[str | None] = []
+
+    def reply(handler: Handler, request: dict[str, Any]) -> None:
+        received.append(handler.headers["Authorization"])
+        handler.send(200, '{"count": 2}')
+
+    with serve(reply) as server:
+        Worker(server.url, "http://localhost:2", "http://localhost:3").count_token({"prompt": "a text"})
+        Worker(server.url, "http://localhost:2", "http://localhost:3", api_key="sk-own").count_token({"prompt": "x"})
+    assert received == ["Bearer sk-environment", "Bearer sk-own"]
+
+
+def test_a_key_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    """A config in a log or a traceback must not reveal it."""
+    assert "sk-" not in repr(xLAMConfig(base_url=URL, model="m"))
+    assert "sk-" not in repr(xLAMConfig(base_url=URL, model="m", api_key="sk-given"))
+    with serving._tell_ready(URL, "tiny", "sk-given"):
+        printed = capsys.readouterr().out
+    assert '-H "Authorization: Bearer $OPENAI_API_KEY"' in printed
+    assert "sk-given" not in printed
+
+
+@pytest.mark.parametrize(
+    ("flags", "variable", "expected"),
+    [
+        ([], "", None),
+        ([], "b", "b"),
+        (["--seed", "7", "--api-key", "a", "c"], "b", "a"),
+        (["--api-key=a"], "", "a"),
+        (["--api-key"], "", None),
+    ],
+)
+def test_the_key_of_a_server_that_is_started(
+    monkeypatch: pytest.MonkeyPatch, flags: list[str], variable: str, expected: str | None
+) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", variable)
+    assert serving.server_key(flags) == expected
+
+
+@pytest.mark.parametrize(
+    ("host", "local"),
+    [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False), ("node0", False)],
+)
+def test_a_server_without_a_key_that_others_can_reach(
+    host: str, local: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    serving.warn_of_strangers(host, 8000, "set VLLM_API_KEY")
+    expected = f"warning: port 8000 on {host} takes requests without a key; set VLLM_API_KEY\n"
+    assert capsys.readouterr().err == ("" if local else expected)
+
+
 def test_without_a_key_the_servers_that_want_none_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("", None):
         monkeypatch.setenv("OPENAI_API_KEY", name) if name is not None else monkeypatch.delenv("OPENAI_API_KEY")
@@ -84,3 +137,6 @@ def test_the_tool_server_and_the_judge_have_theirs(monkeypatch: pytest.MonkeyPat
     assert (suite._key, suite._judge_key) == ("tb-environment", None)
     suite = Toolbench(Options(data=tmp_path, extra=extra | {"toolbench_key": "a", "judge_key": "b"}))
     assert (suite._key, suite._judge_key) == ("a", "b")
+    monkeypatch.setenv("TOOLBENCH_KEY", "sk\n")
+    with pytest.raises(UserError, match="TOOLBENCH_KEY: is empty, or holds"):
+        Toolbench(Options(data=tmp_path, extra=extra))

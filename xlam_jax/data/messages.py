@@ -65,7 +65,7 @@ def legacy_call(message: Mapping[str, Any]) -> Any:
 
 def openai_tool(tool: Any) -> Any:
     """A tool in OpenAI form, from that or from a flat one; what is neither stays as it is."""
-    tool = _plain(tool)
+    tool = plain(tool)
     if isinstance(tool, dict) and "function" not in tool and "name" in tool:
         return {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}
     return tool
@@ -73,11 +73,11 @@ def openai_tool(tool: Any) -> Any:
 
 def openai_call(call: Any) -> Any:
     """A call in OpenAI form, from that or from a flat one; what is neither stays as it is."""
-    call = _plain(call)
+    call = plain(call)
     if not isinstance(call, dict):
         return call
     if call.get("function") is not None:
-        return call | {"function": _plain(call["function"])}
+        return call | {"function": plain(call["function"])}
     if call.get("name") is None:
         return call
     function = {key: value for key, value in call.items() if key not in ("id", "type", "index", "function")}
@@ -112,11 +112,11 @@ def _id(id: Any) -> str | None:
 
 def _message(message: Any, where: str) -> Any:
     """One message in OpenAI form, whatever the messages around it are."""
-    message = _plain(message)
+    message = plain(message)
     if not isinstance(message, dict):
         return message
     if "function_call" in message:
-        message = message | {"function_call": _plain(message["function_call"])}
+        message = message | {"function_call": plain(message["function_call"])}
     turn = modern_turn(message, where)
     calls = turn.get("tool_calls")
     if isinstance(calls, Mapping):
@@ -124,7 +124,7 @@ def _message(message: Any, where: str) -> Any:
     if isinstance(calls, list | tuple):
         turn["tool_calls"] = [openai_call(call) for call in calls]
     if isinstance(turn.get("content"), list | tuple):
-        turn["content"] = [_text_part(_plain(part)) for part in turn["content"]]
+        turn["content"] = [_text_part(plain(part)) for part in turn["content"]]
     if turn.get("role") == "assistant":
         refusal = turn.pop("refusal", None)
         turn["content"] = turn.get("content") or refusal
@@ -139,7 +139,7 @@ def _text_part(part: Any) -> Any:
     return {"type": "text", "text": part.get(key)} if key else part
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A dictionary from an SDK's object or a mapping; other values as they are."""
     if callable(dump := getattr(value, "model_dump", None)):
         return dump(warnings=False)  # whatever a server sent is in it, of types that were not checked

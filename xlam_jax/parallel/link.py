@@ -3,7 +3,7 @@
 JAX ends a process whose peer is lost with a message that names nobody, or leaves it waiting. So every host holds one
 TCP connection to a hub on host 0 and sends a beat over it; one that breaks or falls silent has a name. JSON lines:
 
-    hub → host    nonce (anew for each connection)
+    hub → host    nonce (a new one for each connection)
     host → hub    hello (who it is, and a proof that it knows the run's secret), beat, say (a value that all wait for),
                   step (may I go on?), failed, bye
     hub → host    all (everyone is here), beat, told (everyone's values), stop (the last step), left (all said bye), end
@@ -48,6 +48,8 @@ HELLO = 20.0
 """Seconds in which a new connection must say who it is."""
 LONGEST_HELLO = 4096
 """Bytes of that line."""
+LONGEST_NAME = 255
+"""Characters of a host's name."""
 STRANGERS = 64
 """New connections that are listened to at a time; others wait their turn."""
 WARNINGS = 5
@@ -357,7 +359,7 @@ class Hub:
                 self._lost(process, "ended without a word: it was killed, or its machine went down")
 
     def _join(self, connection: socket.socket, lines: BinaryIO, address: str) -> int | None:
-        """The process behind a new connection; None for one that is no host of this run."""
+        """The process behind a new connection; None if that is not a host of this run."""
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         nonce = secrets.token_hex(16)
         late = threading.Timer(HELLO, connection.shutdown, [socket.SHUT_RDWR])
@@ -371,8 +373,10 @@ class Hub:
         try:
             fields = json.loads(hello)
             process, name, count, shown = (fields[key] for key in ("hello", "name", "count", "proof"))
-        except (ValueError, TypeError, KeyError, RecursionError):
-            self._refuse(connection, f"{address} connected, and is no host of this run")
+            if not isinstance(process, int) or not (name.isprintable() and len(name) <= LONGEST_NAME):
+                raise ValueError("it is printed")
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            self._refuse(connection, f"{address} connected, but is not a host of this run")
             return None
         who = host_name(process, name)
         if not hmac.compare_digest(str(shown), proof(self._secret, nonce, process, name, count)):

@@ -14,6 +14,7 @@ every array by value, digests of the tokenizer's files and of generation_config.
 everything that is read back is compared with them, and what differs raises `DamagedError`.
 """
 
+import contextlib
 import errno
 import json
 import logging
@@ -25,7 +26,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import jax
 import numpy as np
@@ -165,6 +166,18 @@ class Checkpoints:
             self.wait()
         finally:
             self._orbax.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Closes it. After an error of this process alone a save that is under way is completed first; one of several
+        hosts can't complete it without the others, and must not wait before it says why it ends."""
+        if kind is None:
+            self.close()
+        elif jax.process_count() == 1:
+            with contextlib.suppress(Exception):  # the first error is the one to report
+                self.close()
 
     def _infos(self) -> Sequence[Any]:
         return self._orbax.checkpoints

@@ -9,17 +9,17 @@ else; the judge's prompt is our own. An answer is sought in one line of actions 
 
 import asyncio
 import json
-import os
 import re
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+from serving.client import checked_key
 from xlam_jax.data.trajectory import ToolCall
 from xlam_jax.data.wire import objects_in
 from xlam_jax.errors import UserError, check_address, nearest
 from xlam_jax.evaluate.endpoint import EndpointFault, Model
-from xlam_jax.evaluate.suite import AgentSuite, Options, Outcome, Step, Task, setting
+from xlam_jax.evaluate.suite import AgentSuite, Options, Outcome, Step, Task
 from xlam_jax.evaluate.suites._rows import read_rows, wanted
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class Toolbench(AgentSuite):
         check_address("--set judge", self._judge)
         self._judge_model = _needed(options, "judge_model", "the name of the judge model")
         self._judge_key = options.extra.get("judge_key")
-        self._key = setting(options, "toolbench_key", str, os.environ.get("TOOLBENCH_KEY") or "EMPTY")
+        self._key = checked_key(options.extra.get("toolbench_key"), "--set toolbench_key", "TOOLBENCH_KEY")
         folders = [data / "solvable_queries", data]
         root = next((one for one in folders if (one / "test_instruction").is_dir()), data)
         queries = root / "test_instruction" if (root / "test_instruction").is_dir() else root
