@@ -12,10 +12,11 @@ from xlam_jax.data.declarations import find_tools
 from xlam_jax.data.files import stem
 from xlam_jax.data.rows import place, read_rows
 from xlam_jax.data.trajectory import (
+    DEEPEST_ROW,
     InvalidTrajectory,
     Message,
     Trajectory,
-    parse_json,
+    parse_text,
     parse_trajectory,
     system_text,
 )
@@ -211,20 +212,20 @@ def turns_of(row: dict[str, Any], key: str, repairs: list[Repaired]) -> list[Any
     """The turns at `key`: a list, or JSON of one in a text, as tables hold it. Raises `InvalidTrajectory`."""
     value = row.get(key)
     if isinstance(value, str):
-        value = parse_json(value)
+        value = parse_text(value, "no-conversation", f"`{key}`", DEEPEST_ROW)
         repairs.append(Repaired("string-turns", f"`{key}` is JSON in a text"))
     return field(row | {key: value}, key, list)
 
 
 def declared_tools(value: Any) -> list[Any]:
     """Tools that may be JSON in a text, each tool too, and one tool without a list. Raises `InvalidTrajectory`."""
-    try:
-        if isinstance(value, str):
-            value = parse_json(value) if value.strip() else []
-        tools = value if isinstance(value, list) else [] if value is None else [value]
-        return [parse_json(tool) if isinstance(tool, str) else tool for tool in tools]
-    except InvalidTrajectory as invalid:
-        raise InvalidTrajectory("bad-tools", f"`tools` is a text that is no JSON: {invalid.detail}") from None
+    if isinstance(value, str):
+        value = parse_text(value, "bad-tools", "`tools`") if value.strip() else []
+    tools = value if isinstance(value, list) else [] if value is None else [value]
+    return [
+        parse_text(tool, "bad-tools", f"item {at} of `tools`") if isinstance(tool, str) else tool
+        for at, tool in enumerate(tools)
+    ]
 
 
 def take_tools(turns: list[dict[str, Any]], tools: list[Any], repairs: list[Repaired]) -> list[Any]:

@@ -52,7 +52,7 @@ def _read_tools(path: Path) -> list[dict[str, Any]]:
             tools += parse_tools([read.row])
         except InvalidTrajectory as invalid:
             raise UserError(
-                f"{place(path, read.number, read.line)}: no tool: {invalid.reason}: {invalid.detail}; correct it"
+                f"{place(path, read.number, read.line)}: invalid tool: {invalid.reason}: {invalid.detail}; correct it"
             ) from None
     return tools
 

@@ -122,8 +122,8 @@ def test_a_trained_template_with_its_own_end(commands: Commands, run: Path, tmp_
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("{", "generation_config.json: not valid JSON"),
-        ("[1]", "generation_config.json: holds a list; a JSON object is expected"),
+        ("{", "generation_config.json, line 1, column 2: not valid JSON"),
+        ("[1]", "generation_config.json: contains a list; a JSON object is expected"),
         ('{"eos_token_id": "2"}', "eos_token_id is '2'; a token id or a list of them, or null is expected"),
         ('{"eos_token_id": [2, 1.5]}', r"eos_token_id is \[2, 1.5\]"),
         ('{"eos_token_id": true}', "eos_token_id is True"),

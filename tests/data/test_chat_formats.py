@@ -291,7 +291,7 @@ def test_openai_normal_form_needs_no_mending_but_defects_are_told():
     row["messages"][2]["tool_call_id"] = "d"
     assert read("openai", row, "trailing-text-after-json", "mismatched-call-id").conversation[2].tool_call_id == "c"
     call["function"]["arguments"] = '{"a": 1, '
-    assert "bad-arguments: turn 1 calls 'look' with a text that is no JSON" in refused("openai", row)
+    assert "bad-arguments: turn 1 calls 'look' with a text that is not valid JSON" in refused("openai", row)
     row["messages"][1] = {"role": "assistant", "content": "a", "weight": 2}
     assert refused("openai", row) == "bad-loss: turn 1 has weight 2, not 0 or 1"
 
@@ -410,7 +410,7 @@ def test_sharegpt_defects_are_told():
     read("sharegpt", row, "trailing-text-after-json")
     for value, why in (
         ("[]", "bad-call: turn 1 holds an empty list"),
-        ("look()", "bad-arguments: turn 1 calls with a text that is no JSON"),
+        ("look()", "bad-arguments: turn 1 calls with a text that is not valid JSON"),
         ('{"name": "look", "arguments": [1]}', "bad-arguments: turn 1 calls 'look' with a list"),
         ('{"name": "lok", "arguments": {}}', "undeclared-tool: turn 1 calls 'lok'.*did you mean 'look'"),
         ('["look"]', "bad-call: turn 1 has a call without"),

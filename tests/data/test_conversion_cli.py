@@ -28,12 +28,12 @@ def test_output_report_and_lines(tmp_path, capsys):
     assert counts["rows"] == {"read": 6, "converted": 5, "dropped": 1}
     assert counts["trajectories"] == {"written": 5, "dropped": 1}
     undeclared = counts["dropped"]["trajectory"]["undeclared-tool"]
-    assert (undeclared["count"], undeclared["rows"], undeclared["more"]) == (1, [f"{HAMMER}:6"], 0)
+    assert (undeclared["count"], undeclared["rows"], undeclared["more"]) == (1, [f"{HAMMER}:419 (item 6)"], 0)
     assert counts["repaired"].keys() == {"missing-call-id", "text-for-declared-type"}
     assert counts["lost"] == {}
     told = capsys.readouterr().out
     assert f"{out}: 5 trajectories written, 1 dropped; 6 rows read = 5 converted + 1 dropped\n" in told
-    assert f"dropped trajectories: 1 undeclared-tool: {HAMMER}:6 (" in told
+    assert f"dropped trajectories: 1 undeclared-tool: {HAMMER}:419 (item 6) (" in told
     assert "repaired: 1 text-for-declared-type: " in told
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "report.json"]
 

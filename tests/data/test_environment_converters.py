@@ -291,7 +291,7 @@ def test_tau_bench_finds_its_tools(tmp_path):
         run("tau_bench", elsewhere, tools, retail)
     assert run("tau_bench", rows, retail, tools)[0] == kept  # by the domain in the name
     retail.write_text('[{"type": "function"}]')
-    with pytest.raises(UserError, match=r"retail_tools\.json: tool 1: tool-without-name"):
+    with pytest.raises(UserError, match=r"retail_tools\.json:1: invalid tool: tool-without-name"):
         run("tau_bench", elsewhere, retail)
 
 

@@ -311,5 +311,5 @@ def test_validate_knows_pairs(tmp_path):
     assert told == {
         (2, "equal-sides", "chosen"),
         (3, "undeclared-tool", "chosen:"),
-        (4, "no-pair", "a"),
+        (4, "malformed-json", "`rejected`:"),
     }

@@ -518,7 +518,7 @@ def test_sharegpt_reads_role_and_content():
     assert [call.id for turn in trajectory.conversation for call in turn.tool_calls] == ["call_1", "call_2"]
     assert [turn.loss for turn in trajectory.conversation] == [None, False, None, True, None, None]
     assert trajectory.conversation[0].content == "Tide?"
-    for calls in ("x", [3], [{"name": 3}], {"name": "get_tide"}):
+    for calls in ("x", [3], [{"name": 3}], {"name": 3}):
         turns[2]["tool_calls"] = calls
         (item,) = items("sharegpt", {"conversations": turns})
         assert isinstance(item, Dropped)

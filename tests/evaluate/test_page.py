@@ -80,7 +80,7 @@ def test_what_is_beside_or_broken(commands: Commands, tmp_path: Path, monkeypatc
     monkeypatch.setattr(Path, "is_file", denied)
     commands.call("xlam_jax.evaluate", "--report", "--out", out)
     (out / "summary.json").write_text("{}")
-    assert "summary.json: cannot be read (no scores)" in commands.fails("xlam_jax.evaluate", "--report", "--out", out)
+    assert "summary.json: has no scores" in commands.fails("xlam_jax.evaluate", "--report", "--out", out)
 
 
 def test_published_tables_fit_the_suites():
@@ -99,7 +99,7 @@ def test_published_tables_fit_the_suites():
 
 def test_no_evaluation(commands: Commands, tmp_path: Path):
     told = commands.fails("xlam_jax.evaluate", "--report", "--out", tmp_path)
-    assert "holds no run.json" in told
+    assert "contains no run.json" in told
 
 
 def test_another_file_is_left_alone(commands: Commands, tmp_path: Path):

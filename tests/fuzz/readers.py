@@ -352,7 +352,9 @@ def rows(folder: Path) -> Read:
         if name == "apibench":  # one row per line, whatever the file's name says
             given: list[Any] = [parse_json(line) for path in paths for _, line in read_lines(path)]
         else:
-            given = OTHERS.get(name) or [row for path in paths for _, row in read_rows(path) if isinstance(row, dict)]
+            given = OTHERS.get(name) or [
+                read.row for path in paths for read in read_rows(path) if isinstance(read.row, dict)
+            ]
         if name == "unified":
             lines = (ROOT / "examples/quickstart/webshop.jsonl").read_bytes().splitlines()[:2]
             given = [parse_json(line) for line in lines]

@@ -248,7 +248,7 @@ def test_what_is_reported():
         ('{"a": 1, "a": 2}', "the key 'a' occurs twice"),
         ("[" * 200_000, "not valid JSON"),
         ("[]", "contains a list"),
-        ("\xff", "not valid JSON"),
+        ("\xff", "not UTF-8 text"),
     ],
 )
 def test_files_that_are_no_config(tmp_path: Path, text: str, message: str):

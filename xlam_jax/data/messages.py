@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any
 
-from xlam_jax.data.trajectory import InvalidTrajectory, Message, parse_messages
+from xlam_jax.data.trajectory import InvalidTrajectory, Message, parse_messages, unflattened
 
 _ROLES = {"developer": "system", "function": "tool"}
 """Other names of roles."""
@@ -65,23 +65,19 @@ def legacy_call(message: Mapping[str, Any]) -> Any:
 
 def openai_tool(tool: Any) -> Any:
     """A tool in OpenAI form, from that or from a flat one; what is neither stays as it is."""
-    tool = plain(tool)
-    if isinstance(tool, dict) and "function" not in tool and "name" in tool:
-        return {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}
-    return tool
+    return unflattened(plain(tool), "tool", _unreported)
 
 
 def openai_call(call: Any) -> Any:
     """A call in OpenAI form, from that or from a flat one; what is neither stays as it is."""
-    call = plain(call)
-    if not isinstance(call, dict):
-        return call
-    if call.get("function") is not None:
+    call = unflattened(plain(call), "call", _unreported)
+    if isinstance(call, dict) and call.get("function") is not None:
         return call | {"function": plain(call["function"])}
-    if call.get("name") is None:
-        return call
-    function = {key: value for key, value in call.items() if key not in ("id", "type", "index", "function")}
-    return {"type": "function", "function": function} | ({"id": call["id"]} if call.get("id") is not None else {})
+    return call
+
+
+def _unreported(reason: str, detail: str) -> None:
+    """Callers may pass any of the forms: reading one is no repair to report."""
 
 
 def unique_ids(ids: Sequence[Any]) -> list[str | None]:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 from urllib.parse import urlsplit
 
 from converters.trajectories.common import ConvertRow, Dropped, convert_one, stem
@@ -28,9 +28,6 @@ from xlam_jax.data.pair import PAIR_KEYS, Pair, parse_pair
 from xlam_jax.data.rows import BATCH, PACKED, SUFFIXES, arrow_rows, place, read_rows, suffix
 from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory, parse_json, unread_calls
 from xlam_jax.errors import UserError, nearest
-
-if TYPE_CHECKING:
-    pass
 
 _OWN = ("unified", PAIRS)  # the formats that are read as they are
 UNIFIED = ("unique_trajectory_id", "source", "score", "task_instruction", "tools", "conversation")
@@ -243,10 +240,13 @@ def _parsed(source: Source, row: dict[str, Any] | InvalidTrajectory) -> dict[str
 def _parsed_texts(row: dict[str, Any]) -> dict[str, Any]:
     row = dict(row)
     for key in ("tools", "conversation", "chosen", "rejected"):
-        if isinstance(value := row.get(key), str):
-            row[key] = parse_json(value)
-        elif isinstance(value, list):
-            row[key] = [parse_json(item) if isinstance(item, str) else item for item in value]
+        try:
+            if isinstance(value := row.get(key), str):
+                row[key] = parse_json(value)
+            elif isinstance(value, list):
+                row[key] = [parse_json(item) if isinstance(item, str) else item for item in value]
+        except InvalidTrajectory as invalid:
+            raise InvalidTrajectory(invalid.reason, f"`{key}`: {invalid.detail}") from None
     return row
 
 

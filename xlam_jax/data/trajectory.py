@@ -147,7 +147,7 @@ def without_empty_end(turns: Any, note: Note) -> Any:
     """The turns without a last one in which the assistant says nothing, or only refuses, where an earlier one is left
     to learn from. They may be JSON in a text."""
     if isinstance(turns, str):
-        turns = parse_json(turns)
+        turns = parse_text(turns, "no-conversation", "`conversation`", DEEPEST_ROW)
         note("string-turns", "`conversation` is JSON in a text")
     if not isinstance(turns, list | tuple) or not turns:
         return turns
@@ -318,7 +318,7 @@ def decode_arguments(text: str, where: str, repaired: Note | None = None) -> Any
             note("string-arguments", f"{where} JSON that was encoded twice")
         check_json(value, DEEPEST_TEXT)
     except InvalidTrajectory as invalid:
-        _fail("bad-arguments", f"{where} a text that is no JSON: {invalid.detail}")
+        _fail("bad-arguments", f"{where} a text that is not valid JSON: {invalid.detail}")
     return value
 
 
@@ -356,6 +356,16 @@ def _finite(digits: str) -> float:
 
 _DECODER = json.JSONDecoder(parse_constant=_not_json, parse_float=_finite, object_pairs_hook=_json_object)
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+
+
+def parse_text(text: str, reason: str, what: str, deepest: int = DEEPEST_TEXT) -> Any:
+    """Parses JSON that a row holds as a text; `what` names it. Raises `InvalidTrajectory(reason, …)`."""
+    try:
+        value = parse_json(text)
+        check_json(value, deepest)
+    except InvalidTrajectory as invalid:
+        _fail(reason, f"{what} is a text that is not valid JSON: {invalid.detail}")
+    return value
 
 
 def check_json(obj: object, deepest: int = DEEPEST_ROW) -> None:
@@ -402,11 +412,7 @@ def _parse_tools(obj: object, note: Note) -> list[dict[str, Any]]:
 def _read_tools(obj: object, note: Note, padded: bool, dropped: list[str]) -> list[dict[str, Any]]:
     """The tools without null fields, whose paths are appended to `dropped`."""
     if isinstance(obj, str):
-        try:
-            obj = parse_json(obj)
-            check_json(obj, DEEPEST_TEXT)
-        except InvalidTrajectory as invalid:
-            _fail("bad-tools", f"`tools` is a text that is no JSON: {invalid.detail}")
+        obj = parse_text(obj, "bad-tools", "`tools`")
         note("string-tools", "`tools` is JSON in a text")
     if obj is None:
         return []
@@ -440,11 +446,14 @@ def _read_tools(obj: object, note: Note, padded: bool, dropped: list[str]) -> li
 
 
 def unflattened(obj: Any, what: str, note: Note) -> Any:
-    """A tool or call with its function in `function`, which flat ones are themselves. Others as they are."""
+    """Returns a flat tool or call, `{"name", …}`, with its fields in `function`, and anything else unchanged.
+
+    `what` is "tool" or "call", for the reported repair; a call also has an id and, in a stream, an index.
+    """
     if not isinstance(obj, dict) or not isinstance(obj.get("name"), str) or obj.get("function") is not None:
         return obj
     note(f"flat-{what}", f"{what} '{obj['name'][:100]}' is written without `function`")
-    outer = {key: obj[key] for key in ("type", "id") if key in obj and not (key == "id" and what == "tool")}
+    outer = {key: obj[key] for key in (("type", "id", "index") if what == "call" else ("type",)) if key in obj}
     inner = {key: value for key, value in obj.items() if key not in outer and key != "function"}
     return {**outer, "type": "function", "function": inner}
 
@@ -587,14 +596,14 @@ def _parse_message(i: int, obj: object, note: Note) -> Message:
 def with_call_list(i: int, turn: Any, note: Note) -> Any:
     """A turn whose calls are a list in OpenAI form: they may be JSON in a text, one call without a list, or flat.
 
-    What can't be read is left to the reader. Raises `InvalidTrajectory` for a text that is no JSON.
+    What can't be read is left to the reader. Raises `InvalidTrajectory` for a text that is not valid JSON.
     """
     calls = turn.get("tool_calls") if isinstance(turn, dict) else None
     if not calls or not isinstance(calls, str | dict | list):
         return turn
     where = f"turn {turn_number(i, turn)}"
     if isinstance(calls, str):
-        calls = parse_json(calls)
+        calls = parse_text(calls, "bad-call", f"`tool_calls` of {where}")
         note("string-calls", f"{where} has `tool_calls` that are JSON in a text")
     if isinstance(calls, dict):
         calls = [calls]
