@@ -17,10 +17,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from converters.hf_map import tensors
-from converters.hf_to_orbax import INDEX, HFWeights
-from converters.shards import Place, header_of
 from xlam_jax.models.config import ModelConfig, read_hf_config
+from xlam_jax.weights.hf import HFWeights
+from xlam_jax.weights.hf_map import tensors
+from xlam_jax.weights.locate import INDEX
+from xlam_jax.weights.shards import Place, header_of
 
 ROOT = Path(__file__).parents[1]
 FILES = 3

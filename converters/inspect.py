@@ -30,7 +30,7 @@ def main() -> None:
 
 def foreign(folder: str) -> dict[str, str]:
     """Of a Hugging Face folder. Raises `UserError` where it is none, or its weights do not fit its config."""
-    from converters.hf_to_orbax import TOKENIZER_FILES, HFWeights
+    from xlam_jax.weights.hf import TOKENIZER_FILES, HFWeights
 
     opened = HFWeights(folder)
     files = opened.sizes()
@@ -52,9 +52,9 @@ def stored(folder: Path) -> dict[str, str]:
     """Of a run folder or a step of one. Raises `UserError` where it is damaged."""
     import jax
 
-    from converters.hf_to_orbax import TOKENIZER_FILES
     from xlam_jax.models.params import shapes
     from xlam_jax.training import checkpoint
+    from xlam_jax.weights.hf import TOKENIZER_FILES
 
     step = checkpoint.resolve(folder)
     hf_config = checkpoint.load_hf_config(step)

@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from converters.arguments import add_arguments, size_of
 from converters.folders import Work, new_folder, output, refuse_address, refuse_existing
-from converters.hf_map import Tensor, parameter, tensors
-from converters.hf_to_orbax import INDEX, SINGLE
-from converters.shards import Place, Shard, ahead, header_of
-from converters.work import Told, add_arguments, check_finite, compare, dtype_of, size_of
 from xlam_jax.errors import UserError, run
 from xlam_jax.models import hf_keys
 from xlam_jax.models.config import ModelConfig
 from xlam_jax.models.generation_config import GENERATION_CONFIG, align, derived
+from xlam_jax.weights.hf import SINGLE
+from xlam_jax.weights.hf_map import Tensor, parameter, tensors
+from xlam_jax.weights.locate import INDEX
+from xlam_jax.weights.shards import Place, Shard, ahead, header_of
+from xlam_jax.weights.transfer import Told, check_finite, compare, dtype_of
 
 if TYPE_CHECKING:
     from xlam_jax.config import Resolved
@@ -124,8 +126,9 @@ def main() -> None:
     if "://" not in args.out:
         refuse_existing(Path(args.out))
 
-    from converters.logits import compare_logits
-    from xlam_jax.training import checkpoint, weights
+    from xlam_jax.training import checkpoint
+    from xlam_jax.weights import run as weights
+    from xlam_jax.weights.logits import compare_logits
 
     step = checkpoint.resolve(args.checkpoint)
     tokenizer = checkpoint.tokenizer_dir(step)
@@ -168,8 +171,8 @@ def _export_adapters(
     out: Path, step: Path, run: "Resolved", tokenizer: Path | None, generation: dict[str, Any], changes: str
 ) -> str | None:
     """Writes the adapters of a step as a PEFT folder; returns the name of the base that they belong to."""
-    from converters.peft import write_peft
     from xlam_jax.training import checkpoint
+    from xlam_jax.weights.peft import write_peft
 
     base = run.config.model.init_from
     with new_folder(out) as part:

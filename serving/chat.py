@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from serving.client import xLAMChatCompletion, xLAMConfig
 from serving.tools import Tool, load_tools, run_tools
+from xlam_jax.client.completion import xLAMChatCompletion, xLAMConfig
 from xlam_jax.errors import UserError, positive, run
 
 HELP = "/tools lists the tools, /reset begins anew, /quit (or Ctrl-D) ends"

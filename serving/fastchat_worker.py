@@ -51,7 +51,7 @@ class Worker:
         """`address`: where FastChat reaches the worker. Raises `UserError` where the server does not answer."""
         from openai import OpenAI
 
-        from serving.client import checked_key, xLAMChatCompletion
+        from xlam_jax.client.completion import checked_key, xLAMChatCompletion
 
         key = checked_key(api_key)
         self._headers = {"Authorization": f"Bearer {key}"}

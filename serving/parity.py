@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from serving.answers import MalformedAnswer, read_response
-from serving.client import ServerError, checked_key, to_openai
+from xlam_jax.client.answers import MalformedAnswer, read_response
+from xlam_jax.client.completion import ServerError, checked_key, to_openai
 from xlam_jax.data.messages import parse_request
 from xlam_jax.data.trajectory import InvalidTrajectory
 from xlam_jax.errors import UserError, check_address, positive, run

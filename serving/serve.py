@@ -26,8 +26,8 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
-from serving.client import API_KEY
 from serving.vllm_cli import package
+from xlam_jax.client.completion import API_KEY
 from xlam_jax.errors import UserError, positive, run
 from xlam_jax.outputs import write_text
 
@@ -131,7 +131,7 @@ def vllm_command(
     if adapters:
         if cpu and _hf_config(Path(model)).get("model_type") == "mixtral":
             raise UserError("vLLM cannot serve adapters of a Mixtral on a CPU; export the merged weights instead")
-        from converters.peft import read_config
+        from xlam_jax.weights.peft import read_config
 
         ranks = [read_config(folder).rank for folder in adapters.values()]
         rank = next((known for known in LORA_RANKS if known >= max(ranks)), max(ranks))
@@ -237,9 +237,9 @@ def _adapters(given: Sequence[str], values: bool) -> dict[str, Path]:
 
 
 def _check_adapter(folder: Path, values: bool) -> None:
-    from converters.peft import WEIGHTS, read_config
-    from converters.shards import Shard
-    from converters.work import check_values
+    from xlam_jax.weights.peft import WEIGHTS, read_config
+    from xlam_jax.weights.shards import Shard
+    from xlam_jax.weights.transfer import check_values
 
     read_config(folder).refuse_patterns()
     if (folder / WEIGHTS).is_file():
@@ -316,10 +316,11 @@ def model_folder(given: str, exported: Path | None, export: bool, values: bool =
 def _check_folder(folder: Path, values: bool) -> None:
     """Reports at once what vLLM would report after minutes, or never: weights cut off, missing or of another shape,
     values that are not numbers, a config.json of another model, a tokenizer with more tokens than the embedding."""
-    from converters.hf_to_orbax import HFWeights, quantized_tensor
-    from converters.shards import Shard
-    from converters.work import check_values
     from xlam_jax.models import hf_keys
+    from xlam_jax.weights.hf import HFWeights
+    from xlam_jax.weights.locate import quantized_tensor
+    from xlam_jax.weights.shards import Shard
+    from xlam_jax.weights.transfer import check_values
 
     config = _hf_config(folder)
     shards = [Shard(str(path)) for path in sorted(folder.glob("*.safetensors"))]

@@ -1,6 +1,6 @@
 """Tools that are Python functions, and the loop in which a served model calls them.
 
-from serving.client import xLAMChatCompletion
+from xlam_jax.client.completion import xLAMChatCompletion
 from serving.tools import run_tools
 
 def get_weather(city: str, unit: Literal["C", "F"] = "C") -> dict:
@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from serving.client import xLAMChatCompletion
 from xlam_jax import user_code
+from xlam_jax.client.completion import xLAMChatCompletion
 from xlam_jax.data.messages import call_ids, openai_tool
 from xlam_jax.data.trajectory import InvalidTrajectory, parse_tools
 from xlam_jax.errors import UserError, nearest

@@ -10,8 +10,9 @@ import pytest
 from support import Commands, as_killed, assert_same_run, same_arrays, train_losses
 from test_train import TRAIN, terminate
 
-from converters.hf_to_orbax import load_hf
-from xlam_jax.training import checkpoint, weights
+from xlam_jax.training import checkpoint
+from xlam_jax.weights import run as weights
+from xlam_jax.weights.hf import load_hf
 
 LORA = (
     "train.trainable=lora", "lora.rank=4", "lora.alpha=8", "lora.dropout=0.2", "train.neftune=5", "train.moments=8bit",

@@ -13,13 +13,13 @@ import tiny_models
 import torch
 from transformers import AutoModelForCausalLM
 
-from converters.hf_to_orbax import load_hf
 from xlam_jax import generate as command
 from xlam_jax.errors import UserError
 from xlam_jax.models.config import ModelConfig
 from xlam_jax.models.decoder import Decoder
 from xlam_jax.models.generation import generate
 from xlam_jax.models.params import binder
+from xlam_jax.weights.hf import load_hf
 
 TOKENIZER = Path(__file__).parent.parent / "examples" / "quickstart" / "tokenizer"
 NEW = 12

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from support import cpu_limit
 
-from serving.answers import AnswerStream, read_response
 from serving.fastchat_worker import Worker
 from serving.tools import as_tool, call_tool
-from xlam_jax.data import rate
+from xlam_jax.client.answers import AnswerStream, read_response
 from xlam_jax.data.trajectory import InvalidTrajectory, ToolCall, parse_json
 from xlam_jax.data.wire import CompletionStream, objects_in, parse_completion
+from xlam_jax.evaluate import rate
 from xlam_jax.evaluate.agents import _actions, bolaa
 from xlam_jax.evaluate.bfcl.calls import NoCalls
 from xlam_jax.evaluate.bfcl.calls import parse as parse_bfcl

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 import transformers
 
-from converters.hf_map import tensors
 from xlam_jax.models.config import ModelConfig
 from xlam_jax.models.params import Params, shapes
+from xlam_jax.weights.hf_map import tensors
 
 VOCAB = 97
 CONFIGS = {

@@ -38,12 +38,13 @@ def find_model(folder: Path) -> Found:
 
     Matrices are held, and products computed, in the dtype that the model's config names; norms and routers keep theirs.
     """
-    from converters.hf_to_orbax import load_hf
     from xlam_jax.data.render import end_tokens
     from xlam_jax.data.tokenizer import load_tokenizer
     from xlam_jax.models.config import ModelConfig, read_hf_config
     from xlam_jax.models.generation_config import GENERATION_CONFIG, read_generation_config, stop_ids
-    from xlam_jax.training import checkpoint, weights
+    from xlam_jax.training import checkpoint
+    from xlam_jax.weights import run as weights
+    from xlam_jax.weights.hf import load_hf
 
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give a Hugging Face folder, a run folder or one of its steps")

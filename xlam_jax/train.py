@@ -229,7 +229,8 @@ def _with_reference(
     from. `initial`: these weights; None to read them again. `fingerprints`: theirs, where it is known, and that of
     `frozen`.
     """
-    from xlam_jax.training import reference, weights
+    from xlam_jax.training import reference
+    from xlam_jax.weights import run as weights
 
     config, (saved, of_frozen) = resolved.config, fingerprints
 
@@ -286,7 +287,8 @@ def train(
     before = read_run(run / RUN, progress.line)
     if threads := before.get("cpu_threads"):
         keep_cpu_threads(threads[hosts.process if len(threads) == hosts.count else 0], config.mesh.cpu_devices)
-    from xlam_jax.training import checkpoint, weights
+    from xlam_jax.training import checkpoint
+    from xlam_jax.weights import run as weights
 
     # ---- the start: opened before the data are rendered, which may take long, and before any file is written ---------
     start = newest_step(run, hosts, progress)

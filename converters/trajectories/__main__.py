@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from converters.trajectories import EXPORTERS, FORMATS, converter, exporter, guess
-from converters.trajectories.common import Converted, Dropped, ExportRow, Lost
+from xlam_jax.data.converters import EXPORTERS, FORMATS, converter, exporter, guess
+from xlam_jax.data.converters.common import Converted, Dropped, ExportRow, Lost
 from xlam_jax.data.files import Meter
 from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory, to_dict
 from xlam_jax.errors import UserError, run

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from jsonschema import Draft202012Validator
 
-from converters.trajectories import CONVERTERS
-from converters.trajectories.common import Converted
+from xlam_jax.data.converters import CONVERTERS
+from xlam_jax.data.converters.common import Converted
 from xlam_jax.data.trajectory import Trajectory, to_dict
 from xlam_jax.errors import UserError, run
 

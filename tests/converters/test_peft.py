@@ -18,12 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from converters import peft as ours_peft
-from converters.hf_map import parameter, tensors
-from converters.peft import merge, read_config, read_peft, write_peft
 from xlam_jax.errors import UserError
 from xlam_jax.models.config import Lora, ModelConfig
 from xlam_jax.models.params import Params, binder, join, shapes, trainable
+from xlam_jax.weights import peft as ours_peft
+from xlam_jax.weights.hf_map import parameter, tensors
+from xlam_jax.weights.peft import merge, read_config, read_peft, write_peft
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

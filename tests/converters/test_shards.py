@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 
-from converters.shards import BITS, DTYPES, Shard, parse_header, read_tensors
 from xlam_jax.errors import UserError
+from xlam_jax.weights.shards import BITS, DTYPES, Shard, parse_header, read_tensors
 
 Q, OUT = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.o_proj.weight"
 

@@ -18,17 +18,18 @@ import torch
 from safetensors.numpy import load_file, save_file
 from support import ROOT, Commands, same_arrays, wait_until
 
-from converters import orbax_to_hf, shards
+from converters import orbax_to_hf
 from converters.folders import resumable_folder
-from converters.hf_map import tensors
-from converters.hf_to_orbax import HFWeights, load_hf
-from converters.logits import compare_logits
 from xlam_jax.errors import UserError
 from xlam_jax.models.config import ModelConfig
 from xlam_jax.models.params import shapes
 from xlam_jax.parallel import mesh as meshes
 from xlam_jax.training import checkpoint
 from xlam_jax.training.step import place
+from xlam_jax.weights import shards
+from xlam_jax.weights.hf import HFWeights, load_hf
+from xlam_jax.weights.hf_map import tensors
+from xlam_jax.weights.logits import compare_logits
 
 TO_ORBAX, TO_HF = "converters.hf_to_orbax", "converters.orbax_to_hf"
 
@@ -74,7 +75,7 @@ def test_a_host_reads_only_what_its_devices_hold(mixtral: Path, eight_devices: d
     """Eight devices in one process, all axes that split weights: each piece is the whole's."""
     script = """
 import sys, jax, numpy as np
-from converters.hf_to_orbax import HFWeights, load_hf
+from xlam_jax.weights.hf import HFWeights, load_hf
 from xlam_jax.models.params import logical_axes
 from xlam_jax.parallel.mesh import make_mesh, spec
 opened = HFWeights(sys.argv[1])
@@ -247,7 +248,7 @@ def test_other_logits_are_found(mixtral: Path, converted: Path, monkeypatch: pyt
     params, hf_config = checkpoint.open_params(step), checkpoint.load_hf_config(step)
     for with_torch in (True, False):
         if not with_torch:
-            monkeypatch.setattr("converters.logits.find_spec", lambda name: None)
+            monkeypatch.setattr("xlam_jax.weights.logits.find_spec", lambda name: None)
         compare_logits(mixtral, hf_config, params, step)
         with pytest.raises(UserError, match=r"the logits that .* computes differ from those of"):
             compare_logits(mixtral, hf_config | {"num_experts_per_tok": 1}, params, step)

@@ -18,10 +18,10 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from converters import hf_to_orbax, inspect, orbax_to_hf
-from converters.hf_map import tensors
-from converters.hf_to_orbax import load_hf
 from xlam_jax.errors import UserError
 from xlam_jax.models.params import shapes
+from xlam_jax.weights.hf import load_hf
+from xlam_jax.weights.hf_map import tensors
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {"head_dim": 24}),

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 from strategies import JSON, broken
 
-from converters.trajectories import exporter, row_converter
-from converters.trajectories.common import Converted, Dropped, Lost, convert_one
+from xlam_jax.data.converters import exporter, row_converter
+from xlam_jax.data.converters.common import Converted, Dropped, Lost, convert_one
 from xlam_jax.data.trajectory import (
     InvalidTrajectory,
     Message,

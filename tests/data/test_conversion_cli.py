@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from converters.trajectories import CONVERTERS, EXPORTERS, FORMATS, __main__, converter, exporter, row_converter
 from converters.trajectories.__main__ import convert, main
+from xlam_jax.data.converters import CONVERTERS, EXPORTERS, FORMATS, __main__, converter, exporter, row_converter
 from xlam_jax.data.trajectory import Trajectory, read_jsonl
 from xlam_jax.data.validate import validate
 from xlam_jax.errors import UserError
@@ -92,7 +92,7 @@ def test_writing_other_formats_tells_what_is_lost(tmp_path, quickstart, capsys):
 
 
 def test_a_trajectory_that_the_output_cannot_hold_is_dropped(tmp_path, quickstart, monkeypatch):
-    from converters.trajectories.common import Lost
+    from xlam_jax.data.converters.common import Lost
     from xlam_jax.data.trajectory import InvalidTrajectory, to_dict
 
     def export(trajectory):

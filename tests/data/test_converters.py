@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import JSON, broken
 
-from converters.trajectories import CONVERTERS, row_converter
-from converters.trajectories.common import (
+from xlam_jax.data.converters import CONVERTERS, row_converter
+from xlam_jax.data.converters.common import (
     Converted,
     Dropped,
     Repaired,

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
-from converters.trajectories import CONVERTERS
-from converters.trajectories.common import Converted, Dropped
+from xlam_jax.data.converters import CONVERTERS
+from xlam_jax.data.converters.common import Converted, Dropped
 from xlam_jax.data.trajectory import Trajectory, parse_trajectory, to_dict
 from xlam_jax.errors import UserError
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from strategies import JSON, broken
 from support import ROOT
 
-from converters.trajectories import EXPORTERS, FORMATS, converter
 from converters.trajectories.__main__ import convert
-from converters.trajectories.common import Converted, Dropped
+from xlam_jax.data.converters import EXPORTERS, FORMATS, converter
+from xlam_jax.data.converters.common import Converted, Dropped
 from xlam_jax.data.trajectory import parse_trajectory, to_dict
 from xlam_jax.data.validate import check_row
 from xlam_jax.errors import UserError

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from converters.trajectories import row_converter
-from converters.trajectories.common import Converted, Dropped, convert_one
+from xlam_jax.data.converters import row_converter
+from xlam_jax.data.converters.common import Converted, Dropped, convert_one
 from xlam_jax.data.formats.xlam_v1 import user_message
 from xlam_jax.data.render import chat_template, render_all, render_prompt
 from xlam_jax.data.tokenizer import load_tokenizer

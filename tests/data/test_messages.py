@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai.types.chat import ChatCompletionMessage
 
-from serving.client import xLAMChatCompletion
+from xlam_jax.client.completion import xLAMChatCompletion
 from xlam_jax.data.messages import call_ids, normal_messages, parse_request, unique_ids
 from xlam_jax.data.render import chat_template, render_prompt
 from xlam_jax.data.trajectory import InvalidTrajectory, parse_messages

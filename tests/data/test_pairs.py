@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from converters.trajectories import converter
 from xlam_jax.data import pairs
+from xlam_jax.data.converters import converter
 from xlam_jax.data.trajectory import parse_trajectory, to_dict
 from xlam_jax.errors import UserError
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from converters.trajectories import exporter, row_converter
-from converters.trajectories.common import Converted, Lost, convert_one
 from xlam_jax.config import Data
 from xlam_jax.data import corpus
+from xlam_jax.data.converters import exporter, row_converter
+from xlam_jax.data.converters.common import Converted, Lost, convert_one
 from xlam_jax.data.lengths import fit
 from xlam_jax.data.render import render
 from xlam_jax.data.tokenizer import load_tokenizer

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from converters.trajectories import row_converter
 from converters.trajectories.__main__ import convert
-from converters.trajectories.common import Converted, Dropped, convert_one
 from xlam_jax.config import Source
 from xlam_jax.data import sources, validate
+from xlam_jax.data.converters import row_converter
+from xlam_jax.data.converters.common import Converted, Dropped, convert_one
 from xlam_jax.data.trajectory import ToolCall, Trajectory, parse_trajectory, to_dict
 from xlam_jax.data.validate import check_row
 

@@ -13,9 +13,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
-from converters.trajectories import CONVERTERS, apibench, row_converter, toolbench
-from converters.trajectories.common import Converted, Dropped, Repaired, StepDropped
 from xlam_jax.data import literals, pairs
+from xlam_jax.data.converters import CONVERTERS, apibench, row_converter, toolbench
+from xlam_jax.data.converters.common import Converted, Dropped, Repaired, StepDropped
 from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory, parse_trajectory, to_dict
 from xlam_jax.data.validate import check_row
 from xlam_jax.errors import UserError

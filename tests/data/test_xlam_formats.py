@@ -11,12 +11,12 @@ from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 from strategies import JSON, broken
 
-from converters.trajectories import converter, exporter, row_converter
-from converters.trajectories import webshop as shop
 from converters.trajectories.__main__ import main
-from converters.trajectories.common import Converted, Dropped, Lost, convert_one, json_schema
-from converters.trajectories.train_ready import convert as convert_train_ready
-from converters.trajectories.xlam60k import SPELLINGS, spelling, tool_schemas
+from xlam_jax.data.converters import converter, exporter, row_converter
+from xlam_jax.data.converters import webshop as shop
+from xlam_jax.data.converters.common import Converted, Dropped, Lost, convert_one, json_schema
+from xlam_jax.data.converters.train_ready import convert as convert_train_ready
+from xlam_jax.data.converters.xlam60k import SPELLINGS, spelling, tool_schemas
 from xlam_jax.data.rows import Row
 from xlam_jax.data.trajectory import InvalidTrajectory, Message, ToolCall, Trajectory, parse_trajectory, to_dict
 
@@ -559,8 +559,8 @@ def test_whatever_the_row_nothing_else_is_raised(name, monkeypatch):
     @settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.nested_given])
     @given(st.lists(broken(start) | st.dictionaries(st.sampled_from(sorted(start)), JSON), min_size=1, max_size=2))
     def check(candidates):
-        monkeypatch.setattr("converters.trajectories.train_ready.read_rows", lambda path: rows(candidates))
-        monkeypatch.setattr("converters.trajectories.common.read_rows", lambda path: rows(candidates))
+        monkeypatch.setattr("xlam_jax.data.converters.train_ready.read_rows", lambda path: rows(candidates))
+        monkeypatch.setattr("xlam_jax.data.converters.common.read_rows", lambda path: rows(candidates))
         items = list(converter(name)([Path("rows.jsonl")]))
         assert {item.row for item in items} == set(range(1, len(candidates) + 1))
         for item in items:

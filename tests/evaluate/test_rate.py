@@ -15,9 +15,9 @@ import fake_server
 import pytest
 from support import Commands, wait_until
 
-from xlam_jax.data import rate
 from xlam_jax.data.trajectory import parse_trajectory
 from xlam_jax.errors import UserError
+from xlam_jax.evaluate import rate
 from xlam_jax.evaluate.endpoint import Model
 
 TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {"at": {}}}}}]

@@ -11,14 +11,11 @@ import yaml
 from fuzz.mutations import ODD, mutate, mutate_bytes, mutate_json
 from support import ROOT
 
-from converters import peft
-from converters.hf_to_orbax import HFWeights
-from converters.shards import DTYPES, Place, header_of
-from converters.trajectories import EXPORTERS, FORMATS, converter, exporter, row_converter
-from converters.trajectories.common import Converted, convert_one, read_rows
 from xlam_jax import config as configs
 from xlam_jax.config import Source
 from xlam_jax.data import sources
+from xlam_jax.data.converters import EXPORTERS, FORMATS, converter, exporter, row_converter
+from xlam_jax.data.converters.common import Converted, convert_one, read_rows
 from xlam_jax.data.files import read_lines
 from xlam_jax.data.render import end_tokens, render_prompt
 from xlam_jax.data.tokenizer import load_tokenizer, text_to_ids_digest
@@ -28,7 +25,11 @@ from xlam_jax.models import hf_keys
 from xlam_jax.models.config import ModelConfig, read_hf_config
 from xlam_jax.models.generation_config import read_generation_config
 from xlam_jax.report import page, runs, samples
-from xlam_jax.training import checkpoint, resume, weights
+from xlam_jax.training import checkpoint, resume
+from xlam_jax.weights import peft
+from xlam_jax.weights import run as weights
+from xlam_jax.weights.hf import HFWeights
+from xlam_jax.weights.shards import DTYPES, Place, header_of
 
 Read = Callable[[Random], object]
 """Reads one mutated input; the generator decides which."""
@@ -142,7 +143,7 @@ def safetensors(folder: Path) -> Read:
     import numpy as np
 
     config = ModelConfig.from_hf(SMALL)
-    from converters.hf_map import tensors
+    from xlam_jax.weights.hf_map import tensors
 
     places = [Place(tensor.key, np.dtype(np.float32), tensor.shape) for tensor in tensors(config)]
     file = header_of(places) + bytes(sum(place.bytes for place in places))

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import tiny_models
 
-from converters.peft import merge
 from xlam_jax.models.config import Lora, ModelConfig
 from xlam_jax.models.params import Params, binder, initialize, join, shapes, trainable
-from xlam_jax.training.weights import read_layers
+from xlam_jax.weights.peft import merge
+from xlam_jax.weights.run import read_layers
 
 EVERY = ("q", "k", "v", "o", "w1", "w3", "w2", "embedding")
 

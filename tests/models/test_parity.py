@@ -10,10 +10,10 @@ import pytest
 import tiny_models
 import torch
 
-from converters.hf_map import tensors
 from xlam_jax.models.attention import QUERY_CHUNK
 from xlam_jax.models.config import ModelConfig
 from xlam_jax.models.params import Params, binder
+from xlam_jax.weights.hf_map import tensors
 
 TOLERANCE = 1e-4
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from serving.client import xLAMChatCompletion
+from xlam_jax.client.completion import xLAMChatCompletion
 
 
 @pytest.fixture(autouse=True)

@@ -11,9 +11,9 @@ from fake_server import Running, sends, serve
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from serving.answers import AnswerStream, MalformedAnswer, read_response
-from serving.client import xLAMChatCompletion, xLAMConfig
 from serving.tools import run_tools
+from xlam_jax.client.answers import AnswerStream, MalformedAnswer, read_response
+from xlam_jax.client.completion import xLAMChatCompletion, xLAMConfig
 from xlam_jax.errors import UserError
 from xlam_jax.evaluate.endpoint import Answer, EndpointFault, Model
 

@@ -9,9 +9,9 @@ from fake_server import Handler, says, serve
 
 from serving import chat
 from serving import serve as serving
-from serving.client import xLAMChatCompletion, xLAMConfig
 from serving.fastchat_worker import Worker
 from serving.parity import Server
+from xlam_jax.client.completion import xLAMChatCompletion, xLAMConfig
 from xlam_jax.data import __main__ as data
 from xlam_jax.errors import UserError
 from xlam_jax.evaluate import __main__ as evaluate

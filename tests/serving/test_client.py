@@ -13,7 +13,7 @@ import pytest
 from fake_server import Reply, answers, call, events, hangs_up, never, refuses, says, serve
 from support import ROOT, deadline
 
-from serving.client import BadOutput, ServerError, xLAMChatCompletion, xLAMConfig
+from xlam_jax.client.completion import BadOutput, ServerError, xLAMChatCompletion, xLAMConfig
 from xlam_jax.data.formats.xlam_v1 import INSTRUCTIONS, TASK_INSTRUCTION
 from xlam_jax.errors import UserError
 
@@ -340,7 +340,9 @@ def test_malformed_requests_are_not_sent(messages: Any, tools: Any, options: Any
 
 
 def test_importing_it_is_quick():
-    code = "import sys, serving.client; print({'jax', 'numpy', 'openai', 'torch', 'vllm'} & set(sys.modules))"
+    code = (
+        "import sys, xlam_jax.client.completion; print({'jax', 'numpy', 'openai', 'torch', 'vllm'} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "set()"
 

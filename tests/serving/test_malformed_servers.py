@@ -9,10 +9,10 @@ from threading import Thread
 
 import pytest
 
-from serving.client import ServerError
 from serving.fastchat_worker import post
 from serving.parity import TOOLS, Server
 from serving.serve import check_port, model_folder
+from xlam_jax.client.completion import ServerError
 from xlam_jax.errors import UserError
 from xlam_jax.report import runs
 

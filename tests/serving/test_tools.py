@@ -8,8 +8,8 @@ import pytest
 from fake_server import answers, call, says, serve
 from pydantic import BaseModel
 
-from serving.client import BadOutput, xLAMChatCompletion
 from serving.tools import Tool, as_tool, call_tool, load_tools, run_tools
+from xlam_jax.client.completion import BadOutput, xLAMChatCompletion
 from xlam_jax.errors import UserError
 
 USER = [{"role": "user", "content": "Weather in Oslo?"}]

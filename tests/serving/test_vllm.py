@@ -16,7 +16,7 @@ import pytest
 import small_corpus
 from support import ROOT, Commands
 
-from serving.client import ServerError, xLAMChatCompletion
+from xlam_jax.client.completion import ServerError, xLAMChatCompletion
 from xlam_jax.evaluate import agents, shop
 
 pytestmark = [pytest.mark.serve, pytest.mark.filterwarnings("ignore")]

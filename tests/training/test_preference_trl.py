@@ -18,13 +18,13 @@ import pytest
 import tiny_models
 import torch
 
-from converters.hf_map import tensors
 from xlam_jax.models.config import ModelConfig
 from xlam_jax.models.params import Params, binder
 from xlam_jax.parallel.mesh import make_mesh
 from xlam_jax.training import step as steps
 from xlam_jax.training.objectives import token_log_probabilities
 from xlam_jax.training.preference import PER_TOKEN, Preference
+from xlam_jax.weights.hf_map import tensors
 
 pytestmark = [
     pytest.mark.slow,

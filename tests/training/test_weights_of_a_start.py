@@ -8,7 +8,7 @@ import pytest
 
 from xlam_jax import config as configs
 from xlam_jax.errors import UserError
-from xlam_jax.training import weights
+from xlam_jax.weights import run as weights
 
 
 def test_weights_of_another_config(tiny_config: Path, exported: Path, trained: tuple[Path, str], tmp_path: Path):

@@ -241,7 +241,7 @@ def _pairs(options: argparse.Namespace) -> int:
 def _rate(options: argparse.Namespace) -> int:
     import json
 
-    from xlam_jax.data import rate
+    from xlam_jax.evaluate import rate
     from xlam_jax.evaluate.endpoint import Model
     from xlam_jax.outputs import write_text
 

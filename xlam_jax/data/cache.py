@@ -335,7 +335,7 @@ def _code() -> str:
     package = Path(__file__).parent
     modules = [path for path in sorted(package.rglob("*.py")) if path.stem not in _APART_MODULES]
     modules.append(_CONVERTERS / "common.py")
-    templates = (path for path in (files("serving") / "templates").iterdir() if path.name.endswith(".jinja"))
+    templates = (path for path in (files("xlam_jax.data") / "templates").iterdir() if path.name.endswith(".jinja"))
     return _digest(*(path.read_bytes() for path in (*modules, *sorted(templates, key=lambda path: path.name))))
 
 

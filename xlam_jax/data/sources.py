@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 from urllib.parse import urlsplit
 
-from converters.trajectories.common import ConvertRow, Dropped, convert_one, stem
-from converters.trajectories.common import Repaired as Repair
-from converters.trajectories.preference import is_other_layout, pair_row
 from xlam_jax.config import PAIRS, Filters, Source
 from xlam_jax.data import nulls
+from xlam_jax.data.converters.common import ConvertRow, Dropped, convert_one, stem
+from xlam_jax.data.converters.common import Repaired as Repair
+from xlam_jax.data.converters.preference import is_other_layout, pair_row
 from xlam_jax.data.pair import PAIR_KEYS, Pair, parse_pair
 from xlam_jax.data.rows import BATCH, PACKED, SUFFIXES, arrow_rows, place, read_rows, suffix
 from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory, parse_json, unread_calls
@@ -122,7 +122,7 @@ def _converter(source: Source) -> ConvertRow | None:
     """None for unified rows and for pairs."""
     if source.format in _OWN:
         return None
-    from converters.trajectories import row_converter
+    from xlam_jax.data.converters import row_converter
 
     try:
         convert_row = row_converter(source.format)

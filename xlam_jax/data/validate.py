@@ -12,10 +12,10 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from converters.trajectories.preference import is_other_layout, pair_row
 from xlam_jax.config import Source
 from xlam_jax.data import sources
 from xlam_jax.data import trajectory as reader
+from xlam_jax.data.converters.preference import is_other_layout, pair_row
 from xlam_jax.data.declarations import find_tools
 from xlam_jax.data.pair import parse_pair
 from xlam_jax.data.schemas import Parameters, Problem, compiled

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple, Self
 
-from serving.client import ServerError, to_openai, xLAMChatCompletion, xLAMConfig
+from xlam_jax.client.completion import ServerError, to_openai, xLAMChatCompletion, xLAMConfig
 from xlam_jax.data.messages import call_ids
 from xlam_jax.data.trajectory import Message, ToolCall
 from xlam_jax.errors import UserError

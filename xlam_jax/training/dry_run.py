@@ -17,7 +17,7 @@ def dry_run(resolved: Resolved, *, quiet: bool = False) -> int:
     tell = (lambda _: None) if quiet else print
     for line in resolved.warnings:
         progress.line(f"warning: {line}")
-    from xlam_jax.training import weights
+    from xlam_jax.weights import run as weights
 
     weights.read_base(resolved)
     made = set_up(resolved, progress)

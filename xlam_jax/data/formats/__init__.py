@@ -96,7 +96,7 @@ def read_template(name: str, **variables: bool) -> str:
     )
     parts = [name] if name == "mistral_v1" else ["results_in_order", name]
     return header + "".join(
-        (files("serving") / "templates" / f"{part}.jinja").read_text(encoding="utf-8") for part in parts
+        (files("xlam_jax.data") / "templates" / f"{part}.jinja").read_text(encoding="utf-8") for part in parts
     )
 
 

@@ -1,4 +1,4 @@
-"""The `xlam` format; `serving/templates/xlam.jinja` writes the same text. With Mistral's control tokens:
+"""The `xlam` format; `xlam_jax/data/templates/xlam.jinja` writes the same text. With Mistral's control tokens:
 
     <s>[AVAILABLE_TOOLS]…[/AVAILABLE_TOOLS][INST]system\\n\\nuser[/INST]
     thought[TOOL_CALLS][{"name": …, "arguments": {…}}, …]</s>

@@ -4,7 +4,7 @@
     [BEGIN OF QUERY]…[BEGIN OF HISTORY STEPS]…   →   {"thought": "…", "tool_calls": [{"name": …, "arguments": {…}}]}
 
 The history goes into the prompt, one step an assistant turn, so that every assistant turn has a prompt of its own.
-`serving/templates/xlam_v1.jinja` writes the same text. The message stands between the tags of the format `xlam`.
+`xlam_jax/data/templates/xlam_v1.jinja` writes the same text. The message stands between the tags of the format `xlam`.
 """
 
 from collections.abc import Iterator, Sequence

@@ -14,7 +14,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from serving.client import checked_key
+from xlam_jax.client.completion import checked_key
 from xlam_jax.data.trajectory import ToolCall
 from xlam_jax.data.wire import objects_in
 from xlam_jax.errors import UserError, check_address, nearest

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from converters.trajectories.common import (
+from xlam_jax.data import literals
+from xlam_jax.data.converters.common import (
     Converted,
     Dropped,
     Repaired,
@@ -25,7 +26,6 @@ from converters.trajectories.common import (
     stem,
     tool,
 )
-from xlam_jax.data import literals
 from xlam_jax.data.files import LONGEST_ROW, open_bytes
 from xlam_jax.data.rows import Row, read_rows
 from xlam_jax.data.trajectory import InvalidTrajectory, Note, decode_arguments, parse_json

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from converters.trajectories import openai
-from converters.trajectories.common import (
+from xlam_jax.data.converters import openai
+from xlam_jax.data.converters.common import (
     Converted,
     Dropped,
     Lost,

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from converters.shards import DTYPES, Shard
-from converters.work import check_finite
 from xlam_jax import documents
 from xlam_jax.errors import UserError
 from xlam_jax.models.config import Lora, ModelConfig
+from xlam_jax.weights.shards import DTYPES, Shard
+from xlam_jax.weights.transfer import check_finite
 
 if TYPE_CHECKING:
     from xlam_jax.models.params import Params

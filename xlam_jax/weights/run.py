@@ -27,7 +27,7 @@ def read_base(resolved: Resolved, *, exporting: bool = False) -> Params | None:
     Raises `UserError` when they are those of another model, or of another config.json: the second not when `exporting`,
     for a run that has been trained is exported as it was trained.
     """
-    from converters.hf_to_orbax import HFWeights
+    from xlam_jax.weights.hf import HFWeights
 
     named = resolved.config.model.init_from
     if named is None:
@@ -68,7 +68,7 @@ def check_same_config(resolved: Resolved, stored: dict[str, Any]) -> None:
 
 def source_folder(resolved: Resolved) -> Path | None:
     """The folder with the files next to the weights that `model.init_from` names; None for random weights."""
-    from converters.hf_to_orbax import small_files
+    from xlam_jax.weights.hf import small_files
 
     named = resolved.config.model.init_from
     if named is None:
@@ -83,7 +83,7 @@ def read_adapters(resolved: Resolved, base: Params | None) -> Params | None:
 
     Raises `UserError` when they do not fit.
     """
-    from converters.peft import read_peft
+    from xlam_jax.weights.peft import read_peft
 
     start = resolved.config.lora.init_from
     return None if start is None or resolved.model.lora is None else read_peft(Path(start), resolved.model, base)
@@ -185,7 +185,7 @@ def read_layers(config: ModelConfig, params: Params) -> Params:
 
 def _leads(config: ModelConfig) -> dict[tuple[str, ...], int]:
     """How many leading axes of each parameter index its layers (and experts)."""
-    from converters.hf_map import tensors
+    from xlam_jax.weights.hf_map import tensors
 
     return {tensor.path: len(tensor.at) for tensor in tensors(config)}
 
@@ -196,7 +196,7 @@ def open_whole(step_dir: Path) -> Params:
     The weights of a QLoRA run are those that its four-bit codes stand for. Raises `UserError` when the base is no
     longer what it was: all of it is read once for that.
     """
-    from converters.peft import merge
+    from xlam_jax.weights.peft import merge
 
     resolved = saved_run(step_dir)
     if resolved is None:
@@ -227,8 +227,8 @@ def fingerprint(params: Params) -> str:
 
 def _fingerprint_by_layers(params: Params) -> str:
     """`fingerprint` of what `Kept` weights are kept as."""
-    from converters.shards import ahead
-    from converters.work import WORKERS, Told
+    from xlam_jax.weights.shards import ahead
+    from xlam_jax.weights.transfer import WORKERS, Told
 
     is_kept = lambda node: isinstance(node, Kept)  # noqa: E731
     sums: list[int] = []

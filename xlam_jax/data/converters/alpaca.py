@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from converters.trajectories.common import Converted, Dropped, Repaired, convert_rows, field, take_tools
+from xlam_jax.data.converters.common import Converted, Dropped, Repaired, convert_rows, field, take_tools
 from xlam_jax.data.trajectory import InvalidTrajectory
 
 KEYS = ("instruction", "input", "output", "system", "history", "id")

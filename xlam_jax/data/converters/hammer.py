@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from converters.trajectories.common import Converted, Dropped, Repaired, convert_rows, field
-from converters.trajectories.xlam60k import json_list, tool_calls, tool_schemas
+from xlam_jax.data.converters.common import Converted, Dropped, Repaired, convert_rows, field
+from xlam_jax.data.converters.xlam60k import json_list, tool_calls, tool_schemas
 from xlam_jax.data.trajectory import InvalidTrajectory, parse_json
 
 REQUEST = "Generate API Request:"

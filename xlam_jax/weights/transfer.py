@@ -1,7 +1,5 @@
-"""What both converters share: arguments, progress, and the check of every tensor."""
+"""Moving weights between folders: progress, and the check of every tensor."""
 
-import argparse
-import re
 import time
 from collections.abc import Callable, Sequence
 from math import prod
@@ -10,12 +8,10 @@ from typing import Any, Self
 
 import numpy as np
 
-from converters.hf_map import Tensor
-from converters.shards import DTYPES, Shard, ahead
-from xlam_jax.errors import UserError, positive
+from xlam_jax.errors import UserError
+from xlam_jax.weights.hf_map import Tensor
+from xlam_jax.weights.shards import DTYPES, Shard, ahead
 
-DTYPE_NAMES = ("bfloat16", "float16", "float32")
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 WORKERS = 2
 EVERY = 10.0
 """Seconds between lines in a log."""
@@ -25,28 +21,11 @@ INFINITE = {2: {"bfloat16": 0x7F80, "float16": 0x7C00}, 4: {"float32": 0x7F80000
 """Bits of infinity, by the bytes and the name of a dtype; what is larger, the sign aside, is no number."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of both directions."""
-    parser.add_argument("--dtype", choices=DTYPE_NAMES, help="dtype to write (default: that of the source)")
-    parser.add_argument(
-        "--workers", type=positive, default=WORKERS, metavar="N", help=f"tensors at work at a time (default: {WORKERS})"
-    )
-    parser.add_argument("--verify", action="store_true", help="read everything back and compare it with the source")
-
-
 def dtype_of(name: str | None) -> np.dtype | None:
     """The dtype of that name."""
     import ml_dtypes
 
     return None if name is None else np.dtype(getattr(ml_dtypes, name, name))
-
-
-def size_of(text: str) -> int:
-    """Bytes of a size such as 5GB."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]B)", text.strip(), re.IGNORECASE)
-    if not match or not float(match[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write it like 5GB or 500MB")
-    return int(float(match[1]) * UNITS[match[2].upper()])
 
 
 def check_finite(where: str, key: str, value: np.ndarray) -> None:

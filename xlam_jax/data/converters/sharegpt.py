@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from converters.trajectories import openai
-from converters.trajectories.common import (
+from xlam_jax.data import text_calls
+from xlam_jax.data.converters import openai
+from xlam_jax.data.converters.common import (
     Converted,
     Dropped,
     Lost,
@@ -25,9 +26,8 @@ from converters.trajectories.common import (
     take_tools,
     turns_of,
 )
-from converters.trajectories.links import link
-from converters.trajectories.openai import split_instruction
-from xlam_jax.data import text_calls
+from xlam_jax.data.converters.links import link
+from xlam_jax.data.converters.openai import split_instruction
 from xlam_jax.data.embedded import value_at
 from xlam_jax.data.trajectory import TURN, InvalidTrajectory, Trajectory, decode_arguments, parse_json, unflattened
 from xlam_jax.errors import nearest

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from converters.trajectories.common import (
+from xlam_jax.data.converters.common import (
     Converted,
     Dropped,
     Lost,

@@ -9,8 +9,8 @@
 
 from typing import Any
 
-from converters.trajectories import alpaca, openai, sharegpt
-from converters.trajectories.common import ConvertRow, Repaired, field
+from xlam_jax.data.converters import alpaca, openai, sharegpt
+from xlam_jax.data.converters.common import ConvertRow, Repaired, field
 from xlam_jax.data.trajectory import ROW_KEYS, InvalidTrajectory, Note
 
 SIDES = {"chosen": "preferred_output", "rejected": "non_preferred_output"}

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from converters.trajectories.common import Converted, Dropped, convert_rows
+from xlam_jax.data.converters.common import Converted, Dropped, convert_rows
 
 
 def convert(paths: list[Path]) -> Iterator[Converted | Dropped]:

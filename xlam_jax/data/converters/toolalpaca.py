@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from converters.trajectories.common import (
+from xlam_jax.data.converters.common import (
     Converted,
     Dropped,
     Repaired,

@@ -11,8 +11,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from converters.trajectories import hotpotqa, webshop
-from converters.trajectories.common import Converted, Dropped, Repaired, StepDropped, call, convert_rows, field
+from xlam_jax.data.converters import hotpotqa, webshop
+from xlam_jax.data.converters.common import Converted, Dropped, Repaired, StepDropped, call, convert_rows, field
 from xlam_jax.data.trajectory import InvalidTrajectory
 
 ENVIRONMENTS: tuple[ModuleType, ...] = (webshop, hotpotqa)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import islice, takewhile
 from typing import Any
 
-from converters.trajectories.common import Repaired
+from xlam_jax.data.converters.common import Repaired
 from xlam_jax.data.trajectory import Message, ToolCall, join_calls, pair_without_ids
 
 

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from converters.trajectories.common import (
+from xlam_jax.data import literals
+from xlam_jax.data.converters.common import (
     Converted,
     Dropped,
     Repaired,
@@ -23,7 +24,6 @@ from converters.trajectories.common import (
     field,
     tool,
 )
-from xlam_jax.data import literals
 from xlam_jax.data.files import read_lines
 from xlam_jax.data.trajectory import InvalidTrajectory, parse_json
 

@@ -13,7 +13,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from converters.trajectories.common import (
+from xlam_jax.data.converters.common import (
     Converted,
     Dropped,
     Lost,
@@ -25,7 +25,7 @@ from converters.trajectories.common import (
     take_tools,
     turns_of,
 )
-from converters.trajectories.links import link
+from xlam_jax.data.converters.links import link
 from xlam_jax.data.messages import modern_turn
 from xlam_jax.data.trajectory import (
     TURN,

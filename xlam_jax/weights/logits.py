@@ -46,7 +46,7 @@ def compare_logits(hf: Path, hf_config: dict[str, Any], params: "Params", step: 
 def _of_folder(folder: Path, tokens_BT: np.ndarray) -> tuple[np.ndarray, str]:
     """Its logits, and who computed them."""
     if find_spec("torch") is None:
-        from converters.hf_to_orbax import load_hf
+        from xlam_jax.weights.hf import load_hf
 
         hf_config, params = load_hf(folder)
         return _logits(ModelConfig.from_hf(hf_config), params, tokens_BT), "this project from the folder"
@@ -65,7 +65,7 @@ def _logits(config: ModelConfig, params: "Params", tokens_BT: np.ndarray, dtype:
     import jax.numpy as jnp
 
     from xlam_jax.models.params import binder
-    from xlam_jax.training.weights import read_layers
+    from xlam_jax.weights.run import read_layers
 
     bind = binder(config, dtype=jnp.float32)
 

@@ -1,0 +1,1 @@
+"""Weights on disk: Hugging Face and PEFT folders, safetensors files, Orbax checkpoints."""
