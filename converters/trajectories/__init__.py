@@ -1,1 +1,1 @@
-"""The command that converts trajectories: `python -m converters.trajectories`. Its formats: `xlam_jax.data.converters`."""
+"""The command `python -m converters.trajectories`; the formats it converts are in `xlam_jax.data.converters`."""
