@@ -204,7 +204,7 @@ def compare_calls(
     tokenizer: "PreTrainedTokenizerFast", completion: list[int], calls: list[dict[str, Any]]
 ) -> Difference | None:
     """How the calls that the server read in an answer's tokens differ from those that are in them."""
-    from xlam_jax.generate import named, read_completion
+    from xlam_jax.data.completion import named, read_completion
 
     ours = named(read_completion(completion, tokenizer).calls)
     if ours == calls:

@@ -6,18 +6,18 @@ completion parsed, by the same code that renders the training data.
 
 import argparse
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from xlam_jax.data.completion import named, read_completion
 from xlam_jax.documents import read_json
 from xlam_jax.errors import UserError, run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from xlam_jax.data.trajectory import ToolCall
     from xlam_jax.models.config import ModelConfig
     from xlam_jax.models.decoder import Decoder
     from xlam_jax.models.params import Params
@@ -101,36 +101,6 @@ def conversations(path: Path) -> list[list[dict[str, Any]]]:
             '[{"role": "user", "content": "…"}], or a list of such lists, is expected'
         )
     return value if isinstance(value[0], list) else [value]
-
-
-class Completion(NamedTuple):
-    """What a model wrote."""
-
-    text: str
-    """As it was written, without the end token."""
-    content: str
-    """The text that is no call, without white space around it."""
-    calls: "tuple[ToolCall, ...] | None"
-    finish_reason: str
-    """tool_calls or stop, where it came to its end; length, where it was cut."""
-
-
-def read_completion(
-    new: list[int], tokenizer: "PreTrainedTokenizerFast", stops: "Collection[int] | None" = None
-) -> Completion:
-    """Reads a model's new tokens; `stops` are those that end it (default: `end_tokens` of the tokenizer)."""
-    from xlam_jax.data.render import end_tokens
-    from xlam_jax.data.wire import parse_completion
-
-    ended = bool(new) and new[-1] in (end_tokens(tokenizer) if stops is None else stops)
-    text = str(tokenizer.decode(new[:-1] if ended else new, skip_special_tokens=False))
-    content, calls = parse_completion(text)
-    return Completion(text, content.strip(), calls, ("tool_calls" if calls else "stop") if ended else "length")
-
-
-def named(calls: "Sequence[ToolCall] | None") -> list[dict[str, Any]]:
-    """Calls as they are written out."""
-    return [{"name": call.name, "arguments": call.arguments} for call in calls or ()]
 
 
 def complete(

@@ -12,8 +12,9 @@ import pytest
 from support import Commands
 
 from serving.parity import REQUESTS, TOOLS, Answer, Server, compare, compare_required_call, score
+from xlam_jax.data.completion import named, read_completion
 from xlam_jax.data.render import render_prompt
-from xlam_jax.generate import find_model, named, read_completion
+from xlam_jax.generate import find_model
 from xlam_jax.models.generation import generate
 
 

@@ -12,10 +12,10 @@ from itertools import chain, zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xlam_jax.data.codec import to_json
+from xlam_jax.data.completion import Completion, named, read_completion
 from xlam_jax.data.schemas import compiled, hashable
 from xlam_jax.data.trajectory import ToolCall, Trajectory, to_messages
 from xlam_jax.errors import UserError
-from xlam_jax.generate import Completion, named, read_completion
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
