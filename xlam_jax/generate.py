@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from xlam_jax.data.completion import named, read_completion
 from xlam_jax.documents import read_json
 from xlam_jax.errors import UserError, run
 
@@ -115,6 +114,7 @@ def complete(
 
     Returns content, tool calls and why each ended, in the shape that is printed.
     """
+    from xlam_jax.data.completion import named, read_completion
     from xlam_jax.data.render import end_tokens
     from xlam_jax.models.generation import generate
 
