@@ -20,8 +20,10 @@ from transformers import AutoModelForCausalLM
 from converters import hf_to_orbax, inspect, orbax_to_hf
 from xlam_jax.errors import UserError
 from xlam_jax.models.params import shapes
+from xlam_jax.weights import locate
 from xlam_jax.weights.hf import load_hf
 from xlam_jax.weights.hf_map import tensors
+from xlam_jax.weights.shards import Shard
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {"head_dim": 24}),
@@ -313,7 +315,7 @@ def test_a_quantization_config_without_quantized_weights_is_dropped(
 
 
 def test_a_tied_model_with_its_head_in_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(hf_to_orbax, "ROWS", 100)
+    monkeypatch.setattr(locate, "ROWS", 100)
     folder = saved(tmp_path / "hf", "mistral-tied")
     file = folder / "model.safetensors"
     values = load_file(file)
@@ -414,7 +416,7 @@ def test_parts_are_kept_where_the_source_cannot_be_read(
     tmp_path: Path, convert: Command, monkeypatch: pytest.MonkeyPatch
 ):
     folder = saved(tmp_path / "hf", "mistral")
-    read = hf_to_orbax.Shard.read
+    read = Shard.read
     done: list[str] = []
 
     def failing(shard: Any, key: str, part: Any = None) -> Any:
@@ -429,10 +431,10 @@ def test_parts_are_kept_where_the_source_cannot_be_read(
         done.append(key)
         return read(shard, key, part)
 
-    monkeypatch.setattr(hf_to_orbax.Shard, "read", failing)
+    monkeypatch.setattr(Shard, "read", failing)
     with pytest.raises(UserError, match=r"model\.safetensors: .* can't be read \(Input/output error\); run again"):
         convert(hf_to_orbax, "--hf", folder, "--out", tmp_path / "orbax", "--workers", "1")
-    monkeypatch.setattr(hf_to_orbax.Shard, "read", lambda *given: (done.append(given[1]), read(*given))[1])
+    monkeypatch.setattr(Shard, "read", lambda *given: (done.append(given[1]), read(*given))[1])
     done.clear()
     convert(hf_to_orbax, "--hf", folder, "--out", tmp_path / "orbax")
     assert done
