@@ -112,7 +112,14 @@ def lay_out(resolved: Resolved, mesh: "Mesh") -> Layout:
 
     config = resolved.config
     configs.check_divisible(config, resolved.model, {f"mesh.{axis}": size for axis, size in mesh.shape.items()})
-    kernels, line = choose(config.model, mesh, resolved.model, config.data.sequence_length)
+    kernels, line = choose(
+        mesh,
+        resolved.model,
+        config.data.sequence_length,
+        attention=config.model.attention,
+        experts=config.model.experts,
+        reduce_dtype=config.model.reduce_dtype,
+    )
     aim, dtype, quantized = config.objective, jnp.dtype(config.model.compute_dtype), config.train.trainable == "qlora"
     objective = steps.Objective(groups=len(config.data.sources) * len(KINDS))
     if aim.kind != "sft":
