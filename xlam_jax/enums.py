@@ -27,3 +27,6 @@ MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
 
 PAIRS = "pairs"
 """The format of a source that contains pairs."""
+
+STEPS_FOLDER = "checkpoints"
+"""The folder of a run that contains a folder for each saved step."""

@@ -16,7 +16,7 @@ def derived(description: str) -> dict[str, JsonValue]:
     return {"derived": description}
 
 
-class Conflict(ValueError):
+class ConflictError(ValueError):
     """Two values of a section that do not go together, or one that the section does not allow."""
 
     def __init__(self, message: str, *fields: str):
@@ -28,7 +28,7 @@ class Conflict(ValueError):
 
 class Section(BaseModel):
     """A frozen group of fields, each documented under itself. Unknown keys are errors. A section checks its own values
-    with validators, which raise `Conflict`."""
+    with validators, which raise `ConflictError`."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, serialize_by_alias=True

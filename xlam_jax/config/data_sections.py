@@ -5,7 +5,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from xlam_jax.config.base import CHANGEABLE, Conflict, Count, Section, Share, derived
+from xlam_jax.config.base import CHANGEABLE, ConflictError, Count, Section, Share, derived
 from xlam_jax.enums import PAIRS
 
 
@@ -20,9 +20,9 @@ class Filters(Section):
     """Maximum number of turns."""
     min_calls: int = Field(default=0, ge=0)
     """Minimum number of tool calls."""
-    tools: list[str] = []
+    tools: list[str] = Field(default=[])
     """Only trajectories that call one of these tools. Empty: any."""
-    exclude: list[str] = []
+    exclude: list[str] = Field(default=[])
     """Ids of trajectories to drop, such as those of a benchmark's test set."""
 
 
@@ -31,7 +31,7 @@ class Source(Section):
 
     name: str = Field(default="", min_length=1, json_schema_extra=derived("from the file's or dataset's name"))
     """The name in reports. It is also part of the seed of the source's order."""
-    files: list[str] = []
+    files: list[str] = Field(default=[])
     """Files of trajectories: .jsonl (also .jsonl.gz, .jsonl.zst), .parquet, .array_record."""
     dataset: str | None = None
     """A dataset of the `datasets` library: a folder or a name on the Hugging Face hub."""
@@ -76,18 +76,18 @@ class Source(Section):
         present = [key for key, value in places.items() if value]
         here = f"source {self.name or '(without a name)'}"
         if len(present) != 1:
-            raise Conflict(
+            raise ConflictError(
                 f"{here} gives {' and '.join(present) or 'no place'}; give one of files, dataset and tfds", *present
             )
         if self.dataset is None and (self.subset is not None or self.streaming):
             key = "streaming" if self.subset is None else "subset"
-            raise Conflict(f"{here}: {key} is for a dataset, and the source is {present[0]}; remove it", key)
+            raise ConflictError(f"{here}: {key} is for a dataset, and the source is {present[0]}; remove it", key)
         if self.weight is not None and self.epochs is not None:
-            raise Conflict(
+            raise ConflictError(
                 f"{here} gives weight {self.weight} and epochs {self.epochs}; give one of them", "weight", "epochs"
             )
         if self.size is not None and self.epochs is None:
-            raise Conflict(f"{here} gives size {self.size} without epochs; give both, or a weight", "size")
+            raise ConflictError(f"{here} gives size {self.size} without epochs; give both, or a weight", "size")
         return self
 
 
@@ -168,15 +168,15 @@ class Data(Section):
     @model_validator(mode="after")
     def _check_mixture(self) -> Self:
         if len({source.name for source in self.sources}) < len(self.sources):
-            raise Conflict("data.sources: two sources have the same name; reports need different names", "sources")
+            raise ConflictError("data.sources: two sources have the same name; reports need different names", "sources")
         by_epochs = [source.name for source in self.sources if source.epochs is not None]
         if by_epochs and len(by_epochs) < len(self.sources):
             other = next(source.name for source in self.sources if source.epochs is None)
-            raise Conflict(
+            raise ConflictError(
                 f"data.sources: {by_epochs[0]} gives epochs and {other} does not; all sources or none do", "sources"
             )
         if by_epochs and self.share == "tokens":
-            raise Conflict(
+            raise ConflictError(
                 "data.share is tokens, and the sources give epochs, which count trajectories; give weights", "share"
             )
         return self
@@ -184,14 +184,14 @@ class Data(Section):
     @model_validator(mode="after")
     def _check_augment(self) -> Self:
         if self.augment.active and self.cache is not None:
-            raise Conflict(
+            raise ConflictError(
                 f"data.cache is {self.cache}, which contains finished tokens, and data.augment draws its variants "
                 "from the trajectories; remove one of them",
                 "cache",
                 "augment",
             )
         if self.augment.active and self.on_long in ("cut", "split"):
-            raise Conflict(
+            raise ConflictError(
                 f"data.on_long is {self.on_long} and data.augment is on; set data.on_long to drop or error",
                 "on_long",
                 "augment",

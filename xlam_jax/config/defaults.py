@@ -5,7 +5,7 @@ from typing import Any
 
 from xlam_jax.config.files import Draft
 from xlam_jax.config.schema import Config
-from xlam_jax.enums import PAIR_LOSSES
+from xlam_jax.enums import PAIR_LOSSES, STEPS_FOLDER
 from xlam_jax.models.config import ModelConfig
 
 MOST_STREAMS = 8
@@ -54,7 +54,7 @@ def _fill_from_weights(draft: Draft) -> None:
         draft.missing["data.tokenizer"] = "give a tokenizer's folder, or mistral:v1 or mistral:v3"
         return
     folder = Path(weights)
-    folders = [folder, folder.parent.parent] if folder.parent.name == "checkpoints" else [folder]
+    folders = [folder, folder.parent.parent] if folder.parent.name == STEPS_FOLDER else [folder]
     for candidate in folders:
         if (candidate / "config.json").is_file():
             draft.set_default("model.config", str(candidate), "next to the weights")

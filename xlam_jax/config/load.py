@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from xlam_jax.config.base import Conflict, Section
+from xlam_jax.config.base import ConflictError, Section
 from xlam_jax.config.checks import check_model, model_of
 from xlam_jax.config.defaults import fill_defaults, fill_from_model, fill_placeholders, router_warnings
 from xlam_jax.config.files import Draft, read_draft
@@ -95,7 +95,7 @@ def validate(draft: Draft, path: str) -> Config:
 def _explain(problem: Any, draft: Draft, path: str) -> str:
     """A problem that pydantic reports, in one line that starts with the origin of the value."""
     location = problem["loc"]
-    if isinstance(conflict := problem.get("ctx", {}).get("error"), Conflict):
+    if isinstance(conflict := problem.get("ctx", {}).get("error"), ConflictError):
         return _explain_conflict(conflict, location, draft.origins, path)
     name = ".".join(map(str, location))
     inside = [key for key in draft.origins if key.startswith(f"{name}.")]
@@ -109,7 +109,7 @@ def _explain(problem: Any, draft: Draft, path: str) -> str:
     return f"{origin}: {name} is {shorten(problem['input'])}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
 
 
-def _explain_conflict(conflict: Conflict, location: tuple[Any, ...], origins: Mapping[str, str], path: str) -> str:
+def _explain_conflict(conflict: ConflictError, location: tuple[Any, ...], origins: Mapping[str, str], path: str) -> str:
     """The message of a conflict, with where its values were set; the section is named if it is an element of a list."""
     prefix = "".join(f"{part}." for part in location)
     text = f"{prefix[:-1]}: {conflict}" if any(isinstance(part, int) for part in location) else str(conflict)

@@ -4,7 +4,8 @@ To rename or remove a key, or to change what a value means: raise `SCHEMA` by on
 before it, and add a saved config of that number to tests/saved.
 """
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 from xlam_jax.errors import UserError
 
@@ -14,12 +15,13 @@ KEY = "schema"
 _OLD_KEY = "schema_version"
 
 
-class Migration(NamedTuple):
+@dataclass(frozen=True)
+class Migration:
     """What turns the values of one schema into those of the next. Keys are dotted paths."""
 
-    renamed: dict[str, str] = {}
+    renamed: dict[str, str] = field(default_factory=dict)
     """Old key → new key. A key outside the config, such as `schema_version`, is removed by the loader."""
-    replaced: dict[str, dict[Any, Any]] = {}
+    replaced: dict[str, dict[Any, Any]] = field(default_factory=dict)
     """Key → {old value: new value}."""
 
 
@@ -60,9 +62,8 @@ def apply(migration: Migration, values: dict[str, Any]) -> dict[str, Any]:
             values = _with(values, new.split("."), value)
     for key, replacements in migration.replaced.items():
         _, value = _without(values, key.split("."))
-        if value is None or isinstance(value, str | int | float):
-            if value in replacements:
-                values = _with(values, key.split("."), replacements[value])
+        if (value is None or isinstance(value, str | int | float)) and value in replacements:
+            values = _with(values, key.split("."), replacements[value])
     return values
 
 

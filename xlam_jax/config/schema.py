@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from xlam_jax.config.base import CHANGEABLE, Conflict, Count, Section, Share, derived
+from xlam_jax.config.base import CHANGEABLE, ConflictError, Count, Section, Share, derived
 from xlam_jax.config.data_sections import Data
 from xlam_jax.config.migrations import SCHEMA
 from xlam_jax.enums import (
@@ -30,7 +30,7 @@ class Model(Section):
 
     config: str = Field(json_schema_extra=derived("the one next to the weights of init_from"))
     """A Hugging Face config.json, or a folder that contains one."""
-    overrides: dict[str, Any] = {}
+    overrides: dict[str, Any] = Field(default={})
     """Fields of that config.json to replace, such as `num_hidden_layers: 2`; only those that the family has."""
     init_from: str | None = None
     """Weights to start from: a folder in Hugging Face format or made by converters.hf_to_orbax. None: random."""
@@ -78,7 +78,7 @@ class ObjectiveSection(Section):
     def _check(self) -> Self:
         for name, only in (("label_smoothing", "sigmoid"), ("margin", "simpo")):
             if getattr(self, name) and self.kind != only:
-                raise Conflict(
+                raise ConflictError(
                     f"objective.{name} is {getattr(self, name)} and objective.kind is {self.kind}; it is for {only}",
                     name,
                     "kind",
@@ -86,13 +86,13 @@ class ObjectiveSection(Section):
         referenced = self.reference not in ("auto", "none")
         if self.kind == "sft" and (self.sft_weight or referenced):
             name = "sft_weight" if self.sft_weight else "reference"
-            raise Conflict(
+            raise ConflictError(
                 f"objective.{name} is {getattr(self, name)} and objective.kind is sft; it is for losses on pairs",
                 name,
                 "kind",
             )
         if self.kind in UNREFERENCED and referenced:
-            raise Conflict(
+            raise ConflictError(
                 f"objective.reference is {self.reference}, and {self.kind} has none; set it to auto",
                 "reference",
                 "kind",
@@ -122,7 +122,7 @@ class LoraSection(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if len(set(self.targets)) < len(self.targets):
-            raise Conflict(f"lora.targets names a weight twice: {', '.join(self.targets)}", "targets")
+            raise ConflictError(f"lora.targets names a weight twice: {', '.join(self.targets)}", "targets")
         return self
 
 
@@ -192,21 +192,21 @@ class Train(Section):
     @model_validator(mode="after")
     def _check_length(self) -> Self:
         if self.steps and self.epochs is not None:
-            raise Conflict(
+            raise ConflictError(
                 f"train.steps is {self.steps} and train.epochs is {self.epochs}; give one of them (train.steps=null "
                 "removes the first)",
                 "steps",
                 "epochs",
             )
         if self.warmup_steps and self.warmup_ratio is not None:
-            raise Conflict(
+            raise ConflictError(
                 f"train.warmup_steps is {self.warmup_steps} and train.warmup_ratio is {self.warmup_ratio}; give one of "
                 "them (train.warmup_steps=0 removes the first)",
                 "warmup_steps",
                 "warmup_ratio",
             )
         if self.steps and self.warmup_steps >= self.steps:
-            raise Conflict(
+            raise ConflictError(
                 f"train.warmup_steps is {self.warmup_steps}, not less than train.steps, {self.steps}; "
                 "the learning rate would never reach its peak",
                 "warmup_steps",
@@ -218,20 +218,20 @@ class Train(Section):
     def _check_schedule(self) -> Self:
         most = self.steps - self.warmup_steps if self.steps else self.decay_steps
         if self.schedule == "wsd" and not 0 < self.decay_steps <= most:
-            raise Conflict(
+            raise ConflictError(
                 f"train.schedule is wsd with decay_steps {self.decay_steps}; 1 to {most or 'train.steps'} "
                 f"are possible with {self.steps or 'the'} steps of which {self.warmup_steps} warm up",
                 "schedule",
                 "decay_steps",
             )
         if self.decay_steps and self.schedule != "wsd":
-            raise Conflict(
+            raise ConflictError(
                 f"train.decay_steps is {self.decay_steps} and train.schedule {self.schedule}; it is for wsd",
                 "decay_steps",
                 "schedule",
             )
         if self.end_learning_rate > self.learning_rate:
-            raise Conflict(
+            raise ConflictError(
                 f"train.end_learning_rate is {self.end_learning_rate}, more than train.learning_rate, "
                 f"{self.learning_rate}",
                 "end_learning_rate",
@@ -242,7 +242,7 @@ class Train(Section):
     @model_validator(mode="after")
     def _check_optimizer(self) -> Self:
         if self.moments == "8bit" and self.optimizer != "adamw":
-            raise Conflict(
+            raise ConflictError(
                 f"train.moments is 8bit and train.optimizer is {self.optimizer}; 8bit is for adamw",
                 "moments",
                 "optimizer",
@@ -272,7 +272,7 @@ class Eval(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.requests and not self.every:
-            raise Conflict(
+            raise ConflictError(
                 f"eval.requests is {self.requests} and eval.every is 0, which disables evaluation; set one of them",
                 "requests",
                 "every",
@@ -334,13 +334,13 @@ class MeshShape(Section):
     def _check(self) -> Self:
         for axis, size in self.sizes.items():
             if size < 1 and size != -1:
-                raise Conflict(
+                raise ConflictError(
                     f"mesh.{axis} is {size}; a positive number of devices, or -1 for what is left, is needed", axis
                 )
         rest = [axis for axis, size in self.sizes.items() if size == -1]
         if len(rest) > 1:
             names = " and ".join(f"mesh.{axis}" for axis in rest)
-            raise Conflict(f"{names} are both -1; only one axis can take what the others leave", *rest)
+            raise ConflictError(f"{names} are both -1; only one axis can take what the others leave", *rest)
         return self
 
 
@@ -386,14 +386,14 @@ class Config(Section):
     @classmethod
     def _check_export(cls, value: Any) -> Any:
         if not isinstance(value, bool | str):
-            raise Conflict(f"export is {value!r}; true, false or the name of a folder is expected")
+            raise ConflictError(f"export is {value!r}; true, false or the name of a folder is expected")
         return value
 
     @model_validator(mode="after")
     def _check_streams(self) -> Self:
         rows, streams = self.train.batch_size, self.data.streams
         if rows % streams:
-            raise Conflict(
+            raise ConflictError(
                 f"train.batch_size is {rows} and data.streams is {streams}; "
                 "each stream gives the same number of rows to a batch, so the first must be a multiple of the second",
                 "train.batch_size",
@@ -409,7 +409,7 @@ class Config(Section):
                 needs = f"learns from whole trajectories; make objective.kind one on pairs ({', '.join(PAIR_LOSSES)})"
                 if kind != "sft":
                     needs = "learns from pairs; make them with python -m xlam_jax.data pairs and set format to pairs"
-                raise Conflict(
+                raise ConflictError(
                     f"data.sources.{at} ({source.name}): format is {source.format}, and objective.kind {kind} {needs}",
                     "data.sources",
                     "objective.kind",
@@ -417,12 +417,12 @@ class Config(Section):
         if kind == "sft":
             return self
         if data.augment.active:
-            raise Conflict(f"data.augment is on, and objective.kind is {kind}; variants are drawn for sft alone")
+            raise ConflictError(f"data.augment is on, and objective.kind is {kind}; variants are drawn for sft alone")
         if data.on_long in ("cut", "split"):
-            raise Conflict(f"data.on_long is {data.on_long}, and a pair stays whole; set it to drop or error")
+            raise ConflictError(f"data.on_long is {data.on_long}, and a pair stays whole; set it to drop or error")
         for name in ("thought", "tool_call", "answer"):
             if getattr(data.loss, name) not in (0.0, 1.0):
-                raise Conflict(
+                raise ConflictError(
                     f"data.loss.{name} is {getattr(data.loss, name)}, and in a loss on pairs a token counts or does "
                     "not; set it to 0 or 1"
                 )
@@ -432,12 +432,12 @@ class Config(Section):
     def _check_reference(self) -> Self:
         objective = self.objective
         if objective.reference == "adapters_off" and self.train.trainable == "full":
-            raise Conflict(
+            raise ConflictError(
                 "objective.reference is adapters_off and train.trainable is full, which has no adapters; set the first "
                 "to precomputed, or the second to lora"
             )
         if self.lora.init_from is not None and objective.reference == "auto" and reference(self) == "adapters_off":
-            raise Conflict(
+            raise ConflictError(
                 f"lora.init_from is {self.lora.init_from}, and without the adapters the model is not what the run "
                 "starts from; set objective.reference to precomputed, or to adapters_off if the base is meant"
             )
@@ -449,11 +449,13 @@ class Config(Section):
         if best is None:
             return self
         if not self.eval.every:
-            raise Conflict(f"checkpoint.best is {best} and eval.every is 0, which disables evaluation; set one of them")
+            raise ConflictError(
+                f"checkpoint.best is {best} and eval.every is 0, which disables evaluation; set one of them"
+            )
         metrics = evaluation_metrics(self)
         if best not in metrics:
             listed = ", ".join(name for name in metrics if ".sources." not in name)
-            raise Conflict(
+            raise ConflictError(
                 f"checkpoint.best is {best}, which no evaluation of this run gives{nearest(best, metrics)} (known: "
                 f"{listed}; heldout.sources.NAME.… of each source)",
                 "checkpoint.best",
