@@ -79,7 +79,10 @@ def test_origins_follow_extends_and_overrides(tmp_path: Path):
         (["data.sources=[{nam: a, files: [b]}]"], "unknown key data.sources.0.nam; did you mean 'name'?"),
         (["mesh.data=-1"], "mesh.data and mesh.fsdp are both -1"),
         (["mesh.data=0"], "mesh.data is 0"),
-        (["mesh.fsdp=3"], "train.batch_size (1) must be a multiple of mesh.data × mesh.fsdp × mesh.expert × train.micro"),
+        (
+            ["mesh.fsdp=3"],
+            "train.batch_size (1) must be a multiple of mesh.data × mesh.fsdp × mesh.expert × train.micro",
+        ),
         (["mesh.fsdp=1", "mesh.tensor=4"], "num_key_value_heads (2) must be a multiple of mesh.tensor (4)"),
         (["train.warmup_steps=99999"], "train.warmup_steps is 99999, not less than train.steps"),
         (["train.end_learning_rate=1"], "train.end_learning_rate is 1"),

@@ -10,10 +10,10 @@ CHANGEABLE: dict[str, JsonValue] = {"changeable": True}
 """Marks a field that does not change what a run computes: a run may be continued with another value."""
 
 
-def derived(description: str) -> dict[str, JsonValue]:
+def derived(description: str, *, nullable: bool = True) -> dict[str, JsonValue]:
     """Marks a field whose default depends on other fields or on the model; `load` computes it. `description` says how,
-    for the help text and the JSON Schema."""
-    return {"derived": description}
+    for the help text and the JSON Schema. `nullable`: null in a file or an override asks for the default."""
+    return {"derived": description, "nullable": nullable}
 
 
 class ConflictError(ValueError):

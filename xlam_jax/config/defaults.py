@@ -25,7 +25,7 @@ FROM_RANDOM = 3e-4
 LION = 0.2
 """Lion takes a rate 3 to 10 times lower than AdamW (2302.06675)."""
 _REMOVED_IF_NULL = (
-    "output_dir", "model.config", "data.tokenizer", "data.sequence_length", "data.streams", "train.steps",
+    "model.config", "data.tokenizer", "data.sequence_length", "data.streams", "train.steps", "train.epochs",
     "train.learning_rate", "train.router_aux_weight",
 )  # fmt: skip
 

@@ -145,5 +145,5 @@ def _replace_marks(field: dict[str, Any]) -> None:
     if computed := field.pop("derived", None):
         field.pop("default", None)
         field["description"] = f"{field.get('description', '')} Default: {computed}."
-        if "type" in field:  # null asks for the default
+        if field.pop("nullable"):
             field["type"] = [field["type"], "null"]

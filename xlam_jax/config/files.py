@@ -65,12 +65,12 @@ class Draft:
         return default if node is None else node
 
     def set_default(self, name: str, value: Any, reason: str = "") -> None:
-        """Sets a field that has no value or null, unless its section is not a mapping (validation reports that)."""
+        """Sets a field that has no value, unless its section is not a mapping (validation reports that)."""
         *sections, key = name.split(".")
         node: Any = self.values
         for section in sections:
             node = node.setdefault(section, {}) if isinstance(node, dict) else None
-        if not isinstance(node, dict) or node.get(key) is not None:
+        if not isinstance(node, dict) or key in node:
             return
         node[key] = value
         self._set_origin(name, f"{DEFAULT}: {reason}" if reason else DEFAULT)

@@ -347,7 +347,7 @@ class MeshShape(Section):
 class Config(Section):
     """A run."""
 
-    output_dir: str = Field(json_schema_extra=derived("runs/NAME, with the name of the config's file"))
+    output_dir: str = Field(json_schema_extra=derived("runs/NAME, with the name of the config's file", nullable=False))
     """The run folder: checkpoints, metrics, the resolved config. Running again continues what it contains."""
     schema_number: int = Field(default=SCHEMA, alias="schema", ge=SCHEMA, le=SCHEMA, json_schema_extra=CHANGEABLE)
     """The schema that this config was written for, stored with each run; configs of earlier ones are migrated."""
