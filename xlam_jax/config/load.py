@@ -113,11 +113,9 @@ def _explain_conflict(conflict: ConflictError, location: tuple[Any, ...], origin
     """The message of a conflict, with where its values were set; the section is named if it is an element of a list."""
     prefix = "".join(f"{part}." for part in location)
     text = f"{prefix[:-1]}: {conflict}" if any(isinstance(part, int) for part in location) else str(conflict)
-    set_by = []
-    for field in conflict.fields:
-        name = prefix + field
-        set_by.append(f"{name}: {_origin(origins, (name, *parents(name)), '')}")
-    set_by = [line for line in set_by if not line.endswith(": ")]
+    names = [prefix + field for field in conflict.fields]
+    where = {name: _origin(origins, (name, *parents(name)), "") for name in names}
+    set_by = [f"{name}: {origin}" for name, origin in where.items() if origin]
     return f"{path}: {text}" + (f" ({'; '.join(set_by)})" if set_by else "")
 
 
