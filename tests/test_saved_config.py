@@ -7,6 +7,7 @@ import yaml
 from support import ROOT
 
 from xlam_jax import config as configs
+from xlam_jax.config.migrations import MIGRATIONS, Migration, apply
 from xlam_jax.errors import UserError
 
 
@@ -21,22 +22,63 @@ def saved() -> dict:
 
 
 def test_a_saved_config_has_the_number_of_its_schema(saved: dict):
-    assert saved["schema_version"] == configs.SCHEMA
+    assert saved["schema"] == configs.SCHEMA
     assert configs.from_saved(saved, "run").train.steps == saved["train"]["steps"]
 
 
+def test_there_is_a_migration_from_every_earlier_schema():
+    assert sorted(MIGRATIONS) == list(range(configs.SCHEMA))
+
+
 def test_a_config_of_schema_0_is_migrated(saved: dict):
-    del saved["schema_version"]
+    del saved["schema"]
     saved["train"]["ema"] = None
     assert configs.from_saved(saved, "run").train.ema == 0.0
+
+
+def test_a_config_of_schema_1_is_migrated():
+    """tests/saved/schema_1.yaml is the config.yaml of a run of the version before schema 2."""
+    path = ROOT / "tests/saved/schema_1.yaml"
+    old = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert old.pop("schema_version") == 1
+    config = configs.read_saved(path)
+    assert config.schema_number == configs.SCHEMA
+    values = configs.to_values(config)
+    for section in (values, values["train"]):
+        for added in ("schema", "export", "epochs", "warmup_ratio"):
+            section.pop(added, None)
+    assert values == old
+    overrides = ["train.steps=4", "train.warmup_steps=1", "train.batch_size=2", "data.streams=2",
+                 "data.sequence_length=512", "model.overrides.num_hidden_layers=1"]  # fmt: skip
+    assert configs.differences(config, configs.load(Path("configs/quickstart.yaml"), overrides).config) == []
+
+
+def test_files_of_earlier_schemas_are_migrated_and_extended(tmp_path: Path):
+    child = tmp_path / "child.yaml"
+    child.write_text(f"extends: {ROOT}/tests/saved/schema_1.yaml\ntrain: {{steps: 9}}\n", encoding="utf-8")
+    resolved = configs.load(child)
+    assert (resolved.config.train.steps, resolved.config.schema_number) == (9, configs.SCHEMA)
+    child.write_text("extends: other.yaml\n", encoding="utf-8")
+    (tmp_path / "other.yaml").write_text("schema: 99\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"other\.yaml: schema is 99, and this version of xlam_jax reads schemas up to"):
+        configs.load(child)
+
+
+def test_a_migration_renames_and_replaces_values_in_sections():
+    migration = Migration(renamed={"a.b": "c.d.e", "gone": "here"}, replaced={"c.d.e": {1: "one"}})
+    assert apply(migration, {"a": {"b": 1, "x": 2}}) == {"a": {"x": 2}, "c": {"d": {"e": "one"}}}
+    assert apply(migration, {"a": 3, "gone": [1]}) == {"a": 3, "here": [1]}
+    assert apply(migration, {"c": {"d": {"e": [1]}}}) == {"c": {"d": {"e": [1]}}}
 
 
 def test_an_unknown_key_of_a_saved_config_is_one_message(saved: dict):
     saved["train"]["momentum_of_old"] = 1
     with pytest.raises(UserError, match=r"(?s)run: unknown key train\.momentum_of_old .*another version of xlam_jax"):
         configs.from_saved(saved, "run")
+    with pytest.raises(UserError, match="schema is 99, and this version of xlam_jax reads schemas up to"):
+        configs.from_saved(saved | {"schema": 99}, "run")
     with pytest.raises(UserError, match="schema_version is 99, and this version of xlam_jax reads schemas up to"):
-        configs.from_saved(saved | {"schema_version": 99}, "run")
+        configs.from_saved({name: saved[name] for name in saved if name != "schema"} | {"schema_version": 99}, "run")
 
 
 @pytest.mark.parametrize(

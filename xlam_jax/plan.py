@@ -23,6 +23,7 @@ import numpy as np
 from xlam_jax import config as configs
 from xlam_jax import errors
 from xlam_jax.config import Resolved
+from xlam_jax.enums import MESH_AXES as AXES
 from xlam_jax.errors import UserError
 from xlam_jax.planning.advice import Change, advise
 from xlam_jax.planning.failures import COMPILER_ERROR, DEVICE_MEMORY, KERNEL_MEMORY, failure, needed_memory, of_compiler
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from xlam_jax.planning.hlo import Collective
     from xlam_jax.training.setup import Layout
 
-AXES = ("data", "fsdp", "expert", "context", "tensor")
 COMPILED = 3
 """Layouts that a search compiles, the most promising first."""
 ATTEMPTS = 6

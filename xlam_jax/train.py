@@ -18,10 +18,12 @@ from xlam_jax import config as configs
 from xlam_jax import errors
 from xlam_jax.config import Resolved
 from xlam_jax.errors import STOPPED, UserError
+from xlam_jax.export import check_export, export_after
 from xlam_jax.outputs import LOCK, PART, locked
 from xlam_jax.parallel import distributed
 from xlam_jax.parallel.link import Hosts, host_name
 from xlam_jax.signals import Stop
+from xlam_jax.training.facts import facts_of_run
 from xlam_jax.training.trackers import check_trackers
 
 if TYPE_CHECKING:
@@ -68,7 +70,7 @@ def main() -> int:
     run = Path(resolved.config.output_dir)
     place = distributed.find(arguments, os.environ)
     with_huge_pages()
-    with Stop() as stop, distributed.join(place, arguments.join_timeout, resolved) as hosts:
+    with Stop() as stop, distributed.join(place, arguments.join_timeout, facts_of_run(resolved)) as hosts:
         from xlam_jax.training.progress import Progress
 
         if arguments.dry_run:
@@ -76,7 +78,8 @@ def main() -> int:
 
             return dry_run(resolved, quiet=not hosts.first)
         with Progress(quiet=not hosts.first) as progress, writing(run, resolved, hosts, progress):
-            return train(resolved, run, progress, hosts, stop, arguments.profile)
+            code = train(resolved, run, progress, hosts, stop, arguments.profile)
+    return code or export_after(resolved.config, run, hosts)
 
 
 def check(arguments: argparse.Namespace) -> Resolved:
@@ -85,6 +88,7 @@ def check(arguments: argparse.Namespace) -> Resolved:
     if not arguments.print_config:
         check_trackers(resolved.config.track)
         check_run_folder(Path(resolved.config.output_dir), resolved)
+        check_export(resolved.config, Path(resolved.config.output_dir) / CONFIG)
     return resolved
 
 
@@ -300,6 +304,10 @@ def train(
     initial = None if start else weights.read_initial(resolved, base)
 
     made = set_up(resolved, progress)
+    if config.train.epochs is not None:  # a number of steps, now that the data are known
+        resolved, config = made.resolved, made.resolved.config
+        check_run_folder(run, resolved)
+        checkpoint.check_names(run, range(start + 1, config.train.steps + 1))
     identity = identify(made.loaded, made.tokenizer, config.data.tokenizer)
     distributed.agree(hosts, facts_of_data(identity))
 
@@ -353,7 +361,7 @@ def train(
     del base, initial
     finished = start >= config.train.steps
     # saved, and ended before its evaluation
-    owed = bool(start) and (finished or start % config.eval.every == 0)
+    owed = bool(start) and config.eval.is_due(start, last=finished)
     owed = hosts.gather(owed and not checkpoint.is_evaluated(run / checkpoint.STEPS / str(start)))[0]
     # a finished run keeps the tokenizer that its checkpoints were saved with, and that exports look for
     if hosts.first and not (finished and (run / checkpoint.TOKENIZER).is_dir()):
@@ -463,7 +471,7 @@ def train(
     step = start
     stop.save_first(progress.line)
     with saves, metrics:
-        if owed or not start:
+        if owed or (not start and config.eval.is_due(start)):
             with metrics.paused("evaluating"):
                 told = evaluate(start)
             if owed:
@@ -485,7 +493,7 @@ def train(
             # Saved first: an evaluation may take long, and the run may be killed in it. A stopped run leaves it to the
             # run that continues.
             save_now = ends or step % config.checkpoint.every == 0
-            eval_now = finished or (not ends and step % config.eval.every == 0)
+            eval_now = (finished or not ends) and config.eval.is_due(step, last=finished)
             if save_now or eval_now:
                 log(*last)
                 last = None

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from xlam_jax.config import PAIRS, Data, Source
 from xlam_jax.data import corpus, pipeline
-from xlam_jax.data.codec import KINDS
 from xlam_jax.data.corpus import Example, Loaded
 from xlam_jax.data.mixture import shares
 from xlam_jax.data.tokenizer import load_tokenizer
+from xlam_jax.enums import SPAN_KINDS as KINDS
 from xlam_jax.errors import UserError
 
 QUICKSTART = Path(__file__).parents[2] / "examples/quickstart"

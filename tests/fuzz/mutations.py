@@ -23,7 +23,7 @@ ODD: tuple[Any, ...] = (
     [1, "a"], [""], {"": ""}, {"a": None}, {"x": {"x": {}}}, {"type": "object"}, {"type": ["string", "null"]},
     {"name": 1}, {"function": None}, {"role": ""}, [{"role": None}], nested(30), nested(70), nested(200),
 )  # fmt: skip
-KEYS = ("", "x", "name", "type", "extends", "role", "\0", "\ud800", "0", "function", "arguments", "schema_version")
+KEYS = ("", "x", "name", "type", "extends", "role", "\0", "\ud800", "0", "function", "arguments", "schema")
 
 
 def _places(value: Any) -> list[tuple[Any, Any]]:

@@ -37,8 +37,8 @@ BAD_PATHS = ("/none/there", "x" * 300, "FOLDER/binary", "FOLDER/empty", "FOLDER"
 BAD_OVERRIDES = (
     "train.steps", "train.steps=x", "train.steps=-1", "train.stepz=1", "=", "train=3", "train.steps.x=1", "seed=[",
     "seed=2026-13-45", "model.config=/none", "model.overrides={rope_theta: null}", "data.tokenizer=7", "lora.x=1",
-    "data.sources=[]", "data.sources.0.name=x", "model.overrides={hidden_size: 2026-01-01}", "train.batch_size=7",
-    "mesh.data=0", "output_dir=null", "schema_version=99", "extends.a=1", "seed=" + "[" * 3000, "seed=&a [*a]",
+    "data.sources=[]", "data.sources.9.name=x", "model.overrides={hidden_size: 2026-01-01}", "train.batch_size=7.5",
+    "mesh.data=0", "output_dir=null", "schema=99", "extends.a=1", "seed=" + "[" * 3000, "seed=&a [*a]",
     'model.config="\\0"',
 )  # fmt: skip
 

@@ -12,12 +12,13 @@ import tiny_batches
 import tiny_models
 
 from xlam_jax.config import Train
+from xlam_jax.enums import UNREFERENCED
 from xlam_jax.models.config import Lora, ModelConfig
 from xlam_jax.models.params import Params, shapes, trainable
 from xlam_jax.parallel.mesh import make_mesh
 from xlam_jax.training import step as steps
 from xlam_jax.training.optimizer import optimizer
-from xlam_jax.training.preference import UNREFERENCED, Kind, Preference
+from xlam_jax.training.preference import Kind, Preference
 
 ROWS, LENGTH = 8, 72
 

@@ -10,7 +10,7 @@ import optax
 import pytest
 from support import ROOT
 
-from xlam_jax.data.codec import KINDS
+from xlam_jax.enums import SPAN_KINDS as KINDS
 from xlam_jax.models.config import Lora, ModelConfig
 from xlam_jax.models.params import initialize, shapes, trainable
 from xlam_jax.parallel.mesh import make_mesh

@@ -14,11 +14,12 @@ import optax
 import pytest
 import tiny_batches
 
+from xlam_jax.enums import UNREFERENCED
 from xlam_jax.models.config import Lora, ModelConfig
 from xlam_jax.models.params import shapes, trainable
 from xlam_jax.parallel.mesh import make_mesh, put_rows
 from xlam_jax.training import step as steps
-from xlam_jax.training.preference import UNREFERENCED, WATCHED, Kind, Preference
+from xlam_jax.training.preference import WATCHED, Kind, Preference
 
 ROWS, LENGTH, STEPS = 8, 72, 4
 MESHES = {

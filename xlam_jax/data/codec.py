@@ -5,11 +5,12 @@ import json
 import re
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from xlam_jax.data.wire import TOOL_CALLS
+from xlam_jax.enums import SpanKind as Kind
 from xlam_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,11 +27,6 @@ CONTROL_TOKENS = (
     "[/TOOL_RESULTS]",
 )
 """Mistral's, since its v2 tokenizer."""
-
-Kind = Literal["prompt", "thought", "tool_call", "arguments", "answer", "eos"]
-KINDS: tuple[Kind, ...] = ("prompt", "thought", "tool_call", "arguments", "answer", "eos")
-"""What a token is part of. `arguments` is the JSON of a call's arguments, with the space in front of it, as tokenizers
-join the two; `tool_call` is the rest of the calls."""
 
 
 class Segment(NamedTuple):

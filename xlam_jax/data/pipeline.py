@@ -19,9 +19,9 @@ from grain.experimental import BestFitPackIterDataset
 
 from xlam_jax.config import Data
 from xlam_jax.data.augment import augmented
-from xlam_jax.data.codec import KINDS
 from xlam_jax.data.corpus import Example, Loaded, columns, example
 from xlam_jax.data.mixture import shares, stream_mixture
+from xlam_jax.enums import SPAN_KINDS as KINDS
 
 
 class Row(NamedTuple):

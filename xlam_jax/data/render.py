@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from xlam_jax.config import Loss
-from xlam_jax.data.codec import CONTROL_TOKENS, KINDS, Codec, Kind, Segment
+from xlam_jax.data.codec import CONTROL_TOKENS, Codec, Kind, Segment
 from xlam_jax.data.formats import PLAIN, Format, Layout, Variant, find
 from xlam_jax.data.messages import parse_request
 from xlam_jax.data.trajectory import (
@@ -24,6 +24,7 @@ from xlam_jax.data.trajectory import (
     parse_tools,
     system_text,
 )
+from xlam_jax.enums import SPAN_KINDS as KINDS
 from xlam_jax.errors import UserError
 
 if TYPE_CHECKING:

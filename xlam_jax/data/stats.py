@@ -13,6 +13,7 @@ from xlam_jax import config as configs
 from xlam_jax.config import Config
 from xlam_jax.data import corpus, html, pipeline
 from xlam_jax.data.corpus import Loaded
+from xlam_jax.data.epochs import resolve_epochs
 from xlam_jax.data.mixture import shares
 from xlam_jax.data.pair import Pair
 from xlam_jax.data.render import KINDS
@@ -95,10 +96,11 @@ def collect(
 
     Holds the trajectories in memory. Raises `UserError` as training does.
     """
-    run = configs.load(config, list(overrides)).config
-    data = run.data
+    resolved = configs.load(config, list(overrides))
+    data = resolved.config.data
     tokenizer = load_tokenizer(data.tokenizer)
     loaded = corpus.load(data, tokenizer, progress, annotate=True)
+    run = resolve_epochs(resolved, loaded, progress).config
     targets = [float(share) for share in shares(loaded, data)]
     lengths = [corpus.lengths(one.train) for one in loaded]
     trained = [int(corpus.trained(one.train).sum()) for one in loaded]

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 from jax.sharding import Mesh
 
-from xlam_jax.config import Model
 from xlam_jax.errors import UserError
 from xlam_jax.models.config import ModelConfig
 from xlam_jax.models.tiles import SCOPED_VMEM, scoped_vmem
@@ -41,30 +40,40 @@ class Kernels:
 XLA = Kernels()
 
 
-def choose(asked: Model, mesh: Mesh, model: ModelConfig, tokens: int) -> tuple[Kernels, str]:
-    """The kernels for what the config asks, the mesh's devices and rows of so many tokens; and a line that says which,
-    and why not another.
+def choose(
+    mesh: Mesh,
+    model: ModelConfig,
+    tokens: int,
+    *,
+    attention: str = "auto",
+    experts: str = "auto",
+    reduce_dtype: str = "float32",
+) -> tuple[Kernels, str]:
+    """Chooses the kernels for the mesh's devices and rows of `tokens` tokens. Returns them and a line for the log that
+    names them and gives the reason where another kernel cannot be used.
 
-    Raises `UserError` when a kernel that was asked for can't compute this.
+    `attention`, `experts` and `reduce_dtype` are the config's `model.attention`, `model.experts` and
+    `model.reduce_dtype`; "auto" takes the devices' own kernel. Raises `UserError` if a kernel that is named there
+    cannot compute this model.
     """
     platform = mesh.devices.flat[0].platform
     platform = "gpu" if platform in ("cuda", "rocm") else platform
     attention, line = _pick(
         "attention",
-        asked.attention,
+        attention,
         {"tpu": SPLASH, "gpu": PALLAS}.get(platform, "xla"),
         lambda kernel: _against_attention(kernel, platform, model, tokens, mesh.shape["context"]),
     )
-    experts = "xla"
+    asked, experts = experts, "xla"
     if model.experts:
         experts, further = _pick(
             "experts",
-            asked.experts,
+            asked,
             {"tpu": MEGABLOX, "gpu": TRITON}.get(platform, "xla"),
             lambda kernel: _against_experts(kernel, platform, model, mesh),
         )
         line += f"; {further}"
-    wire = Wire(_neighbours(mesh) if platform == "tpu" else 1, asked.reduce_dtype)
+    wire = Wire(_neighbours(mesh) if platform == "tpu" else 1, reduce_dtype)
     vmem = scoped_vmem(mesh.devices.flat[0].device_kind)
     return Kernels(attention, experts, vmem=vmem, wire=wire), line
 

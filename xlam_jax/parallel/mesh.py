@@ -17,10 +17,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from xlam_jax.enums import MESH_AXES as AXES
 from xlam_jax.errors import UserError
-
-AXES = ("data", "fsdp", "expert", "context", "tensor")
-"""From the outermost to the innermost: the data axis crosses the slowest links, the tensor axis the fastest."""
 
 BATCH_AXES = ("data", "fsdp", "expert")
 """Mesh axes that split the rows of a batch."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from xlam_jax.data.schemas import hashable
+from xlam_jax.enums import REQUEST_MARKS as MARKS
 from xlam_jax.journals import json_lines, summarize
 from xlam_jax.report.plots import color_class
 from xlam_jax.report.runs import is_step
@@ -18,7 +19,6 @@ ANSWERS = 10
 """Steps of a run whose answers to a request are shown: the first and the last, the others evenly between."""
 LONGEST = {"message": 3_000, "conversation": 12_000, "answer": 2_000, "value": 400}
 """Characters that are shown of a text."""
-MARKS = ("parsable", "schema_valid", "right_function", "exact")
 
 Key = tuple[str, str, str]
 """Source, trajectory and turn: what tells one request from another."""

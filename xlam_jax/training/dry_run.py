@@ -21,6 +21,7 @@ def dry_run(resolved: Resolved, *, quiet: bool = False) -> int:
 
     weights.read_base(resolved)
     made = set_up(resolved, progress)
+    config = made.resolved.config  # train.epochs is a number of steps there
 
     import jax
     import numpy as np

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 
 from xlam_jax.config import Resolved
-from xlam_jax.data.codec import KINDS
 from xlam_jax.data.render import end_tokens
+from xlam_jax.enums import SPAN_KINDS as KINDS
 from xlam_jax.errors import UserError
 from xlam_jax.evaluate import next_call
 from xlam_jax.models.generation import Generate

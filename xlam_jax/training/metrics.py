@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from xlam_jax.enums import REQUEST_MARKS
 from xlam_jax.journals import json_lines, summarize
 from xlam_jax.training.progress import Progress, Status, duration
 from xlam_jax.training.trackers import METRICS, Trackers, flat
@@ -240,8 +241,7 @@ def _heldout_line(values: Mapping[str, Any]) -> str:
 
 
 def _requests_line(values: Mapping[str, Any]) -> str:
-    names = ("parsable", "schema_valid", "right_function", "exact")
-    shares = _joined({name.replace("_", " "): _percent(values[name]) for name in names})
+    shares = _joined({mark.replace("_", " "): _percent(values[mark]) for mark in REQUEST_MARKS})
     return f"{values['requests']} held-out requests  {shares}"
 
 

@@ -6,22 +6,17 @@ differs carries weight. Every function returns sums over pairs; the step divides
 Axes: B rows, T tokens, P pairs of a row.
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from xlam_jax.enums import PAIR_METRICS as WATCHED
+from xlam_jax.enums import PairLoss as Kind
 from xlam_jax.parallel import mesh
 
-Kind = Literal["sigmoid", "hinge", "ipo", "kto_pair", "simpo", "orpo"]
-UNREFERENCED = ("simpo", "orpo")
-"""Losses without a reference policy."""
 PER_TOKEN = ("ipo", "simpo", "orpo")
 """Losses on the mean log-probability of a continuation's tokens, not on their sum."""
-
-
-WATCHED = ("rewards_chosen", "rewards_rejected", "margin", "accuracy", "log_p_chosen", "log_p_rejected", "kl")
-"""What a run on pairs shows besides its loss, a mean over pairs each."""
 
 
 class Preference(NamedTuple):

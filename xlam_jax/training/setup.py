@@ -44,6 +44,8 @@ class Layout:
 class Setup(Layout):
     """What stands before any weight is read."""
 
+    resolved: Resolved
+    """The run, with its number of steps known: `train.epochs` needs the data."""
     tokenizer: Any
     loaded: "list[Loaded]"
 
@@ -67,6 +69,7 @@ def set_up(resolved: Resolved, progress: "Progress") -> Setup:
 
     # ---- data: before any device is touched, so that a bad row costs seconds ------------------------------------
     from xlam_jax.data import corpus
+    from xlam_jax.data.epochs import resolve_epochs
     from xlam_jax.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(config.data.tokenizer)
@@ -76,6 +79,7 @@ def set_up(resolved: Resolved, progress: "Progress") -> Setup:
             f"{resolved.model.vocab_size}; use the model's own tokenizer, or a model with a larger vocabulary"
         )
     loaded = corpus.load(config.data, tokenizer, progress.line)
+    resolved = resolve_epochs(resolved, loaded, progress.line)
 
     # ---- devices --------------------------------------------------------------------------------------------------
     import jax
@@ -94,7 +98,7 @@ def set_up(resolved: Resolved, progress: "Progress") -> Setup:
         + ", ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items())
     )
     progress.line(layout.kernels_line)
-    return Setup(**vars(layout), tokenizer=tokenizer, loaded=loaded)
+    return Setup(**vars(layout), resolved=resolved, tokenizer=tokenizer, loaded=loaded)
 
 
 def lay_out(resolved: Resolved, mesh: "Mesh") -> Layout:
@@ -104,7 +108,7 @@ def lay_out(resolved: Resolved, mesh: "Mesh") -> Layout:
     """
     import jax.numpy as jnp
 
-    from xlam_jax.data.codec import KINDS
+    from xlam_jax.enums import SPAN_KINDS as KINDS
     from xlam_jax.models.kernels import choose
     from xlam_jax.training import step as steps
     from xlam_jax.training.optimizer import optimizer
@@ -112,7 +116,14 @@ def lay_out(resolved: Resolved, mesh: "Mesh") -> Layout:
 
     config = resolved.config
     configs.check_divisible(config, resolved.model, {f"mesh.{axis}": size for axis, size in mesh.shape.items()})
-    kernels, line = choose(config.model, mesh, resolved.model, config.data.sequence_length)
+    kernels, line = choose(
+        mesh,
+        resolved.model,
+        config.data.sequence_length,
+        attention=config.model.attention,
+        experts=config.model.experts,
+        reduce_dtype=config.model.reduce_dtype,
+    )
     aim, dtype, quantized = config.objective, jnp.dtype(config.model.compute_dtype), config.train.trainable == "qlora"
     objective = steps.Objective(groups=len(config.data.sources) * len(KINDS))
     if aim.kind != "sft":

@@ -1,0 +1,106 @@
+"""Checks of a config against its model: sizes, adapters, and what a mesh divides."""
+
+from dataclasses import replace
+from typing import Any
+
+from xlam_jax.config.schema import Config
+from xlam_jax.errors import UserError, nearest
+from xlam_jax.models.config import Lora, ModelConfig
+
+HF_TARGETS = {
+    "q_proj": "q",
+    "k_proj": "k",
+    "v_proj": "v",
+    "o_proj": "o",
+    "gate_proj": "w1",
+    "up_proj": "w3",
+    "down_proj": "w2",
+    "gate": "router",
+    "embed_tokens": "embedding",
+    "lm_head": "head",
+}
+"""Names of weights in Hugging Face models → names in this project."""
+
+
+def model_of(config: Config, hf_config: dict[str, Any], origin: str = "config.json") -> ModelConfig:
+    """Returns the model that a run trains, with its adapters. Raises `UserError` where the model lacks a weight that
+    `lora.targets` names."""
+    model = ModelConfig.from_hf(hf_config, origin, config.model.overrides)
+    return model if config.train.trainable == "full" else replace(model, lora=_adapters(config, model))
+
+
+def _adapters(config: Config, model: ModelConfig) -> Lora:
+    section = config.lora
+    known = ["q", "k", "v", "o", "w1", "w2", "w3", "embedding"]
+    known += ["router"] if model.experts else []
+    known += [] if model.tie_embeddings else ["head"]
+    for at, target in enumerate(section.targets):
+        if target not in known:
+            meant = HF_TARGETS.get(target)
+            hint = f"; this project's name for it is {meant}" if meant in known else nearest(target, known)
+            raise UserError(f"lora.targets.{at}: the model has no weight '{target}'{hint} (known: {', '.join(known)})")
+    with_dropout = ("q", "k", "v", "o") + (() if model.experts else ("w1", "w2", "w3"))
+    without = [target for target in section.targets if target not in with_dropout]
+    if section.dropout and without:
+        raise UserError(
+            f"lora.dropout is {section.dropout}, and adapters on {', '.join(without)} take none; "
+            f"set it to 0, or lora.targets to some of {', '.join(with_dropout)}"
+        )
+    return Lora(
+        targets=tuple(section.targets),
+        rank=section.rank,
+        alpha=section.alpha,
+        rank_stabilized=section.rank_stabilized,
+        dropout=section.dropout,
+        zero=section.zero,
+    )
+
+
+def check_model(config: Config, model: ModelConfig) -> None:
+    """Raises `UserError` where the model cannot train rows of this length, or does not divide over the mesh."""
+    if config.data.sequence_length > model.max_positions:
+        raise UserError(
+            f"data.sequence_length is {config.data.sequence_length}, more than the model's max_position_embeddings, "
+            f"{model.max_positions}; shorten the rows or choose another model"
+        )
+    check_divisible(config, model, {f"mesh.{axis}": max(1, size) for axis, size in config.mesh.sizes.items()})
+
+
+def check_divisible(config: Config, model: ModelConfig, sizes: dict[str, int]) -> None:
+    """Raises `UserError` for a size that is not a multiple of the mesh axis that splits it.
+
+    `sizes`: the devices along each axis, by its name in the config. Called again once a size of -1 is known.
+    """
+    rows = sizes["mesh.data"] * sizes["mesh.fsdp"] * sizes["mesh.expert"] * config.train.microbatches
+    by_rows = "mesh.data × mesh.fsdp × mesh.expert × train.microbatches"
+    if sizes["mesh.expert"] > 1 and not model.experts:
+        raise UserError(f"mesh.expert is {sizes['mesh.expert']}, and the model has no experts; set it to 1")
+    pieces = 2 * sizes["mesh.context"] if sizes["mesh.context"] > 1 else 1
+    split = [
+        ("train.batch_size", config.train.batch_size, by_rows, rows),
+        ("data.sequence_length", config.data.sequence_length, "2 × mesh.context", pieces),
+        ("the model's num_local_experts", model.experts, "mesh.expert", sizes["mesh.expert"]),
+        ("the model's hidden_size", model.hidden_size, "mesh.fsdp", sizes["mesh.fsdp"]),
+        ("the model's num_key_value_heads", model.kv_heads, "mesh.tensor", sizes["mesh.tensor"]),
+        ("the model's intermediate_size", model.mlp_size, "mesh.tensor", sizes["mesh.tensor"]),
+        ("the model's vocab_size", model.vocab_size, "mesh.tensor", sizes["mesh.tensor"]),
+    ]
+    for name, size, axis, parts in split:
+        if size % parts:
+            raise UserError(f"{name} ({size}) must be a multiple of {axis} ({parts})")
+    if config.train.trainable == "qlora":
+        _check_blocks(model, sizes)
+
+
+def _check_blocks(model: ModelConfig, sizes: dict[str, int]) -> None:
+    """A shard of a four-bit weight contains whole blocks, which share a scale."""
+    from xlam_jax.models.nf4 import block_size
+
+    sides = (("hidden_size", model.hidden_size, "fsdp"), ("intermediate_size", model.mlp_size, "tensor"))
+    for name, size, axis in sides:
+        block, parts = block_size(size), sizes[f"mesh.{axis}"]
+        if size // block % parts:
+            raise UserError(
+                f"the model's {name} is {size}, {size // block} blocks of {block} four-bit weights, which mesh.{axis}, "
+                f"{parts}, does not divide; choose a divisor of {size // block}"
+            )
