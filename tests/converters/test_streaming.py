@@ -27,8 +27,8 @@ from xlam_jax.errors import UserError
 from xlam_jax.models.config import ModelConfig
 from xlam_jax.models.params import shapes
 from xlam_jax.parallel import mesh as meshes
+from xlam_jax.parallel.placement import place
 from xlam_jax.training import checkpoint
-from xlam_jax.training.step import place
 
 TO_ORBAX, TO_HF = "converters.hf_to_orbax", "converters.orbax_to_hf"
 

@@ -46,11 +46,13 @@ def gradients(
         config,
         tx,
         mesh,
-        compute_dtype=jnp.float32,
-        remat="none",
-        microbatches=microbatches,
-        router_aux_weight=0.0,
-        objective=objective,
+        steps.StepOptions(
+            compute_dtype=jnp.float32,
+            remat="none",
+            microbatches=microbatches,
+            router_aux_weight=0.0,
+            objective=objective,
+        ),
     )
     state = steps.init_state(steps.abstract_state(config, tx, mesh), tx, params)
     state, metrics = jax.jit(step)(state, frozen, batch)

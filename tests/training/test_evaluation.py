@@ -17,7 +17,7 @@ from xlam_jax.parallel.mesh import make_mesh
 from xlam_jax.training import cost, evaluation
 from xlam_jax.training import step as steps
 from xlam_jax.training.preference import Preference
-from xlam_jax.training.trackers import flat
+from xlam_jax.training.trackers import flatten
 
 SOURCES = ("shop", "bank", "silent")
 ROWS, LENGTH = 4, 48
@@ -51,7 +51,7 @@ def batch(pairs: bool = False) -> steps.Batch:
 
 def evaluate(config: ModelConfig, objective: steps.Objective, rows: steps.Batch) -> steps.Sums:
     mesh = make_mesh({}, jax.devices()[:1])
-    step = steps.make_eval_step(config, mesh, compute_dtype=jnp.float32, objective=objective)
+    step = steps.make_eval_step(config, mesh, steps.StepOptions(compute_dtype=jnp.float32, objective=objective))
     return jax.jit(step)(*trainable(config, initialize(config, 0)), rows)
 
 
@@ -59,7 +59,7 @@ def test_the_parts_of_the_heldout_loss_are_those_of_the_whole():
     rows, objective = batch(), steps.Objective(groups=len(SOURCES) * len(KINDS))
     parts = [jax.tree.map(lambda leaf, at=at: leaf[at : at + 2], rows) for at in (0, 2)]
     sums = [evaluate(model(), objective, part) for part in parts]
-    told = evaluation.heldout(sums, SOURCES, kinds=True)
+    told = evaluation.heldout_record(sums, SOURCES, kinds=True)
     assert told is not None
     assert list(told["sources"]) == ["shop", "bank"]  # nothing of the third: left out, not 0
     assert set(told["kinds"]) == set(KINDS) - {"prompt"}
@@ -74,14 +74,14 @@ def test_the_parts_of_the_heldout_loss_are_those_of_the_whole():
     whole = steps.means(evaluate(model(), steps.SFT, rows))
     np.testing.assert_allclose(told["loss"], float(whole["loss"]), rtol=1e-5)
     assert sum(one["tokens"] for one in told["sources"].values()) == told["trained_tokens"]
-    paths = flat({"heldout": told}, ".")
+    paths = flatten({"heldout": told}, ".")
     assert paths["heldout.sources.bank.kinds.eos.loss"] == told["sources"]["bank"]["kinds"]["eos"]["loss"]
 
 
 def test_a_pair_counts_for_its_source():
     objective = steps.Objective(Preference("simpo", 2.0), pairs=3, groups=len(SOURCES) * len(KINDS))
     rows = batch(pairs=True)
-    told = evaluation.heldout([evaluate(model(), objective, rows)], SOURCES, kinds=False)
+    told = evaluation.heldout_record([evaluate(model(), objective, rows)], SOURCES, kinds=False)
     assert told is not None
     assert {name: one["tokens"] for name, one in told["sources"].items()} == {"shop": 2, "bank": 2}
     half = jax.tree.map(lambda leaf: leaf[:2], rows)
@@ -102,12 +102,14 @@ def test_the_average_follows_the_parameters():
             config,
             tx,
             mesh,
-            compute_dtype=jnp.float32,
-            remat="none",
-            microbatches=1,
-            router_aux_weight=0.0,
-            objective=steps.Objective(groups=len(SOURCES) * len(KINDS)),
-            ema=decay,
+            steps.StepOptions(
+                compute_dtype=jnp.float32,
+                remat="none",
+                microbatches=1,
+                router_aux_weight=0.0,
+                objective=steps.Objective(groups=len(SOURCES) * len(KINDS)),
+                ema=decay,
+            ),
         )
     )
     for at in range(3):

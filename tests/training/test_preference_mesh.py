@@ -17,6 +17,7 @@ import tiny_batches
 from xlam_jax.models.config import Lora, ModelConfig
 from xlam_jax.models.params import shapes, trainable
 from xlam_jax.parallel.mesh import make_mesh, put_rows
+from xlam_jax.parallel.placement import place
 from xlam_jax.training import step as steps
 from xlam_jax.training.preference import UNREFERENCED, WATCHED, Kind, Preference
 
@@ -67,15 +68,17 @@ def trained(kind: Any, layout: str) -> list[list[float]]:
             model,
             tx,
             mesh,
-            compute_dtype=jnp.float32,
-            remat="minimal",
-            microbatches=1,
-            router_aux_weight=0.01,
-            objective=steps.Objective(how, pairs=tiny_batches.PAIRS, adapters_off=kind not in UNREFERENCED),
+            steps.StepOptions(
+                compute_dtype=jnp.float32,
+                remat="minimal",
+                microbatches=1,
+                router_aux_weight=0.01,
+                objective=steps.Objective(how, pairs=tiny_batches.PAIRS, adapters_off=kind not in UNREFERENCED),
+            ),
         )
     )
     state = steps.init_state(steps.abstract_state(model, tx, mesh), tx, params)
-    frozen = steps.place(frozen, steps.abstract_frozen(model, mesh, dtype=jnp.float32, quantized=False))
+    frozen = place(frozen, steps.abstract_frozen(model, mesh, dtype=jnp.float32, quantized=False))
     values = []
     whole = tiny_batches.pairs(ROWS, LENGTH, model.vocab_size)
     batch = steps.Batch(*(None if one is None else put_rows(mesh, np.asarray(one), ROWS) for one in whole))

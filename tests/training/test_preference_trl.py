@@ -256,11 +256,13 @@ def ours(how: Preference, config: ModelConfig, params: Params, batch: steps.Batc
         config,
         tx,
         mesh,
-        compute_dtype=jnp.float32,
-        remat="none",
-        microbatches=1,
-        router_aux_weight=0.0,
-        objective=steps.Objective(how, pairs=PAIRS),
+        steps.StepOptions(
+            compute_dtype=jnp.float32,
+            remat="none",
+            microbatches=1,
+            router_aux_weight=0.0,
+            objective=steps.Objective(how, pairs=PAIRS),
+        ),
     )
     state, metrics = jax.jit(step)(steps.init_state(steps.abstract_state(config, tx, mesh), tx, params), {}, batch)
     return params, jax.device_get(state.params), metrics

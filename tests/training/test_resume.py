@@ -15,7 +15,8 @@ from xlam_jax.config import Data
 from xlam_jax.data.mixture import shares_of_sizes
 from xlam_jax.errors import UserError
 from xlam_jax.parallel import mesh
-from xlam_jax.training.resume import check_data, check_threads, read_run
+from xlam_jax.training.resume import check_data, check_threads
+from xlam_jax.training.run_folder import read_run
 
 
 def part(examples: int, digest: str = "aaaa") -> dict[str, Any]:

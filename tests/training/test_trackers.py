@@ -18,7 +18,7 @@ from xlam_jax.errors import UserError
 from xlam_jax.training import trackers as module
 from xlam_jax.training.metrics import Metrics
 from xlam_jax.training.progress import Progress
-from xlam_jax.training.trackers import KNOWN, Run, check_trackers, flat, open_trackers
+from xlam_jax.training.trackers import KNOWN, TrackedRun, check_trackers, flatten, open_trackers, sender
 
 CONFIG = {"model": {"config": "model.json"}, "train": {"steps": 10}, "data": {"sources": [{"name": "shop"}]}}
 
@@ -193,10 +193,10 @@ class Good:
 
     def __init__(self) -> None:
         self.seen: list[tuple[int, Any]] = []
-        self.begun: list[Run] = []
+        self.begun: list[TrackedRun] = []
         self.closed: list[bool] = []
 
-    def start(self, run: Run) -> str | None:
+    def start(self, run: TrackedRun) -> str | None:
         self.begun.append(run)
         return "own name"
 
@@ -214,7 +214,7 @@ class Raising(Good):
         super().__init__()
         self._at, self._steps = at, steps
 
-    def start(self, run: Run) -> str | None:
+    def start(self, run: TrackedRun) -> str | None:
         if self._at == "start":
             raise ConnectionError("no\nserver")
         return super().start(run)
@@ -243,7 +243,7 @@ class Hanging(Good):
         if at == self._at:
             self.over.wait()
 
-    def start(self, run: Run) -> str | None:
+    def start(self, run: TrackedRun) -> str | None:
         self._wait("start")
         return super().start(run)
 
@@ -338,8 +338,8 @@ def test_one_that_fails_at_the_end(run: Path, monkeypatch: pytest.MonkeyPatch):
 def test_one_that_hangs(at: str, real: bool, run: Path, monkeypatch: pytest.MonkeyPatch):
     """Without real time the clock stands still but for the moments at which the hanging one is waited for."""
     monkeypatch.setattr(module, "START_SECONDS", 0.2 if real else deadline(60))
-    monkeypatch.setattr(module, "CLOSE_SECONDS", 0.2 if real else deadline(60))
-    monkeypatch.setattr(module, "QUEUE", 50)
+    monkeypatch.setattr(sender, "CLOSE_SECONDS", 0.2 if real else deadline(60))
+    monkeypatch.setattr(sender, "QUEUE", 50)
     steps = 10 if at == "close" else 100
     day = 86400.0
     at_start = [0.0, 0.0, day if at == "start" else 0.0]  # the time itself, and what each of the two is waited for
@@ -396,5 +396,5 @@ def test_the_command_says_so_before_anything_is_written(tmp_path: Path, monkeypa
 
 
 def test_flat():
-    assert flat({"a": 1, "b": {"c": {"d": 2}, "e": 3}, "f": {}}) == {"a": 1, "b/c/d": 2, "b/e": 3}
-    assert flat({"b": {"c": 1}}, ".") == {"b.c": 1}
+    assert flatten({"a": 1, "b": {"c": {"d": 2}, "e": 3}, "f": {}}) == {"a": 1, "b/c/d": 2, "b/e": 3}
+    assert flatten({"b": {"c": 1}}, ".") == {"b.c": 1}

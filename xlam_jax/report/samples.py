@@ -10,7 +10,7 @@ from xlam_jax.data.schemas import hashable
 from xlam_jax.journals import json_lines, summarize
 from xlam_jax.report.plots import color_class
 from xlam_jax.report.runs import is_step
-from xlam_jax.training.metrics import SAMPLES
+from xlam_jax.training.run_folder import SAMPLES
 
 REQUESTS = 40
 """Requests of a run that are kept: the first of its samples.jsonl."""
