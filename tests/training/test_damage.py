@@ -176,9 +176,9 @@ def test_error_stops_and_nothing_intact_stops(tmp_path: Path):
 def test_foreign_entries_are_ignored(tmp_path: Path):
     run = small_run(tmp_path, (1, 2, 3), keep=2)
     folder = run / "checkpoints"
-    (folder / "notes.txt").write_text("mine")
+    (folder / "notes.txt").write_text("a note")
     (folder / "99").mkdir()
-    (folder / "77").write_text("mine")
+    (folder / "77").write_text("a note")
     shutil.copytree(folder / "3", folder / "007")
     shutil.copytree(folder / "3", folder / "9.damaged")
     (folder / "٣").mkdir()
@@ -377,8 +377,8 @@ def test_no_damage_restores_different_values(
         overrides = ["train.trainable=lora", "train.moments=8bit", "train.ema=0.5", "train.steps=4", "eval.every=100"]
         overrides.append(f"model.init_from={exported}")
         commands.call(TRAIN, "--config", tiny_config, f"output_dir={run}", *overrides)
-    made = set_up(configs.load(tiny_config, [f"output_dir={run}", *overrides]), Progress(quiet=True))
-    items = made.state.trees()
+    setup = set_up(configs.load(tiny_config, [f"output_dir={run}", *overrides]), Progress(quiet=True))
+    items = setup.state.trees()
     older, last = checkpoint.whole_steps(run)[-2:]
     run = copy(run, tmp_path / "copy")
     resumes = {"harmless": resumed(run, items)}

@@ -62,7 +62,7 @@ def trained(kind: Any, layout: str) -> list[list[float]]:
     params = jax.tree_util.tree_map_with_path(  # adapters nearly as new ones are: at zero rounding would decide
         lambda path, leaf: 0.05 * leaf if path[-1].key.endswith("_b") else leaf, params
     )
-    how = Preference(kind, 0.3, label_smoothing=0.1 * (kind == "sigmoid"), margin=0.4, sft_weight=0.2)
+    preference = Preference(kind, 0.3, label_smoothing=0.1 * (kind == "sigmoid"), margin=0.4, sft_weight=0.2)
     step = jax.jit(
         steps.make_train_step(
             model,
@@ -73,7 +73,7 @@ def trained(kind: Any, layout: str) -> list[list[float]]:
                 remat="minimal",
                 microbatches=1,
                 router_aux_weight=0.01,
-                objective=steps.Objective(how, pairs=tiny_batches.PAIRS, adapters_off=kind not in UNREFERENCED),
+                objective=steps.Objective(preference, pairs=tiny_batches.PAIRS, adapters_off=kind not in UNREFERENCED),
             ),
         )
     )

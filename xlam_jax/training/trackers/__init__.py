@@ -27,7 +27,7 @@ from xlam_jax.training.trackers.wandb import Wandb
 
 __all__ = ["TRACKERS", "TrackedRun", "Tracker", "Trackers", "check_trackers", "flatten", "open_trackers"]
 
-KNOWN = "trackers.json"
+NAMES = "trackers.json"
 """In the run folder: each tracker's own name of the run, with which a resumed run continues there."""
 START_SECONDS = 20.0
 """Maximum time that a run waits for its trackers to start, so that what they print does not land in the panel."""
@@ -66,24 +66,24 @@ def open_trackers(
     package is missing. Any other failure is reported, and the run continues.
     """
     check_trackers(track)
-    path, lock = run / KNOWN, threading.Lock()
-    known = _read_known(path, report)
+    path, lock = run / NAMES, threading.Lock()
+    names = _read_names(path, report)
 
     def remember(name: str, own_name: str) -> None:
         with lock:
-            known[name] = {"project": track.project, "run": own_name}
-            write_text(path, json.dumps(known, indent=1) + "\n")
+            names[name] = {"project": track.project, "run": own_name}
+            write_text(path, json.dumps(names, indent=1) + "\n")
 
     senders = []
     for name in dict.fromkeys(track.to):
-        before = known.get(name, {})
+        before = names.get(name, {})
         tracked = TrackedRun(
             folder=run,
             name=track.name or run.resolve().name,
             project=track.project,
             config=config,
             after=after,
-            known=before.get("run") if before.get("project") == track.project else None,
+            own_name=before.get("run") if before.get("project") == track.project else None,
         )
         senders.append(Sender(name, TRACKERS[name](), tracked, report, partial(remember, name), clock))
     until = clock() + START_SECONDS
@@ -92,15 +92,15 @@ def open_trackers(
     return Trackers(senders, clock)
 
 
-def _read_known(path: Path, report: Callable[[str], None]) -> dict[str, dict[str, str]]:
+def _read_names(path: Path, report: Callable[[str], None]) -> dict[str, dict[str, str]]:
     """Each tracker's project and run id in an earlier process; {} where the file is missing or damaged."""
     if not path.exists():
         return {}
     try:
-        known = documents.read_object(path)
-        if not all(isinstance(value, dict) for value in known.values()):
+        names = documents.read_object(path)
+        if not all(isinstance(value, dict) for value in names.values()):
             raise UserError(f"{path}: each tracker's project and run are expected")
     except UserError as error:
         report(f"warning: {error}; the trackers begin new runs")
         return {}
-    return known
+    return names

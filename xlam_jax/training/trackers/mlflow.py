@@ -17,8 +17,8 @@ class Mlflow:
 
         self._client, self._metric = mlflow.MlflowClient(), Metric
         self._last: dict[str, int] = {}
-        if run.known:
-            self._id = run.known
+        if run.own_name:
+            self._id = run.own_name
             self._client.update_run(self._id, status="RUNNING")
             for kind, key in (("train", "loss"), ("heldout", "loss"), ("requests", "exact")):
                 history = self._client.get_metric_history(self._id, f"{kind}/{key}")

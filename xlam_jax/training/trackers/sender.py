@@ -100,9 +100,9 @@ class Sender:
             self._try("end", lambda: self._tracker.close(self._failed))
 
     def _start(self) -> None:
-        known = self._tracker.start(self._run)
-        if known is not None:
-            self._started(known)
+        own_name = self._tracker.start(self._run)
+        if own_name is not None:
+            self._started(own_name)
 
     def _try(self, what: str, call: Callable[[], None]) -> bool:
         try:

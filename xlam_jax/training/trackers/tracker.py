@@ -20,15 +20,15 @@ class TrackedRun:
     """The resolved config, as JSON values."""
     after: int
     """The step that the run continues after; 0 for a new run."""
-    known: str | None
-    """What `start` returned when the run was begun; None if the run is new to the tracker."""
+    own_name: str | None
+    """The name that `start` returned when the run was begun; None if the run is new to the tracker."""
 
 
 class Tracker(Protocol):
     """One place for metrics. All calls come from one thread, and may raise."""
 
     def start(self, run: TrackedRun) -> str | None:
-        """Begins or continues a run; returns the tracker's own name of it, for `TrackedRun.known`."""
+        """Begins or continues a run; returns the tracker's own name of it, for `own_name` of later starts."""
 
     def log(self, step: int, values: Flat) -> None:
         """Takes values of a step. There may be several calls for one step."""

@@ -12,10 +12,10 @@ class Trackio:
         import trackio
 
         # trackio identifies a run by its name, and takes the newest of that name
-        name = run.known or f"{run.name}-{secrets.token_hex(2)}"
-        resume = "must" if run.known else "never"
+        name = run.own_name or f"{run.name}-{secrets.token_hex(2)}"
+        resume = "must" if run.own_name else "never"
         self._run = trackio.init(project=run.project, name=name, config=dict(run.config), resume=resume, embed=False)
-        self._next = getattr(self._run, "_next_step", 0) if run.known else 0  # there is no public way to ask
+        self._next = getattr(self._run, "_next_step", 0) if run.own_name else 0  # there is no public way to ask
         return name
 
     def log(self, step: int, values: Flat) -> None:

@@ -15,7 +15,7 @@ class Wandb:
         # without a key it would ask at the terminal
         if wandb.setup().settings.mode in ("online", "shared") and not wandb.login(prompt=False):
             raise PermissionError("no API key: run `wandb login`, or set WANDB_API_KEY, or WANDB_MODE=offline")
-        name = run.known or secrets.token_hex(4)
+        name = run.own_name or secrets.token_hex(4)
         self._run = wandb.init(
             project=run.project,
             name=run.name,
