@@ -137,7 +137,7 @@ class Trainer:
     def prepare(self) -> None:
         """Builds what the loop needs: checkpoints, data, the compiled step, evaluation and metrics."""
         config, setup = self.config, self.setup
-        self.saves = Checkpoints(
+        self.checkpoints = Checkpoints(
             self.run_dir, keep=config.checkpoint.keep, metadata=self.metadata, best=config.checkpoint.best
         )
         if self.hosts.first:
@@ -196,16 +196,16 @@ class Trainer:
     def run(self, stop: Stop, profiled: range | None = None) -> int:
         """Trains, to the last step or until `stop`. Returns the exit code: `STOPPED` when a signal ended the run."""
         profiler = Profiler(profiled, first=self.start + 1, folder=self.run_dir / "profile", report=self.report)
-        self.best = self.hosts.gather(self.saves.best())[0]
+        self.best = self.hosts.gather(self.checkpoints.best())[0]
         stop.save_first(self.report)
-        with self.saves, self.metrics:
+        with self.checkpoints, self.metrics:
             if self.needs_evaluation or not self.start:
                 evaluation = self.evaluate(self.start)
                 if self.needs_evaluation:
-                    self.saves.record(self.start, evaluation)
+                    self.checkpoints.record(self.start, evaluation)
             step = self.loop(stop, profiler)
-            self.saves.wait()
-            self.best = self.saves.best()
+            self.checkpoints.wait()
+            self.best = self.checkpoints.best()
         self._report_end(step)
         if step < self.steps:
             self.report(f"stopped by {stop.name} after step {step}, saved; run the same command to continue")
@@ -217,7 +217,7 @@ class Trainer:
     def loop(self, stop: Stop, profiler: Profiler) -> int:
         """Takes steps to the last, or until `stop`; returns the last step taken.
 
-        A due step is saved before its evaluation, which may take long, and in which the run may be killed. A run that
+        A step is saved before it is evaluated: an evaluation may take long, and the run may be killed in it. A run that
         is stopped leaves the evaluation to the run that continues it.
         """
         config, step = self.config, self.start
@@ -229,14 +229,14 @@ class Trainer:
             is_last = step == self.steps
             ends = self.hosts.stops(step, stop.requested) or is_last
             profiler.after(step, self.state, is_last=ends)
-            saves = ends or step % config.checkpoint.every == 0
-            evaluates = is_last or (not ends and step % config.eval.every == 0)
-            if saves or evaluates:
+            save_due = ends or step % config.checkpoint.every == 0
+            evaluation_due = is_last or (not ends and step % config.eval.every == 0)
+            if save_due or evaluation_due:
                 self.log()
-            if saves:
+            if save_due:
                 self.save(step)
-            if evaluates:
-                self._keep_best(step, self.evaluate(step), is_saved=saves)
+            if evaluation_due:
+                self._keep_best(step, self.evaluate(step), is_saved=save_due)
             if ends:
                 break
             self.next_batch()
@@ -276,7 +276,7 @@ class Trainer:
         (step, values, origins), self.pending = self.pending, None
         record = to_record(values, self.sources, kinds=False)
         if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
-            self.saves.wait()
+            self.checkpoints.wait()
             self.hosts.gather(None)  # the first host to end ends all of them
             raise UserError(self._divergence(step, record, origins))
         memory = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
@@ -286,7 +286,7 @@ class Trainer:
     def save(self, step: int) -> None:
         """Starts saving the state after a step, with the position in the data."""
         with self.metrics.paused("saving"):
-            self.saves.save(step, self.state.trees(), merged(self.loader.state()))
+            self.checkpoints.save(step, self.state.trees(), merged(self.loader.state()))
 
     def _keep_best(self, step: int, evaluation: dict[str, float], *, is_saved: bool) -> None:
         """Saves a step whose evaluation is the best so far, and stores the evaluation with the checkpoint."""
@@ -298,7 +298,7 @@ class Trainer:
                 self.save(step)
                 is_saved = True
         if is_saved:
-            self.saves.record(step, evaluation)
+            self.checkpoints.record(step, evaluation)
 
     def _report_end(self, step: int) -> None:
         if self.hosts.first:
@@ -312,7 +312,7 @@ class Trainer:
         ids = [f"{self.loaded[source].source.name}: {self.loaded[source].ids[row]}" for source, row in origins]
         shown = "\n  ".join(ids[:SHOWN]) + (f"\n  and {len(ids) - SHOWN} more" if len(ids) > SHOWN else "")
         folder = self.run_dir / STEPS
-        *before, newest = self.saves.steps() or [0]
+        *before, newest = self.checkpoints.steps() or [0]
         if newest == step - 1 > 0:  # its weights or the batch may be to blame
             kept = f"checkpoint {folder / str(newest)} is what this step started from"
             kept += f", {folder / str(before[-1])} the last good one before it" if before else ", the only one"
