@@ -36,10 +36,12 @@ class Worker:
             model,
             tx,
             mesh,
-            compute_dtype=jnp.float32 if precision == "f32" else jnp.bfloat16,
-            remat="none",
-            microbatches=1,
-            router_aux_weight=float(MODEL["router_aux_loss_coef"]),
+            steps.StepOptions(
+                compute_dtype=jnp.float32 if precision == "f32" else jnp.bfloat16,
+                remat="none",
+                microbatches=1,
+                router_aux_weight=float(MODEL["router_aux_loss_coef"]),
+            ),
         )
         self._batches = (self._batch(np.asarray(tokens), np.asarray(labels)) for tokens, labels in batches())
         self._step = jax.jit(train_step, donate_argnums=0).lower(self._state, {}, next(self._batches)).compile()

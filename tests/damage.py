@@ -12,6 +12,7 @@ import numpy as np
 from xlam_jax.errors import UserError
 from xlam_jax.parallel.link import Hosts
 from xlam_jax.training import checkpoint
+from xlam_jax.training.restore import restore_newest
 from xlam_jax.weights import run as weights
 
 KINDS = ("delete", "cut in half", "empty", "zeros", "flip", "flip elsewhere", "flip a third")
@@ -51,9 +52,7 @@ def bits(tree: Any) -> list[bytes]:
 def resumed(run: Path, items: dict[str, Any]) -> tuple[int, Any]:
     """The step that a run continues from, and all that it reads there. Raises `UserError`."""
     newest = max(checkpoint.whole_steps(run), default=0)
-    restored = checkpoint.restore_newest(
-        run, newest, items, on_damage="fallback", hosts=Hosts(), report=lambda line: None
-    )
+    restored = restore_newest(run, newest, items, on_damage="fallback", hosts=Hosts(), report=lambda line: None)
     rest = {key: value for key, value in restored.metadata.items() if key != checkpoint.DIGEST}
     return restored.step, (bits(restored.items), restored.data, rest)
 

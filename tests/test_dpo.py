@@ -19,6 +19,7 @@ from xlam_jax.parallel.link import Hosts
 from xlam_jax.signals import Stop
 from xlam_jax.training.dry_run import dry_run
 from xlam_jax.training.progress import Progress
+from xlam_jax.training.run_folder import check_run_folder
 
 LORA = ("train.trainable=lora", "lora.rank=4")
 
@@ -37,7 +38,7 @@ def config(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def started(config: Path, run: Path, *overrides: str) -> list[dict[str, Any]]:
     """Trains in this process and returns the records."""
     resolved = configs.load(config, [f"output_dir={run}", *overrides])
-    train.check_run_folder(run, resolved)
+    check_run_folder(run, resolved)
     with Progress(quiet=True) as progress:
         assert train.train(resolved, run, progress, Hosts(), Stop()) == 0
     return records_of(run)

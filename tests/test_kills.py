@@ -25,8 +25,7 @@ START_UP = ("held out, dropped", " parameters", "compiled the step")
 KINDS = {"full": (), "lora": LORA, "qlora": QLORA, "dpo": ()}
 IMPORTED = (
     "core_only.sitecustomize", "transformers", "grain", "grain.experimental", "jax", "optax", "orbax.checkpoint.v1",
-    "xlam_jax.train", "xlam_jax.data.corpus", "xlam_jax.training.metrics", "xlam_jax.training.setup",
-    "xlam_jax.training.evaluation", "xlam_jax.training.reference", "converters.hf_to_orbax",
+    "xlam_jax.train", "xlam_jax.data.corpus", "xlam_jax.training.trainer", "converters.hf_to_orbax",
 )  # fmt: skip
 """What takes most of the time of a start, imported once: each start is a fork of the process that has imported it."""
 

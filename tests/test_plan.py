@@ -78,7 +78,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, libtpu: None) -> list[int]:
     the real compiler refuses it; further plans compile something small. The list's number counts down."""
     left = [1]
 
-    def lowered(resolved: Any, layout: Any, *arrays: Any) -> Any:
+    def lower(layout: Any, *arrays: Any) -> Any:
         from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
 
         left[0] -= 1
@@ -92,7 +92,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, libtpu: None) -> list[int]:
             x, weight, rows_E
         )
 
-    monkeypatch.setattr("xlam_jax.training.setup.lowered_step", lowered)
+    monkeypatch.setattr("xlam_jax.training.setup.lower_step", lower)
     return left
 
 

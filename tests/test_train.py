@@ -57,7 +57,7 @@ def test_killed_runs_end_with_the_same_bits(
     assert list(train_losses(whole)) == list(range(1, 11))
 
 
-def test_sigterm_saves_and_the_run_goes_on(commands: Commands, tiny_config: Path, tmp_path: Path):
+def test_sigterm_saves_and_the_run_continues(commands: Commands, tiny_config: Path, tmp_path: Path):
     run = tmp_path / "run"
     common = ("--config", tiny_config, f"output_dir={run}", "checkpoint.every=1000")
     stopped = 0

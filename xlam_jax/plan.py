@@ -207,7 +207,8 @@ def plan(resolved: Resolved, topology: Topology, layout: "Layout", *, compiles: 
     from xlam_jax.training.setup import abstract_batch
 
     config, model, mesh = resolved.config, resolved.model, layout.mesh
-    batch = abstract_batch(resolved, layout)
+    reference = configs.reference(config) == "precomputed"
+    batch = abstract_batch(layout, config.train.batch_size, config.data.sequence_length, reference=reference)
     guess = estimate(resolved, layout, batch)
     trained = sum(cost.trainable_sizes(model).values())
     places = config.train.batch_size * config.data.sequence_length
@@ -249,14 +250,14 @@ def _compiled(computed: Plan, resolved: Resolved, topology: Topology, layout: "L
     from xlam_jax.planning.estimate import kernel_flops
     from xlam_jax.planning.hlo import Module
     from xlam_jax.training import cost
-    from xlam_jax.training.setup import lowered_step
+    from xlam_jax.training.setup import lower_step
 
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="xlam-plan-") as dump:
         # libtpu writes modules that the loaded jaxlib can't always read back: its own text is read instead.
         options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
         try:
-            lowered = lowered_step(resolved, layout, layout.state, layout.frozen, batch)
+            lowered = lower_step(layout, layout.state, layout.frozen, batch)
             compiled = lowered.compile(compiler_options=options)
         except Exception as error:
             if not of_compiler(error):

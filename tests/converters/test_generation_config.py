@@ -52,7 +52,7 @@ def run(trained: tuple[Path, str], tmp_path: Path) -> Path:
         path = copy / checkpoint.STEPS / str(step) / checkpoint.METADATA
         note = read(path)
         note["custom_metadata"] |= {"model": config, checkpoint.FILES: {}}
-        note["custom_metadata"][checkpoint.DIGEST] = checkpoint._digest(note["custom_metadata"])
+        note["custom_metadata"][checkpoint.DIGEST] = checkpoint.metadata_digest(note["custom_metadata"])
         path.write_text(json.dumps(note))
     return copy
 

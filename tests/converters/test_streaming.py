@@ -24,8 +24,8 @@ from xlam_jax.errors import UserError
 from xlam_jax.models.config import ModelConfig
 from xlam_jax.models.params import shapes
 from xlam_jax.parallel import mesh as meshes
+from xlam_jax.parallel.placement import place
 from xlam_jax.training import checkpoint
-from xlam_jax.training.step import place
 from xlam_jax.weights import shards
 from xlam_jax.weights.hf import HFWeights, load_hf
 from xlam_jax.weights.hf_map import tensors

@@ -157,12 +157,12 @@ def test_another_chat_template(edited, tokenizer):
 def test_a_reference_is_of_tokens_that_count_and_not_of_weights():
     from xlam_jax.data.corpus import Example
     from xlam_jax.data.identity import examples_digest
-    from xlam_jax.training.reference import _columns
+    from xlam_jax.training.reference import columns
 
     ids, kinds = np.arange(5, dtype=np.int32), np.zeros(5, np.int8)
     weights, sides = np.array([0, 1, 1, 0, 1], np.float32), np.array([1, 1, 1, 2, 2], np.int8)
     digests = [
-        examples_digest([Example(tokens=ids, labels=ids, weights=scaled, kinds=kinds, sides=sides)], _columns)
+        examples_digest([Example(tokens=ids, labels=ids, weights=scaled, kinds=kinds, sides=sides)], columns)
         for scaled in (weights, 2 * weights, weights[::-1].copy())
     ]
     assert digests[0] == digests[1] != digests[2]

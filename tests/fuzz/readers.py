@@ -25,7 +25,7 @@ from xlam_jax.models import hf_keys
 from xlam_jax.models.config import ModelConfig, read_hf_config
 from xlam_jax.models.generation_config import read_generation_config
 from xlam_jax.report import page, runs, samples
-from xlam_jax.training import checkpoint, resume
+from xlam_jax.training import checkpoint, run_folder
 from xlam_jax.weights import peft
 from xlam_jax.weights import run as weights
 from xlam_jax.weights.hf import HFWeights
@@ -252,7 +252,7 @@ def run(folder: Path) -> Read:
                 path.write_text(json.dumps(mutate(draw, yaml.safe_load(whole[name]))), encoding="utf-8")
             case _:
                 path.write_bytes(mutate_json(draw, json.loads(whole[name])))
-        resume.read_run(kept / "run.json", lambda line: None)
+        run_folder.read_run(kept / "run.json", lambda line: None)
         if name.parts[0] == checkpoint.STEPS or name.name == "config.json":
             weights.saved_run(checkpoint.resolve(kept))
             checkpoint.load_hf_config(step)

@@ -165,12 +165,14 @@ def compiled_step(
         model,
         tx,
         devices,
-        compute_dtype=jnp.bfloat16,
-        remat=remat,
-        microbatches=microbatches,
-        router_aux_weight=0.01,
-        objective=objective,
-        quantized=quantized,
+        steps.StepOptions(
+            compute_dtype=jnp.bfloat16,
+            remat=remat,
+            microbatches=microbatches,
+            router_aux_weight=0.01,
+            objective=objective,
+            quantized=quantized,
+        ),
     )
     draw: Callable[..., Any] = tiny_batches.pairs if pairs else tiny_batches.sequences
     sharding = jax.sharding.NamedSharding(devices, batch_spec(devices))

@@ -27,9 +27,11 @@ from xlam_jax.launch import free_ports
 from xlam_jax.parallel import distributed
 from xlam_jax.parallel.distributed import Place, agree, check_shared, find
 from xlam_jax.parallel.link import LOST, Hosts, Hub, Link
-from xlam_jax.training import checkpoint
+from xlam_jax.training import checkpoint, run_folder
 from xlam_jax.training.facts import code_digest, facts_of_run
 from xlam_jax.training.progress import Progress
+from xlam_jax.training.restore import restore_newest
+from xlam_jax.training.save import Checkpoints
 
 JOBSET = {
     "JOBSET_NAME": "xlam",
@@ -273,7 +275,7 @@ def test_the_newest_checkpoint_that_all_see_is_taken(tmp_path: Path):
         taken, told = [], io.StringIO()
 
         def ask(hosts: Hosts, run: Path) -> None:
-            taken.append(train.newest_step(run, hosts, Progress(told, quiet=not hosts.first)))
+            taken.append(run_folder.newest_step(run, hosts, Progress(told, quiet=not hosts.first).line))
 
         messages = together(runs, ask)
         return taken, told.getvalue().splitlines(), messages
@@ -294,7 +296,7 @@ def test_the_newest_checkpoint_that_all_see_is_taken(tmp_path: Path):
 
 def test_hosts_fall_back_together(tmp_path: Path):
     """Damage that one host alone meets makes all of them take the older step."""
-    saves = checkpoint.Checkpoints(tmp_path / "0", keep=2, metadata={})
+    saves = Checkpoints(tmp_path / "0", keep=2, metadata={})
     for step in (1, 2):
         saves.save(step, {"params": {"w": jnp.full(8, step)}}, {})
     saves.wait()
@@ -306,7 +308,7 @@ def test_hosts_fall_back_together(tmp_path: Path):
     def restore(hosts: Hosts, run: Path) -> None:
         report = Progress(said, quiet=not hosts.first).line
         items = {"params": {"w": jnp.zeros(8)}}
-        restored.append(checkpoint.restore_newest(run, 2, items, on_damage="fallback", hosts=hosts, report=report))
+        restored.append(restore_newest(run, 2, items, on_damage="fallback", hosts=hosts, report=report))
 
     assert together([tmp_path / "0", tmp_path / "1"], restore) == [None, None]
     assert [(one.step, one.items["params"]["w"].tolist()) for one in restored] == [(1, [1] * 8)] * 2

@@ -43,21 +43,22 @@ def work(task: dict[str, Any]) -> None:
     ):
         for name, mesh in meshes.items():
             train.train(resolve(task, root / name, mesh), root / name, progress, hosts, stop)
-        from xlam_jax.training import checkpoint
+        from xlam_jax.training.restore import restore_newest
+        from xlam_jax.training.save import Checkpoints
         from xlam_jax.training.setup import set_up
 
         for other in task["others"]:
             for name, mesh in zip(meshes, [*list(meshes.values())[1:], *meshes.values()], strict=False):
                 made = set_up(resolve(task, root, mesh), progress)
-                saved = checkpoint.restore_newest(
+                saved = restore_newest(
                     Path(other) / name,
                     STEPS,
-                    train._items(made.state),
+                    made.state.trees(),
                     on_damage="error",
                     hosts=hosts,
                     report=progress.line,
                 )
-                again = checkpoint.Checkpoints(root / "again" / Path(other).name / name, keep=1, metadata={})
+                again = Checkpoints(root / "again" / Path(other).name / name, keep=1, metadata={})
                 again.save(STEPS, saved.items, saved.data)
                 again.wait()
                 again.close()

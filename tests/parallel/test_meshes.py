@@ -16,6 +16,7 @@ from xlam_jax.models.config import Lora, ModelConfig
 from xlam_jax.models.kernels import XLA, Kernels
 from xlam_jax.models.params import shapes, trainable
 from xlam_jax.parallel import mesh as meshes
+from xlam_jax.parallel.placement import place
 from xlam_jax.training import step as steps
 
 ROWS = 8
@@ -88,17 +89,19 @@ def gradient(case: str, layout: str) -> dict[str, list]:
             model,
             tx,
             mesh,
-            compute_dtype=jnp.float32,
-            remat="minimal",
-            microbatches=1,
-            router_aux_weight=0.05,
-            z_loss=1e-3,
-            objective=steps.Objective(groups=3),
-            kernels=KERNELS if case == "kernels" and layout != "alone" else XLA,
+            steps.StepOptions(
+                compute_dtype=jnp.float32,
+                remat="minimal",
+                microbatches=1,
+                router_aux_weight=0.05,
+                z_loss=1e-3,
+                objective=steps.Objective(groups=3),
+                kernels=KERNELS if case == "kernels" and layout != "alone" else XLA,
+            ),
         )
     )
     state = steps.init_state(steps.abstract_state(model, tx, mesh), tx, params)
-    frozen = steps.place(frozen, steps.abstract_frozen(model, mesh, dtype=jnp.float32, quantized=False))
+    frozen = place(frozen, steps.abstract_frozen(model, mesh, dtype=jnp.float32, quantized=False))
     placed = steps.Batch(
         *(None if one is None else meshes.put_rows(mesh, one, ROWS) for one in batch(LENGTHS.get(case, 64)))
     )

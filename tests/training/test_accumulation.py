@@ -47,11 +47,13 @@ def gradients(
         config,
         tx,
         mesh,
-        compute_dtype=jnp.float32,
-        remat="none",
-        microbatches=microbatches,
-        router_aux_weight=0.0,
-        objective=objective,
+        steps.StepOptions(
+            compute_dtype=jnp.float32,
+            remat="none",
+            microbatches=microbatches,
+            router_aux_weight=0.0,
+            objective=objective,
+        ),
     )
     state = steps.init_state(steps.abstract_state(config, tx, mesh), tx, params)
     state, metrics = jax.jit(step)(state, frozen, batch)
@@ -99,8 +101,8 @@ def test_the_update_is_that_of_the_whole_batch(family: str, method: str):
 def test_every_loss_on_pairs_is_a_sum(kind: Any):
     """All but kto_pair, whose baseline is a mean over the pairs of a microbatch."""
     config = model("mistral", lora=True)
-    how = Preference(kind, 0.5, label_smoothing=0.1 * (kind == "sigmoid"), margin=0.5, sft_weight=0.3)
-    objective = steps.Objective(how, pairs=tiny_batches.PAIRS, adapters_off=kind not in UNREFERENCED)
+    preference = Preference(kind, 0.5, label_smoothing=0.1 * (kind == "sigmoid"), margin=0.5, sft_weight=0.3)
+    objective = steps.Objective(preference, pairs=tiny_batches.PAIRS, adapters_off=kind not in UNREFERENCED)
     batch = tiny_batches.pairs(ROWS, LENGTH, config.vocab_size)
     whole, metrics = gradients(config, batch, objective, 1)
     parts, of_parts = gradients(config, batch, objective, 2)

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from xlam_jax.errors import UserError
-from xlam_jax.training.checkpoint import Checkpoints, better, is_evaluated, load_params, open_params, restore
+from xlam_jax.training.checkpoint import load_params, open_params
+from xlam_jax.training.restore import restore
+from xlam_jax.training.save import Checkpoints, better, is_evaluated
 
 
 def steps_of(run: Path) -> list[int]:

@@ -15,13 +15,14 @@ from damage import KINDS, bits, copy, damage, files_of, flip, outcome, read_for_
 from support import ROOT, Commands, same_arrays, train_losses
 
 from xlam_jax import config as configs
-from xlam_jax import train
 from xlam_jax.errors import UserError
 from xlam_jax.parallel.link import Hosts
 from xlam_jax.training import checkpoint
-from xlam_jax.training.checkpoint import Checkpoints, DamagedError, load_params, open_params, restore, restore_newest
+from xlam_jax.training.checkpoint import DamagedError, load_params, open_params
 from xlam_jax.training.metrics import Metrics, read
 from xlam_jax.training.progress import Progress
+from xlam_jax.training.restore import Restored, restore, restore_newest
+from xlam_jax.training.save import Checkpoints
 from xlam_jax.weights import run as weights
 
 TRAIN, EXPORT = "xlam_jax.train", "converters.orbax_to_hf"
@@ -45,10 +46,9 @@ def small_run(run: Path, steps: tuple[int, ...] = (1, 2), keep: int = 5) -> Path
     return run
 
 
-def newest(run: Path, on_damage: Any = "fallback", at: int = 99) -> tuple[checkpoint.Restored, list[str]]:
+def newest(run: Path, on_damage: Any = "fallback", at: int = 99) -> tuple[Restored, list[str]]:
     said: list[str] = []
-    items = {name: checkpoint.abstract(tree) for name, tree in ITEMS.items()}
-    return restore_newest(run, at, items, on_damage=on_damage, hosts=Hosts(), report=said.append), said
+    return restore_newest(run, at, ITEMS, on_damage=on_damage, hosts=Hosts(), report=said.append), said
 
 
 def data_file(step_dir: Path, item: str) -> Path:
@@ -177,9 +177,9 @@ def test_error_stops_and_nothing_intact_stops(tmp_path: Path):
 def test_foreign_entries_are_ignored(tmp_path: Path):
     run = small_run(tmp_path, (1, 2, 3), keep=2)
     folder = run / "checkpoints"
-    (folder / "notes.txt").write_text("mine")
+    (folder / "notes.txt").write_text("a note")
     (folder / "99").mkdir()
-    (folder / "77").write_text("mine")
+    (folder / "77").write_text("a note")
     shutil.copytree(folder / "3", folder / "007")
     shutil.copytree(folder / "3", folder / "9.damaged")
     (folder / "٣").mkdir()
@@ -209,7 +209,7 @@ def test_older_checkpoints_open_with_one_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     run = small_run(tmp_path)
-    monkeypatch.setattr(checkpoint, "_noted", set())
+    monkeypatch.setattr(checkpoint.warn_unverified, "printed", False)
     for step in (1, 2):
         without_checksums(run / "checkpoints" / str(step))
     restored, said = newest(run)
@@ -219,7 +219,7 @@ def test_older_checkpoints_open_with_one_warning(
     assert newest(run)[1] == []
     assert same_arrays(load_params(run / "checkpoints/2"), restored.items["ema"])
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(checkpoint, "_noted", set())
+    monkeypatch.setattr(checkpoint.warn_unverified, "printed", False)
     load_params(run / "checkpoints/2")
     load_params(run / "checkpoints/1")
     assert capsys.readouterr().err == f"warning: {warning}\n"
@@ -378,8 +378,8 @@ def test_no_damage_restores_different_values(
         overrides = ["train.trainable=lora", "train.moments=8bit", "train.ema=0.5", "train.steps=4", "eval.every=100"]
         overrides.append(f"model.init_from={exported}")
         commands.call(TRAIN, "--config", tiny_config, f"output_dir={run}", *overrides)
-    made = set_up(configs.load(tiny_config, [f"output_dir={run}", *overrides]), Progress(quiet=True))
-    items = {name: checkpoint.abstract(tree) for name, tree in train._items(made.state).items()}
+    setup = set_up(configs.load(tiny_config, [f"output_dir={run}", *overrides]), Progress(quiet=True))
+    items = setup.state.trees()
     older, last = checkpoint.whole_steps(run)[-2:]
     run = copy(run, tmp_path / "copy")
     resumes = {"harmless": resumed(run, items)}

@@ -1,4 +1,4 @@
-"""Losses told apart by source and kind, the moving average, and what a step costs."""
+"""Losses by source and kind, the moving average, and the costs of a step."""
 
 import json
 from dataclasses import replace
@@ -17,7 +17,7 @@ from xlam_jax.parallel.mesh import make_mesh
 from xlam_jax.training import cost, evaluation
 from xlam_jax.training import step as steps
 from xlam_jax.training.preference import Preference
-from xlam_jax.training.trackers import flat
+from xlam_jax.training.trackers import flatten
 
 SOURCES = ("shop", "bank", "silent")
 ROWS, LENGTH = 4, 48
@@ -29,7 +29,7 @@ def model() -> ModelConfig:
 
 
 def batch(pairs: bool = False) -> steps.Batch:
-    """Two segments a row, of a source each; the second half of a segment carries loss, of weights 1 and 0.5."""
+    """Two segments per row, of one source each; the second half of each contributes to the loss, weighted 1 or 0.5."""
     rng = np.random.default_rng(0)
     tokens_BT = rng.integers(3, 500, (ROWS, LENGTH), dtype=np.int32)
     half = LENGTH // 2
@@ -51,7 +51,7 @@ def batch(pairs: bool = False) -> steps.Batch:
 
 def evaluate(config: ModelConfig, objective: steps.Objective, rows: steps.Batch) -> steps.Sums:
     mesh = make_mesh({}, jax.devices()[:1])
-    step = steps.make_eval_step(config, mesh, compute_dtype=jnp.float32, objective=objective)
+    step = steps.make_eval_step(config, mesh, steps.StepOptions(compute_dtype=jnp.float32, objective=objective))
     return jax.jit(step)(*trainable(config, initialize(config, 0)), rows)
 
 
@@ -59,34 +59,34 @@ def test_the_parts_of_the_heldout_loss_are_those_of_the_whole():
     rows, objective = batch(), steps.Objective(groups=len(SOURCES) * len(KINDS))
     parts = [jax.tree.map(lambda leaf, at=at: leaf[at : at + 2], rows) for at in (0, 2)]
     sums = [evaluate(model(), objective, part) for part in parts]
-    told = evaluation.heldout(sums, SOURCES, kinds=True)
-    assert told is not None
-    assert list(told["sources"]) == ["shop", "bank"]  # nothing of the third: left out, not 0
-    assert set(told["kinds"]) == set(KINDS) - {"prompt"}
+    record = evaluation.heldout_record(sums, SOURCES, kinds=True)
+    assert record is not None
+    assert list(record["sources"]) == ["shop", "bank"]  # the third has no tokens: skipped, not 0
+    assert set(record["kinds"]) == set(KINDS) - {"prompt"}
     groups_BT, weights_BT = np.asarray(rows.groups_BT), np.asarray(rows.weights_BT)
     for at, name in enumerate(SOURCES[:2]):
-        for kind, values in told["sources"][name]["kinds"].items():
+        for kind, values in record["sources"][name]["kinds"].items():
             group = at * len(KINDS) + KINDS.index(kind)
             alone = rows._replace(weights_BT=jnp.asarray(np.where(groups_BT == group, weights_BT, 0)))
             expected = steps.means(evaluate(model(), steps.SFT, alone))
             np.testing.assert_allclose(values["loss"], float(expected["loss"]), rtol=1e-5)
             assert values["tokens"] == ((groups_BT == group) & (weights_BT > 0)).sum()
     whole = steps.means(evaluate(model(), steps.SFT, rows))
-    np.testing.assert_allclose(told["loss"], float(whole["loss"]), rtol=1e-5)
-    assert sum(one["tokens"] for one in told["sources"].values()) == told["trained_tokens"]
-    paths = flat({"heldout": told}, ".")
-    assert paths["heldout.sources.bank.kinds.eos.loss"] == told["sources"]["bank"]["kinds"]["eos"]["loss"]
+    np.testing.assert_allclose(record["loss"], float(whole["loss"]), rtol=1e-5)
+    assert sum(one["tokens"] for one in record["sources"].values()) == record["trained_tokens"]
+    paths = flatten({"heldout": record}, ".")
+    assert paths["heldout.sources.bank.kinds.eos.loss"] == record["sources"]["bank"]["kinds"]["eos"]["loss"]
 
 
 def test_a_pair_counts_for_its_source():
     objective = steps.Objective(Preference("simpo", 2.0), pairs=3, groups=len(SOURCES) * len(KINDS))
     rows = batch(pairs=True)
-    told = evaluation.heldout([evaluate(model(), objective, rows)], SOURCES, kinds=False)
-    assert told is not None
-    assert {name: one["tokens"] for name, one in told["sources"].items()} == {"shop": 2, "bank": 2}
+    record = evaluation.heldout_record([evaluate(model(), objective, rows)], SOURCES, kinds=False)
+    assert record is not None
+    assert {name: one["tokens"] for name, one in record["sources"].items()} == {"shop": 2, "bank": 2}
     half = jax.tree.map(lambda leaf: leaf[:2], rows)
     np.testing.assert_allclose(
-        told["sources"]["shop"]["loss"], float(steps.means(evaluate(model(), objective, half))["loss"]), rtol=1e-5
+        record["sources"]["shop"]["loss"], float(steps.means(evaluate(model(), objective, half))["loss"]), rtol=1e-5
     )
 
 
@@ -102,12 +102,14 @@ def test_the_average_follows_the_parameters():
             config,
             tx,
             mesh,
-            compute_dtype=jnp.float32,
-            remat="none",
-            microbatches=1,
-            router_aux_weight=0.0,
-            objective=steps.Objective(groups=len(SOURCES) * len(KINDS)),
-            ema=decay,
+            steps.StepOptions(
+                compute_dtype=jnp.float32,
+                remat="none",
+                microbatches=1,
+                router_aux_weight=0.0,
+                objective=steps.Objective(groups=len(SOURCES) * len(KINDS)),
+                ema=decay,
+            ),
         )
     )
     for at in range(3):
@@ -123,16 +125,16 @@ def test_the_average_follows_the_parameters():
 
 @pytest.mark.parametrize("lora", [None, Lora(targets=("q", "w1", "head"), rank=4, alpha=8)])
 def test_model_flops_count_every_product(lora: Lora | None):
-    """2 operations for each weight that a token meets, forward; the same for each of the gradients that are made."""
+    """2 operations per weight that a token uses in the forward pass; the same for each gradient."""
     config = replace(model(), lora=lora)
     total = 0.0
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes(config)):
         name = path[-1].key
         if "norm" in name or name == "embedding":
             continue
-        met = leaf.size * (config.experts_per_token / config.experts if name[:2] in ("w1", "w2", "w3") else 1)
+        used = leaf.size * (config.experts_per_token / config.experts if name[:2] in ("w1", "w2", "w3") else 1)
         trains = lora is None or name.endswith(("_a", "_b"))
-        total += met * (6 if trains else 4)
+        total += used * (6 if trains else 4)
     scores = 3 * 4 * config.layers * config.heads * config.head_dim * 256
     np.testing.assert_allclose(cost.flops_per_token(config, 512), total + scores)
 

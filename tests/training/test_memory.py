@@ -16,6 +16,7 @@ from xlam_jax.config import Train
 from xlam_jax.models.config import Lora, ModelConfig
 from xlam_jax.models.params import freeze, initialize, trainable
 from xlam_jax.parallel.mesh import make_mesh
+from xlam_jax.parallel.placement import place
 from xlam_jax.training import step as steps
 from xlam_jax.training.optimizer import optimizer
 from xlam_jax.training.preference import Preference
@@ -57,12 +58,14 @@ def compiled(objective: steps.Objective, remat: str, quantized: bool):
         MODEL,
         tx,
         mesh,
-        compute_dtype=jnp.bfloat16,
-        remat=remat,
-        microbatches=1,
-        router_aux_weight=0.0,
-        objective=objective,
-        quantized=quantized,
+        steps.StepOptions(
+            compute_dtype=jnp.bfloat16,
+            remat=remat,
+            microbatches=1,
+            router_aux_weight=0.0,
+            objective=objective,
+            quantized=quantized,
+        ),
     )
     batch = jax.eval_shape(lambda: tiny_batches.pairs(ROWS, LENGTH, MODEL.vocab_size))
     return jax.jit(step, donate_argnums=0).lower(state, frozen, batch).compile(), tx, state, frozen
@@ -120,7 +123,7 @@ def run(objective: steps.Objective) -> int:
         return trainable(MODEL, initialize(MODEL, 0))
 
     state = steps.init_state(abstract, tx, lambda: drawn()[0])
-    frozen = steps.place(lambda: freeze(drawn()[1], jnp.bfloat16, quantized=False), like)
+    frozen = place(lambda: freeze(drawn()[1], jnp.bfloat16, quantized=False), like)
     batch = tiny_batches.pairs(ROWS, LENGTH, MODEL.vocab_size)
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten: it was the compiler's
     for _ in range(2):

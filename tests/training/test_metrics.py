@@ -1,4 +1,4 @@
-"""What a run writes of itself: the record, the lines for people, and that every step stands there once."""
+"""Metrics of a run: the record, in which every step appears once, and the lines for people."""
 
 import io
 import json
@@ -32,7 +32,7 @@ PAIRS = {"accuracy": 0.71, "margin": 0.125}
 
 
 class Clock:
-    """A clock that goes on only when it is told to."""
+    """A clock that moves only on request."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -41,8 +41,8 @@ class Clock:
         return self.now
 
 
-class Told:
-    """Takes what trackers are told."""
+class FakeTrackers:
+    """Stands in for the trackers and keeps what it gets."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[int, dict[str, float]]] = []
@@ -63,7 +63,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def metrics(run: Path, *, start: int = 0, steps: int = 100, out: io.StringIO | None = None, **other: Any) -> Metrics:
-    other = {"progress": Progress(out or io.StringIO()), "log_every": 1, "trackers": Told()} | other
+    other = {"progress": Progress(out or io.StringIO()), "log_every": 1, "trackers": FakeTrackers()} | other
     return Metrics(run, start=start, steps=steps, places=1000, **other)
 
 
@@ -77,8 +77,8 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def test_a_step_is_recorded_and_told(tmp_path: Path, clock: Clock):
-    out, told = io.StringIO(), Told()
-    with metrics(tmp_path, out=out, trackers=told) as writer:
+    out, fake = io.StringIO(), FakeTrackers()
+    with metrics(tmp_path, out=out, trackers=fake) as writer:
         clock.now += 2.0
         writer.record(1, "train", TRAIN | {"sources": {"webshop": {"loss": 1.1, "tokens": 300}}})
     (record,) = lines(tmp_path / "metrics.jsonl")
@@ -88,12 +88,12 @@ def test_a_step_is_recorded_and_told(tmp_path: Path, clock: Clock):
     assert out.getvalue() == (
         "step 1/100  loss 1.5000  450 tok/s  trained 30%  lr 3.00e-04  grad norm 2.000  left 3:18\n"
     )
-    ((step, values),) = told.seen
+    ((step, values),) = fake.seen
     assert step == 1
     assert values["train/sources/webshop/loss"] == 1.1
     assert values["train/tokens_per_second"] == 450.0
     assert not {name for name in values if "step" in name or "kind" in name}
-    assert told.closed == [False]
+    assert fake.closed == [False]
 
 
 def test_what_is_told_of_evaluations_and_pairs(tmp_path: Path, clock: Clock):
@@ -207,8 +207,8 @@ def test_every_step_stands_once_after_a_kill(tmp_path: Path):
         for step in range(6, 11):
             writer.record(step, "train", TRAIN)
         writer.append_samples([{"step": 10, "text": "three"}])
-    told = [(record["step"], record["kind"]) for record in lines(tmp_path / "metrics.jsonl")]
-    assert told == [(0, "heldout"), *((step, "train") for step in range(1, 11))]
+    logged = [(record["step"], record["kind"]) for record in lines(tmp_path / "metrics.jsonl")]
+    assert logged == [(0, "heldout"), *((step, "train") for step in range(1, 11))]
     assert [line["step"] for line in lines(tmp_path / "samples.jsonl")] == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 10]
     assert lines(tmp_path / "samples.jsonl")[0] == {"step": 1, "text": "ä", "exact": True}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "samples.jsonl"]
@@ -227,8 +227,8 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(tmp_path: Path):
 
 def test_what_is_not_finite_is_null_and_named(tmp_path: Path):
     nan, infinite = float("nan"), float("inf")
-    out, told = io.StringIO(), Told()
-    with metrics(tmp_path, out=out, trackers=told) as writer:
+    out, fake = io.StringIO(), FakeTrackers()
+    with metrics(tmp_path, out=out, trackers=fake) as writer:
         writer.record(1, "train", TRAIN | {"loss": nan, "sources": {"webshop": {"loss": -infinite, "tokens": 3}}})
         writer.record(2, "train", TRAIN)
         writer.record(2, "heldout", HELDOUT | {"loss": infinite})
@@ -240,7 +240,7 @@ def test_what_is_not_finite_is_null_and_named(tmp_path: Path):
     assert heldout["not_finite"] == {"loss": "inf"}
     assert "loss nan" in out.getvalue()
     assert "held-out loss inf" in out.getvalue()
-    assert told.seen[0][1]["train/sources/webshop/loss"] == -infinite
+    assert fake.seen[0][1]["train/sources/webshop/loss"] == -infinite
     again = Screen()
     with metrics(tmp_path, start=2, progress=again) as writer:  # reads nulls
         writer.record(3, "train", TRAIN)

@@ -154,7 +154,7 @@ def test_small_moments_do_what_large_ones_do(moments: str, bytes_a_parameter: fl
 )
 @pytest.mark.parametrize("lora", [False, True])
 def test_every_rule_steps_as_far_as_the_learning_rate_says(changes: dict, lora: bool):
-    """Also where a parameter is zero. Adam with Nesterov's momentum, beside Muon, begins with half as much again."""
+    """Also where a parameter is zero. Adam with Nesterov momentum, next to Muon, starts with 1.5 times the update."""
     _, start, params, _ = run(changes | {"weight_decay": 0.0}, lora=lora, steps=1)
     for before, after in zip(*map(jax.tree.leaves, (start, params)), strict=True):
         assert 0.1e-2 < float(jnp.sqrt(jnp.mean(jnp.square(after - before)))) < 1.6e-2
@@ -162,7 +162,7 @@ def test_every_rule_steps_as_far_as_the_learning_rate_says(changes: dict, lora: 
 
 @pytest.mark.parametrize("rule", ["adamw", "lion", "adafactor", "muon"])
 def test_decay_is_of_the_learning_rate_and_spares_norms(rule: str):
-    """Between a step with decay and one without lies learning rate × decay × weight."""
+    """A step with decay differs from one without by learning rate × decay × weight."""
     (_, start, with_it, _), (*_, without, _) = (
         run({"optimizer": rule, "weight_decay": decay}, steps=1) for decay in (0.5, 0.0)
     )

@@ -66,8 +66,8 @@ def test_packed_and_alone_have_the_same_loss_and_gradient():
         row = pipeline._row(packed)
         gradients = None
         for segment, (source, at) in enumerate(pipeline.origins(packed), start=1):
-            mine = row.segments == segment
-            together, _ = loss_and_gradient(params, row, mine.astype(np.float32))
+            in_segment = row.segments == segment
+            together, _ = loss_and_gradient(params, row, in_segment.astype(np.float32))
             by_itself, gradient = loss_and_gradient(params, alone(loaded[source].train[at]), np.float32(1))
             np.testing.assert_allclose(float(together), float(by_itself), rtol=1e-5)
             gradients = gradient if gradients is None else jax.tree.map(jnp.add, gradients, gradient)

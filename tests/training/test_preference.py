@@ -30,7 +30,7 @@ def log_sigmoid(x: float) -> float:
     return -np.log1p(np.exp(-x))
 
 
-def by_hand(how: Preference) -> list[float]:
+def by_hand(preference: Preference) -> list[float]:
     """Every pair's loss."""
     log_p_BT, reference_BT, weights_BT, segments_BT = packed()
     pairs = []
@@ -46,23 +46,25 @@ def by_hand(how: Preference) -> list[float]:
     moved = [max(0.0, value) for value in moved]
     losses = []
     for (p_c, r_c, n_c), (p_r, r_r, n_r) in pairs:
-        if how.kind == "sigmoid":
-            lead = how.beta * ((p_c - p_r) - (r_c - r_r))
-            loss = -(1 - how.label_smoothing) * log_sigmoid(lead) - how.label_smoothing * log_sigmoid(-lead)
-        elif how.kind == "hinge":
-            loss = max(0.0, 1 - how.beta * ((p_c - p_r) - (r_c - r_r)))
-        elif how.kind == "ipo":
-            loss = ((p_c - r_c) / n_c - (p_r - r_r) / n_r - 1 / (2 * how.beta)) ** 2
-        elif how.kind == "kto_pair":
-            chosen = 1 / (1 + np.exp(-how.beta * (p_c - r_c - moved[1])))
-            rejected = 1 / (1 + np.exp(-how.beta * (moved[0] - (p_r - r_r))))
+        if preference.kind == "sigmoid":
+            lead = preference.beta * ((p_c - p_r) - (r_c - r_r))
+            loss = -(1 - preference.label_smoothing) * log_sigmoid(lead) - preference.label_smoothing * log_sigmoid(
+                -lead
+            )
+        elif preference.kind == "hinge":
+            loss = max(0.0, 1 - preference.beta * ((p_c - p_r) - (r_c - r_r)))
+        elif preference.kind == "ipo":
+            loss = ((p_c - r_c) / n_c - (p_r - r_r) / n_r - 1 / (2 * preference.beta)) ** 2
+        elif preference.kind == "kto_pair":
+            chosen = 1 / (1 + np.exp(-preference.beta * (p_c - r_c - moved[1])))
+            rejected = 1 / (1 + np.exp(-preference.beta * (moved[0] - (p_r - r_r))))
             loss = (1 - chosen + 1 - rejected) / 2
-        elif how.kind == "simpo":
-            loss = -log_sigmoid(how.beta * (p_c / n_c - p_r / n_r) - how.margin)
+        elif preference.kind == "simpo":
+            loss = -log_sigmoid(preference.beta * (p_c / n_c - p_r / n_r) - preference.margin)
         else:
             odds = [np.log(np.exp(p / n) / (1 - np.exp(p / n))) for p, n in ((p_c, n_c), (p_r, n_r))]
-            loss = -how.beta * log_sigmoid(odds[0] - odds[1]) - p_c / n_c
-        losses.append(loss + how.sft_weight * -p_c / n_c)
+            loss = -preference.beta * log_sigmoid(odds[0] - odds[1]) - p_c / n_c
+        losses.append(loss + preference.sft_weight * -p_c / n_c)
     return losses
 
 
@@ -77,30 +79,35 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("how", CASES, ids=lambda how: f"{how.kind}-{how.beta}")
-def test_losses_are_those_of_the_papers(how: Preference):
+@pytest.mark.parametrize("preference", CASES, ids=lambda preference: f"{preference.kind}-{preference.beta}")
+def test_losses_are_those_of_the_papers(preference: Preference):
     log_p_BT, reference_BT, weights_BT, segments_BT = packed()
-    if how.kind in ("simpo", "orpo"):
+    if preference.kind in ("simpo", "orpo"):
         reference_BT = np.zeros_like(reference_BT)
     losses_BP, _, watched = preference_sums(
-        how, jnp.asarray(log_p_BT), jnp.asarray(reference_BT), jnp.asarray(weights_BT), jnp.asarray(segments_BT), PAIRS
+        preference,
+        jnp.asarray(log_p_BT),
+        jnp.asarray(reference_BT),
+        jnp.asarray(weights_BT),
+        jnp.asarray(segments_BT),
+        PAIRS,
     )
-    losses = by_hand(how)
+    losses = by_hand(preference)
     assert float(count_pairs(jnp.asarray(segments_BT))) == len(losses) == 7
     np.testing.assert_allclose(float(jnp.sum(losses_BP)), sum(losses), rtol=1e-5)
     assert tuple(watched) == WATCHED
     assert 0 <= float(watched["accuracy"]) <= 7
 
 
-@pytest.mark.parametrize("how", CASES, ids=lambda how: f"{how.kind}-{how.beta}")
-def test_gradients_are_those_of_differences(how: Preference):
+@pytest.mark.parametrize("preference", CASES, ids=lambda preference: f"{preference.kind}-{preference.beta}")
+def test_gradients_are_those_of_differences(preference: Preference):
     """Central differences of the loss in each log-probability, in float64."""
     log_p_BT, reference_BT, weights_BT, segments_BT = packed(1)
-    if how.kind == "kto_pair":  # no gradient flows into its baseline; both sides' are zero here
+    if preference.kind == "kto_pair":  # no gradient flows into its baseline; both sides' are zero here
         reference_BT = log_p_BT + 0.1 * (weights_BT != 0)
 
     def loss(log_p_BT):
-        return jnp.sum(preference_sums(how, log_p_BT, reference_BT, weights_BT, segments_BT, PAIRS)[0])
+        return jnp.sum(preference_sums(preference, log_p_BT, reference_BT, weights_BT, segments_BT, PAIRS)[0])
 
     with jax.enable_x64(True):
         gradient = np.asarray(jax.grad(loss)(jnp.asarray(log_p_BT)))

@@ -18,6 +18,7 @@ from xlam_jax.enums import UNREFERENCED
 from xlam_jax.models.config import Lora, ModelConfig
 from xlam_jax.models.params import shapes, trainable
 from xlam_jax.parallel.mesh import make_mesh, put_rows
+from xlam_jax.parallel.placement import place
 from xlam_jax.training import step as steps
 from xlam_jax.training.preference import WATCHED, Kind, Preference
 
@@ -62,21 +63,23 @@ def trained(kind: Any, layout: str) -> list[list[float]]:
     params = jax.tree_util.tree_map_with_path(  # adapters nearly as new ones are: at zero rounding would decide
         lambda path, leaf: 0.05 * leaf if path[-1].key.endswith("_b") else leaf, params
     )
-    how = Preference(kind, 0.3, label_smoothing=0.1 * (kind == "sigmoid"), margin=0.4, sft_weight=0.2)
+    preference = Preference(kind, 0.3, label_smoothing=0.1 * (kind == "sigmoid"), margin=0.4, sft_weight=0.2)
     step = jax.jit(
         steps.make_train_step(
             model,
             tx,
             mesh,
-            compute_dtype=jnp.float32,
-            remat="minimal",
-            microbatches=1,
-            router_aux_weight=0.01,
-            objective=steps.Objective(how, pairs=tiny_batches.PAIRS, adapters_off=kind not in UNREFERENCED),
+            steps.StepOptions(
+                compute_dtype=jnp.float32,
+                remat="minimal",
+                microbatches=1,
+                router_aux_weight=0.01,
+                objective=steps.Objective(preference, pairs=tiny_batches.PAIRS, adapters_off=kind not in UNREFERENCED),
+            ),
         )
     )
     state = steps.init_state(steps.abstract_state(model, tx, mesh), tx, params)
-    frozen = steps.place(frozen, steps.abstract_frozen(model, mesh, dtype=jnp.float32, quantized=False))
+    frozen = place(frozen, steps.abstract_frozen(model, mesh, dtype=jnp.float32, quantized=False))
     values = []
     whole = tiny_batches.pairs(ROWS, LENGTH, model.vocab_size)
     batch = steps.Batch(*(None if one is None else put_rows(mesh, np.asarray(one), ROWS) for one in whole))

@@ -100,17 +100,19 @@ def trainer(model: Any, reference: Any, **own: Any) -> Any:
     )
 
 
-def dpo(how: Preference, model: Any, reference: Any, pairs: list[tuple[Side, Side]]) -> tuple[torch.Tensor, dict]:
+def dpo(
+    preference: Preference, model: Any, reference: Any, pairs: list[tuple[Side, Side]]
+) -> tuple[torch.Tensor, dict]:
     from trl import DPOTrainer
 
-    terms = {how.kind: 1.0} | ({"sft": how.sft_weight} if how.sft_weight else {})
+    terms = {preference.kind: 1.0} | ({"sft": preference.sft_weight} if preference.sft_weight else {})
     it = trainer(
         model,
         reference,
-        beta=how.beta,
+        beta=preference.beta,
         loss_types=list(terms),
         loss_weights=list(terms.values()),
-        label_smoothing=how.label_smoothing,
+        label_smoothing=preference.label_smoothing,
         f_divergence_type="reverse_kl",
         ld_alpha=None,
         use_weighting=False,
@@ -123,13 +125,15 @@ def dpo(how: Preference, model: Any, reference: Any, pairs: list[tuple[Side, Sid
     return torch.stack(losses).mean(), {name: np.mean(values) for name, values in it._metrics["eval"].items()}
 
 
-def kto(how: Preference, model: Any, reference: Any, pairs: list[tuple[Side, Side]]) -> tuple[torch.Tensor, dict]:
+def kto(
+    preference: Preference, model: Any, reference: Any, pairs: list[tuple[Side, Side]]
+) -> tuple[torch.Tensor, dict]:
     from trl import KTOTrainer
 
     it = trainer(
         model,
         reference,
-        beta=how.beta,
+        beta=preference.beta,
         loss_type="kto",
         calculate_KL=True,
         desirable_weight=1.0,
@@ -137,29 +141,31 @@ def kto(how: Preference, model: Any, reference: Any, pairs: list[tuple[Side, Sid
     )
     it._compute_kl_logps = lambda model, batch: KTOTrainer._compute_kl_logps(it, model, batch)
     losses = []
-    for mine, other, label in ((0, 1, True), (1, 0, False)):
-        batch = padded([pair[mine] for pair in pairs])
+    for side, other, label in ((0, 1, True), (1, 0, False)):
+        batch = padded([pair[side] for pair in pairs])
         estimated = {f"KL_{name}": value for name, value in padded([pair[other] for pair in pairs]).items()}
         batch |= estimated | {"label": torch.full((len(pairs),), label)}
         losses.append(KTOTrainer._compute_loss(it, model, batch, return_outputs=False))
     return torch.stack(losses).mean(), {}
 
 
-def unreferenced(how: Preference, model: Any, _: Any, pairs: list[tuple[Side, Side]]) -> tuple[torch.Tensor, dict]:
-    """CPO's trainer has SimPO, and the sigmoid loss with smoothing against a reference that says 0; ORPO its own."""
+def unreferenced(
+    preference: Preference, model: Any, _: Any, pairs: list[tuple[Side, Side]]
+) -> tuple[torch.Tensor, dict]:
+    """CPO's trainer has SimPO, and the sigmoid loss with smoothing against a reference of 0; ORPO its own."""
     from trl.experimental.cpo import CPOTrainer
     from trl.experimental.orpo import ORPOTrainer
 
-    kind: Any = ORPOTrainer if how.kind == "orpo" else CPOTrainer
+    kind: Any = ORPOTrainer if preference.kind == "orpo" else CPOTrainer
     it = trainer(
         model,
         None,
-        beta=how.beta,
-        loss_type=how.kind,
-        label_smoothing=how.label_smoothing,
-        simpo_gamma=how.margin,
+        beta=preference.beta,
+        loss_type=preference.kind,
+        label_smoothing=preference.label_smoothing,
+        simpo_gamma=preference.margin,
         alpha=0.0,
-        cpo_alpha=how.sft_weight,
+        cpo_alpha=preference.sft_weight,
         is_encoder_decoder=False,
         padding_value=0,
         pad_token_id=0,
@@ -207,31 +213,35 @@ NAMES = {
 
 @pytest.mark.parametrize(("case", "family"), [*((case, "mistral") for case in CASES), ("sigmoid", "mixtral")])
 def test_losses_and_gradients_are_trls(case: str, family: str):
-    theirs, how = CASES[case]
+    theirs, preference = CASES[case]
     model, reference = (tiny_models.hf_model(family, seed=seed) for seed in (0, 1))
     with torch.no_grad():  # not far from the policy, as a reference is
-        for mine, other in zip(reference.parameters(), model.parameters(), strict=True):
-            mine.copy_(other + 0.1 * mine)
+        for ours, other in zip(reference.parameters(), model.parameters(), strict=True):
+            ours.copy_(other + 0.1 * ours)
     config, pairs = tiny_models.model_config(model), sides()
     batch = packed(pairs)
     if theirs is not unreferenced:
         log_p_BT = jax.jit(partial(log_p, config))(tiny_models.params_of(reference), batch)
         batch = batch._replace(reference_BT=log_p_BT)
-    before, after, metrics = ours(how, config, tiny_models.params_of(model), batch)
+    before, after, metrics = ours(preference, config, tiny_models.params_of(model), batch)
 
     if theirs is not unreferenced:
         from trl.trainer.utils import add_fused_lm_head
 
         for one in (model, reference):
             add_fused_lm_head(one, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
-    loss, watched = theirs(how, model, reference, pairs)
+    loss, watched = theirs(preference, model, reference, pairs)
     loss.backward()
     gradients = tiny_models.file_tensors({name: one.grad for name, one in model.named_parameters()})
 
     np.testing.assert_allclose(float(metrics["loss"]), float(loss.detach()), rtol=1e-5)
     for name, key in NAMES.items():
         # with IPO's loss TRL shows sums over tokens as rewards, with SimPO's and ORPO's means as log-probabilities
-        if key in watched and how.kind != "ipo" and (how.kind not in PER_TOKEN or not name.startswith("log_p")):
+        if (
+            key in watched
+            and preference.kind != "ipo"
+            and (preference.kind not in PER_TOKEN or not name.startswith("log_p"))
+        ):
             np.testing.assert_allclose(float(metrics[name]), watched[key], rtol=1e-5, atol=1e-5, err_msg=name)
     largest = max(np.abs(value).max() for value in gradients.values())
     for tensor in tensors(config):
@@ -249,18 +259,22 @@ def log_p(config: ModelConfig, params: Params, batch: steps.Batch) -> jax.Array:
     return token_log_probabilities(hidden_BTD, model.head_VD(), batch.labels_BT, batch.weights_BT != 0)[0]
 
 
-def ours(how: Preference, config: ModelConfig, params: Params, batch: steps.Batch) -> tuple[Params, Params, dict]:
+def ours(
+    preference: Preference, config: ModelConfig, params: Params, batch: steps.Batch
+) -> tuple[Params, Params, dict]:
     """Weights before and after a step that subtracts the gradient, and its metrics."""
     mesh, tx = make_mesh({}, jax.devices()[:1]), optax.sgd(1.0)
     step = steps.make_train_step(
         config,
         tx,
         mesh,
-        compute_dtype=jnp.float32,
-        remat="none",
-        microbatches=1,
-        router_aux_weight=0.0,
-        objective=steps.Objective(how, pairs=PAIRS),
+        steps.StepOptions(
+            compute_dtype=jnp.float32,
+            remat="none",
+            microbatches=1,
+            router_aux_weight=0.0,
+            objective=steps.Objective(preference, pairs=PAIRS),
+        ),
     )
     state, metrics = jax.jit(step)(steps.init_state(steps.abstract_state(config, tx, mesh), tx, params), {}, batch)
     return params, jax.device_get(state.params), metrics

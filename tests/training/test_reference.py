@@ -35,16 +35,16 @@ SCORES = [{"train": np.arange(10, dtype=np.float32).reshape(5, 2), "heldout": np
 def attach(folder: Path, loaded: list[Loaded] = LOADED, weights: str = "ffff") -> tuple[list[Loaded], bool, list[str]]:
     """Attaches the reference of these weights; computes `SCORES` where there is no folder."""
     said: list[str] = []
-    made_of = reference.identity(loaded, weights=weights, model={}, dtype="float32")
-    with_reference, found = reference.attach(folder, loaded, made_of, lambda: SCORES, said.append)
-    return with_reference, found, said
+    origin = reference.identity(loaded, weights=weights, model={}, dtype="float32")
+    with_reference, is_read = reference.attach(folder, loaded, origin, lambda: SCORES, said.append)
+    return with_reference, is_read, said
 
 
 def test_it_is_read_back_as_it_was_written(tmp_path: Path):
-    first, found, _ = attach(tmp_path / "kept")
-    assert not found
-    again, found, said = attach(tmp_path / "kept")
-    assert found
+    first, is_read, _ = attach(tmp_path / "kept")
+    assert not is_read
+    again, is_read, said = attach(tmp_path / "kept")
+    assert is_read
     assert not said
     for row in range(5):
         assert np.array_equal(first[0].train[row]["reference"], again[0].train[row]["reference"])  # pyright: ignore
@@ -102,11 +102,11 @@ def test_other_pairs_and_weights_are_refused(tmp_path: Path):
 def test_a_folder_without_digests_opens_with_one_warning(tmp_path: Path):
     attach(tmp_path / "kept")
     path = tmp_path / "kept" / "reference.json"
-    made_of: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    made_of.pop("files")
-    path.write_text(json.dumps(made_of), encoding="utf-8")
-    _, found, said = attach(tmp_path / "kept")
-    assert found
+    origin: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    origin.pop("files")
+    path.write_text(json.dumps(origin), encoding="utf-8")
+    _, is_read, said = attach(tmp_path / "kept")
+    assert is_read
     assert len(said) == 1
     assert "written by a version that stored no digests" in said[0]
     np.save(tmp_path / "kept" / "0.train.npy", np.zeros((4, 2), np.float32))

@@ -1,6 +1,5 @@
 """What a resumed run compares: data and tokenizer, where the data continue, CPU threads, an unreadable run.json."""
 
-import copy
 import json
 import os
 import subprocess
@@ -15,7 +14,7 @@ from xlam_jax.config import Data
 from xlam_jax.data.mixture import shares_of_sizes
 from xlam_jax.errors import UserError
 from xlam_jax.parallel import mesh
-from xlam_jax.training.resume import check_data, check_threads, read_run
+from xlam_jax.training.resume import check_data, check_threads
 
 
 def part(examples: int, digest: str = "aaaa") -> dict[str, Any]:
@@ -193,26 +192,3 @@ def test_the_number_of_threads_decides_the_bits_of_a_sum(environment: dict[str, 
     assert bits["one", "2"] == bits["all", "2"]
     assert bits["one", "1"] == bits["all", "1"]
     assert bits["one", "1"][0] != bits["one", "2"][0]
-
-
-# ---- run.json -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        *("", "{", "[1]", '{"started": 3}', "\x00\xff"),
-        *('{"cpu_threads": 8}', '{"cpu_threads": ["8"]}', '{"cpu_threads": [0]}', '{"data_changes": {}}'),
-    ],
-)
-def test_an_unreadable_run_json_is_reported_and_stops_nothing(tmp_path: Path, content: str):
-    said: list[str] = []
-    (tmp_path / "run.json").write_text(content, encoding="utf-8")
-    assert read_run(tmp_path / "run.json", said.append) == {}
-    assert len(said) == 1
-    assert "run.json: can't be read" in said[0]
-    assert read_run(tmp_path / "none.json", said.append) == {}
-    assert len(said) == 1
-    good = {"started": ["2026-01-01"], "cpu_threads": [2]}
-    (tmp_path / "run.json").write_text(json.dumps(copy.deepcopy(good)), encoding="utf-8")
-    assert read_run(tmp_path / "run.json", said.append) == good

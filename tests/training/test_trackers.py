@@ -18,17 +18,17 @@ from xlam_jax.errors import UserError
 from xlam_jax.training import trackers as module
 from xlam_jax.training.metrics import Metrics
 from xlam_jax.training.progress import Progress
-from xlam_jax.training.trackers import KNOWN, Run, check_trackers, flat, open_trackers
+from xlam_jax.training.trackers import NAMES, TrackedRun, check_trackers, flatten, open_trackers, sender
 
 CONFIG = {"model": {"config": "model.json"}, "train": {"steps": 10}, "data": {"sources": [{"name": "shop"}]}}
 
 
-def told_loss(step: int) -> float:
+def loss_of(step: int) -> float:
     return 1 / step
 
 
 def live(run: Path, name: str, after: int, to: int, *, failed: bool = False, project: str = "mine") -> list[str]:
-    """One life of a run: steps after `after` to `to`, evaluated at every fifth. Returns what people are told."""
+    """One life of a run: steps after `after` to `to`, evaluated at every fifth. Returns the lines for people."""
     said: list[str] = []
     trackers = open_trackers(
         Track.model_validate({"to": [name], "project": project}), run, CONFIG, said.append, after=after
@@ -36,7 +36,7 @@ def live(run: Path, name: str, after: int, to: int, *, failed: bool = False, pro
     if not after:
         trackers.log(0, {"heldout/loss": 3.0})
     for step in range(after + 1, to + 1):
-        trackers.log(step, {"train/loss": told_loss(step), "train/sources/shop (a)/loss": 2.0})
+        trackers.log(step, {"train/loss": loss_of(step), "train/sources/shop (a)/loss": 2.0})
         if step % 5 == 0:
             trackers.log(step, {"heldout/loss": 3.0})
     trackers.close(failed)
@@ -60,7 +60,7 @@ def test_tensorboard_shows_each_step_once_after_a_kill(run: Path):
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
     points = [(point.step, point.value) for point in events.Scalars("train/loss")]
-    assert points == [(step, pytest.approx(told_loss(step))) for step in range(1, 11)]
+    assert points == [(step, pytest.approx(loss_of(step))) for step in range(1, 11)]
     assert [point.step for point in events.Scalars("heldout/loss")] == [0, 5, 10]
 
 
@@ -83,13 +83,13 @@ def wandb_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
 def test_wandb_continues_its_run(run: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert live(run, "wandb", 0, 8, failed=True) == []
-    known = json.loads((run / KNOWN).read_text(encoding="utf-8"))["wandb"]["run"]
-    [folder] = (run / "wandb").glob(f"offline-run-*-{known}")
-    assert wandb_history(folder / f"run-{known}.wandb") == ({step: told_loss(step) for step in range(1, 9)}, 1)
+    own_name = json.loads((run / NAMES).read_text(encoding="utf-8"))["wandb"]["run"]
+    [folder] = (run / "wandb").glob(f"offline-run-*-{own_name}")
+    assert wandb_history(folder / f"run-{own_name}.wandb") == ({step: loss_of(step) for step in range(1, 9)}, 1)
     folder.rename(run / "before")  # W&B names folders by the second: another life within it would write over this one
     assert live(run, "wandb", 5, 10) == []
-    [folder] = (run / "wandb").glob(f"offline-run-*-{known}")
-    assert wandb_history(folder / f"run-{known}.wandb") == ({step: told_loss(step) for step in range(6, 11)}, 0)
+    [folder] = (run / "wandb").glob(f"offline-run-*-{own_name}")
+    assert wandb_history(folder / f"run-{own_name}.wandb") == ({step: loss_of(step) for step in range(6, 11)}, 0)
 
 
 def wandb_history(path: Path) -> tuple[dict[int, float], int]:
@@ -152,23 +152,25 @@ def test_mlflow_continues_its_run(run: Path):
     import mlflow
 
     client = mlflow.MlflowClient()
-    known = json.loads((run / KNOWN).read_text(encoding="utf-8"))["mlflow"]["run"]
-    assert client.get_run(known).info.status == "FAILED"
+    own_name = json.loads((run / NAMES).read_text(encoding="utf-8"))["mlflow"]["run"]
+    assert client.get_run(own_name).info.status == "FAILED"
     assert live(run, "mlflow", 5, 10) == []
-    found = client.get_run(known)
-    assert (found.info.status, found.info.run_name) == ("FINISHED", "my run")
-    assert found.data.params["train.steps"] == "10"
-    history = client.get_metric_history(known, "train/loss")
-    assert [(point.step, point.value) for point in history] == [(step, told_loss(step)) for step in range(1, 11)]
-    assert [point.step for point in client.get_metric_history(known, "train/sources/shop _a_/loss")] == [*range(1, 11)]
-    assert [point.step for point in client.get_metric_history(known, "heldout/loss")] == [0, 5, 10]
+    run_there = client.get_run(own_name)
+    assert (run_there.info.status, run_there.info.run_name) == ("FINISHED", "my run")
+    assert run_there.data.params["train.steps"] == "10"
+    history = client.get_metric_history(own_name, "train/loss")
+    assert [(point.step, point.value) for point in history] == [(step, loss_of(step)) for step in range(1, 11)]
+    assert [point.step for point in client.get_metric_history(own_name, "train/sources/shop _a_/loss")] == [
+        *range(1, 11)
+    ]
+    assert [point.step for point in client.get_metric_history(own_name, "heldout/loss")] == [0, 5, 10]
     assert live(run, "mlflow", 5, 10, project="another") == []  # a run belongs to one project
-    assert json.loads((run / KNOWN).read_text(encoding="utf-8"))["mlflow"]["run"] != known
+    assert json.loads((run / NAMES).read_text(encoding="utf-8"))["mlflow"]["run"] != own_name
 
 
 @pytest.mark.usefixtures("mlflow_store")
 def test_mlflow_that_lost_the_run_says_so(run: Path):
-    (run / KNOWN).write_text(json.dumps({"mlflow": {"project": "mine", "run": "0" * 32}}), encoding="utf-8")
+    (run / NAMES).write_text(json.dumps({"mlflow": {"project": "mine", "run": "0" * 32}}), encoding="utf-8")
     started, missing = live(run, "mlflow", 5, 7)
     assert "tracker mlflow failed to start, the run goes on: MlflowException: Run '000" in started
     assert missing == "tracker mlflow did not get 2 of 2 records; metrics.jsonl has them all"
@@ -181,22 +183,22 @@ def test_trackio_continues_its_run(run: Path, tmp_path: Path, monkeypatch: pytes
     assert live(run, "trackio", 5, 10) == []
     from trackio.sqlite_storage import SQLiteStorage
 
-    known = json.loads((run / KNOWN).read_text(encoding="utf-8"))["trackio"]["run"]
-    assert known.startswith("my run-")
-    logs = SQLiteStorage.get_logs("mine", known)
+    own_name = json.loads((run / NAMES).read_text(encoding="utf-8"))["trackio"]["run"]
+    assert own_name.startswith("my run-")
+    logs = SQLiteStorage.get_logs("mine", own_name)
     losses = [(entry["step"], entry["train/loss"]) for entry in logs if "train/loss" in entry]
-    assert losses == [(step, told_loss(step)) for step in range(1, 11)]
+    assert losses == [(step, loss_of(step)) for step in range(1, 11)]
 
 
 class Good:
-    """Remembers what it is told."""
+    """Remembers the calls it gets."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[int, Any]] = []
-        self.begun: list[Run] = []
+        self.begun: list[TrackedRun] = []
         self.closed: list[bool] = []
 
-    def start(self, run: Run) -> str | None:
+    def start(self, run: TrackedRun) -> str | None:
         self.begun.append(run)
         return "own name"
 
@@ -214,7 +216,7 @@ class Raising(Good):
         super().__init__()
         self._at, self._steps = at, steps
 
-    def start(self, run: Run) -> str | None:
+    def start(self, run: TrackedRun) -> str | None:
         if self._at == "start":
             raise ConnectionError("no\nserver")
         return super().start(run)
@@ -243,7 +245,7 @@ class Hanging(Good):
         if at == self._at:
             self.over.wait()
 
-    def start(self, run: Run) -> str | None:
+    def start(self, run: TrackedRun) -> str | None:
         self._wait("start")
         return super().start(run)
 
@@ -271,7 +273,7 @@ def metrics_run(
     steps: int = 10,
     clock: Callable[[], float] = time.monotonic,
 ) -> list[str]:
-    """Runs `Metrics` with a good tracker and this one; returns what people are told of trackers."""
+    """Runs `Metrics` with a good tracker and this one; returns the lines about trackers."""
     good, said = Good(), []
     monkeypatch.setitem(module.TRACKERS, "wandb", lambda: tracker)
     monkeypatch.setitem(module.TRACKERS, "tensorboard", lambda: good)
@@ -296,9 +298,10 @@ def test_what_a_good_tracker_is_told(run: Path, monkeypatch: pytest.MonkeyPatch)
     tracker = Good()
     assert metrics_run(run, monkeypatch, tracker) == []
     (begun,) = tracker.begun
-    assert (begun.folder, begun.name, begun.project, begun.after, begun.known) == (run, "my run", "xlam_jax", 0, None)
+    assert (begun.folder, begun.name, begun.project) == (run, "my run", "xlam_jax")
+    assert (begun.after, begun.own_name) == (0, None)
     assert begun.config == CONFIG
-    assert json.loads((run / KNOWN).read_text(encoding="utf-8"))["wandb"] == {"project": "xlam_jax", "run": "own name"}
+    assert json.loads((run / NAMES).read_text(encoding="utf-8"))["wandb"] == {"project": "xlam_jax", "run": "own name"}
 
 
 def test_one_that_fails_to_start(run: Path, monkeypatch: pytest.MonkeyPatch):
@@ -336,10 +339,10 @@ def test_one_that_fails_at_the_end(run: Path, monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("at", ["start", "log", "close"])
 @pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.nightly)])
 def test_one_that_hangs(at: str, real: bool, run: Path, monkeypatch: pytest.MonkeyPatch):
-    """Without real time the clock stands still but for the moments at which the hanging one is waited for."""
+    """Without real time the clock moves only while the run waits for the tracker that hangs."""
     monkeypatch.setattr(module, "START_SECONDS", 0.2 if real else deadline(60))
-    monkeypatch.setattr(module, "CLOSE_SECONDS", 0.2 if real else deadline(60))
-    monkeypatch.setattr(module, "QUEUE", 50)
+    monkeypatch.setattr(sender, "CLOSE_SECONDS", 0.2 if real else deadline(60))
+    monkeypatch.setattr(sender, "QUEUE", 50)
     steps = 10 if at == "close" else 100
     day = 86400.0
     at_start = [0.0, 0.0, day if at == "start" else 0.0]  # the time itself, and what each of the two is waited for
@@ -396,5 +399,5 @@ def test_the_command_says_so_before_anything_is_written(tmp_path: Path, monkeypa
 
 
 def test_flat():
-    assert flat({"a": 1, "b": {"c": {"d": 2}, "e": 3}, "f": {}}) == {"a": 1, "b/c/d": 2, "b/e": 3}
-    assert flat({"b": {"c": 1}}, ".") == {"b.c": 1}
+    assert flatten({"a": 1, "b": {"c": {"d": 2}, "e": 3}, "f": {}}) == {"a": 1, "b/c/d": 2, "b/e": 3}
+    assert flatten({"b": {"c": 1}}, ".") == {"b.c": 1}

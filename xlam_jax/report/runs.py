@@ -14,9 +14,7 @@ from xlam_jax import documents
 from xlam_jax.config import Config, from_saved
 from xlam_jax.errors import UserError
 from xlam_jax.journals import SHOWN, json_lines, summarize
-from xlam_jax.train import CONFIG
-from xlam_jax.training.metrics import METRICS
-from xlam_jax.training.setup import RUN
+from xlam_jax.training.run_folder import CONFIG, METRICS, RUN
 
 KINDS_OF_RECORDS = ("train", "heldout", "requests")
 MOST = sys.float_info.max

@@ -11,7 +11,7 @@ from xlam_jax.enums import REQUEST_MARKS as MARKS
 from xlam_jax.journals import json_lines, summarize
 from xlam_jax.report.plots import color_class
 from xlam_jax.report.runs import is_step
-from xlam_jax.training.metrics import SAMPLES
+from xlam_jax.training.run_folder import SAMPLES
 
 REQUESTS = 40
 """Requests of a run that are kept: the first of its samples.jsonl."""

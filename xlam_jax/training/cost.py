@@ -1,4 +1,4 @@
-"""What a step costs: floating-point operations, the device's peak, memory."""
+"""Costs of a step: floating-point operations, peak rate of the device, memory."""
 
 from typing import Any, NamedTuple
 
@@ -19,21 +19,21 @@ PEAK_FLOPS = {
     "TPU v6e": 918e12,
     "TPU7x": 2307e12,
 }
-"""Dense bf16 operations a second, by the makers' data sheets; a part of the name that JAX gives a device."""
+"""Dense bf16 operations per second from data sheets, by a part of the device's name in JAX."""
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """A device's peak, or None where it is not known (a CPU)."""
+    """A device's peak in FLOP/s; None where it is unknown, as for CPUs."""
     names = [name for name in PEAK_FLOPS if name in device_kind]
     return PEAK_FLOPS[max(names, key=len)] if names else None
 
 
 def flops_per_token(model: ModelConfig, sequence_length: int) -> float:
-    """Model FLOPs of one token, forward and backward; rematerialization is not counted.
+    """Model FLOPs per token, forward and backward; recomputation of activations is not counted.
 
-    2 operations a weight and token in the forward pass, and as many for each of the two products of the backward pass;
-    a frozen weight has only one of these (Chowdhery et al., 2204.02311, appendix B). Attention: half of the scores, as
-    they are causal, of a row of one segment; a window shortens it.
+    2 operations per weight and token in the forward pass, and 2 for each of the two products of the backward pass; a
+    frozen weight has only one of these (Chowdhery et al., 2204.02311, appendix B). Attention: half of the scores of a
+    row with one segment, as they are causal; fewer with a sliding window.
     """
     from xlam_jax.models.params import is_adapter
 
@@ -55,7 +55,7 @@ def flops_per_token(model: ModelConfig, sequence_length: int) -> float:
 
 
 def trainable_sizes(model: ModelConfig) -> dict[str, int]:
-    """Elements of each parameter that trains, by its path."""
+    """Number of elements of each trainable parameter, by its path."""
     import jax
 
     from xlam_jax.models.params import shapes, trainable
@@ -65,22 +65,22 @@ def trainable_sizes(model: ModelConfig) -> dict[str, int]:
 
 
 class Memory(NamedTuple):
-    """Bytes of one device that a compiled step needs."""
+    """Bytes that a compiled step needs on one device."""
 
     arguments: int
     """State, frozen weights and batch."""
     temporaries: int
     outputs: int
-    """What the step gives that is not written in place."""
+    """Results that are not written in place."""
 
     @property
     def peak(self) -> int:
-        """All of it at the same time."""
+        """The sum: all are needed at the same time."""
         return self.arguments + self.temporaries + self.outputs
 
 
 def memory(compiled: Any) -> Memory:
-    """The memory that a compiled step says it needs."""
-    told = compiled.memory_analysis()
-    outputs = told.output_size_in_bytes - told.alias_size_in_bytes
-    return Memory(told.argument_size_in_bytes, told.temp_size_in_bytes, max(0, outputs))
+    """The memory of a compiled step, from the compiler's analysis."""
+    analysis = compiled.memory_analysis()
+    outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return Memory(analysis.argument_size_in_bytes, analysis.temp_size_in_bytes, max(0, outputs))

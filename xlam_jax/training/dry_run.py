@@ -1,86 +1,108 @@
-"""`--dry-run`: what a run would cost, told before anything is written."""
+"""`--dry-run`: reports what a run would cost; writes nothing."""
 
 import time
+from collections.abc import Callable
+from typing import Any
 
 from xlam_jax import config as configs
 from xlam_jax.config import Resolved
 from xlam_jax.training.progress import Progress, duration
-from xlam_jax.training.setup import compiled_step, set_up
+from xlam_jax.training.setup import Setup, compile_step, set_up
 
 
 def dry_run(resolved: Resolved, *, quiet: bool = False) -> int:
-    """Everything up to the first steps, with random weights in place of those that a run would read; writes nothing.
+    """Does everything up to the first steps, with random weights in place of those that a run would read.
 
-    `quiet` tells nothing, for all hosts but one.
+    `quiet` prints nothing, for all hosts but one. Returns the exit code.
     """
-    config, progress = resolved.config, Progress(quiet=quiet)
-    tell = (lambda _: None) if quiet else print
+    progress = Progress(quiet=quiet)
+    write = (lambda _: None) if quiet else print
     for line in resolved.warnings:
         progress.line(f"warning: {line}")
+    from xlam_jax.training import cost
     from xlam_jax.weights import run as weights
 
     weights.read_base(resolved)
-    made = set_up(resolved, progress)
-    config = made.resolved.config  # train.epochs is a number of steps there
+    setup = set_up(resolved, progress)
+    resolved = setup.resolved  # train.epochs is a number of steps there
+    train, length = resolved.config.train, resolved.config.data.sequence_length
+    rows, batch = _first_batch(resolved, setup)
+    compiled = compile_step(setup, setup.state, setup.frozen, batch, progress.line)
+    places = train.batch_size * length
+    flops = cost.flops_per_token(setup.model, length) * places
+    fits = _write_sizes(setup, compiled, write)
+    real, trained = int((rows.segments > 0).sum()), int((rows.weights != 0).sum())
+    write(
+        f"tokens a step      {places:,} places; the first batch fills {real / rows.segments.size:.1%} of them, "
+        f"and {trained / rows.segments.size:.1%} are trained"
+    )
+    write(f"model FLOPs        {flops:.3g} a step")
+    if not fits:
+        write("time               not measured: the step does not fit the device's memory")
+        return 0
+    seconds = _time_step(resolved, setup, compiled, batch)
+    write(
+        f"time               {seconds:.3f} s a step (median of 3, after one to warm up; random weights): "
+        f"{places / seconds:,.0f} tokens/s, {flops / seconds / 1e12:.3g} TFLOP/s"
+    )
+    write(f"the whole run      {duration(seconds * train.steps)} for {train.steps} steps, without evaluations")
+    write("nothing was written")
+    return 0
 
-    import jax
+
+def _first_batch(resolved: Resolved, setup: Setup) -> tuple[Any, Any]:
+    """This host's rows of the first batch, and the batch on the devices."""
     import numpy as np
 
     from xlam_jax.data import pipeline
-    from xlam_jax.training import cost
-    from xlam_jax.training import step as steps
 
+    config = resolved.config
     loader = pipeline.Loader(
-        made.loaded,
+        setup.loaded,
         config.data,
         batch_size=config.train.batch_size,
         seed=config.seed,
-        tokenizer=made.tokenizer,
-        rows=made.rows(config.train.batch_size),
+        tokenizer=setup.tokenizer,
+        rows=setup.rows(config.train.batch_size),
     )
     rows = next(loader)
     if configs.reference(config) == "precomputed":
         rows = rows._replace(reference=np.zeros_like(rows.weights))
-    batch = made.batch(rows, config.train.batch_size)
-    compiled = compiled_step(resolved, made, made.state, made.frozen, batch, progress)
-    needs, model = cost.memory(compiled), resolved.model
-    places = config.train.batch_size * config.data.sequence_length
-    flops = cost.flops_per_token(model, config.data.sequence_length) * places
-    trained = sum(cost.trainable_sizes(model).values())
-    total = model.parameters() + (trained if model.lora else 0)
-    device = jax.local_devices()[0]
-    available = (device.memory_stats() or {}).get("bytes_limit")
-    tell(f"parameters         {total:,}, of which {trained:,} ({trained / total:.2%}) train")
-    tell(
+    return rows, setup.batch(rows, config.train.batch_size)
+
+
+def _write_sizes(setup: Setup, compiled: Any, write: Callable[[str], None]) -> bool:
+    """Writes the number of parameters and the memory per device; returns whether the step fits there."""
+    import jax
+
+    from xlam_jax.training import cost
+
+    needs = cost.memory(compiled)
+    trained = sum(cost.trainable_sizes(setup.model).values())
+    total = setup.model.parameters() + (trained if setup.model.lora else 0)
+    available = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    write(f"parameters         {total:,}, of which {trained:,} ({trained / total:.2%}) train")
+    write(
         f"memory a device    {needs.peak / 1e9:.2f} GB: {needs.arguments / 1e9:.2f} state, weights and batch, "
         f"{needs.temporaries / 1e9:.2f} temporaries"
         + (f"; the device has {available / 1e9:.2f} GB" if available else "")
     )
-    real, carries = int((rows.segments > 0).sum()), int((rows.weights != 0).sum())
-    tell(
-        f"tokens a step      {places:,} places; the first batch fills {real / rows.segments.size:.1%} of them, "
-        f"and {carries / rows.segments.size:.1%} carry loss"
-    )
-    tell(f"model FLOPs        {flops:.3g} a step")
-    if available and needs.peak > available:
-        tell("time               not measured: the step does not fit the device's memory")
-        return 0
-    drawn = weights.fresh(resolved, None, made.state.params)
-    state = steps.init_state(made.state, made.tx, drawn)
-    frozen = weights.frozen(resolved, None, made.frozen, made.dtype)
-    took = []
+    return not available or needs.peak <= available
+
+
+def _time_step(resolved: Resolved, setup: Setup, compiled: Any, batch: Any) -> float:
+    """Median seconds of three steps with random weights, after a first one."""
+    import jax
+
+    from xlam_jax.training.step import init_state
+    from xlam_jax.weights import run as weights
+
+    state = init_state(setup.state, setup.tx, weights.fresh(resolved, None, setup.state.params))
+    frozen = weights.frozen(resolved, None, setup.frozen, setup.dtype)
+    seconds = []
     for _ in range(4):
         began = time.monotonic()
         state, values = compiled(state, frozen, batch)
         jax.block_until_ready(values)
-        took.append(time.monotonic() - began)
-    step = sorted(took[1:])[1]
-    tell(
-        f"time               {step:.3f} s a step (the middle one of 3, after one to warm up; random weights): "
-        f"{places / step:,.0f} tokens/s, {flops / step / 1e12:.3g} TFLOP/s"
-    )
-    tell(
-        f"the whole run      {duration(step * config.train.steps)} for {config.train.steps} steps, without evaluations"
-    )
-    tell("nothing was written")
-    return 0
+        seconds.append(time.monotonic() - began)
+    return sorted(seconds[1:])[1]

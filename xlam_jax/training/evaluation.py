@@ -1,4 +1,7 @@
-"""What is looked at while training: losses told apart by source and kind, and answers to held-out requests."""
+"""Evaluation during training: held-out losses by source and kind, and answers to held-out requests.
+
+Axes: S sources, K kinds of spans.
+"""
 
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -7,7 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from xlam_jax.config import Resolved
+from xlam_jax.config import Data, Eval
+from xlam_jax.data import pipeline
+from xlam_jax.data.corpus import Loaded
 from xlam_jax.data.render import end_tokens
 from xlam_jax.enums import SPAN_KINDS as KINDS
 from xlam_jax.errors import UserError
@@ -15,71 +20,89 @@ from xlam_jax.evaluate import next_call
 from xlam_jax.models.generation import Generate
 from xlam_jax.models.params import Params
 from xlam_jax.training.setup import Setup
-from xlam_jax.training.step import Groups, Sums, means
+from xlam_jax.training.step import Groups, Sums, make_eval_step, means
 
 
-def told_apart(groups: Groups, sources: Sequence[str], *, kinds: bool) -> dict[str, Any]:
-    """The loss of each source, and with `kinds` also of each kind of span; what has no token (or pair) is left out."""
+def losses_by_group(groups: Groups, sources: Sequence[str], *, kinds: bool) -> dict[str, Any]:
+    """The loss of each source and, with `kinds`, of each kind of span. Groups without tokens (or pairs) are skipped."""
     shape = (len(sources), -1)
     loss_SK, weight_SK, count_SK = (np.asarray(sums, np.float64).reshape(shape) for sums in groups)
 
-    def told(loss: Any, weight: Any, count: Any) -> dict[str, Any]:
+    def mean(loss: Any, weight: Any, count: Any) -> dict[str, Any]:
         return {"loss": float(loss.sum() / weight.sum()), "tokens": round(float(count.sum()))}
 
-    def of_kinds(loss_K: Any, weight_K: Any, count_K: Any) -> dict[str, Any]:
+    def by_kind(loss_K: Any, weight_K: Any, count_K: Any) -> dict[str, Any]:
         each = zip(KINDS, loss_K, weight_K, count_K, strict=True)
-        return {"kinds": {kind: told(*sums) for kind, *sums in each if sums[1]}} if kinds else {}
+        return {"kinds": {kind: mean(*sums) for kind, *sums in each if sums[1]}} if kinds else {}
 
     each = zip(sources, loss_SK, weight_SK, count_SK, strict=True)
-    by_source = {name: told(*sums) | of_kinds(*sums) for name, *sums in each if sums[1].sum()}
-    return {"sources": by_source} | of_kinds(*(sums_SK.sum(axis=0) for sums_SK in (loss_SK, weight_SK, count_SK)))
+    by_source = {name: mean(*sums) | by_kind(*sums) for name, *sums in each if sums[1].sum()}
+    return {"sources": by_source} | by_kind(*(sums_SK.sum(axis=0) for sums_SK in (loss_SK, weight_SK, count_SK)))
 
 
-def record(values: dict[str, Any], sources: Sequence[str], *, kinds: bool) -> dict[str, Any]:
-    """A step's metrics as numbers, ready to be written."""
+def to_record(values: dict[str, Any], sources: Sequence[str], *, kinds: bool) -> dict[str, Any]:
+    """Converts a step's metrics on devices to numbers, as they are written. `kinds`: as of `losses_by_group`."""
     values = dict(jax.device_get(values))
     groups = values.pop("groups")
-    return {name: float(value) for name, value in values.items()} | told_apart(groups, sources, kinds=kinds)
+    return {name: float(value) for name, value in values.items()} | losses_by_group(groups, sources, kinds=kinds)
 
 
-def heldout(batches: Iterable[Sums], sources: Sequence[str], *, kinds: bool) -> dict[str, Any] | None:
-    """The held-out record of evaluated batches; None where there is none."""
+def heldout_record(batches: Iterable[Sums], sources: Sequence[str], *, kinds: bool) -> dict[str, Any] | None:
+    """The held-out record of evaluated batches; None where there are none."""
     sums = list(batches)
     if not sums:
         return None
-    return record(means(jax.tree.map(lambda *parts: sum(parts), *sums)), sources, kinds=kinds)
+    return to_record(means(jax.tree.map(lambda *parts: sum(parts), *sums)), sources, kinds=kinds)
+
+
+class Evaluator:
+    """Computes the held-out losses of parameters."""
+
+    def __init__(self, setup: Setup, loaded: list[Loaded], data: Data, *, rows: int, batches: int | None):
+        """`rows`: of an evaluated batch. `batches`: maximum number of them, None for all."""
+        self._setup, self._loaded, self._data = setup, loaded, data
+        self._rows, self._limit = rows, batches
+        self._kinds = setup.objective.preference is None
+        self._sources = [source.name for source in data.sources]
+        self._step = jax.jit(make_eval_step(setup.model, setup.mesh, setup.options))
+
+    def heldout(self, params: Params, frozen: Params) -> dict[str, Any] | None:
+        """The held-out record, with losses by source, and by kind of span for SFT. None where nothing is held out."""
+        batches = pipeline.heldout_batches(
+            self._loaded, self._data, rows=self._rows, limit=self._limit, mine=self._setup.rows(self._rows)
+        )
+        sums = (self._step(params, frozen, self._setup.batch(local_rows, self._rows)) for local_rows in batches)
+        return heldout_record(sums, self._sources, kinds=self._kinds)
 
 
 class Requests:
-    """Held-out requests, rendered once, that the model answers again and again."""
+    """Held-out requests, rendered once, that the model answers at each evaluation."""
 
-    def __init__(self, resolved: Resolved, made: Setup):
-        data, limit = resolved.config.data, resolved.config.eval.max_new_tokens
-        samples = ((one.source.name, sample) for one in made.loaded for sample in one.samples)
-        longest = max(1, resolved.model.max_positions - limit)
-        asked, left_out = next_call.prompts(
+    def __init__(self, setup: Setup, data: Data, section: Eval, *, rows: int):
+        """`rows`: requests that are answered at a time. Raises `UserError` where no held-out request can be used."""
+        samples = ((loaded.source.name, sample) for loaded in setup.loaded for sample in loaded.samples)
+        self._prompts, skipped = next_call.prompts(
             next_call.requests(samples),
-            made.tokenizer,
+            setup.tokenizer,
             data.format,
-            longest=longest,
-            count=resolved.config.eval.requests,
+            longest=max(1, setup.model.max_positions - section.max_new_tokens),
+            count=section.requests,
         )
-        if not asked:
-            why = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "none calls a tool"
+        if not self._prompts:
+            why = ", ".join(f"{count} {reason}" for reason, count in skipped.items()) or "none calls a tool"
             raise UserError(
-                f"eval.requests is {resolved.config.eval.requests}, and nothing held out can be asked for ({why}); "
+                f"eval.requests is {section.requests}, and nothing held out can be asked for ({why}); "
                 "hold more out (data.heldout), or set eval.requests to 0"
             )
-        self._asked, self._tokenizer = asked, made.tokenizer
-        generate = Generate(resolved.model, made.mesh, dtype=made.dtype, quantized=made.quantized)
-        rows = resolved.config.train.batch_size // resolved.config.train.microbatches
-        self._stops = end_tokens(made.tokenizer, data.format)
-        self._generate = partial(generate, rows=rows, max_new_tokens=limit, eos_id=self._stops)
+        self._tokenizer = setup.tokenizer
+        self._stops = end_tokens(setup.tokenizer, data.format)
+        generate = Generate(setup.model, setup.mesh, dtype=setup.dtype, quantized=setup.options.quantized)
+        self._generate = partial(generate, rows=rows, max_new_tokens=section.max_new_tokens, eos_id=self._stops)
 
     def answer(self, params: Params, frozen: Params) -> list[next_call.Answer]:
-        """What the model answers now, always the likeliest token."""
+        """The answers of the model with these parameters, decoded greedily."""
         generate = partial(self._generate, params, frozen)
-        return next_call.answer(self._asked, generate, self._tokenizer, self._stops)
+        return next_call.answer(self._prompts, generate, self._tokenizer, self._stops)
 
     @staticmethod
     def summary(answers: Sequence[next_call.Answer]) -> dict[str, float]:

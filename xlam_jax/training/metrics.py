@@ -1,7 +1,7 @@
-"""What a run tells: lines or a panel for people, one JSON line a step for machines, trackers, and a plot of the losses.
+"""Metrics of a run: a line or a panel for people, one JSON line per step, trackers, and a plot of the losses.
 
 `metrics.jsonl` is the record; everything else shows it. Each line is valid JSON: a number that is not finite is null
-there, and `not_finite` says by its path what it was: {"loss": null, …, "not_finite": {"loss": "nan"}}.
+there, and `not_finite` has its value by path: {"loss": null, …, "not_finite": {"loss": "nan"}}.
 """
 
 import json
@@ -16,21 +16,21 @@ from typing import Any, Literal, Self
 from xlam_jax.enums import REQUEST_MARKS
 from xlam_jax.journals import json_lines, summarize
 from xlam_jax.training.progress import Progress, Status, duration
-from xlam_jax.training.trackers import METRICS, Trackers, flat
+from xlam_jax.training.run_folder import METRICS, SAMPLES
+from xlam_jax.training.trackers import Trackers, flatten
 
-SAMPLES = "samples.jsonl"
 RATE_WINDOW = 20
-"""Steps over which tokens a second, and the loss that is shown first, are averaged."""
+"""Steps over which tokens per second, and the first loss in the panel, are averaged."""
 Kind = Literal["train", "heldout", "requests"]
 
 
 class Metrics:
-    """Writes what happens at each step into the run folder.
+    """Writes the metrics of each step to the run folder.
 
-    What stands there of steps after `start` is left by a run that was killed and comes again: it is taken out, so that
-    every step stands there once. With `start` 0 nothing was saved, and everything is.
+    Metrics logged after `start` come from a run that was killed: they are removed and logged again, so that no step
+    appears twice. With `start` 0 there is no checkpoint, and all are removed.
 
-    A context manager: leaving it ends the trackers, which on an error are told that the run failed.
+    A context manager: leaving it ends the trackers, on an error with a failed run.
     """
 
     def __init__(
@@ -46,12 +46,12 @@ class Metrics:
         trackers: Trackers | None = None,
         writes: bool = True,
     ):
-        """`evaluated`: whether the evaluation after step `start` is complete; else what is there of it is removed.
+        """`evaluated`: whether the evaluation after step `start` is complete; otherwise its metrics are removed.
         `places`: tokens of a batch, padding included. `writes`: whether this host is the one that writes."""
         self._run, self._writes = run, writes
         self._steps, self._places, self._log_every = steps, places, log_every
         self._progress, self._trackers = progress, trackers
-        # A step's metrics arrive when they are asked for, not when it ends: a rate is only true over several steps.
+        # The time between two records is not that of one step (they are fetched late): a rate needs several steps.
         self._recent: deque[tuple[float, float]] = deque(maxlen=RATE_WINDOW)
         self._losses: deque[float] = deque(maxlen=RATE_WINDOW)
         self._shown: dict[str, str] = {}
@@ -67,7 +67,7 @@ class Metrics:
         self._first = (start, self._clock)
 
     def record(self, step: int, kind: Kind, values: Mapping[str, Any]) -> None:
-        """Records what became known after a step; values may be nested, by source and by kind of span.
+        """Records the metrics of a step; values may be nested, by source and by kind of span.
 
         train: at least loss, grad_norm, tokens, trained_tokens and learning_rate; tokens_per_second and trained_share
         are added. heldout: at least loss and trained_tokens. requests: their number, and the shares parsable,
@@ -78,35 +78,35 @@ class Metrics:
         if kind == "train":
             values = {**values, **self._rates(values)}
         record = {"step": step, "kind": kind, **values}
-        not_finite = {path: str(value) for path, value in flat(record).items() if not _is_finite(value)}
+        not_finite = {path: str(value) for path, value in flatten(record).items() if not _is_finite(value)}
         written = _nulled(record) | {"not_finite": not_finite} if not_finite else record
         self._file.write(json.dumps(written, allow_nan=False) + "\n")
         self._file.flush()
         if self._trackers:
-            numbers = {path: value for path, value in flat(values).items() if isinstance(value, (int, float))}
+            numbers = {path: value for path, value in flatten(values).items() if isinstance(value, (int, float))}
             self._trackers.log(step, {f"{kind}/{path}": value for path, value in numbers.items()})
         self._remember(record)
         if kind == "train":
             self._status = self._state(step, values)
             self._progress.step(self._status, keep=step % self._log_every == 0 or step == self._steps)
         else:
-            tell = _heldout_line if kind == "heldout" else _requests_line
-            self._progress.line(f"step {step}/{self._steps}  {tell(values)}")
+            describe = _heldout_line if kind == "heldout" else _requests_line
+            self._progress.line(f"step {step}/{self._steps}  {describe(values)}")
 
     def append_samples(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Appends what the model answered to requests to samples.jsonl; each line has its `step`."""
+        """Appends the model's answers to requests to samples.jsonl; each line has its `step`."""
         if self._writes:
             with (self._run / SAMPLES).open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
 
     def exclude(self, seconds: float) -> None:
-        """Takes time that was not spent on steps (evaluation, compiling) out of the rates."""
+        """Excludes time that was not spent on steps, such as evaluation, from the rates."""
         self._clock += seconds
         self._first = (self._first[0], self._first[1] + seconds)
 
     @contextmanager
     def paused(self, what: str) -> Iterator[None]:
-        """Around what is no step, such as `evaluating`: named in the panel, and taken out of the rates."""
+        """Around work that is not a step, such as `evaluating`: shown in the panel, and excluded from the rates."""
         began = time.monotonic()
         self._progress.doing(what)
         try:
@@ -116,7 +116,7 @@ class Metrics:
             self.exclude(time.monotonic() - began)
 
     def close(self, failed: bool = False) -> None:
-        """Ends the files, the panel (its last state stays as a line) and the trackers."""
+        """Closes the files, the panel (its last state stays as a line) and the trackers."""
         if not self._writes:
             return
         self._file.close()
@@ -142,7 +142,7 @@ class Metrics:
         return {"tokens_per_second": rate, "trained_share": values["trained_tokens"] / self._places}
 
     def _remember(self, record: Mapping[str, Any]) -> None:
-        """Keeps what later steps show of it."""
+        """Keeps the values of a record that later steps show."""
         kind, loss, exact = record["kind"], record.get("loss"), record.get("exact")
         if kind == "train":
             if loss is not None and _is_finite(loss):
@@ -170,7 +170,7 @@ class Metrics:
 
 
 def read(run: Path) -> list[dict[str, Any]]:
-    """The records of a run so far. Lines that are no records are skipped; a resumed run removes and reports them."""
+    """Reads the records of a run so far. Other lines are skipped; a resumed run removes and reports them."""
     return list(_records(run / METRICS, []))
 
 
@@ -178,16 +178,16 @@ def _records(path: Path, problems: list[str]) -> Iterator[dict[str, Any]]:
     if not path.exists():
         return
     for at, record in json_lines(path, problems):
-        known = isinstance(record, dict) and type(record.get("step")) is int
-        if known and (path.name != METRICS or isinstance(record.get("kind"), str)):
+        has_step = isinstance(record, dict) and type(record.get("step")) is int
+        if has_step and (path.name != METRICS or isinstance(record.get("kind"), str)):
             yield record
         else:
             problems.append(f"line {at} is not a record with a step")
 
 
 def _keep_until(step: int, path: Path, evaluated: bool) -> list[str]:
-    """Removes the lines after a step from a file, all of them where the step is 0, those of the step's evaluation
-    where that is not complete (`evaluated`), and those that can't be read. Returns a warning of the latter."""
+    """Removes lines from a file: those after a step, or all where the step is 0; those of the step's evaluation unless
+    it was `evaluated`; and those that can't be read. Returns warnings of the last."""
 
     def is_kept(record: Mapping[str, Any]) -> bool:
         return record["step"] < step or (record["step"] == step and (evaluated or record.get("kind") == "train"))
@@ -207,7 +207,7 @@ def _is_finite(value: Any) -> bool:
 
 
 def _nulled(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with None where a number is not finite."""
+    """Replaces numbers that are not finite by None."""
     return {
         name: _nulled(value) if isinstance(value, Mapping) else value if _is_finite(value) else None
         for name, value in values.items()
@@ -233,11 +233,11 @@ def _of_pairs(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _heldout_line(values: Mapping[str, Any]) -> str:
-    sources = ", ".join(f"{name} {of['loss']:.2f}" for name, of in values.get("sources", {}).items())
-    told = f"held-out loss {values['loss']:.4f} over {values['trained_tokens']:,.0f} tokens" + (
+    sources = ", ".join(f"{name} {source['loss']:.2f}" for name, source in values.get("sources", {}).items())
+    line = f"held-out loss {values['loss']:.4f} over {values['trained_tokens']:,.0f} tokens" + (
         sources and f" ({sources})"
     )
-    return "  ".join([told, *([_joined(pairs)] if (pairs := _of_pairs(values)) else [])])
+    return "  ".join([line, *([_joined(pairs)] if (pairs := _of_pairs(values)) else [])])
 
 
 def _requests_line(values: Mapping[str, Any]) -> str:
@@ -245,8 +245,12 @@ def _requests_line(values: Mapping[str, Any]) -> str:
     return f"{values['requests']} held-out requests  {shares}"
 
 
+def _has_loss(record: Mapping[str, Any], kind: Kind) -> bool:
+    return record["kind"] == kind and record.get("loss") is not None
+
+
 def plot(run: Path) -> Path:
-    """Draws the training and held-out losses into `loss.png`."""
+    """Draws the training and held-out losses; returns the file, `loss.png`."""
     from matplotlib.figure import Figure
 
     records = read(run)
@@ -255,7 +259,7 @@ def plot(run: Path) -> Path:
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel=f"loss ({unit})", title=run.name)
     train, heldout = (
-        [(one["step"], one["loss"]) for one in records if one["kind"] == kind and one.get("loss") is not None]
+        [(record["step"], record["loss"]) for record in records if _has_loss(record, kind)]
         for kind in ("train", "heldout")
     )
     if train:

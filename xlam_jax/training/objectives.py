@@ -1,4 +1,4 @@
-"""What is minimized. Every function returns sums; the step divides them by counts over the whole batch.
+"""Losses of tokens and of the router. The step divides their sums by counts over the whole batch.
 
 Axes: B rows, T tokens, D model, V this device's share of the vocabulary, E experts.
 """
@@ -11,18 +11,18 @@ from xlam_jax.models.linear import project
 from xlam_jax.parallel import mesh
 
 LOSS_CHUNK = 512
-"""Tokens whose logits exist at one time on a device."""
+"""Maximum number of tokens whose logits exist at the same time on a device."""
 
 
 def token_log_probabilities(
     hidden_BTD: jax.Array, head_VD: jax.Array, labels_BT: jax.Array, counted_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """log p(label) of each token that counts, and the log of its softmax's normalizer, in f32, [B, T] each; 0 where
+    """Returns log p(label) of each counted token, and the log of its softmax's normalizer: f32, [B, T] each, 0 where
     `counted_BT` is false.
 
-    Tokens that count are brought to the front, and logits are made a chunk of them at a time, and made again for the
-    gradient: those of a whole batch are never held, and those of prompts never made. The vocabulary may be split over
-    the tensor axis.
+    Counted tokens are moved to the front. Logits are computed for one chunk of them at a time, and again for the
+    gradient: those of a whole batch never exist at once, and those of prompts never at all. The vocabulary may be
+    sharded over the tensor axis.
     """
     head_VD, hidden_BTD = mesh.alike(head_VD, hidden_BTD)
     order_S = jnp.argsort(~counted_BT.reshape(-1), stable=True)
@@ -35,14 +35,14 @@ def token_log_probabilities(
         peak_C = mesh.pmax(jax.lax.stop_gradient(jnp.max(logits_CV, axis=-1)), "tensor")
         total_C = mesh.psum(jnp.sum(jnp.exp(logits_CV - peak_C[:, None]), axis=-1), "tensor")
         first = mesh.index("tensor") * logits_CV.shape[-1]
-        mine_CV = (labels_C - first)[:, None] == jnp.arange(logits_CV.shape[-1])
-        label_C = mesh.psum(jnp.sum(jnp.where(mine_CV, logits_CV, 0.0), axis=-1), "tensor")
+        is_label_CV = (labels_C - first)[:, None] == jnp.arange(logits_CV.shape[-1])
+        label_C = mesh.psum(jnp.sum(jnp.where(is_label_CV, logits_CV, 0.0), axis=-1), "tensor")
         log_z_C = peak_C + jnp.log(total_C)
         return label_C - log_z_C, log_z_C
 
     def skip(_: jax.Array, labels_C: jax.Array) -> tuple[jax.Array, jax.Array]:
-        nothing_C = mesh.vary(jnp.zeros(labels_C.shape), mesh.varying(labels_C))
-        return nothing_C, nothing_C
+        zeros_C = mesh.vary(jnp.zeros(labels_C.shape), mesh.varying(labels_C))
+        return zeros_C, zeros_C
 
     @jax.checkpoint
     def chunk(hidden_CD: jax.Array, labels_C: jax.Array, counted_C: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -61,7 +61,7 @@ def token_log_probabilities(
 
 @jax.custom_vjp
 def _permute(x_SD: jax.Array, order_S: jax.Array, inverse_S: jax.Array) -> jax.Array:
-    """Rows in another order. Its gradient is a gather too: a scatter is slow, and on a GPU not ordered."""
+    """Permutes rows. Its gradient is a gather too: a scatter is slow, and on a GPU its order is not deterministic."""
     return x_SD[order_S]
 
 
@@ -72,9 +72,9 @@ _permute.defvjp(
 
 
 def load_balancing(sums: RouterSums, layers: int, tokens: jax.Array) -> jax.Array:
-    """E × Σ_e (share of assignments to e) × (mean probability of e), over all layers and real tokens.
+    """E × Σ_e (fraction of assignments to e) × (mean probability of e), over all layers and all tokens but padding.
 
-    1 × top-k when balanced (Fedus et al., 2101.03961, as transformers computes it for Mixtral).
+    It is top-k when the load is balanced (Fedus et al., 2101.03961, as transformers computes it for Mixtral).
     """
     count = jnp.maximum(layers * tokens, 1)
     return sums.assigned_E.shape[0] * jnp.sum((sums.assigned_E / count) * (sums.probability_E / count))

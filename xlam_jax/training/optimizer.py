@@ -1,4 +1,4 @@
-"""The optimizer and its schedule, from the config: the gradient clipped by its global norm, then optax's own."""
+"""The optimizer and its learning-rate schedule. The gradient is clipped by its global norm, then optax takes over."""
 
 from typing import Any, NamedTuple
 
@@ -12,16 +12,17 @@ from xlam_jax.models.params import Params, matrix_axes
 
 MOMENTS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "8bit": jnp.float8_e4m3fn}
 BLOCK = 128
-"""Moments in eight bits that share a scale, along the last axis; all of it where it is not a multiple."""
+"""Number of 8-bit moments that share a scale, along the last axis. An axis that is no multiple of it has one scale."""
 
 
 def schedule(train: Train) -> optax.Schedule:
     """Learning rate of each step, as a function of the number of steps before it (optax's convention).
 
-    Step s of 1 … `train.steps` takes `learning_rate` · s / `warmup_steps` while it warms up, so that no step is without
-    effect and step `warmup_steps` (without a warm-up: step 1) takes `learning_rate`. From there a cosine (Loshchilov &
-    Hutter, 1608.03983) or a line reaches `end_learning_rate` at the last step; wsd (warm up, stay, decay: Hu et al.,
-    2404.06395) stays, and the last `decay_steps` steps are the line. A run of a single step takes `learning_rate`.
+    Step s of 1 … `train.steps` has the rate `learning_rate` · s / `warmup_steps` during warm-up, so that no step is
+    without effect and step `warmup_steps` (without warm-up: step 1) has the rate `learning_rate`. From there a cosine
+    (Loshchilov & Hutter, 1608.03983) or a line reaches `end_learning_rate` at the last step. wsd (warmup, stable,
+    decay: Hu et al., 2404.06395) stays constant, and falls linearly over the last `decay_steps` steps. A run of a
+    single step has the rate `learning_rate`.
     """
     peak, end, steps, warmup = train.learning_rate, train.end_learning_rate, train.steps, train.warmup_steps
     decay = steps - max(warmup, 1)
@@ -41,8 +42,8 @@ def schedule(train: Train) -> optax.Schedule:
 
 def optimizer(train: Train, model: ModelConfig) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter, 1711.05101), Adafactor (Shazeer & Stern, 1804.04235), Lion (Chen et al., 2302.06675)
-    or Muon (Jordan et al., 2024; Adam with Nesterov's momentum for what is no matrix of a block). Each takes the
-    learning rate, and decays weights, as AdamW does; the norms' scales are not decayed."""
+    or Muon (Jordan et al., 2024; Adam with Nesterov momentum for parameters that are not matrices of a block). All
+    apply the learning rate and weight decay as AdamW does. The scales of norms are not decayed."""
     return optax.chain(
         optax.clip_by_global_norm(train.clip_norm),
         _direction(train, model),
@@ -52,16 +53,16 @@ def optimizer(train: Train, model: ModelConfig) -> optax.GradientTransformation:
 
 
 def _direction(train: Train, model: ModelConfig) -> optax.GradientTransformation:
-    """What a step adds at a learning rate of 1, without decay: about as much everywhere as AdamW would.
+    """The update at a learning rate of 1, without decay, of about the magnitude that AdamW's has.
 
-    optax.adafactor and optax.contrib.muon do not end as AdamW does. The first scales a step by the parameter's own
-    size, which is none for the factor of an adapter that starts at zero, and decays weights whatever the learning rate;
-    the second decays norms.
+    optax.adafactor and optax.contrib.muon do not apply rate and decay as AdamW does. The first scales updates by the
+    parameter's own norm, which is 0 for the adapter factor that starts at zero, and its decay ignores the learning
+    rate; the second decays norms.
     """
     dtype = MOMENTS[train.moments]
     if train.optimizer == "adamw":
         adam = optax.scale_by_adam(train.beta1, train.beta2, train.epsilon)
-        return adam if train.moments == "float32" else _kept_small(adam, dtype)
+        return adam if train.moments == "float32" else _quantize_moments(adam, dtype)
     if train.optimizer == "lion":
         return optax.scale_by_lion(train.beta1, train.beta2, mu_dtype=dtype)
     if train.optimizer == "adafactor":
@@ -72,10 +73,10 @@ def _direction(train: Train, model: ModelConfig) -> optax.GradientTransformation
         mu_dtype=dtype,
         adam_b1=train.beta1,
         adam_b2=train.beta2,
-        # so that a learning rate made for AdamW does (Liu et al., 2502.16982)
+        # so that learning rates tuned for AdamW fit (Liu et al., 2502.16982)
         consistent_rms=0.2,
         muon_weight_dimension_numbers=jax.tree.map(
-            lambda one: one and optax.contrib.MuonDimensionNumbers(*one), matrix_axes(model), is_leaf=_is_axes
+            lambda axes: axes and optax.contrib.MuonDimensionNumbers(*axes), matrix_axes(model), is_leaf=_is_axes
         ),
     )
     return optax.chain(muon, optax.scale(-1.0))
@@ -91,16 +92,16 @@ def _decayed(params: Params) -> Params:
     )
 
 
-class Small(NamedTuple):
-    """Moments kept in fewer bits: values relative to the largest of their block."""
+class Quantized(NamedTuple):
+    """Moments stored in eight bits: values relative to the largest of their block."""
 
     values: Any
     scales: Any
 
 
-def _kept_small(adam: optax.GradientTransformation, dtype: Any) -> optax.GradientTransformation:
+def _quantize_moments(adam: optax.GradientTransformation, dtype: Any) -> optax.GradientTransformation:
     """Adam with both moments stored in bf16 or in eight bits, and computed in f32 (Dettmers et al., 2110.02861, with an
-    eight-bit float in place of their table). Of the second moment the root is stored, which halves its range."""
+    8-bit float instead of their table). The square root of the second moment is stored, which halves its range."""
 
     def blocks(leaf: jax.Array) -> tuple[int, ...]:
         size = leaf.shape[-1]
@@ -118,13 +119,15 @@ def _kept_small(adam: optax.GradientTransformation, dtype: Any) -> optax.Gradien
         def values(leaf: jax.Array) -> jax.Array:
             return (leaf.reshape(blocks(leaf)) / scale(leaf)[..., None]).astype(dtype).reshape(leaf.shape)
 
-        return Small(jax.tree.map(values, moment), jax.tree.map(scale, moment))
+        return Quantized(jax.tree.map(values, moment), jax.tree.map(scale, moment))
 
     def unpack(moment: Any) -> Any:
         if dtype == jnp.bfloat16:
             return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), moment)
         return jax.tree.map(
-            lambda leaf, by: (leaf.astype(jnp.float32).reshape(blocks(leaf)) * by[..., None]).reshape(leaf.shape),
+            lambda leaf, scales: (leaf.astype(jnp.float32).reshape(blocks(leaf)) * scales[..., None]).reshape(
+                leaf.shape
+            ),
             moment.values,
             moment.scales,
         )
@@ -134,7 +137,7 @@ def _kept_small(adam: optax.GradientTransformation, dtype: Any) -> optax.Gradien
 
     def init(params: Any) -> Any:
         state = adam.init(params)
-        # behind a barrier: the compiler would fold the packing of zeros, element by element
+        # behind a barrier: the compiler would constant-fold the packing of zeros, element by element
         return packed(jax.lax.optimization_barrier(state))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:

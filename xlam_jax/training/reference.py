@@ -1,129 +1,172 @@
-"""log p of every pair under the weights that a run starts from, computed once and kept in a folder:
+"""log p of every pair under the reference policy: the weights that a run starts from. Computed once, kept in a folder:
 
-    reference.json      what it was made of: digests of the pairs and of the weights, the model, the precision; and
-                        digests of the other files
+    reference.json      what it was computed from: digests of the pairs and of the weights, the model, the precision;
+                        and digests of the other files
     <n>.train.npy       of the n-th source, f32 [pairs, 2]: the sums over the chosen and over the rejected side
     <n>.heldout.npy
 
-The numbers are of these weights on these tokens; with any others the rewards would be wrong and nothing would show it.
-So a folder that was made of anything else is refused.
+The numbers belong to these weights and tokens. With any others the rewards would be wrong, and nothing would show it,
+so a folder that was computed from anything else is refused.
 """
 
 import hashlib
 import io
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from converters.folders import new_folder
-from xlam_jax.config import Resolved
+from xlam_jax.config import Data, Resolved
 from xlam_jax.data import pipeline
 from xlam_jax.data.corpus import Example, Loaded, Referenced
 from xlam_jax.data.identity import PARTS, examples_digest
 from xlam_jax.errors import UserError
 from xlam_jax.models.params import Params
+from xlam_jax.parallel.link import Hosts
 from xlam_jax.training.progress import Progress
 from xlam_jax.training.setup import Setup
 
 META = "reference.json"
-QUIET = 10.0  # seconds between two lines
+QUIET = 10.0
+"""Seconds between two lines of progress."""
 
 Scores = list[dict[str, np.ndarray]]
-"""Of each source and part, f32 [pairs, 2]."""
+"""Per source and part, f32 [pairs, 2]."""
+
+
+def load_or_compute(
+    resolved: Resolved,
+    run: Path,
+    setup: Setup,
+    initial: Params | None,
+    frozen: Params,
+    fingerprints: tuple[str | None, str],
+    hosts: Hosts,
+    progress: Progress,
+) -> tuple[list[Loaded], str]:
+    """Returns the data with the scores of the reference policy, and the fingerprint of its weights.
+
+    `initial`: the weights that the run starts from; None to read them again, for a run that is resumed.
+    `fingerprints`: that of `initial`, where it is known, and that of `frozen`, "" for none. Raises `UserError` where
+    the weights are not those that the run started from, or the scores in the folder are of anything else.
+    """
+    from xlam_jax.weights import run as weights
+
+    config, (saved, of_frozen) = resolved.config, fingerprints
+
+    def policy() -> Params:
+        if initial is not None:
+            return initial
+        base = weights.read_base(resolved) if resolved.model.lora else None
+        return weights.fresh(resolved, weights.read_initial(resolved, base), setup.state.params)
+
+    fingerprint = saved or weights.fingerprint(policy())
+
+    def score() -> Scores:
+        params = policy()
+        weights.check_policy(resolved, fingerprint, weights.fingerprint(params))
+        rows = config.train.batch_size // config.train.microbatches
+        return compute(setup, config.data, params, frozen, progress, rows=rows)
+
+    loaded, is_read = attach(
+        Path(config.objective.reference_cache or run / "reference"),
+        setup.loaded,
+        identity(
+            setup.loaded,
+            weights=f"{fingerprint} {of_frozen}".strip(),
+            model=resolved.hf_config,
+            dtype=config.model.compute_dtype,
+        ),
+        score,
+        progress.line,
+        writes=hosts.first,
+    )
+    progress.line("reference policy: " + ("read" if is_read else "computed, and kept"))
+    return loaded, fingerprint
 
 
 def identity(loaded: Sequence[Loaded], *, weights: str, model: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """What a reference depends on. `weights` is the fingerprint of the weights."""
+    """What the scores depend on, as stored in reference.json. `weights`: the fingerprint of the weights."""
     return {
         "weights": weights,
         "precision": dtype,
         "model": hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest()[:16],
         "sources": {
-            one.source.name: {
-                part: {"pairs": len(getattr(one, part)), "digest": examples_digest(getattr(one, part), _columns)}
+            source.source.name: {
+                part: {"pairs": len(getattr(source, part)), "digest": examples_digest(getattr(source, part), columns)}
                 for part in PARTS
             }
-            for one in loaded
+            for source in loaded
         },
     }
 
 
-def _columns(pair: Example) -> list[np.ndarray]:
-    """What the log-probabilities of a pair depend on; a token counts or does not, whatever its weight."""
+def columns(pair: Example) -> list[np.ndarray]:
+    """What the log-probabilities of a pair depend on. A token counts or does not; its weight has no influence."""
     return [pair["tokens"], pair["labels"], pair.get("sides", np.zeros(0, np.int8)), pair["weights"] != 0]
 
 
 def attach(
     folder: Path,
     loaded: list[Loaded],
-    made_of: dict[str, Any],
+    origin: dict[str, Any],
     compute: Callable[[], Scores],
     report: Callable[[str], None],
     *,
     writes: bool = True,
 ) -> tuple[list[Loaded], bool]:
-    """Returns the data with the reference beside each pair, and whether it was found rather than computed.
+    """Returns the data with the scores of each pair, and whether they were read rather than computed.
 
-    All hosts compute it together, and the one that `writes` keeps it. Raises `UserError` when the folder holds the
-    reference of other pairs, weights, model or precision, or a damaged file. `compute` must score with the weights
-    whose fingerprint `made_of` has.
+    `origin`: what the scores depend on, as `identity` returns it; `compute` must score with the weights of its
+    fingerprint. All hosts compute together, and the one that `writes` keeps the scores. Raises `UserError` when the
+    folder contains the scores of other pairs, weights, model or precision, or a damaged file.
     """
-    found = folder.exists()
-    if found:
-        scores = _read(folder, loaded, made_of, report)
+    is_read = folder.exists()
+    if is_read:
+        scores = _read(folder, loaded, origin, report)
     else:
         scores = compute()
         if writes:
-            _write(folder, scores, made_of)
+            _write(folder, scores, origin)
     with_reference = [
-        one._replace(**{part: Referenced(getattr(one, part), of_source[part]) for part in PARTS})
-        for one, of_source in zip(loaded, scores, strict=True)
+        source._replace(**{part: Referenced(getattr(source, part), of_source[part]) for part in PARTS})
+        for source, of_source in zip(loaded, scores, strict=True)
     ]
-    return with_reference, found
+    return with_reference, is_read
 
 
-def compute(resolved: Resolved, made: Setup, params: Params, frozen: Params, progress: Progress) -> Scores:
-    """Scores every pair with these weights, packed like a batch of training. All hosts call it together."""
+def compute(setup: Setup, data: Data, params: Params, frozen: Params, progress: Progress, *, rows: int) -> Scores:
+    """Scores every pair with these weights, packed as in training in batches of `rows`. All hosts call it together."""
     import jax
     from jax.experimental import multihost_utils
 
     from xlam_jax.training.step import make_reference_step
 
-    config, loaded = resolved.config, made.loaded
-    score = jax.jit(
-        make_reference_step(
-            resolved.model,
-            made.mesh,
-            compute_dtype=made.dtype,
-            pairs=config.data.max_pairs,
-            quantized=made.quantized,
-            kernels=made.kernels,
-        )
-    )
-    rows = config.train.batch_size // config.train.microbatches
-    mine = made.rows(rows)
-    scores = [{part: np.zeros((len(getattr(one, part)), 2), np.float32) for part in PARTS} for one in loaded]
-    pairs, done = sum(len(one.train) + len(one.heldout) for one in loaded), 0
-    began = told = time.monotonic()
+    loaded = setup.loaded
+    score = jax.jit(make_reference_step(setup.model, setup.mesh, setup.options))
+    local_rows = setup.rows(rows)
+    scores = [{part: np.zeros((len(getattr(source, part)), 2), np.float32) for part in PARTS} for source in loaded]
+    pairs, done = sum(len(source.train) + len(source.heldout) for source in loaded), 0
+    began = reported = time.monotonic()
     for part in PARTS:
-        for batch, origins in pipeline.ordered(loaded, part, config.data, rows=rows):
-            sides = score(params, frozen, made.batch(pipeline.stack([batch[row] for row in mine]), rows))
+        for batch, origins in pipeline.ordered(loaded, part, data, rows=rows):
+            sides = score(params, frozen, setup.batch(pipeline.stack([batch[row] for row in local_rows]), rows))
             sides_BP2 = np.stack(multihost_utils.process_allgather(tuple(sides), tiled=True), axis=-1)
-            for row_P2, held in zip(sides_BP2, origins, strict=True):
-                for (source, row), log_p_2 in zip(held, row_P2, strict=False):
+            for row_P2, packed in zip(sides_BP2, origins, strict=True):
+                for (source, row), log_p_2 in zip(packed, row_P2, strict=False):
                     scores[source][part][row] = log_p_2
-                done += len(held)
-            if (now := time.monotonic()) - told > QUIET:
+                done += len(packed)
+            if (now := time.monotonic()) - reported > QUIET:
                 progress.line(f"reference policy: {done:,} of {pairs:,} pairs, {done / (now - began):,.0f} a second")
-                told = now
+                reported = now
     return scores
 
 
-def _write(folder: Path, scores: Scores, made_of: dict[str, Any]) -> None:
+def _write(folder: Path, scores: Scores, origin: dict[str, Any]) -> None:
     with new_folder(folder) as part:
         part.mkdir()
         digests = {}
@@ -132,24 +175,24 @@ def _write(folder: Path, scores: Scores, made_of: dict[str, Any]) -> None:
                 file = part / f"{at}.{name}.npy"
                 np.save(file, values)
                 digests[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
-        (part / META).write_text(json.dumps(made_of | {"files": digests}, indent=1) + "\n", encoding="utf-8")
+        (part / META).write_text(json.dumps(origin | {"files": digests}, indent=1) + "\n", encoding="utf-8")
 
 
-def _read(folder: Path, loaded: Sequence[Loaded], made_of: dict[str, Any], report: Callable[[str], None]) -> Scores:
+def _read(folder: Path, loaded: Sequence[Loaded], origin: dict[str, Any], report: Callable[[str], None]) -> Scores:
     advice = "name another folder in objective.reference_cache, or remove this one to compute it anew"
     try:
-        was = json.loads((folder / META).read_text(encoding="utf-8"))
-        different = list(_differences(was, made_of))
+        stored = json.loads((folder / META).read_text(encoding="utf-8"))
+        different = list(_differences(stored, origin))
         if different:
             raise UserError(f"{folder}: the reference of something else:\n  " + "\n  ".join(different) + f"\n{advice}")
-        digests = was.get("files")
+        digests = stored.get("files")
         scores = [
-            {part: _load(folder / f"{at}.{part}.npy", len(getattr(one, part)), digests) for part in PARTS}
-            for at, one in enumerate(loaded)
+            {part: _load(folder / f"{at}.{part}.npy", len(getattr(source, part)), digests) for part in PARTS}
+            for at, source in enumerate(loaded)
         ]
     except FileNotFoundError as error:
         if not (folder / META).exists():
-            raise UserError(f"{folder}: is no reference, it has no {META}; {advice}") from None
+            raise UserError(f"{folder}: not a reference, it has no {META}; {advice}") from None
         raise UserError(f"{folder}: {Path(str(error.filename)).name} is missing; {advice}") from None
     except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder}: can't be read ({error}); {advice}") from None
@@ -162,7 +205,7 @@ def _read(folder: Path, loaded: Sequence[Loaded], made_of: dict[str, Any], repor
 
 
 def _load(file: Path, pairs: int, digests: dict[str, str] | None) -> np.ndarray:
-    """f32 [pairs, 2]. Raises `ValueError` when the file is not what was written."""
+    """Reads f32 [pairs, 2]. Raises `ValueError` when the file differs from what was written."""
     content = file.read_bytes()
     if digests is not None and hashlib.sha256(content).hexdigest() != digests[file.name]:
         raise ValueError(f"{file.name} is damaged: its content is not what was written")
@@ -172,16 +215,17 @@ def _load(file: Path, pairs: int, digests: dict[str, str] | None) -> np.ndarray:
     return values
 
 
-def _differences(was: dict[str, Any], now: dict[str, Any]) -> Any:
+def _differences(stored: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    """Describes each difference between two origins."""
     for key in ("weights", "model", "precision"):
-        if was[key] != now[key]:
-            yield f"{key}: {was[key]} there, {now[key]} now"
-    if list(was["sources"]) != list(now["sources"]):
-        yield f"sources: {', '.join(was['sources'])} there, {', '.join(now['sources'])} now"
+        if stored[key] != now[key]:
+            yield f"{key}: {stored[key]} there, {now[key]} now"
+    if list(stored["sources"]) != list(now["sources"]):
+        yield f"sources: {', '.join(stored['sources'])} there, {', '.join(now['sources'])} now"
         return
     for name, parts in now["sources"].items():
         for part, about in parts.items():
-            before = was["sources"][name][part]
+            before = stored["sources"][name][part]
             if before != about:
                 counts = f"{before['pairs']} pairs of digest {before['digest']} there, {about['pairs']} of "
                 yield f"{name}, {part}: {counts}{about['digest']} now"

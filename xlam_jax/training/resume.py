@@ -1,6 +1,5 @@
-"""What a resumed run compares with its checkpoint: the data, the tokenizer, the number of CPU threads."""
+"""Compares a resumed run with its checkpoint: the data, the tokenizer, the number of CPU threads."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,10 +24,10 @@ def check_data(
     state: dict[str, Any],
     report: Report,
 ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """Compares the identity of the data with what a checkpoint's metadata (`saved`) has.
+    """Compares the identity of the data with the one in a checkpoint's metadata, `saved`.
 
-    Returns a record of what changed for run.json, None where nothing did, and the place at which the data continue:
-    `state`, or where sources changed the start of the rows that are packed there (`pipeline.packed_again`). Raises
+    Returns a record of what changed for run.json, None where nothing did, and the position at which the data continue:
+    `state`, or where sources changed the start of the rows that were being packed (`pipeline.packed_again`). Raises
     `UserError` with both identities when something changed and `data.on_change` is error.
     """
     if "data" not in saved:
@@ -45,7 +44,7 @@ def check_data(
     ]
     other_tokenizer = saved["tokenizer"]["digest"] != identity["tokenizer"]["digest"]
     if other_tokenizer:
-        described = [describe_tokenizer(one["tokenizer"]) for one in (saved, identity)]
+        described = [describe_tokenizer(either["tokenizer"]) for either in (saved, identity)]
         lines.append(f"data.tokenizer: {described[0]} at step {step}; {described[1]} now")
     if not lines:
         return None, state
@@ -77,7 +76,7 @@ def check_data(
 def _positions(
     before: Mapping[str, Any], now: Mapping[str, Any], data: Data, state: Mapping[str, Any]
 ) -> list[tuple[str, dict[str, int], dict[str, int]]]:
-    """Of each source, where it would have continued and where it does."""
+    """Per source, its name, where it would have continued without the change, and where it continues."""
     both = []
     for identity in (before, now):
         parts = [identity[source.name]["train"] for source in data.sources]
@@ -100,32 +99,11 @@ def _described(position: Mapping[str, int]) -> str:
 
 
 def check_threads(step: int, saved: Sequence[int] | None, now: Sequence[int] | None, report: Report) -> None:
-    """Reports when XLA's CPU threads (of each host; None: not on CPUs) are not as many as when a step was saved."""
+    """Warns when the number of XLA's CPU threads (per host; None: not on CPUs) has changed since a step was saved."""
     if saved and now and list(saved) != list(now):
-        before, current = (", ".join(map(str, one)) for one in (saved, now))
+        before, current = (", ".join(map(str, threads)) for threads in (saved, now))
         report(
             f"warning: XLA has {current} CPU threads, and had {before} when step {step} was saved. It splits sums "
             "among them, so the results will differ in their last bits from those of an uninterrupted run; "
             f"to prevent that, continue with {THREADS}={saved[0]} and the same mesh and hosts"
         )
-
-
-def read_run(file: Path, report: Report) -> dict[str, Any]:
-    """What run.json has; {} where there is none, or none that can be read, which is reported."""
-    try:
-        about = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(about, dict) and all(map(_is_list, (about.get(key, []) for key in ("started", "data_changes")))):
-            threads = about.get("cpu_threads") or []
-            if _is_list(threads) and all(type(count) is int and count > 0 for count in threads):
-                return about
-        problem = "not a JSON object as this program writes it"
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        problem = str(error)
-    report(f"warning: {file}: can't be read ({problem}); it is written again, without the times of earlier starts")
-    return {}
-
-
-def _is_list(value: object) -> bool:
-    return isinstance(value, list)

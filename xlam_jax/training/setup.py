@@ -1,12 +1,12 @@
-"""What a run needs before its first weight is read: data, devices, objective, and the compiled step."""
+"""What a run needs before it reads its first weight: data, devices, objective, and the compiled step."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from xlam_jax import config as configs
-from xlam_jax.config import Resolved
+from xlam_jax.config import Data, Resolved
 from xlam_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -15,34 +15,46 @@ if TYPE_CHECKING:
 
     from xlam_jax.data.corpus import Loaded
     from xlam_jax.data.pipeline import Row
+    from xlam_jax.models.config import ModelConfig
     from xlam_jax.models.kernels import Kernels
     from xlam_jax.training.progress import Progress
-    from xlam_jax.training.step import Batch, Objective, State
-
-RUN = "run.json"
+    from xlam_jax.training.step import Batch, Objective, State, StepOptions
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What is computed on which devices."""
+    """A step on a mesh: what is computed, and how its arrays are sharded."""
 
+    model: "ModelConfig"
     mesh: "Mesh"
     tx: "optax.GradientTransformation"
-    objective: "Objective"
+    options: "StepOptions"
     state: "State"
     """Abstract: shapes, dtypes, shardings."""
     frozen: Any
-    """Abstract too."""
-    dtype: Any
-    quantized: bool
-    kernels: "Kernels"
+    """The frozen parameters, abstract too; {} if none."""
     kernels_line: str
-    """Which kernels these are, for the log."""
+    """Names the kernels, for the log."""
+
+    @property
+    def dtype(self) -> Any:
+        """The NumPy dtype of the computation."""
+        return self.options.compute_dtype
+
+    @property
+    def kernels(self) -> "Kernels":
+        """The kernels of attention and experts."""
+        return self.options.kernels
+
+    @property
+    def objective(self) -> "Objective":
+        """What is minimized."""
+        return self.options.objective
 
 
 @dataclass(frozen=True)
 class Setup(Layout):
-    """What stands before any weight is read."""
+    """A layout with the data that it trains on."""
 
     resolved: Resolved
     """The run, with its number of steps known: `train.epochs` needs the data."""
@@ -50,50 +62,42 @@ class Setup(Layout):
     loaded: "list[Loaded]"
 
     def rows(self, count: int) -> list[int]:
-        """Which rows of a batch of so many this host needs."""
+        """Which rows of a batch of `count` rows this host's devices need."""
         from xlam_jax.parallel.mesh import rows_here
 
         return rows_here(self.mesh, count)
 
-    def batch(self, mine: "Row", count: int) -> "Batch":
-        """This host's `rows` of a batch of `count`, as its part of the batch on the devices."""
+    def batch(self, local_rows: "Row", count: int) -> "Batch":
+        """Puts this host's `rows` of a batch of `count` rows onto its devices, as its part of the batch."""
         from xlam_jax.parallel.mesh import put_rows
         from xlam_jax.training.step import Batch
 
-        return Batch(*(None if one is None else put_rows(self.mesh, one, count) for one in mine))
+        return Batch(*(None if array is None else put_rows(self.mesh, array, count) for array in local_rows))
 
 
 def set_up(resolved: Resolved, progress: "Progress") -> Setup:
-    """Reads the data, then lays out the devices. Nothing is written, no weight is read."""
-    config = resolved.config
+    """Loads the data, then lays out the devices. Writes nothing and reads no weight.
 
-    # ---- data: before any device is touched, so that a bad row costs seconds ------------------------------------
-    from xlam_jax.data import corpus
+    Raises `UserError` for bad data, and where the model, the tokenizer or the mesh do not fit.
+    """
     from xlam_jax.data.epochs import resolve_epochs
-    from xlam_jax.data.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    if len(tokenizer) > resolved.model.vocab_size:
-        raise UserError(
-            f"data.tokenizer: {config.data.tokenizer} has {len(tokenizer)} tokens, more than the model's vocab_size, "
-            f"{resolved.model.vocab_size}; use the model's own tokenizer, or a model with a larger vocabulary"
-        )
-    loaded = corpus.load(config.data, tokenizer, progress.line)
+    tokenizer, loaded = _load_data(resolved.config.data, resolved.model.vocab_size, progress.line)
     resolved = resolve_epochs(resolved, loaded, progress.line)
 
-    # ---- devices --------------------------------------------------------------------------------------------------
     import jax
 
     from xlam_jax.parallel.mesh import make_mesh, split_cpu
     from xlam_jax.training.cost import trainable_sizes
 
-    if config.mesh.cpu_devices > 1:
-        split_cpu(config.mesh.cpu_devices)
-    layout = lay_out(resolved, make_mesh(config.mesh.sizes))
-    trained = sum(trainable_sizes(resolved.model).values())
+    mesh, model = resolved.config.mesh, resolved.model
+    if mesh.cpu_devices > 1:
+        split_cpu(mesh.cpu_devices)
+    layout = lay_out(resolved, make_mesh(mesh.sizes))
+    trained = sum(trainable_sizes(model).values())
     progress.line(
-        f"{resolved.model.parameters():,} parameters"
-        + (f" and {trained:,} of adapters, which train," if resolved.model.lora else "")
+        f"{model.parameters():,} parameters"
+        + (f" and {trained:,} of adapters, which train," if model.lora else "")
         + f" on {len(jax.devices())} {jax.default_backend()} device(s): "
         + ", ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items())
     )
@@ -101,127 +105,105 @@ def set_up(resolved: Resolved, progress: "Progress") -> Setup:
     return Setup(**vars(layout), resolved=resolved, tokenizer=tokenizer, loaded=loaded)
 
 
+def _load_data(data: Data, vocab_size: int, report: Callable[[str], None]) -> "tuple[Any, list[Loaded]]":
+    """Loads the tokenizer and the examples: before any device is touched, so that a bad row costs seconds."""
+    from xlam_jax.data import corpus
+    from xlam_jax.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(data.tokenizer)
+    if len(tokenizer) > vocab_size:
+        raise UserError(
+            f"data.tokenizer: {data.tokenizer} has {len(tokenizer)} tokens, more than the model's vocab_size, "
+            f"{vocab_size}; use the model's own tokenizer, or a model with a larger vocabulary"
+        )
+    return tokenizer, corpus.load(data, tokenizer, report)
+
+
 def lay_out(resolved: Resolved, mesh: "Mesh") -> Layout:
-    """The step's parts on a mesh, whose devices need not be here. Nothing is computed.
+    """Lays a step out on a mesh, whose devices need not be on this machine. Nothing is computed.
 
     Raises `UserError` where the mesh does not divide what it splits.
     """
     import jax.numpy as jnp
 
-    from xlam_jax.enums import SPAN_KINDS as KINDS
     from xlam_jax.models.kernels import choose
     from xlam_jax.training import step as steps
     from xlam_jax.training.optimizer import optimizer
-    from xlam_jax.training.preference import Preference
 
-    config = resolved.config
-    configs.check_divisible(config, resolved.model, {f"mesh.{axis}": size for axis, size in mesh.shape.items()})
-    kernels, line = choose(
+    config, model, train = resolved.config, resolved.model, resolved.config.train
+    configs.check_divisible(config, model, {f"mesh.{axis}": size for axis, size in mesh.shape.items()})
+    kernels, kernels_line = choose(
         mesh,
-        resolved.model,
+        model,
         config.data.sequence_length,
         attention=config.model.attention,
         experts=config.model.experts,
         reduce_dtype=config.model.reduce_dtype,
     )
-    aim, dtype, quantized = config.objective, jnp.dtype(config.model.compute_dtype), config.train.trainable == "qlora"
-    objective = steps.Objective(groups=len(config.data.sources) * len(KINDS))
-    if aim.kind != "sft":
-        objective = objective._replace(
-            preference=Preference(aim.kind, aim.beta, aim.label_smoothing, aim.margin, aim.sft_weight),
-            pairs=config.data.max_pairs,
-            adapters_off=configs.reference(config) == "adapters_off",
-        )
-    tx = optimizer(config.train, resolved.model)
-    return Layout(
-        mesh,
-        tx,
-        objective,
-        steps.abstract_state(resolved.model, tx, mesh, averaged=config.train.ema > 0),
-        steps.abstract_frozen(resolved.model, mesh, dtype=dtype, quantized=quantized),
-        dtype,
-        quantized,
-        kernels,
-        line,
+    options = steps.StepOptions(
+        compute_dtype=jnp.dtype(config.model.compute_dtype),
+        objective=_objective(resolved),
+        quantized=train.trainable == "qlora",
+        kernels=kernels,
+        remat=config.model.remat,
+        microbatches=train.microbatches,
+        router_aux_weight=train.router_aux_weight,
+        z_loss=train.z_loss,
+        neftune=train.neftune,
+        ema=train.ema,
+        seed=config.seed,
+    )
+    tx = optimizer(train, model)
+    state = steps.abstract_state(model, tx, mesh, averaged=train.ema > 0)
+    frozen = steps.abstract_frozen(model, mesh, dtype=options.compute_dtype, quantized=options.quantized)
+    return Layout(model, mesh, tx, options, state, frozen, kernels_line)
+
+
+def _objective(resolved: Resolved) -> "Objective":
+    """What a run minimizes."""
+    from xlam_jax.enums import SPAN_KINDS
+    from xlam_jax.training.preference import Preference
+    from xlam_jax.training.step import Objective
+
+    section, data = resolved.config.objective, resolved.config.data
+    groups = len(data.sources) * len(SPAN_KINDS)
+    if section.kind == "sft":
+        return Objective(groups=groups)
+    return Objective(
+        preference=Preference(section.kind, section.beta, section.label_smoothing, section.margin, section.sft_weight),
+        pairs=data.max_pairs,
+        adapters_off=configs.reference(resolved.config) == "adapters_off",
+        groups=groups,
     )
 
 
-def abstract_batch(resolved: Resolved, layout: Layout) -> "Batch":
-    """Shapes, dtypes and shardings of a batch."""
+def abstract_batch(layout: Layout, rows: int, length: int, *, reference: bool) -> "Batch":
+    """Shapes, dtypes and shardings of a batch of `rows` rows of `length` tokens. `reference`: whether it contains log p
+    under the reference policy."""
     import jax
     import jax.numpy as jnp
 
     from xlam_jax.parallel.mesh import batch_spec
     from xlam_jax.training.step import Batch
 
-    config = resolved.config
     sharding = jax.sharding.NamedSharding(layout.mesh, batch_spec(layout.mesh))
-    shape = (config.train.batch_size, config.data.sequence_length)
-    whole, real = (jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for dtype in (jnp.int32, jnp.float32))
-    reference = real if configs.reference(config) == "precomputed" else None
-    return Batch(whole, whole, real, whole, whole, whole, reference)
+    whole, real = (jax.ShapeDtypeStruct((rows, length), dtype, sharding=sharding) for dtype in (jnp.int32, jnp.float32))
+    return Batch(whole, whole, real, whole, whole, whole, real if reference else None)
 
 
-def lowered_step(resolved: Resolved, layout: Layout, state: Any, frozen: Any, batch: Any) -> Any:
-    """The training step, traced for these shapes."""
+def lower_step(layout: Layout, state: Any, frozen: Any, batch: Any) -> Any:
+    """Traces the training step for the shapes of these arrays."""
     import jax
 
     from xlam_jax.training.step import make_train_step
 
-    config = resolved.config
-    train_step = make_train_step(
-        resolved.model,
-        layout.tx,
-        layout.mesh,
-        compute_dtype=layout.dtype,
-        remat=config.model.remat,
-        microbatches=config.train.microbatches,
-        router_aux_weight=config.train.router_aux_weight,
-        z_loss=config.train.z_loss,
-        neftune=config.train.neftune,
-        objective=layout.objective,
-        quantized=layout.quantized,
-        kernels=layout.kernels,
-        ema=config.train.ema,
-        seed=config.seed,
-    )
+    train_step = make_train_step(layout.model, layout.tx, layout.mesh, layout.options)
     return jax.jit(train_step, donate_argnums=0).lower(state, frozen, batch)
 
 
-def compiled_step(resolved: Resolved, layout: Layout, state: Any, frozen: Any, batch: Any, progress: "Progress") -> Any:
-    """The training step, compiled for these shapes: once in a run."""
+def compile_step(layout: Layout, state: Any, frozen: Any, batch: Any, report: Callable[[str], None]) -> Any:
+    """Compiles the training step for the shapes of these arrays: once per run."""
     began = time.monotonic()
-    compiled = lowered_step(resolved, layout, state, frozen, batch).compile()
-    progress.line(f"compiled the step in {time.monotonic() - began:.1f} s")
+    compiled = lower_step(layout, state, frozen, batch).compile()
+    report(f"compiled the step in {time.monotonic() - began:.1f} s")
     return compiled
-
-
-def about(resolved: Resolved, made: Setup, before: dict[str, Any]) -> dict[str, Any]:
-    """What a report needs to know of a run besides its metrics; `before` is what an earlier start wrote, to whose
-    `started` this start is added."""
-    import jax
-
-    from xlam_jax.data import corpus
-    from xlam_jax.data.mixture import shares
-    from xlam_jax.training import cost
-
-    config, device = resolved.config, jax.devices()[0]
-    trained = sum(cost.trainable_sizes(resolved.model).values())
-    return {
-        "parameters": resolved.model.parameters() + (trained if resolved.model.lora else 0),
-        "trainable_parameters": trained,
-        "devices": len(jax.devices()),
-        "device_kind": device.device_kind,
-        "flops_per_token": cost.flops_per_token(resolved.model, config.data.sequence_length),
-        "peak_flops_per_device": cost.peak_flops(device.device_kind),
-        "batch_places": config.train.batch_size * config.data.sequence_length,
-        "sources": {
-            one.source.name: {
-                "target_share": float(share),
-                "trajectories": len(one.train),
-                "trained_tokens": int(corpus.trained(one.train).sum()),
-            }
-            for one, share in zip(made.loaded, shares(made.loaded, config.data), strict=True)
-        },
-        "started": [*before.get("started", []), datetime.now(UTC).isoformat(timespec="seconds")],
-    }

@@ -16,8 +16,8 @@ from xlam_jax.models import hf_keys
 from xlam_jax.models.config import ModelConfig
 from xlam_jax.models.nf4 import NF4, dense
 from xlam_jax.models.params import Params, freeze, initialize, shapes, trainable
+from xlam_jax.parallel.placement import place
 from xlam_jax.training import checkpoint
-from xlam_jax.training.step import place
 
 
 def read_base(resolved: Resolved, *, exporting: bool = False) -> Params | None:
@@ -41,7 +41,7 @@ def read_base(resolved: Resolved, *, exporting: bool = False) -> Params | None:
         return checkpoint.open_params(step)
     opened = HFWeights(named)
     params = opened.params()
-    checkpoint.same_shapes(named, params, like)
+    checkpoint.check_shapes(named, params, like)
     if not exporting:
         check_same_config(resolved, opened.hf_config)
     return params
