@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def _convert(opened: HFWeights, dtype: np.dtype | None, work: Work, workers: int) -> None:
-    from xlam_jax.training.checkpoint import TOKENIZER, NewModel, write_hf_config
+    from xlam_jax.weights.checkpoint import TOKENIZER, NewModel, write_hf_config
 
     params = opened.params(dtype)
     leading = {tensor.path: len(tensor.at) for tensor, _ in opened.sources}
@@ -78,7 +78,7 @@ def _convert(opened: HFWeights, dtype: np.dtype | None, work: Work, workers: int
 def _verify(opened: HFWeights, dtype: np.dtype | None, folder: Path, workers: int) -> None:
     """Raises `UserError` naming the tensors that can't be got back from a converted folder bit for bit, and where a
     small model's logits differ."""
-    from xlam_jax.training.checkpoint import STEPS, open_params
+    from xlam_jax.weights.checkpoint import STEPS, open_params
     from xlam_jax.weights.logits import compare_logits
 
     params = open_params(folder / STEPS / "0")

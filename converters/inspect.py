@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("folder", metavar="DIR", help="Hugging Face folder, its address or hub name, run, or step")
     folder = parser.parse_args().folder
 
-    from xlam_jax.training import checkpoint
+    from xlam_jax.weights import checkpoint
 
     facts = stored(Path(folder)) if checkpoint.is_checkpoint(Path(folder)) else foreign(folder)
     width = max(map(len, facts))
@@ -53,7 +53,7 @@ def stored(folder: Path) -> dict[str, str]:
     import jax
 
     from xlam_jax.models.params import shapes
-    from xlam_jax.training import checkpoint
+    from xlam_jax.weights import checkpoint
     from xlam_jax.weights.hf import TOKENIZER_FILES
 
     step = checkpoint.resolve(folder)

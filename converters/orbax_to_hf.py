@@ -126,7 +126,7 @@ def main() -> None:
     if "://" not in args.out:
         refuse_existing(Path(args.out))
 
-    from xlam_jax.training import checkpoint
+    from xlam_jax.weights import checkpoint
     from xlam_jax.weights import run as weights
     from xlam_jax.weights.logits import compare_logits
 
@@ -171,7 +171,7 @@ def _export_adapters(
     out: Path, step: Path, run: "Resolved", tokenizer: Path | None, generation: dict[str, Any], changes: str
 ) -> str | None:
     """Writes the adapters of a step as a PEFT folder; returns the name of the base that they belong to."""
-    from xlam_jax.training import checkpoint
+    from xlam_jax.weights import checkpoint
     from xlam_jax.weights.peft import write_peft
 
     base = run.config.model.init_from
@@ -201,7 +201,7 @@ def _trained_ends(step: Path, tokenizer: Path | None) -> tuple[dict[str, Any], d
     """
     from xlam_jax.data.render import end_tokens
     from xlam_jax.data.tokenizer import load_tokenizer
-    from xlam_jax.training import checkpoint
+    from xlam_jax.weights import checkpoint
 
     hf_config, generation = checkpoint.load_hf_config(step), checkpoint.load_generation_config(step)
     if tokenizer is None or not checkpoint.load_metadata(step).get("config"):

@@ -281,7 +281,7 @@ def model_folder(given: str, exported: Path | None, export: bool, values: bool =
     if (folder / "config.json").is_file() and not (folder / "checkpoints").is_dir():
         _check_folder(folder, values)
         return folder.resolve()
-    from xlam_jax.training import checkpoint
+    from xlam_jax.weights import checkpoint
 
     if not checkpoint.is_checkpoint(folder):
         raise UserError(

@@ -11,8 +11,8 @@ import numpy as np
 
 from xlam_jax.errors import UserError
 from xlam_jax.parallel.link import Hosts
-from xlam_jax.training import checkpoint
 from xlam_jax.training.restore import restore_newest
+from xlam_jax.weights import checkpoint
 from xlam_jax.weights import run as weights
 
 KINDS = ("delete", "cut in half", "empty", "zeros", "flip", "flip elsewhere", "flip a third")

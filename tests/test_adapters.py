@@ -10,7 +10,7 @@ import pytest
 from support import Commands, as_killed, assert_same_run, same_arrays, train_losses
 from test_train import TRAIN, terminate
 
-from xlam_jax.training import checkpoint
+from xlam_jax.weights import checkpoint
 from xlam_jax.weights import run as weights
 from xlam_jax.weights.hf import load_hf
 

@@ -15,7 +15,7 @@ from support import ROOT, Commands, assert_same_run, same_arrays, train_losses
 
 from xlam_jax import config as configs
 from xlam_jax.outputs import locked
-from xlam_jax.training import checkpoint
+from xlam_jax.weights import checkpoint
 from xlam_jax.weights import run as weights
 
 TRAIN = "xlam_jax.train"
@@ -313,7 +313,7 @@ def test_full_disk_keeps_the_previous_checkpoint(commands: Commands, tiny_config
         {sys.executable} -c "
 from pathlib import Path
 from xlam_jax import config as configs
-from xlam_jax.training import checkpoint
+from xlam_jax.weights import checkpoint
 from xlam_jax.weights import run as weights
 step = checkpoint.resolve(Path('{disk}/run'))
 checkpoint.load_params(step)

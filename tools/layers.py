@@ -31,6 +31,7 @@ LAYERS: list[tuple[str, str, list[str]]] = [
             "xlam_jax.train",
             "xlam_jax.generate",
             "xlam_jax.plan",
+            "xlam_jax.export",
             "xlam_jax.data.__main__",
             "xlam_jax.evaluate.__main__",
             "xlam_jax.report.__main__",

@@ -41,7 +41,7 @@ def find_model(folder: Path) -> Found:
     from xlam_jax.data.tokenizer import load_tokenizer
     from xlam_jax.models.config import ModelConfig, read_hf_config
     from xlam_jax.models.generation_config import GENERATION_CONFIG, read_generation_config, stop_ids
-    from xlam_jax.training import checkpoint
+    from xlam_jax.weights import checkpoint
     from xlam_jax.weights import run as weights
     from xlam_jax.weights.hf import load_hf
 

@@ -106,11 +106,11 @@ def train(
     """The whole run, in the order in which things happen. Returns the exit code: `STOPPED` when `stop` ended it."""
     from xlam_jax.data.identity import identify
     from xlam_jax.parallel.mesh import keep_cpu_threads
-    from xlam_jax.training.checkpoint import check_names
     from xlam_jax.training.setup import set_up
     from xlam_jax.training.start import open_start
     from xlam_jax.training.trainer import Trainer
     from xlam_jax.weights import run as weights
+    from xlam_jax.weights.checkpoint import check_names
 
     config = resolved.config
     for line in resolved.warnings:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, GenerationConfig
 from xlam_jax.errors import UserError
 from xlam_jax.generate import find_model
 from xlam_jax.models.generation_config import align, read_generation_config, stop_ids
-from xlam_jax.training import checkpoint
+from xlam_jax.weights import checkpoint
 
 TO_ORBAX, TO_HF = "converters.hf_to_orbax", "converters.orbax_to_hf"
 SOURCE = {

@@ -25,8 +25,7 @@ from xlam_jax.models.config import ModelConfig
 from xlam_jax.models.params import shapes
 from xlam_jax.parallel import mesh as meshes
 from xlam_jax.parallel.placement import place
-from xlam_jax.training import checkpoint
-from xlam_jax.weights import shards
+from xlam_jax.weights import checkpoint, shards
 from xlam_jax.weights.hf import HFWeights, load_hf
 from xlam_jax.weights.hf_map import tensors
 from xlam_jax.weights.logits import compare_logits

@@ -25,8 +25,8 @@ from xlam_jax.models import hf_keys
 from xlam_jax.models.config import ModelConfig, read_hf_config
 from xlam_jax.models.generation_config import read_generation_config
 from xlam_jax.report import page, runs, samples
-from xlam_jax.training import checkpoint, run_folder
-from xlam_jax.weights import peft
+from xlam_jax.training import run_folder
+from xlam_jax.weights import checkpoint, peft
 from xlam_jax.weights import run as weights
 from xlam_jax.weights.hf import HFWeights
 from xlam_jax.weights.shards import DTYPES, Place, header_of

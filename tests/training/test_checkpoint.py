@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from xlam_jax.errors import UserError
-from xlam_jax.training.checkpoint import load_params, open_params
 from xlam_jax.training.restore import restore
 from xlam_jax.training.save import Checkpoints, better, is_evaluated
+from xlam_jax.weights.checkpoint import load_params, open_params
 
 
 def steps_of(run: Path) -> list[int]:

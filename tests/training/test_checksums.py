@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xlam_jax.training.checkpoint import checksums
+from xlam_jax.weights.checkpoint import checksums
 
 DTYPES = (np.float32, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, np.int32, np.uint8, np.bool_)
 

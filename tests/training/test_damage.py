@@ -17,13 +17,13 @@ from support import ROOT, Commands, same_arrays, train_losses
 from xlam_jax import config as configs
 from xlam_jax.errors import UserError
 from xlam_jax.parallel.link import Hosts
-from xlam_jax.training import checkpoint
-from xlam_jax.training.checkpoint import DamagedError, load_params, open_params
 from xlam_jax.training.metrics import Metrics, read
 from xlam_jax.training.progress import Progress
 from xlam_jax.training.restore import Restored, restore, restore_newest
 from xlam_jax.training.save import Checkpoints
+from xlam_jax.weights import checkpoint
 from xlam_jax.weights import run as weights
+from xlam_jax.weights.checkpoint import DamagedError, load_params, open_params
 
 TRAIN, EXPORT = "xlam_jax.train", "converters.orbax_to_hf"
 ITEMS: dict[str, Any] = {

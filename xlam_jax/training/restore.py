@@ -10,7 +10,7 @@ import numpy as np
 
 from xlam_jax.errors import UserError
 from xlam_jax.parallel.link import Hosts
-from xlam_jax.training.checkpoint import (
+from xlam_jax.weights.checkpoint import (
     ARRAYS,
     STEPS,
     DamagedError,
@@ -22,7 +22,7 @@ from xlam_jax.training.checkpoint import (
     warn_unverified,
     whole_steps,
 )
-from xlam_jax.training.checkpoint.arrays import mismatch
+from xlam_jax.weights.checkpoint.arrays import mismatch
 
 Report = Callable[[str], None]
 

@@ -74,7 +74,7 @@ def newest_step(run: Path, hosts: Hosts, report: Report) -> int:
 
     Raises `UserError` when some hosts see steps and no step is seen by all.
     """
-    from xlam_jax.training.checkpoint import STEPS, whole_steps
+    from xlam_jax.weights.checkpoint import STEPS, whole_steps
 
     visible = [set(steps) for steps in hosts.gather(whole_steps(run))]
     common = max(set.intersection(*visible), default=0)
@@ -96,7 +96,7 @@ def begin_run(run: Path, resolved: Resolved, source: Path | None) -> None:
     The config is written first: it identifies the run, should it be killed before the rest is written.
     """
     from xlam_jax.models.generation_config import copy_generation_config
-    from xlam_jax.training.checkpoint import write_hf_config
+    from xlam_jax.weights.checkpoint import write_hf_config
 
     run.mkdir(parents=True, exist_ok=True)
     remove_parts(run)

@@ -17,7 +17,7 @@ import numpy as np
 from xlam_jax import errors
 from xlam_jax.errors import UserError
 from xlam_jax.outputs import write_text
-from xlam_jax.training.checkpoint import (
+from xlam_jax.weights.checkpoint import (
     ARRAYS,
     DIGEST,
     EVALUATION,
@@ -34,8 +34,8 @@ from xlam_jax.training.checkpoint import (
     named_leaves,
     whole_steps,
 )
-from xlam_jax.training.checkpoint.arrays import system_error
-from xlam_jax.training.checkpoint.quiet_orbax import ocp
+from xlam_jax.weights.checkpoint.arrays import system_error
+from xlam_jax.weights.checkpoint.quiet_orbax import ocp
 
 LARGE = 2**24
 """Bytes from which on a parameter is stored layer by layer; smaller ones have one chunk per device shard."""

@@ -8,9 +8,9 @@ from xlam_jax.config import Resolved
 from xlam_jax.models.generation_config import GENERATION_CONFIG, read_generation_config
 from xlam_jax.models.params import Params
 from xlam_jax.parallel.link import Hosts
-from xlam_jax.training.checkpoint import check_names
 from xlam_jax.training.run_folder import newest_step
 from xlam_jax.weights import run as weights
+from xlam_jax.weights.checkpoint import check_names
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from xlam_jax.parallel.mesh import cpu_threads
 from xlam_jax.parallel.placement import put
 from xlam_jax.signals import Stop
 from xlam_jax.training import reference
-from xlam_jax.training.checkpoint import STEPS, TOKENIZER, resolve
 from xlam_jax.training.evaluation import Evaluator, Requests, to_record
 from xlam_jax.training.metrics import Metrics, plot
 from xlam_jax.training.optimizer import schedule
@@ -37,6 +36,7 @@ from xlam_jax.training.start import Start
 from xlam_jax.training.step import State, init_state
 from xlam_jax.training.trackers import flatten, open_trackers
 from xlam_jax.weights import run as weights
+from xlam_jax.weights.checkpoint import STEPS, TOKENIZER, resolve
 
 SHOWN = 20
 """Maximum number of trajectories that a message names."""

@@ -17,7 +17,7 @@ from xlam_jax.models.config import ModelConfig
 from xlam_jax.models.nf4 import NF4, dense
 from xlam_jax.models.params import Params, freeze, initialize, shapes, trainable
 from xlam_jax.parallel.placement import place
-from xlam_jax.training import checkpoint
+from xlam_jax.weights import checkpoint
 
 
 def read_base(resolved: Resolved, *, exporting: bool = False) -> Params | None:

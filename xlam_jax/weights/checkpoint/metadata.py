@@ -9,7 +9,7 @@ from typing import Any
 
 from xlam_jax.errors import UserError
 from xlam_jax.models.generation_config import GENERATION_CONFIG, read_generation_config
-from xlam_jax.training.checkpoint.layout import HF_CONFIG, METADATA, TOKENIZER, DamagedError
+from xlam_jax.weights.checkpoint.layout import HF_CONFIG, METADATA, TOKENIZER, DamagedError
 
 ARRAYS, FILES, DIGEST, METRICS = "arrays", "files", "digest", "metrics"
 """Keys of a step's metadata: shape, dtype and checksums of each item's arrays; digests of files of the run folder; a

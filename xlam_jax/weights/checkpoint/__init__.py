@@ -16,7 +16,7 @@ digest of themselves. Everything that is read is compared with them; a differenc
 Runs save by `training.save` and continue by `training.restore`. Nothing here knows of either.
 """
 
-from xlam_jax.training.checkpoint.arrays import (
+from xlam_jax.weights.checkpoint.arrays import (
     StoredParameter,
     check_params,
     check_shapes,
@@ -25,7 +25,7 @@ from xlam_jax.training.checkpoint.arrays import (
     open_arrays,
     open_params,
 )
-from xlam_jax.training.checkpoint.layout import (
+from xlam_jax.weights.checkpoint.layout import (
     EVALUATION,
     HF_CONFIG,
     METADATA,
@@ -39,7 +39,7 @@ from xlam_jax.training.checkpoint.layout import (
     stamp,
     whole_steps,
 )
-from xlam_jax.training.checkpoint.metadata import (
+from xlam_jax.weights.checkpoint.metadata import (
     ARRAYS,
     DIGEST,
     FILES,
@@ -53,7 +53,7 @@ from xlam_jax.training.checkpoint.metadata import (
     tokenizer_dir,
     warn_unverified,
 )
-from xlam_jax.training.checkpoint.new_model import NewModel, write_hf_config
+from xlam_jax.weights.checkpoint.new_model import NewModel, write_hf_config
 
 __all__ = [
     "ARRAYS",

@@ -16,9 +16,9 @@ import numpy as np
 
 from xlam_jax.errors import UserError
 from xlam_jax.models.params import Params
-from xlam_jax.training.checkpoint import checksums
-from xlam_jax.training.checkpoint.layout import DamagedError
-from xlam_jax.training.checkpoint.metadata import ARRAYS, read_metadata, warn_unverified
+from xlam_jax.weights.checkpoint import checksums
+from xlam_jax.weights.checkpoint.layout import DamagedError
+from xlam_jax.weights.checkpoint.metadata import ARRAYS, read_metadata, warn_unverified
 
 _TRANSIENT = (errno.EPERM, errno.ENOMEM, errno.EACCES, errno.ENFILE, errno.EMFILE)
 

@@ -12,9 +12,9 @@ import numpy as np
 
 from xlam_jax.models.params import Params
 from xlam_jax.outputs import write_text
-from xlam_jax.training.checkpoint.arrays import named_leaves
-from xlam_jax.training.checkpoint.layout import HF_CONFIG, STEPS
-from xlam_jax.training.checkpoint.metadata import ARRAYS, DIGEST, FILES, metadata_digest
+from xlam_jax.weights.checkpoint.arrays import named_leaves
+from xlam_jax.weights.checkpoint.layout import HF_CONFIG, STEPS
+from xlam_jax.weights.checkpoint.metadata import ARRAYS, DIGEST, FILES, metadata_digest
 
 CHUNK = 2**25
 """Maximum bytes of a chunk."""
@@ -72,7 +72,7 @@ class NewModel:
 
 def _write_step(folder: Path, step_dir: Path, like: Params) -> None:
     """Has Orbax write a step with the arrays of `like`, of one element each."""
-    from xlam_jax.training.checkpoint.quiet_orbax import ocp
+    from xlam_jax.weights.checkpoint.quiet_orbax import ocp
 
     context = ocp.Context()
     context.array.saving.use_ocdbt = False
