@@ -6,7 +6,6 @@ with the model's chat template. It speaks FastChat's protocol over HTTP and need
 """
 
 import argparse
-import hashlib
 import http.client
 import json
 import re
@@ -31,6 +30,7 @@ from serving.serve import (
     split,
     warn_of_strangers,
 )
+from xlam_jax.digest import hex_digest
 from xlam_jax.errors import UserError, run
 
 HEART_BEAT = 45.0
@@ -66,7 +66,7 @@ class Worker:
         self.context_length = lengths[0]
         # FastChat keeps a worker's rules for as long as it runs, so a restarted one must have the same; and a text
         # that somebody quotes must not look like a turn
-        mark = "\x1e" + hashlib.sha256(f"{socket.gethostname()} {address} {self.names}".encode()).hexdigest()[:16]
+        mark = "\x1e" + hex_digest(f"{socket.gethostname()} {address} {self.names}", length=16)
         self._turn = re.compile(f"{mark} ({'|'.join(ROLES)}):(?: |(?={mark})|$)")
         system, user, assistant = (f"{mark} {role}" for role in ROLES)
         self.rules = {

@@ -1,7 +1,6 @@
 """`python -m converters.trajectories --format NAME --in FILE… --out FILE.jsonl`: between formats of trajectories."""
 
 import argparse
-import hashlib
 import json
 import os
 import sys
@@ -15,6 +14,7 @@ from converters.trajectories import EXPORTERS, FORMATS, converter, exporter, gue
 from converters.trajectories.common import Converted, Dropped, ExportRow, Lost
 from xlam_jax.data.files import Meter
 from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory, to_dict
+from xlam_jax.digest import key_digest
 from xlam_jax.errors import UserError, run
 
 LISTED = 10_000
@@ -214,7 +214,7 @@ class _Tally:
             self._lost.add(item.where, loss.reason, loss.detail)
         for problem in self._check_row(to_dict(item.trajectory, numbers=True)):
             self._left.add(item.where, problem.reason, problem.detail)
-        digest = hashlib.blake2b(item.trajectory.id.encode(), digest_size=16).digest()
+        digest = key_digest(item.trajectory.id)
         if digest in self._ids:
             self._left.add(item.where, "duplicate-trajectory-id", f"'{item.trajectory.id}' came before")
         self._ids.add(digest)

@@ -4,7 +4,6 @@ Rendering is the slow part, so past a number of trajectories it is spread over p
 same order, for any number of them.
 """
 
-import hashlib
 import heapq
 import os
 import time
@@ -25,6 +24,7 @@ from xlam_jax.data.pair import Pair, task
 from xlam_jax.data.render import KINDS, Rendered
 from xlam_jax.data.sources import Filtered, Item
 from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory
+from xlam_jax.digest import random_integer
 from xlam_jax.errors import UserError
 
 PROCESSES = min(16, os.cpu_count() or 1)
@@ -244,7 +244,7 @@ def is_heldout(source: str, trajectory_id: str, share: float) -> bool:
 
 def _drawn(source: str, name: str) -> int:
     """A number below 2⁶⁴ that looks drawn at random."""
-    return int.from_bytes(hashlib.sha256(f"{source}\0{name}".encode()).digest()[:8], "big")
+    return random_integer(f"{source}\0{name}")
 
 
 def load(data: Data, tokenizer: Any, progress: Progress = lambda line: None, annotate: bool = False) -> list[Loaded]:

@@ -10,7 +10,6 @@ line of the rating, and is what the ratings are compared with.
 
 import asyncio
 import fcntl
-import hashlib
 import json
 import math
 import os
@@ -25,6 +24,7 @@ from xlam_jax.config import Source
 from xlam_jax.data import sources
 from xlam_jax.data.trajectory import InvalidTrajectory, Message, Trajectory, to_dict
 from xlam_jax.data.wire import objects_in
+from xlam_jax.digest import hex_digest, json_digest
 from xlam_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ class Journal:
     def __init__(self, path: Path, model: str):
         self.path = path
         self.ratings: dict[str, Rating] = {}
-        self._made_by = {"model": model, "prompt": hashlib.sha256(PROMPT.encode()).hexdigest()[:12]}
+        self._made_by = {"model": model, "prompt": hex_digest(PROMPT, length=12)}
         self._file = path.open("a", encoding="utf-8")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -171,7 +171,7 @@ class Journal:
 def key(trajectory: Trajectory) -> str:
     """The same for equal trajectories, whatever file they are in and whatever score they have."""
     row = to_dict(replace(trajectory, score=None))
-    return hashlib.sha256(json.dumps(row, ensure_ascii=False).encode()).hexdigest()[:24]
+    return json_digest(row, length=24, sort_keys=False, ensure_ascii=False)
 
 
 def rate(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from xlam_jax import errors
+from xlam_jax.digest import json_digest
 from xlam_jax.errors import UserError, nearest
 
 PAGE = "report.html"
@@ -168,14 +169,12 @@ def _opened(kind: Any, options: Any) -> tuple[Any, list[Any]]:
 
 def _digest(what: list[Any]) -> str | None:
     """Tells other data, or other code, under the same path; None of nothing."""
-    import json
     from dataclasses import asdict, is_dataclass
-    from hashlib import sha256
 
     def plain(one: Any) -> Any:
         return asdict(one) if is_dataclass(one) and not isinstance(one, type) else type(one).__name__
 
-    return sha256(json.dumps(what, default=plain).encode()).hexdigest()[:16] if what else None
+    return json_digest(what, length=16, sort_keys=False, default=plain) if what else None
 
 
 def _settings(given: Sequence[str], kind: Any) -> dict[str, str]:

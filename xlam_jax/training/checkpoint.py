@@ -24,7 +24,6 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -33,6 +32,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from xlam_jax import errors
+from xlam_jax.digest import file_digest, hex_digest, json_digest
 from xlam_jax.errors import UserError
 from xlam_jax.models.generation_config import GENERATION_CONFIG, read_generation_config
 from xlam_jax.models.params import Params
@@ -294,7 +294,7 @@ def _sums(arrays: dict[str, dict[str, Any]]) -> dict[str, dict[str, str]]:
 def _digest(metadata: dict[str, Any]) -> str:
     """A digest of metadata, however they are spelled in JSON."""
     rest = {key: value for key, value in metadata.items() if key != DIGEST}
-    return sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:32]
+    return json_digest(rest, length=32)
 
 
 def _digests(run: Path) -> dict[str, str]:
@@ -302,7 +302,7 @@ def _digests(run: Path) -> dict[str, str]:
     itself in the metadata."""
     files = [*sorted((run / TOKENIZER).iterdir())] if (run / TOKENIZER).is_dir() else []
     return {
-        str(path.relative_to(run)): sha256(path.read_bytes()).hexdigest()[:32]
+        str(path.relative_to(run)): file_digest(path, length=32)
         for path in [*files, run / GENERATION_CONFIG]
         if path.is_file()
     }
@@ -593,7 +593,7 @@ def stamp(step_dir: Path) -> str:
     """What tells a step from every other one, of other runs too; a copy has the same. Orbax notes the nanoseconds."""
     note = step_dir / METADATA
     held = note.read_bytes() if note.is_file() else str(step_dir.stat().st_mtime_ns).encode()
-    return f"step {step_dir.name}, {sha256(held).hexdigest()[:16]}"
+    return f"step {step_dir.name}, {hex_digest(held, length=16)}"
 
 
 def same_shapes(folder: str | Path, stored: Any, wanted: Any) -> None:

@@ -9,7 +9,6 @@ The numbers are of these weights on these tokens; with any others the rewards wo
 So a folder that was made of anything else is refused.
 """
 
-import hashlib
 import io
 import json
 import time
@@ -24,6 +23,7 @@ from xlam_jax.config import Resolved
 from xlam_jax.data import pipeline
 from xlam_jax.data.corpus import Example, Loaded, Referenced
 from xlam_jax.data.identity import PARTS, examples_digest
+from xlam_jax.digest import file_digest, hex_digest, json_digest
 from xlam_jax.errors import UserError
 from xlam_jax.models.params import Params
 from xlam_jax.training.progress import Progress
@@ -41,7 +41,7 @@ def identity(loaded: Sequence[Loaded], *, weights: str, model: dict[str, Any], d
     return {
         "weights": weights,
         "precision": dtype,
-        "model": hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest()[:16],
+        "model": json_digest(model, length=16),
         "sources": {
             one.source.name: {
                 part: {"pairs": len(getattr(one, part)), "digest": examples_digest(getattr(one, part), _columns)}
@@ -131,7 +131,7 @@ def _write(folder: Path, scores: Scores, made_of: dict[str, Any]) -> None:
             for name, values in of_source.items():
                 file = part / f"{at}.{name}.npy"
                 np.save(file, values)
-                digests[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+                digests[file.name] = file_digest(file)
         (part / META).write_text(json.dumps(made_of | {"files": digests}, indent=1) + "\n", encoding="utf-8")
 
 
@@ -164,7 +164,7 @@ def _read(folder: Path, loaded: Sequence[Loaded], made_of: dict[str, Any], repor
 def _load(file: Path, pairs: int, digests: dict[str, str] | None) -> np.ndarray:
     """f32 [pairs, 2]. Raises `ValueError` when the file is not what was written."""
     content = file.read_bytes()
-    if digests is not None and hashlib.sha256(content).hexdigest() != digests[file.name]:
+    if digests is not None and hex_digest(content) != digests[file.name]:
         raise ValueError(f"{file.name} is damaged: its content is not what was written")
     values = np.load(io.BytesIO(content))
     if values.shape != (pairs, 2) or values.dtype != np.float32:

@@ -1,6 +1,5 @@
 """The weights a run starts from: what trains, and what stays frozen beside it."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xlam_jax.config import Resolved, from_saved, model_of
+from xlam_jax.digest import stream_digest
 from xlam_jax.errors import UserError
 from xlam_jax.models import hf_keys
 from xlam_jax.models.config import ModelConfig
@@ -260,11 +260,11 @@ def _checksum(part: jax.Array, at: tuple[Any, ...]) -> jax.Array:
 
 
 def _digest(like: Params, sums: Sequence[int]) -> str:
-    digest = hashlib.sha256()
-    for (path, leaf), total in zip(jax.tree_util.tree_leaves_with_path(like), sums, strict=True):
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        digest.update(f"{name} {leaf.shape} {leaf.dtype} {total}\n".encode())
-    return digest.hexdigest()[:16]
+    lines = (
+        f"{jax.tree_util.keystr(path, simple=True, separator='.')} {leaf.shape} {leaf.dtype} {total}\n"
+        for (path, leaf), total in zip(jax.tree_util.tree_leaves_with_path(like), sums, strict=True)
+    )
+    return stream_digest(lines, length=16)
 
 
 def check_base(run: Path, saved: str | None, now: str, init_from: str | None) -> None:
