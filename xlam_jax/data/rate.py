@@ -9,17 +9,16 @@ line of the rating, and is what the ratings are compared with.
 """
 
 import asyncio
-import fcntl
 import json
 import math
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+from xlam_jax import journal
 from xlam_jax.config import Source
 from xlam_jax.data import sources
 from xlam_jax.data.trajectory import InvalidTrajectory, Message, Trajectory, to_dict
@@ -114,58 +113,50 @@ def parse(text: str) -> Rating:
     return Rating(float(score), reason if isinstance(reason, str) else "")
 
 
-class Journal:
-    """The ratings so far, in a file that a killed run leaves whole but for its last line."""
+class Ratings:
+    """The ratings so far, in a journal that a killed run leaves readable; a context manager."""
 
     def __init__(self, path: Path, model: str):
+        """Opens or creates the journal. Raises `UserError` when it holds the ratings of another model or prompt, or
+        another process has it."""
         self.path = path
-        self.ratings: dict[str, Rating] = {}
         self._made_by = {"model": model, "prompt": hex_digest(PROMPT, length=12)}
-        self._file = path.open("a", encoding="utf-8")
+        self._journal = journal.Journal(path, "wait for it, or give another --out")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._read()
-        except BlockingIOError:
-            self._file.close()
-            raise UserError(f"{path}: another process writes it; wait for it, or give another --out") from None
+            self.of = self._read()
+            """Ratings by the key of their trajectory."""
         except BaseException:
-            self._file.close()
+            self._journal.close()
             raise
 
-    def _read(self) -> None:
-        whole = 0
-        with self.path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.endswith(b"\n"):
-                    break  # the run was killed while it wrote
-                whole += len(line)
-                try:
-                    row = json.loads(line)
-                    rating = Rating(float(row["score"]), str(row["reason"])) if "score" in row else None
-                    name = row["key"]
-                except (ValueError, KeyError, TypeError):
-                    raise UserError(
-                        f"{self.path}:{number}: is no rating; take the line out, and it is asked for again"
-                    ) from None
-                if (made_by := {key: row.get(key) for key in self._made_by}) != self._made_by:
-                    raise UserError(
-                        f"{self.path}:{number}: was rated by {made_by}, not {self._made_by}; "
-                        "give another --out, or --force to begin anew"
-                    )
-                if rating:
-                    self.ratings[name] = rating
-        os.truncate(self.path, whole)
+    def _read(self) -> dict[str, Rating]:
+        problem = "is no rating; remove the line, and the trajectory is rated again"
+        ratings: dict[str, Rating] = {}
+        for number, (name, rating, made_by) in enumerate(journal.read(self.path, self._parse, problem), 1):
+            if made_by != self._made_by:
+                raise UserError(
+                    f"{self.path}:{number}: was rated by {made_by}, not {self._made_by}; "
+                    "give another --out, or --force to begin anew"
+                )
+            if rating:
+                ratings[name] = rating
+        return ratings
+
+    def _parse(self, row: Any) -> tuple[str, Rating | None, dict[str, Any]]:
+        rating = Rating(float(row["score"]), str(row["reason"])) if "score" in row else None
+        return row["key"], rating, {key: row.get(key) for key in self._made_by}
 
     def write(self, key: str, row: dict[str, Any], rating: Rating | None) -> None:
-        """Adds a line; without a rating, of a try that failed."""
-        line = {"key": key, **row, **self._made_by, **(rating._asdict() if rating else {})}
-        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        self._file.flush()
+        """Appends a line; without a rating, that of a failed attempt."""
+        self._journal.append({"key": key, **row, **self._made_by, **(rating._asdict() if rating else {})})
         if rating:
-            self.ratings[key] = rating
+            self.of[key] = rating
 
-    def close(self) -> None:
-        self._file.close()
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._journal.close()
 
 
 def key(trajectory: Trajectory) -> str:
@@ -201,20 +192,17 @@ def rate(
         raise UserError(f"{out}: exists already, without {journal_path.name}; give another name, or --force")
     if not out.parent.is_dir():
         raise UserError(f"{out}: the folder '{out.parent}' does not exist; create it first")
-    journal = Journal(journal_path, model.name)
-    try:
-        before = len(journal.ratings)
-        failures = asyncio.run(_ask_all(files, limit, journal, model, concurrency, progress))
-        if failures.counts and not journal.ratings:
+    with Ratings(journal_path, model.name) as ratings:
+        before = len(ratings.of)
+        failures = asyncio.run(_ask_all(files, limit, ratings, model, concurrency, progress))
+        if failures.counts and not ratings.of:
             raise UserError(f"{journal_path}: not one rating, but {failures}")
-        result = _write(files, limit, out, journal, failures)
-    finally:
-        journal.close()
+        result = _write(files, limit, out, ratings, failures)
     known = result.pop("known")
     return {
         "inputs": [str(path) for path in files],
         **result,
-        "asked": len(journal.ratings) - before + failures.counts.total(),
+        "asked": len(ratings.of) - before + failures.counts.total(),
         "ratings": dict(sorted(Counter(f"{rated:g}" for _, _, rated in known.all).items())),
         "kept": sum(rated >= keep for _, _, rated in known.all),
         "keep": keep,
@@ -262,7 +250,7 @@ def _trajectories(files: Sequence[Path], limit: int | None) -> Iterator[tuple[st
 async def _ask_all(
     files: Sequence[Path],
     limit: int | None,
-    journal: Journal,
+    ratings: Ratings,
     model: "Model",
     concurrency: int,
     progress: Callable[[str], None],
@@ -271,7 +259,7 @@ async def _ask_all(
     from xlam_jax.evaluate.endpoint import EndpointFault
 
     failures = _Failures()
-    asked: set[str] = set(journal.ratings)
+    asked: set[str] = set(ratings.of)
     rows = _trajectories(files, limit)
     began = told = time.monotonic()
     done = 0
@@ -293,7 +281,7 @@ async def _ask_all(
             except (BadRating, EndpointFault) as error:
                 failures.add(error)
                 row |= {"failed": error.kind, "detail": str(error)}
-            journal.write(name, row, rating)
+            ratings.write(name, row, rating)
             done += 1
             enough = max(FAILURES, 2 * concurrency)
             if done == failures.counts.total() >= enough:
@@ -312,7 +300,7 @@ async def _ask_all(
 
 
 def _write(
-    files: Sequence[Path], limit: int | None, out: Path, journal: Journal, failures: _Failures
+    files: Sequence[Path], limit: int | None, out: Path, ratings: Ratings, failures: _Failures
 ) -> dict[str, Any]:
     """Writes what has a rating, and counts the rest."""
     left_out: Counter[str] = Counter()
@@ -325,7 +313,7 @@ def _write(
             if isinstance(trajectory, str):
                 left_out[trajectory] += 1
                 continue
-            rating = journal.ratings.get(key(trajectory))
+            rating = ratings.of.get(key(trajectory))
             if rating is None:
                 left_out["no-rating"] += 1
                 continue

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from xlam_jax.data.schemas import hashable
-from xlam_jax.journals import json_lines, summarize
+from xlam_jax.journal import json_lines, summarize
 from xlam_jax.report.plots import color_class
 from xlam_jax.report.runs import is_step
 from xlam_jax.training.metrics import SAMPLES

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from xlam_jax.journals import json_lines, summarize
+from xlam_jax.journal import Journal, json_lines, summarize
 from xlam_jax.training.progress import Progress, Status, duration
 from xlam_jax.training.trackers import METRICS, Trackers, flat
 
@@ -61,7 +61,7 @@ class Metrics:
                     progress.line(f"warning: {warning}")
             for record in read(run):
                 self._remember(record)
-            self._file = (run / METRICS).open("a", encoding="utf-8")
+            self._journal = Journal(run / METRICS, report=progress.line)
         self._clock = time.monotonic()
         self._first = (start, self._clock)
 
@@ -79,8 +79,7 @@ class Metrics:
         record = {"step": step, "kind": kind, **values}
         not_finite = {path: str(value) for path, value in flat(record).items() if not _is_finite(value)}
         written = _nulled(record) | {"not_finite": not_finite} if not_finite else record
-        self._file.write(json.dumps(written, allow_nan=False) + "\n")
-        self._file.flush()
+        self._journal.append(written, allow_nan=False)
         if self._trackers:
             numbers = {path: value for path, value in flat(values).items() if isinstance(value, (int, float))}
             self._trackers.log(step, {f"{kind}/{path}": value for path, value in numbers.items()})
@@ -95,8 +94,9 @@ class Metrics:
     def append_samples(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Appends what the model answered to requests to samples.jsonl; each line has its `step`."""
         if self._writes:
-            with (self._run / SAMPLES).open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
+            with Journal(self._run / SAMPLES, report=self._progress.line) as samples:
+                for line in lines:
+                    samples.append(line)
 
     def exclude(self, seconds: float) -> None:
         """Takes time that was not spent on steps (evaluation, compiling) out of the rates."""
@@ -118,7 +118,7 @@ class Metrics:
         """Ends the files, the panel (its last state stays as a line) and the trackers."""
         if not self._writes:
             return
-        self._file.close()
+        self._journal.close()
         if self._progress.live:
             self._progress.close()
             if self._status:
