@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from converters.folders import Work, refuse_address, refuse_existing, resumable_folder
 from converters.hf_map import EMBEDDING, HEAD, Tensor, parameter, tensors
 from converters.shards import DTYPES, Shard, ahead
-from converters.work import Told, add_arguments, check_finite, compare, dtype_of
+from converters.work import add_arguments, check_finite, compare, dtype_of
 from xlam_jax import strict_json
 from xlam_jax.errors import UserError, run
 from xlam_jax.models import hf_keys
 from xlam_jax.models.config import ModelConfig, read_hf_config
 from xlam_jax.models.generation_config import copy_generation_config
+from xlam_jax.outputs import ResumableFolder, refuse_address, refuse_existing, resumable_folder
+from xlam_jax.progress import BYTES, Throughput
 
 if TYPE_CHECKING:
     import jax
@@ -472,7 +473,7 @@ def main() -> None:
     print(f"{args.out}: {opened.hf_config['architectures'][0]} with {opened.config.parameters():,} parameters")
 
 
-def _convert(opened: HFWeights, dtype: np.dtype | None, work: Work, workers: int) -> None:
+def _convert(opened: HFWeights, dtype: np.dtype | None, work: ResumableFolder, workers: int) -> None:
     from xlam_jax.training.checkpoint import TOKENIZER, NewModel, write_hf_config
 
     params = opened.params(dtype)
@@ -494,11 +495,11 @@ def _convert(opened: HFWeights, dtype: np.dtype | None, work: Work, workers: int
         tensor.key: prod(tensor.shape) * parameter(params, tensor.path).dtype.itemsize for tensor, _ in opened.sources
     }
     left = [pair for pair in opened.sources if pair[0].key not in work.done]
-    with Told("converting", sum(sizes.values())) as told:
-        told.skip(sum(sizes[key] for key in work.done))
+    with Throughput("converting", sum(sizes.values()), unit=BYTES) as progress:
+        progress.skip(sum(sizes[key] for key in work.done))
         for (tensor, _), _ in ahead(move, left, workers):
             work.finish(tensor.key)
-            told.add(sizes[tensor.key])
+            progress.add(sizes[tensor.key])
 
 
 def _verify(opened: HFWeights, dtype: np.dtype | None, folder: Path, workers: int) -> None:

@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from converters.folders import Work, new_folder, output, refuse_address, refuse_existing
 from converters.hf_map import Tensor, parameter, tensors
 from converters.hf_to_orbax import INDEX, SINGLE
 from converters.shards import Place, Shard, ahead, header_of
-from converters.work import Told, add_arguments, check_finite, compare, dtype_of, size_of
+from converters.work import add_arguments, check_finite, compare, dtype_of, size_of
 from xlam_jax.errors import UserError, run
 from xlam_jax.models import hf_keys
 from xlam_jax.models.config import ModelConfig
 from xlam_jax.models.generation_config import GENERATION_CONFIG, align, derived
+from xlam_jax.outputs import ResumableFolder, new_folder, output, refuse_address, refuse_existing
+from xlam_jax.progress import BYTES, Throughput
 
 if TYPE_CHECKING:
     from xlam_jax.config import Resolved
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def write_hf(
-    work: Work,
+    work: ResumableFolder,
     hf_config: dict[str, Any],
     params: "Params",
     *,
@@ -64,14 +65,14 @@ def write_hf(
     held = str(np.dtype(dtype or params["embedding"].dtype))
     sizes = {name: [place(tensor).bytes for tensor in shard] for name, shard in shards.items()}
     total = sum(sum(each) for each in sizes.values())
-    with Told("exporting", total) as told:
-        told.skip(sum(sum(sizes[name]) for name in shards if name in work.done))
+    with Throughput("exporting", total, unit=BYTES) as progress:
+        progress.skip(sum(sum(sizes[name]) for name in shards if name in work.done))
         for name in (one for one in shards if one not in work.done):
             with work.create(name) as file:
                 file.write(header_of(place(tensor) for tensor in shards[name]))
                 for tensor, array in ahead(value, shards[name], workers):
                     file.write(array.reshape(-1).view(np.uint8).data)
-                    told.add(place(tensor).bytes)
+                    progress.add(place(tensor).bytes)
             work.finish(name)
     if len(shards) > 1:
         index = {

@@ -35,7 +35,7 @@ class Journal:
     """
 
     def __init__(
-        self, path: Path, advice: str = "wait for it, or stop it", report: Callable[[str], None] | None = None
+        self, path: Path, advice: str = "wait for it, or stop it", report: Callable[[str], None] = print_warning
     ):
         """Opens or creates the file, locks it, and removes a torn last line.
 
@@ -46,7 +46,7 @@ class Journal:
         self.path = path
         self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
         try:
-            if not take_lock(self._file, path, report or print_warning):
+            if not take_lock(self._file, path, report):
                 raise UserError(f"{path}: another process is writing to it; {advice}")
             self.torn = self._remove_torn_line()
             """Whether a torn last line was removed."""

@@ -27,7 +27,7 @@ from xlam_jax.training.trackers import check_trackers
 if TYPE_CHECKING:
     from xlam_jax.data.corpus import Loaded
     from xlam_jax.data.identity import Identity
-    from xlam_jax.training.progress import Progress
+    from xlam_jax.progress import Progress
     from xlam_jax.training.setup import Setup
     from xlam_jax.training.step import State
 
@@ -69,7 +69,7 @@ def main() -> int:
     place = distributed.find(arguments, os.environ)
     with_huge_pages()
     with Stop() as stop, distributed.join(place, arguments.join_timeout, resolved) as hosts:
-        from xlam_jax.training.progress import Progress
+        from xlam_jax.progress import Progress
 
         if arguments.dry_run:
             from xlam_jax.training.dry_run import dry_run
@@ -275,8 +275,8 @@ def train(
     from xlam_jax.models.generation_config import GENERATION_CONFIG, copy_generation_config, read_generation_config
     from xlam_jax.outputs import remove_parts, replace_folder, write_text
     from xlam_jax.parallel.mesh import cpu_threads, keep_cpu_threads
+    from xlam_jax.progress import duration
     from xlam_jax.training.metrics import Metrics, plot
-    from xlam_jax.training.progress import duration
     from xlam_jax.training.resume import check_data, check_threads, read_run
     from xlam_jax.training.setup import RUN, about, compiled_step, set_up
     from xlam_jax.training.trackers import flat, open_trackers

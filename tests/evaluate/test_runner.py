@@ -109,7 +109,7 @@ def test_errors_are_no_scores_and_asked_again(commands: Commands, suite: Path, t
     with serve(adds) as server:
         said = run(commands, *arguments(suite, server, out, 8))
         assert sorted(number(one) for one in server.requests) == [0, 1, 2]
-    assert "5 of 8 examples are scored already; 3 that ended in an error are asked again" in said.stderr
+    assert "5 of 8 examples are scored already; 3 that ended in an error are evaluated again" in said.stderr
     assert said.stdout.splitlines()[4].split() == ["all", "8/8", "1.0000"]
     assert "error" not in said.stdout
 

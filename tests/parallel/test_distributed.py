@@ -27,8 +27,8 @@ from xlam_jax.launch import free_ports
 from xlam_jax.parallel import distributed
 from xlam_jax.parallel.distributed import Place, agree, check_shared, facts, find
 from xlam_jax.parallel.link import LOST, Hosts, Hub, Link
+from xlam_jax.progress import Progress
 from xlam_jax.training import checkpoint
-from xlam_jax.training.progress import Progress
 
 JOBSET = {
     "JOBSET_NAME": "xlam",

@@ -18,10 +18,10 @@ from xlam_jax import config as configs
 from xlam_jax import train
 from xlam_jax.errors import UserError
 from xlam_jax.parallel.link import Hosts
+from xlam_jax.progress import Progress
 from xlam_jax.training import checkpoint, weights
 from xlam_jax.training.checkpoint import Checkpoints, DamagedError, load_params, open_params, restore, restore_newest
 from xlam_jax.training.metrics import Metrics, read
-from xlam_jax.training.progress import Progress
 
 TRAIN, EXPORT = "xlam_jax.train", "converters.orbax_to_hf"
 ITEMS: dict[str, Any] = {

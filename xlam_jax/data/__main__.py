@@ -9,6 +9,7 @@ from pathlib import Path
 
 from xlam_jax import errors
 from xlam_jax.errors import UserError, nearest, positive
+from xlam_jax.outputs import check_file, write_json
 
 OVERRIDES = "section.key=value"
 
@@ -156,16 +157,6 @@ def _readable(files: Sequence[Path]) -> None:
             )
 
 
-def _free(out: Path, force: bool) -> None:
-    """Raises `UserError` where an output can't be written, before any work."""
-    if out.is_dir():
-        raise UserError(f"{out}: is a folder; name a file")
-    if out.exists() and not force:
-        raise UserError(f"{out}: exists already; give another name, or --force to overwrite it")
-    if not out.parent.is_dir():
-        raise UserError(f"{out}: the folder '{out.parent}' does not exist; create it first")
-
-
 def _validate(options: argparse.Namespace) -> int:
     from xlam_jax.data import validate
 
@@ -183,7 +174,7 @@ def _stats(options: argparse.Namespace) -> int:
     from xlam_jax.data import stats
 
     out = options.out or Path("stats.html")
-    _free(out, options.force)
+    check_file(out, force=options.force)
     result = stats.collect(options.config, options.overrides, rows=options.rows, progress=_say)
     print(stats.table(result))
     stats.write_page(result, out)
@@ -195,7 +186,7 @@ def _preview(options: argparse.Namespace) -> int:
     from xlam_jax.data import preview
 
     if options.html:
-        _free(options.html, options.force)
+        check_file(options.html, force=options.force)
     shown = preview.rows(options.config, options.overrides, count=options.rows, source=options.source, progress=_say)
     if options.html:
         preview.write_page(shown, options.html)
@@ -224,8 +215,6 @@ def _pairs(options: argparse.Namespace) -> int:
     from xlam_jax.data import pairs
 
     _readable(options.files)
-    for out in filter(None, (options.out, options.report)):
-        _free(out, options.force)
     result = pairs.write(
         options.files,
         options.out,
@@ -239,15 +228,12 @@ def _pairs(options: argparse.Namespace) -> int:
 
 
 def _rate(options: argparse.Namespace) -> int:
-    import json
-
     from xlam_jax.data import rate
     from xlam_jax.evaluate.endpoint import Model
-    from xlam_jax.outputs import write_text
 
     _readable(options.files)
     if options.report:
-        _free(options.report, options.force)
+        check_file(options.report, force=options.force)
     model = Model.connect(
         options.base_url,
         options.model,
@@ -276,7 +262,7 @@ def _rate(options: argparse.Namespace) -> int:
         print(f"stopped; the same command goes on with {options.out}", file=sys.stderr)
         return 130
     if options.report:
-        write_text(options.report, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        write_json(options.report, result)
     print(rate.summary(options.out, result))
     return 0 if result["rated"] == result["trajectories"] else 1
 

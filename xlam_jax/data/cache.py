@@ -28,7 +28,6 @@ from typing import Any, overload
 import numpy as np
 
 from converters import trajectories
-from converters.folders import new_folder
 from xlam_jax.config import PAIRS, Data, Source
 from xlam_jax.data import corpus, identity
 from xlam_jax.data.corpus import Example, Loaded, Progress
@@ -37,6 +36,7 @@ from xlam_jax.data.tokenizer import text_to_ids_digest
 from xlam_jax.data.trajectory import Trajectory, read_jsonl, to_dict
 from xlam_jax.digest import file_digest, parts_digest
 from xlam_jax.errors import UserError
+from xlam_jax.outputs import new_folder
 
 LAYOUT = 3
 """Of the folder. A cache of another layout is refused."""

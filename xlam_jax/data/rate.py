@@ -11,7 +11,6 @@ line of the rating, and is what the ratings are compared with.
 import asyncio
 import json
 import math
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -25,6 +24,8 @@ from xlam_jax.data.trajectory import InvalidTrajectory, Message, Trajectory, to_
 from xlam_jax.data.wire import objects_in
 from xlam_jax.digest import hex_digest, json_digest
 from xlam_jax.errors import UserError
+from xlam_jax.outputs import new_file
+from xlam_jax.progress import Throughput
 
 if TYPE_CHECKING:
     from xlam_jax.evaluate.endpoint import EndpointFault, Model
@@ -261,11 +262,9 @@ async def _ask_all(
     failures = _Failures()
     asked: set[str] = set(ratings.of)
     rows = _trajectories(files, limit)
-    began = told = time.monotonic()
-    done = 0
+    answers = Throughput("rating", unit="answers", out=progress)
 
     async def work() -> None:
-        nonlocal done, told
         for where, trajectory in rows:  # shared: each takes the next
             if isinstance(trajectory, str):
                 continue
@@ -282,17 +281,12 @@ async def _ask_all(
                 failures.add(error)
                 row |= {"failed": error.kind, "detail": str(error)}
             ratings.write(name, row, rating)
-            done += 1
+            answers.add(**{"without a rating": f"{failures.counts.total():,}"})
             enough = max(FAILURES, 2 * concurrency)
-            if done == failures.counts.total() >= enough:
-                raise UserError(f"not one rating in {done} answers: {failures}")
+            if answers.done == failures.counts.total() >= enough:
+                raise UserError(f"not one rating in {answers.done} answers: {failures}")
             if failures.refused >= enough:
                 raise UserError(f"{row['detail']} ({failures.refused} requests in a row); the same command continues")
-            if time.monotonic() - told > 2:
-                told = time.monotonic()
-                progress(
-                    f"{done} asked, {failures.counts.total()} without a rating, {done / (told - began):.1f} a second"
-                )
 
     async with model:  # its connections belong to this loop
         await asyncio.gather(*(work() for _ in range(concurrency)))
@@ -306,8 +300,7 @@ def _write(
     left_out: Counter[str] = Counter()
     known = _Known([])
     read = 0
-    part = out.with_name(f"{out.name}.part")
-    with part.open("w", encoding="utf-8", newline="\n") as lines:
+    with new_file(out) as lines:
         for _, trajectory in _trajectories(files, limit):
             read += 1
             if isinstance(trajectory, str):
@@ -319,11 +312,9 @@ def _write(
                 continue
             known.all.append((trajectory.source or "", trajectory.score, rating.score))
             lines.write(json.dumps(to_dict(replace(trajectory, score=rating.score)), ensure_ascii=False) + "\n")
-    if not known.all:
-        part.unlink()
-        why = ", ".join(f"{count} × {reason}" for reason, count in left_out.items()) or "there is none"
-        raise UserError(f"{', '.join(map(str, files))}: no trajectory could be rated: {why}")
-    part.replace(out)
+        if not known.all:
+            why = ", ".join(f"{count} × {reason}" for reason, count in left_out.items()) or "there is none"
+            raise UserError(f"{', '.join(map(str, files))}: no trajectory could be rated: {why}")
     return {
         "trajectories": read,
         "rated": len(known.all),

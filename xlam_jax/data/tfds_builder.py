@@ -26,6 +26,7 @@ from xlam_jax.config import Source
 from xlam_jax.data import sources
 from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory, to_dict
 from xlam_jax.errors import UserError
+from xlam_jax.outputs import refuse_existing
 
 NESTED = ("tools", "conversation")
 
@@ -127,10 +128,7 @@ def build(config: Trajectories, data_dir: Path) -> UnifiedTrajectories:
     if not re.fullmatch(r"\w[\w.-]*", config.name):
         raise UserError(f"--name is {config.name!r}; letters, digits, '_', '.' and '-' are possible")
     builder = UnifiedTrajectories(config=config, data_dir=str(data_dir), file_format="array_record")
-    if Path(builder.data_path).exists():
-        raise UserError(
-            f"{builder.data_path}: exists already and is not overwritten; give another --name, or remove it"
-        )
+    refuse_existing(Path(builder.data_path), "--name")
     with tempfile.TemporaryDirectory() as nothing, contextlib.redirect_stdout(None):  # it tells of downloads
         builder.download_and_prepare(download_dir=nothing)
     return builder

@@ -90,7 +90,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     """Runs what the command line asks for; returns the summary. Raises `UserError`."""
-    import json
     from contextlib import closing
     from datetime import UTC, datetime
 
@@ -100,7 +99,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     from xlam_jax.evaluate.runner import ask
     from xlam_jax.evaluate.suite import Options
     from xlam_jax.evaluate.summary import summarize, table, told
-    from xlam_jax.outputs import write_text
+    from xlam_jax.outputs import write_json
 
     kind = suites.load(options.suite)
     name = options.agent or kind.agent
@@ -146,7 +145,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
                 found = [records.examples[task.id] for task in tasks if task.id in records.examples]
                 summary = summarize(about, found, len(tasks), kind.overall)
                 summary["notes"] = suite.notes(summary)
-                write_text(options.out / SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+                write_json(options.out / SUMMARY, summary)
     print(f"{kind.name}, {options.model}, {name}\n{table(summary)}")
     for line in told(summary):
         print(line)

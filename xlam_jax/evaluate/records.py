@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from xlam_jax import documents, journal
 from xlam_jax.errors import UserError
-from xlam_jax.outputs import PART, write_text
+from xlam_jax.outputs import PART, write_json
 
 RUN, EXAMPLES, SUMMARY = "run.json", "examples.jsonl", "summary.json"
 FREE = ("base_url", "started", "limit")
@@ -34,7 +34,7 @@ class Records:
         """Whether a cut off last line was removed."""
         try:
             if not (folder / RUN).exists():
-                write_text(folder / RUN, json.dumps(about, indent=1, ensure_ascii=False) + "\n")
+                write_json(folder / RUN, about)
             self.examples = read(folder)
             """The last record of each example, by its id."""
         except BaseException:

@@ -4,7 +4,7 @@ import time
 
 from xlam_jax import config as configs
 from xlam_jax.config import Resolved
-from xlam_jax.training.progress import Progress, duration
+from xlam_jax.progress import Progress, duration
 from xlam_jax.training.setup import compiled_step, set_up
 
 

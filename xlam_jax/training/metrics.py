@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from xlam_jax.journal import Journal, json_lines, summarize
-from xlam_jax.training.progress import Progress, Status, duration
+from xlam_jax.outputs import new_file
+from xlam_jax.progress import Progress, Status, duration
 from xlam_jax.training.trackers import METRICS, Trackers, flat
 
 SAMPLES = "samples.jsonl"
@@ -194,10 +195,8 @@ def _keep_until(step: int, path: Path, evaluated: bool) -> list[str]:
     if not path.exists():
         return []
     problems: list[str] = []
-    part = path.with_suffix(".part")
-    with part.open("w", encoding="utf-8") as kept:
+    with new_file(path) as kept:
         kept.writelines(json.dumps(record) + "\n" for record in _records(path, problems) if step and is_kept(record))
-    part.replace(path)
     return summarize(path, problems, "removed; the other lines are kept")
 
 
@@ -269,6 +268,6 @@ def plot(run: Path) -> Path:
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()
-    part = run / "loss.part.png"
-    figure.savefig(part)
-    return part.replace(run / "loss.png")
+    with new_file(run / "loss.png", "wb") as file:
+        figure.savefig(file, format="png")
+    return run / "loss.png"

@@ -11,14 +11,12 @@ So a folder that was made of anything else is refused.
 
 import io
 import json
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from converters.folders import new_folder
 from xlam_jax.config import Resolved
 from xlam_jax.data import pipeline
 from xlam_jax.data.corpus import Example, Loaded, Referenced
@@ -26,11 +24,11 @@ from xlam_jax.data.identity import PARTS, examples_digest
 from xlam_jax.digest import file_digest, hex_digest, json_digest
 from xlam_jax.errors import UserError
 from xlam_jax.models.params import Params
-from xlam_jax.training.progress import Progress
+from xlam_jax.outputs import new_folder
+from xlam_jax.progress import Progress, Throughput
 from xlam_jax.training.setup import Setup
 
 META = "reference.json"
-QUIET = 10.0  # seconds between two lines
 
 Scores = list[dict[str, np.ndarray]]
 """Of each source and part, f32 [pairs, 2]."""
@@ -107,8 +105,8 @@ def compute(resolved: Resolved, made: Setup, params: Params, frozen: Params, pro
     rows = config.train.batch_size // config.train.microbatches
     mine = made.rows(rows)
     scores = [{part: np.zeros((len(getattr(one, part)), 2), np.float32) for part in PARTS} for one in loaded]
-    pairs, done = sum(len(one.train) + len(one.heldout) for one in loaded), 0
-    began = told = time.monotonic()
+    pairs = sum(len(one.train) + len(one.heldout) for one in loaded)
+    scored = Throughput("reference policy", pairs, unit="pairs", out=progress.line)
     for part in PARTS:
         for batch, origins in pipeline.ordered(loaded, part, config.data, rows=rows):
             sides = score(params, frozen, made.batch(pipeline.stack([batch[row] for row in mine]), rows))
@@ -116,10 +114,7 @@ def compute(resolved: Resolved, made: Setup, params: Params, frozen: Params, pro
             for row_P2, held in zip(sides_BP2, origins, strict=True):
                 for (source, row), log_p_2 in zip(held, row_P2, strict=False):
                     scores[source][part][row] = log_p_2
-                done += len(held)
-            if (now := time.monotonic()) - told > QUIET:
-                progress.line(f"reference policy: {done:,} of {pairs:,} pairs, {done / (now - began):,.0f} a second")
-                told = now
+                scored.add(len(held))
     return scores
 
 

@@ -228,12 +228,13 @@ def fingerprint(params: Params) -> str:
 def _fingerprint_by_layers(params: Params) -> str:
     """`fingerprint` of what `Kept` weights are kept as."""
     from converters.shards import ahead
-    from converters.work import WORKERS, Told
+    from converters.work import WORKERS
+    from xlam_jax.progress import BYTES, Throughput
 
     is_kept = lambda node: isinstance(node, Kept)  # noqa: E731
     sums: list[int] = []
     leaves: list[Kept] = jax.tree.leaves(params, is_leaf=is_kept)
-    with Told("checking the base", sum(one.size * one.dtype.itemsize for one in leaves)) as told:
+    with Throughput("checking the base", sum(one.size * one.dtype.itemsize for one in leaves), unit=BYTES) as progress:
         for one in leaves:
             each = [0] * len(jax.tree.leaves(one.kept))
             indices = list(np.ndindex(*one.shape[: one.lead]))
@@ -242,7 +243,7 @@ def _fingerprint_by_layers(params: Params) -> str:
                 each = [
                     total + int(_checksum(leaf, index)) for total, leaf in zip(each, jax.tree.leaves(part), strict=True)
                 ]
-                told.add(one.size * one.dtype.itemsize // len(indices))
+                progress.add(one.size * one.dtype.itemsize // len(indices))
             sums += [total % 2**32 for total in each]
     return _digest(jax.tree.map(lambda one: one.kept, params, is_leaf=is_kept), sums)
 
