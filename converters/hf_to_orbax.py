@@ -1,6 +1,5 @@
 """Hugging Face weights → Orbax: `python -m converters.hf_to_orbax --hf DIR --out DIR`."""
 
-import argparse
 import atexit
 import re
 import shutil
@@ -18,7 +17,8 @@ from converters.hf_map import EMBEDDING, HEAD, Tensor, parameter, tensors
 from converters.shards import DTYPES, Shard, ahead
 from converters.work import add_arguments, check_finite, compare, dtype_of
 from xlam_jax import strict_json
-from xlam_jax.errors import UserError, run
+from xlam_jax.cli import Parser, run
+from xlam_jax.errors import UserError
 from xlam_jax.models import hf_keys
 from xlam_jax.models.config import ModelConfig, read_hf_config
 from xlam_jax.models.generation_config import copy_generation_config
@@ -447,7 +447,7 @@ def copy_tokenizer(folder: Path, to: Path) -> bool:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m converters.hf_to_orbax", description="Converts a Hugging Face folder to an Orbax checkpoint."
     )
     parser.add_argument(

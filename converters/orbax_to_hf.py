@@ -1,6 +1,5 @@
 """Orbax checkpoint → Hugging Face folder: `python -m converters.orbax_to_hf --checkpoint DIR --out DIR`."""
 
-import argparse
 import json
 import shutil
 import sys
@@ -14,7 +13,8 @@ from converters.hf_map import Tensor, parameter, tensors
 from converters.hf_to_orbax import INDEX, SINGLE
 from converters.shards import Place, Shard, ahead, header_of
 from converters.work import add_arguments, check_finite, compare, dtype_of, size_of
-from xlam_jax.errors import UserError, run
+from xlam_jax.cli import Parser, run
+from xlam_jax.errors import UserError
 from xlam_jax.models import hf_keys
 from xlam_jax.models.config import ModelConfig
 from xlam_jax.models.generation_config import GENERATION_CONFIG, align, derived
@@ -107,7 +107,7 @@ def _shards(wanted: list[Tensor], place: Callable[[Tensor], Place], limit: int) 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m converters.orbax_to_hf", description="Exports a checkpoint to a Hugging Face folder."
     )
     parser.add_argument("--checkpoint", type=Path, required=True, help="run folder (its newest step) or step folder")

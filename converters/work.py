@@ -10,7 +10,8 @@ import numpy as np
 
 from converters.hf_map import Tensor
 from converters.shards import DTYPES, Shard, ahead
-from xlam_jax.errors import UserError, positive
+from xlam_jax.cli import positive
+from xlam_jax.errors import UserError
 from xlam_jax.progress import BYTES, Throughput
 
 DTYPE_NAMES = ("bfloat16", "float16", "float32")

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from xlam_jax import cli
 from xlam_jax import config as configs
-from xlam_jax import errors
 from xlam_jax.config import Resolved
 from xlam_jax.errors import STOPPED, UserError
 from xlam_jax.outputs import LOCK, PART, locked
@@ -38,7 +38,7 @@ SHOWN = 20
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m xlam_jax.train",
         description="Train a model as a config says; run again to continue.",
         epilog="fields of a config:\n" + configs.field_help(),
@@ -520,4 +520,4 @@ def train(
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

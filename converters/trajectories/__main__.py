@@ -1,6 +1,5 @@
 """`python -m converters.trajectories --format NAME --in FILE… --out FILE.jsonl`: between formats of trajectories."""
 
-import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,10 +7,11 @@ from typing import Any, Literal
 
 from converters.trajectories import EXPORTERS, FORMATS, converter, exporter, guess
 from converters.trajectories.common import Converted, Dropped, ExportRow, Lost
+from xlam_jax.cli import Parser, run
 from xlam_jax.data.files import Meter
 from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory, to_dict
 from xlam_jax.digest import key_digest
-from xlam_jax.errors import UserError, run
+from xlam_jax.errors import UserError
 from xlam_jax.outputs import check_file, new_file, write_json
 from xlam_jax.progress import BYTES, Throughput
 
@@ -23,7 +23,7 @@ SHOWN = 3
 
 def main(arguments: list[str] | None = None) -> None:
     """Converts files and tells what was written, what was dropped, mended and lost, and what is wrong still."""
-    parser = argparse.ArgumentParser(prog="python -m converters.trajectories", description=main.__doc__)
+    parser = Parser(prog="python -m converters.trajectories", description=main.__doc__)
     parser.add_argument("--format", required=True, metavar="NAME", help=f"the input's: {', '.join(FORMATS)}")
     parser.add_argument(
         "--in",

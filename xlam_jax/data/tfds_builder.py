@@ -7,7 +7,6 @@ then `tfds: unified_trajectories/webshop` in a config, with TFDS_DATA_DIR=DIR. E
 what JSON nests stays JSON text, and so does the score, which TFDS would round to 32 bits. TensorFlow is not imported.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from xlam_jax import errors
+from xlam_jax import cli
 from xlam_jax.config import Source
 from xlam_jax.data import sources
 from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory, to_dict
@@ -135,7 +134,7 @@ def build(config: Trajectories, data_dir: Path) -> UnifiedTrajectories:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m xlam_jax.data.tfds_builder",
         description="Builds a TFDS dataset of trajectories, as ArrayRecord.",
     )
@@ -162,4 +161,4 @@ def main(arguments: list[str] | None = None) -> None:
 if __name__ == "__main__":
     from xlam_jax.data.tfds_builder import main as registered_main  # the class above has no place in the registry
 
-    errors.run(registered_main)
+    cli.run(registered_main)

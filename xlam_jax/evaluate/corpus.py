@@ -5,7 +5,6 @@ table `pages(title, text)`. `python -m xlam_jax.evaluate.corpus --pages FILE.jso
 of the first, with an index: a file of millions of pages is then not read into memory.
 """
 
-import argparse
 import contextlib
 import json
 import re
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlencode
 
-from xlam_jax import errors
+from xlam_jax import cli
 from xlam_jax.errors import UserError
 from xlam_jax.outputs import check_file, new_path
 
@@ -159,7 +158,7 @@ def _indexed(connection: sqlite3.Connection) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m xlam_jax.evaluate.corpus", description="Makes an SQLite corpus with an index from JSONL pages."
     )
     parser.add_argument("--pages", type=Path, required=True, metavar="FILE.jsonl", help="{title, text} a line")
@@ -175,4 +174,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)
