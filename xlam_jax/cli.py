@@ -38,22 +38,16 @@ def run(main: Callable[[], int | None]) -> None:
         sys.stderr.close()
         sys.exit(1)
     except OSError as error:
-        message = _explained(error)
-        if message is None:
+        if error.errno in UNWRITABLE:
+            problem, advice = UNWRITABLE[error.errno]
+            message = f"{error.filename or 'an output'}: {problem}; {advice} and run again"
+        elif error.errno in _OF_PATHS and error.filename:
+            message = f"{error.filename}: {error.strerror}; check the path, and who may write there"
+        else:
             raise
         _print(f"error: {message}")
         sys.exit(2)
     sys.exit(code or 0)
-
-
-def _explained(error: OSError) -> str | None:
-    """Returns a message for an error that a user can do something about."""
-    if error.errno in UNWRITABLE:
-        problem, advice = UNWRITABLE[error.errno]
-        return f"{error.filename or 'an output'}: {problem}; {advice} and run again"
-    if error.errno in _OF_PATHS and error.filename:
-        return f"{error.filename}: {error.strerror}; check the path, and who may write there"
-    return None
 
 
 def _print(text: str) -> None:

@@ -36,9 +36,6 @@ class SourceError(UserError):
     """The source of a `resumable_folder` can't be read now; what is done is kept, and the same command continues."""
 
 
-# ---- what is in the way ----------------------------------------------------------------------------------------------
-
-
 def refuse_existing(out: Path, option: str = "--out") -> None:
     """Raises `UserError` when `out` exists, or when its folder can't because a file is in the way."""
     if out.exists() or out.is_symlink():
@@ -75,9 +72,6 @@ def check_file(
         raise UserError(f"{out}: the folder '{out.parent}' does not exist; create it first")
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def new_file(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]]:
     """Opens a file next to `path` that takes its place when the block ends well, and is removed when it does not.
@@ -103,20 +97,13 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def new_path(path: Path) -> Iterator[Path]:
-    """Yields a path next to `path` for a file that a library writes; otherwise as `new_file`."""
-    with _new_path(path) as part:
-        yield part
-        _sync(part)
-        part.replace(path)
-        _sync_folder(path.absolute().parent)
-
-
-@contextmanager
-def _new_path(path: Path) -> Iterator[Path]:
-    """Yields the path of a part, of this process alone, and removes what is left there."""
+    """Yields a path next to `path`, where a library can write a file or folder; otherwise as `new_file`."""
     part = path.absolute().with_name(f".{path.absolute().name}.{os.getpid()}{PART}")
     try:
         yield part
+        _sync(part)
+        part.replace(path)
+        _sync(part.parent, deep=False)
     except OSError as error:
         raise UserError(f"{path}: can't be written ({error.strerror or error}); nothing is left behind") from error
     finally:
@@ -126,25 +113,17 @@ def _new_path(path: Path) -> Iterator[Path]:
             part.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
-    """Waits until the content of a file is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in _UNSUPPORTED:
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def _sync_folder(path: Path) -> None:
-    """Waits until the names in a folder are on the disk, where the file system can do that."""
-    with contextlib.suppress(OSError):
-        _sync(path)
-
-
-# ---- folders ---------------------------------------------------------------------------------------------------------
+def _sync(path: Path, deep: bool = True) -> None:
+    """Waits until a file, or a folder and (`deep`) all that is in it, is on the disk."""
+    for entry in (*(path.rglob("*") if deep else ()), path):
+        descriptor = os.open(entry, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+        finally:
+            os.close(descriptor)
 
 
 @contextmanager
@@ -154,20 +133,10 @@ def new_folder(out: Path) -> Iterator[Path]:
     When it does not, what was written is removed. Raises `UserError` when `out` exists or can't be written.
     """
     refuse_existing(out)
-    with _new_path(out) as part:
+    with new_path(out) as part:
         part.parent.mkdir(parents=True, exist_ok=True)
         yield part
-        _finish(part, out)
-
-
-def _finish(part: Path, out: Path) -> None:
-    refuse_existing(out)  # another process may have created it meanwhile
-    for folder, _, names in os.walk(part):
-        for name in names:
-            _sync(Path(folder, name))
-        _sync_folder(Path(folder))
-    part.rename(out)
-    _sync_folder(out.absolute().parent)
+        refuse_existing(out)  # another process may have created it meanwhile
 
 
 def replace_folder(path: Path, write: Callable[[Path], object]) -> bool:
@@ -185,7 +154,8 @@ def replace_folder(path: Path, write: Callable[[Path], object]) -> bool:
     replaces = path.exists()
     if replaces:
         path.rename(old)
-    _finish(part, path)
+    _sync(part)
+    part.rename(path)
     shutil.rmtree(old, ignore_errors=True)
     return replaces
 
@@ -204,9 +174,6 @@ def remove_parts(folder: Path) -> None:
             shutil.rmtree(entry, ignore_errors=True)
         elif entry.suffix == PART:
             entry.unlink(missing_ok=True)
-
-
-# ---- folders that one process at a time writes -----------------------------------------------------------------------
 
 
 @contextmanager
@@ -264,9 +231,6 @@ def _remove_empty(folders: list[Path]) -> None:
     with contextlib.suppress(OSError):
         for folder in folders:
             folder.rmdir()
-
-
-# ---- folders that take long: the next process continues a killed one -------------------------------------------------
 
 
 class ResumableFolder:
@@ -404,7 +368,10 @@ def resumable_folder(out: Path, source: Mapping[str, Any]) -> Iterator[Resumable
                 work.close()
             for name in (SOURCE, DONE):
                 (part / name).unlink()
-            _finish(part, out)
+            refuse_existing(out)  # another process may have created it meanwhile
+            _sync(part)
+            part.rename(out)
+            _sync(part.parent, deep=False)
     except OSError as error:
         raise UserError(f"{out}: can't be written ({error.strerror or error}); nothing is left behind") from error
     finally:
