@@ -129,7 +129,7 @@ CALLED = ["--processes", 2, "--"]
         (["--processes", 2, "--config", "x"], "-- is missing"),
         (["--processes", 0, "--", "--config", "x"], "argument --processes: '0' is not a whole number of 1 or more"),
         (["--processes", 2, "--devices-per-process", "two", "--"], "'two' is not a whole number of 1 or more"),
-        ([*CALLED, "--confi"], "python -m xlam_jax.train: error:"),
+        ([*CALLED, "--confi"], "usage: python -m xlam_jax.train"),
         ([*CALLED, "--config", "nowhere.yaml"], "error: nowhere.yaml: no such file"),
         ([*CALLED, "--config", "CONFIG", "mesh.fsd=2"], "unknown key mesh.fsd; did you mean 'fsdp'?"),
         ([*CALLED, "--config", "CONFIG", "--process-id", 0], "--process-id are set by this command; leave them out"),
