@@ -17,8 +17,8 @@ from typing import Any, NamedTuple, Protocol, TypedDict
 
 import numpy as np
 
+from xlam_jax.cli import run
 from xlam_jax.config import Data
-from xlam_jax.errors import run
 
 PEER_BATCH = 8
 """Rows a batch in ActionStudio's published scripts for 4096 tokens."""

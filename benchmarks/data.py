@@ -31,9 +31,10 @@ from _data_worker import SIDES, Answer, Job
 from train_step import machine, positive
 
 from xlam_jax import config as configs
+from xlam_jax.cli import run
 from xlam_jax.config import Data, Source
 from xlam_jax.data import tokenizer as tokenizers
-from xlam_jax.errors import UserError, run
+from xlam_jax.errors import UserError
 
 MIXTURE = "mixture"
 

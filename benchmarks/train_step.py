@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 from _worker import BATCH, LENGTH
 
-from xlam_jax.errors import UserError, run
+from xlam_jax.cli import run
+from xlam_jax.errors import UserError
 
 
 class Variant(NamedTuple):

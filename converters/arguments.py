@@ -3,7 +3,7 @@
 import argparse
 import re
 
-from xlam_jax.errors import positive
+from xlam_jax.cli import positive
 from xlam_jax.weights.transfer import WORKERS
 
 DTYPE_NAMES = ("bfloat16", "float16", "float32")

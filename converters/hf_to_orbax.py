@@ -1,6 +1,5 @@
 """Hugging Face weights → Orbax: `python -m converters.hf_to_orbax --hf DIR --out DIR`."""
 
-import argparse
 import sys
 from math import prod
 from pathlib import Path
@@ -8,19 +7,20 @@ from pathlib import Path
 import numpy as np
 
 from converters.arguments import add_arguments
-from converters.folders import Work, refuse_address, refuse_existing, resumable_folder
-from xlam_jax.errors import run
+from xlam_jax.cli import Parser, run
 from xlam_jax.models.generation_config import copy_generation_config
+from xlam_jax.outputs import ResumableFolder, refuse_address, refuse_existing, resumable_folder
+from xlam_jax.progress import BYTES, Throughput
 from xlam_jax.weights.hf import HFWeights, copy_tokenizer
 from xlam_jax.weights.hf_map import Tensor, parameter
 from xlam_jax.weights.locate import Source
 from xlam_jax.weights.shards import ahead
-from xlam_jax.weights.transfer import Told, check_finite, compare, dtype_of
+from xlam_jax.weights.transfer import check_finite, compare, dtype_of
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m converters.hf_to_orbax", description="Converts a Hugging Face folder to an Orbax checkpoint."
     )
     parser.add_argument(
@@ -46,7 +46,7 @@ def main() -> None:
     print(f"{args.out}: {opened.hf_config['architectures'][0]} with {opened.config.parameters():,} parameters")
 
 
-def _convert(opened: HFWeights, dtype: np.dtype | None, work: Work, workers: int) -> None:
+def _convert(opened: HFWeights, dtype: np.dtype | None, work: ResumableFolder, workers: int) -> None:
     from xlam_jax.weights.checkpoint import TOKENIZER, NewModel, write_hf_config
 
     params = opened.params(dtype)
@@ -68,11 +68,11 @@ def _convert(opened: HFWeights, dtype: np.dtype | None, work: Work, workers: int
         tensor.key: prod(tensor.shape) * parameter(params, tensor.path).dtype.itemsize for tensor, _ in opened.sources
     }
     left = [pair for pair in opened.sources if pair[0].key not in work.done]
-    with Told("converting", sum(sizes.values())) as told:
-        told.skip(sum(sizes[key] for key in work.done))
+    with Throughput("converting", sum(sizes.values()), unit=BYTES) as progress:
+        progress.skip(sum(sizes[key] for key in work.done))
         for (tensor, _), _ in ahead(move, left, workers):
             work.finish(tensor.key)
-            told.add(sizes[tensor.key])
+            progress.add(sizes[tensor.key])
 
 
 def _verify(opened: HFWeights, dtype: np.dtype | None, folder: Path, workers: int) -> None:

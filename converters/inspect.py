@@ -1,19 +1,18 @@
 """What a checkpoint is: `python -m converters.inspect DIR`."""
 
-import argparse
 from collections import Counter
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from xlam_jax.cli import Parser, run
 from xlam_jax.config import from_saved
-from xlam_jax.errors import run
 from xlam_jax.models.config import ModelConfig
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m converters.inspect",
         description="Tells what a checkpoint holds: its family, size, dtypes, layout, step and config.",
     )

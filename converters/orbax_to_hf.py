@@ -1,6 +1,5 @@
 """Orbax checkpoint → Hugging Face folder: `python -m converters.orbax_to_hf --checkpoint DIR --out DIR`."""
 
-import argparse
 import json
 import shutil
 import sys
@@ -11,16 +10,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from converters.arguments import add_arguments, size_of
-from converters.folders import Work, new_folder, output, refuse_address, refuse_existing
-from xlam_jax.errors import UserError, run
+from xlam_jax.cli import Parser, run
+from xlam_jax.errors import UserError
 from xlam_jax.models import hf_keys
 from xlam_jax.models.config import ModelConfig
 from xlam_jax.models.generation_config import GENERATION_CONFIG, align, derived
+from xlam_jax.outputs import ResumableFolder, new_folder, output, refuse_address, refuse_existing
+from xlam_jax.progress import BYTES, Throughput
 from xlam_jax.weights.hf import SINGLE
 from xlam_jax.weights.hf_map import Tensor, parameter, tensors
 from xlam_jax.weights.locate import INDEX
 from xlam_jax.weights.shards import Place, Shard, ahead, header_of
-from xlam_jax.weights.transfer import Told, check_finite, compare, dtype_of
+from xlam_jax.weights.transfer import check_finite, compare, dtype_of
 
 if TYPE_CHECKING:
     from xlam_jax.config import Resolved
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def write_hf(
-    work: Work,
+    work: ResumableFolder,
     hf_config: dict[str, Any],
     params: "Params",
     *,
@@ -66,14 +67,14 @@ def write_hf(
     held = str(np.dtype(dtype or params["embedding"].dtype))
     sizes = {name: [place(tensor).bytes for tensor in shard] for name, shard in shards.items()}
     total = sum(sum(each) for each in sizes.values())
-    with Told("exporting", total) as told:
-        told.skip(sum(sum(sizes[name]) for name in shards if name in work.done))
+    with Throughput("exporting", total, unit=BYTES) as progress:
+        progress.skip(sum(sum(sizes[name]) for name in shards if name in work.done))
         for name in (one for one in shards if one not in work.done):
             with work.create(name) as file:
                 file.write(header_of(place(tensor) for tensor in shards[name]))
                 for tensor, array in ahead(value, shards[name], workers):
                     file.write(array.reshape(-1).view(np.uint8).data)
-                    told.add(place(tensor).bytes)
+                    progress.add(place(tensor).bytes)
             work.finish(name)
     if len(shards) > 1:
         index = {
@@ -108,7 +109,7 @@ def _shards(wanted: list[Tensor], place: Callable[[Tensor], Place], limit: int) 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m converters.orbax_to_hf", description="Exports a checkpoint to a Hugging Face folder."
     )
     parser.add_argument("--checkpoint", type=Path, required=True, help="run folder (its newest step) or step folder")

@@ -4,15 +4,15 @@ With tools of a Python file (each public function is one) the model's calls are 
 (JSON) the results are asked for. Reads requests from a pipe as well, one a line.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from serving.tools import Tool, load_tools, run_tools
-from xlam_jax.client.completion import xLAMChatCompletion, xLAMConfig
-from xlam_jax.errors import UserError, positive, run
+from xlam_jax.cli import Parser, add_server, positive, run
+from xlam_jax.client import xLAMChatCompletion, xLAMConfig
+from xlam_jax.errors import UserError
 
 HELP = "/tools lists the tools, /reset begins anew, /quit (or Ctrl-D) ends"
 
@@ -75,11 +75,10 @@ def _show(message: dict[str, Any]) -> None:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m serving.chat", description="Chats with a served model.", epilog=f"In the chat: {HELP}."
     )
-    parser.add_argument("--base-url", required=True, help="up to and with /v1")
-    parser.add_argument("--model", help="default: the first that the server names")
+    add_server(parser, model="optional")
     parser.add_argument("--tools", type=Path, help="JSON: tool schemas; Python: functions")
     parser.add_argument("--system", help="the system message")
     parser.add_argument("--format", choices=("tools", "xlam_v1"), default="tools", help="how the server wants requests")
@@ -88,8 +87,6 @@ def main() -> None:
     parser.add_argument(
         "--max-turns", type=positive, default=8, metavar="N", help="answers to a request, with calls between"
     )
-    parser.add_argument("--api-key", metavar="KEY", help="the server's (default: the variable OPENAI_API_KEY)")
-    parser.add_argument("--timeout", type=float, default=120.0, metavar="S")
     args = parser.parse_args()
     tools = load_tools(args.tools) if args.tools else []
     connection = {"api_key": args.api_key, "timeout": args.timeout}

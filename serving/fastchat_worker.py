@@ -5,8 +5,6 @@ those of training. This worker gives it rules that only keep the turns apart, re
 with the model's chat template. It speaks FastChat's protocol over HTTP and needs nothing of it.
 """
 
-import argparse
-import hashlib
 import http.client
 import json
 import re
@@ -31,7 +29,9 @@ from serving.serve import (
     split,
     warn_of_strangers,
 )
-from xlam_jax.errors import UserError, run
+from xlam_jax.cli import Parser, add_server, run
+from xlam_jax.digest import hex_digest
+from xlam_jax.errors import UserError
 
 HEART_BEAT = 45.0
 """Seconds; the controller forgets a worker of which it has heard nothing for 90."""
@@ -66,7 +66,7 @@ class Worker:
         self.context_length = lengths[0]
         # FastChat keeps a worker's rules for as long as it runs, so a restarted one must have the same; and a text
         # that somebody quotes must not look like a turn
-        mark = "\x1e" + hashlib.sha256(f"{socket.gethostname()} {address} {self.names}".encode()).hexdigest()[:16]
+        mark = "\x1e" + hex_digest(f"{socket.gethostname()} {address} {self.names}", length=16)
         self._turn = re.compile(f"{mark} ({'|'.join(ROLES)}):(?: |(?={mark})|$)")
         system, user, assistant = (f"{mark} {role}" for role in ROLES)
         self.rules = {
@@ -320,19 +320,18 @@ def running(worker: Worker, host: str, port: int) -> Iterator[None]:
 def main() -> int:
     """The command line."""
     own, extra = split(sys.argv[1:])
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m serving.fastchat_worker",
         description="Registers a model, served by vLLM, with FastChat's controller.",
         epilog="Flags behind -- go to `vllm serve`.",
     )
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--base-url", metavar="URL", help="a server of vLLM that runs already, up to /v1")
+    add_server(parser, required=False, model="none", timeout=None, group=which)
     add_model_arguments(parser, which)
     parser.add_argument("--host", default="127.0.0.1", help="where the worker listens (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=21002)
     parser.add_argument("--worker-address", metavar="URL", help="how FastChat reaches it (default: from host and port)")
     parser.add_argument("--controller-address", metavar="URL", default="http://localhost:21001")
-    parser.add_argument("--api-key", metavar="KEY", help="the server's (default: the variable OPENAI_API_KEY)")
     args = parser.parse_args(own)
     check_port(args.host, args.port)
     warn_of_strangers(args.host, args.port, "FastChat has none: keep the port within a network that you trust")

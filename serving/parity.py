@@ -9,7 +9,6 @@ The same requests go through JAX and through the server, and the first thing tha
     parser      it writes the same tokens, and reads other calls in them
 """
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,11 +16,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from xlam_jax.cli import Parser, add_server, number, positive, run
+from xlam_jax.client import ServerError, to_openai
 from xlam_jax.client.answers import MalformedAnswer, read_response
-from xlam_jax.client.completion import ServerError, checked_key, to_openai
+from xlam_jax.client.completion import checked_key
 from xlam_jax.data.messages import parse_request
 from xlam_jax.data.trajectory import InvalidTrajectory
-from xlam_jax.errors import UserError, check_address, positive, run
+from xlam_jax.errors import UserError, check_address
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -267,25 +268,20 @@ def score(model: "Decoder", tokens: Sequence[int]) -> np.ndarray:
 
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m serving.parity", description="Compares a server's answers with those of the checkpoint in JAX."
     )
     parser.add_argument("--checkpoint", type=Path, required=True, help="Hugging Face folder, run folder or step folder")
-    parser.add_argument("--base-url", required=True, metavar="URL", help="of the server, up to /v1")
-    parser.add_argument("--model", help="the name it is served by (default: the first that the server lists)")
+    add_server(parser, model="optional", timeout=300.0)
     parser.add_argument("--messages", type=Path, help="JSON: a list of messages, or a list of such lists")
     parser.add_argument("--tools", type=Path, help="JSON: a list of tool schemas in OpenAI form")
     parser.add_argument("--max-new-tokens", type=positive, default=32, metavar="N")
-    parser.add_argument("--tolerance", type=float, help="of log-probabilities (default: by the dtype of the weights)")
-    parser.add_argument("--timeout", type=float, default=300, metavar="S", help="seconds for an answer (default: 300)")
-    parser.add_argument("--api-key", metavar="KEY", help="the server's (default: the variable OPENAI_API_KEY)")
+    parser.add_argument("--tolerance", type=number(0), help="of log-probabilities (default: by the weights' dtype)")
     arguments = parser.parse_args()
 
     from xlam_jax.documents import read_json
     from xlam_jax.generate import find_model
 
-    if arguments.tolerance is not None and not 0 <= arguments.tolerance < float("inf"):
-        raise UserError(f"--tolerance {arguments.tolerance}: is no number of 0 or more")
     requests = _requests(arguments.messages)
     tools = TOOLS if arguments.tools is None else read_json(arguments.tools)
     found = find_model(arguments.checkpoint)

@@ -27,8 +27,9 @@ from pathlib import Path
 from typing import Any
 
 from serving.vllm_cli import package
+from xlam_jax.cli import Parser, positive, run
 from xlam_jax.client.completion import API_KEY
-from xlam_jax.errors import UserError, positive, run
+from xlam_jax.errors import UserError
 from xlam_jax.outputs import write_text
 
 ROOT = Path(__file__).parent.parent
@@ -51,7 +52,7 @@ INSTALL = (
 def main() -> int:
     """The command line."""
     own, extra = split(sys.argv[1:])
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m serving.serve",
         description="Serves a trained model with vLLM, behind OpenAI's API.",
         epilog="Flags behind -- go to `vllm serve`.",

@@ -17,7 +17,7 @@ from unittest import mock
 
 import pytest
 
-from xlam_jax import errors
+from xlam_jax import cli
 
 ROOT = Path(__file__).parent.parent
 
@@ -120,7 +120,7 @@ class Commands:
             contextlib.redirect_stderr(err),
             pytest.raises(SystemExit) as ended,
         ):
-            errors.run(program.main)
+            cli.run(program.main)
         signal.signal(signal.SIGTERM, terminates)
         assert ended.value.code == code, f"exit {ended.value.code}\n{out.getvalue()}\n{err.getvalue()}"
         return subprocess.CompletedProcess(argv, code, out.getvalue(), err.getvalue())

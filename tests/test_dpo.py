@@ -16,9 +16,9 @@ from xlam_jax import config as configs
 from xlam_jax import train
 from xlam_jax.errors import UserError
 from xlam_jax.parallel.link import Hosts
+from xlam_jax.progress import Progress
 from xlam_jax.signals import Stop
 from xlam_jax.training.dry_run import dry_run
-from xlam_jax.training.progress import Progress
 from xlam_jax.training.run_folder import check_run_folder
 
 LORA = ("train.trainable=lora", "lora.rank=4")

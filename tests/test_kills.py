@@ -15,7 +15,7 @@ from support import assert_same_run
 from test_adapters import LORA, QLORA
 from test_train import TRAIN
 
-from xlam_jax import errors, train
+from xlam_jax import cli, train
 
 KILLS = 15
 """Of each kind of run: sixty in all."""
@@ -52,7 +52,7 @@ def run_training(arguments: list[str], connection: Connection) -> None:
     os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"  # else it would start itself again, without the imports
     sys.argv = [TRAIN, *arguments]
     sys.stderr = Lines(connection)  # pyright: ignore[reportAttributeAccessIssue]
-    errors.run(train.main)
+    cli.run(train.main)
 
 
 def train_forked(arguments: list[str], kill: tuple[str, int, float] | None = None) -> str:

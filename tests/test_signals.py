@@ -10,7 +10,7 @@ from support import ROOT, deadline
 
 PROGRAM = """
 import hashlib, signal, sys, time
-from xlam_jax import errors
+from xlam_jax import cli, errors
 from xlam_jax.signals import Stop
 
 if sys.argv[1] != "ignored":  # as at a prompt; what a shell starts in the background ignores SIGINT
@@ -32,7 +32,7 @@ def main():
         print("saved", stop.name, flush=True)
         return errors.STOPPED
 
-errors.run(main)
+cli.run(main)
 """
 
 

@@ -4,15 +4,15 @@ Prints one JSON object a conversation: `{"content", "tool_calls", "finish_reason
 completion parsed, by the same code that renders the training data.
 """
 
-import argparse
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from xlam_jax.cli import Parser, number, run
 from xlam_jax.documents import read_json
-from xlam_jax.errors import UserError, run
+from xlam_jax.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -126,29 +126,16 @@ def complete(
     ]
 
 
-def _within(low: float, high: float, kind: type = float) -> Any:
-    def parse(text: str) -> Any:
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse names it when the text is no number
-    return parse
-
-
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m xlam_jax.generate", description="Completes conversations with a model."
-    )
+    parser = Parser(prog="python -m xlam_jax.generate", description="Completes conversations with a model.")
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder, run folder or step folder")
     parser.add_argument("--messages", type=Path, required=True, help="JSON: a list of messages, or a list of lists")
     parser.add_argument("--tools", type=Path, help="JSON: a list of tool schemas in OpenAI form")
-    parser.add_argument("--max-new-tokens", type=_within(1, 1_000_000, int), default=256, metavar="N")
-    parser.add_argument("--temperature", type=_within(0, 100), default=0.0, help="0 (default): the likeliest token")
-    parser.add_argument("--top-p", type=_within(0, 1), default=1.0, help="draw among this much probability")
-    parser.add_argument("--seed", type=_within(0, 2**31 - 1, int), default=0)
+    parser.add_argument("--max-new-tokens", type=number(1, 1_000_000, int), default=256, metavar="N")
+    parser.add_argument("--temperature", type=number(0, 100), default=0.0, help="0 (default): the likeliest token")
+    parser.add_argument("--top-p", type=number(0, 1), default=1.0, help="draw among this much probability")
+    parser.add_argument("--seed", type=number(0, 2**31 - 1, int), default=0)
     args = parser.parse_args()
     requests = conversations(args.messages)
     tools = None if args.tools is None else read_json(args.tools)

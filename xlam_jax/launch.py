@@ -21,8 +21,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
+from xlam_jax import cli, train
 from xlam_jax import config as configs
-from xlam_jax import errors, train
 from xlam_jax.errors import STOPPED, UserError
 from xlam_jax.parallel.link import LOST, SECRET, SILENCE, VERDICT
 
@@ -39,25 +39,19 @@ PR_SET_PDEATHSIG = 1
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
+    made = cli.Parser(
         prog="python -m xlam_jax.launch",
         usage="python -m xlam_jax.launch --processes N [--devices-per-process D] -- ARGUMENTS OF xlam_jax.train",
         description="Train with several processes on this machine.",
     )
-    made.add_argument("--processes", type=_count, required=True, metavar="N", help="how many to start")
+    made.add_argument("--processes", type=cli.positive, required=True, metavar="N", help="how many to start")
     made.add_argument(
         "--devices-per-process",
-        type=_count,
+        type=cli.positive,
         metavar="D",
         help="GPUs of each (default: all, dealt out), or devices that each splits the CPU into (default: 1)",
     )
     return made
-
-
-def _count(text: str) -> int:
-    if not text.isdigit() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
-    return int(text)
 
 
 def main() -> int:
@@ -222,4 +216,4 @@ def _code(process: subprocess.Popen[str]) -> int:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

@@ -7,7 +7,6 @@ Exit codes: 0 after a complete plan, also of a step that does not fit; 2 for inv
 the step for another reason than the device's memory.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -20,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from xlam_jax import cli
 from xlam_jax import config as configs
-from xlam_jax import errors
 from xlam_jax.config import Resolved
 from xlam_jax.enums import MESH_AXES as AXES
 from xlam_jax.errors import UserError
@@ -116,7 +115,7 @@ class Plan:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m xlam_jax.plan",
         description="Tell what a training run needs of machines that need not be here: memory, operations, exchanges.",
     )
@@ -519,4 +518,4 @@ def _table(plans: list[Plan], topology: Topology) -> str:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

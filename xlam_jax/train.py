@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from xlam_jax import cli
 from xlam_jax import config as configs
-from xlam_jax import errors
 from xlam_jax.config import Resolved
 from xlam_jax.export import check_export, export_after
 from xlam_jax.parallel import distributed
@@ -22,12 +22,12 @@ from xlam_jax.training.trackers import check_trackers
 
 if TYPE_CHECKING:
     from xlam_jax.data.identity import Identity
-    from xlam_jax.training.progress import Progress
+    from xlam_jax.progress import Progress
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m xlam_jax.train",
         description="Train a model as a config says; run again to continue.",
         epilog="fields of a config:\n" + configs.field_help(),
@@ -59,7 +59,7 @@ def main() -> int:
     place = distributed.find(arguments, os.environ)
     with_huge_pages()
     with Stop() as stop, distributed.join(place, arguments.join_timeout, facts_of_run(resolved)) as hosts:
-        from xlam_jax.training.progress import Progress
+        from xlam_jax.progress import Progress
 
         if arguments.dry_run:
             from xlam_jax.training.dry_run import dry_run
@@ -154,4 +154,4 @@ def _data_facts(identity: "Identity") -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

@@ -1,33 +1,29 @@
 """`python -m converters.trajectories --format NAME --in FILE… --out FILE.jsonl`: between formats of trajectories."""
 
-import argparse
-import hashlib
 import json
-import os
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
+from xlam_jax.cli import Parser, run
 from xlam_jax.data.converters import EXPORTERS, FORMATS, converter, exporter, guess
 from xlam_jax.data.converters.common import Converted, Dropped, ExportRow, Lost
 from xlam_jax.data.files import Meter
 from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory, to_dict
-from xlam_jax.errors import UserError, run
+from xlam_jax.digest import key_digest
+from xlam_jax.errors import UserError
+from xlam_jax.outputs import check_file, new_file, write_json
+from xlam_jax.progress import BYTES, Throughput
 
 LISTED = 10_000
 """Rows listed in the report for each reason; the rest are counted."""
 SHOWN = 3
 """Rows shown on the terminal for each reason."""
-REFRESH = 0.5
-"""Seconds between two states of the progress line."""
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Converts files and tells what was written, what was dropped, mended and lost, and what is wrong still."""
-    parser = argparse.ArgumentParser(prog="python -m converters.trajectories", description=main.__doc__)
+    parser = Parser(prog="python -m converters.trajectories", description=main.__doc__)
     parser.add_argument("--format", required=True, metavar="NAME", help=f"the input's: {', '.join(FORMATS)}")
     parser.add_argument(
         "--in",
@@ -45,18 +41,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--report", type=Path, metavar="FILE.json", help="write the counts and every row's place there")
     parser.add_argument("--force", action="store_true", help="overwrite the output and the report")
     options = parser.parse_args(arguments)
-    progress = _Progress(options.inputs) if sys.stderr.isatty() else None
-    report = convert(
-        options.format,
-        options.inputs,
-        options.out,
-        to=options.to,
-        report=options.report,
-        force=options.force,
-        progress=progress,
-    )
-    if progress:
-        print("\r\x1b[K", end="", file=sys.stderr)
+    size = sum(path.stat().st_size for path in options.inputs if path.is_file())
+    with Throughput("converting", size, unit=BYTES) as progress:
+        report = convert(
+            options.format,
+            options.inputs,
+            options.out,
+            to=options.to,
+            report=options.report,
+            force=options.force,
+            progress=progress,
+        )
     print("\n".join(summary(report)))
 
 
@@ -68,11 +63,11 @@ def convert(
     to: str = "unified",
     report: Path | None = None,
     force: bool = False,
-    progress: Callable[[int], None] | None = None,
+    progress: Throughput | None = None,
 ) -> dict[str, Any]:
     """Converts `inputs` of format `name` to `out` in format `to`, and returns the report, which also goes to `report`.
 
-    `out` and `report` appear only when they are whole. `progress` is told the number of rows read. Raises `UserError`
+    `out` and `report` appear only when they are whole. `progress` counts the bytes read. Raises `UserError`
     on an unknown format, a missing input, an output that exists (unless `force`) or that can't be written, and when not
     one trajectory could be converted.
     """
@@ -86,12 +81,13 @@ def convert(
         _check_output(path, inputs, force)
     if len({path.absolute() for path in outputs}) < len(outputs):
         raise UserError(f"{out}: given as --out and as --report; give two files")
-    tally = _Tally()
-    with _new_file(out) as lines:
+    tally, before = _Tally(), Meter.bytes
+    with new_file(out) as lines:
         for item in items(inputs):
             tally.add(item)
             if progress:
-                progress(tally.read)
+                rows = f"{tally.read:,} ({tally.read / progress.seconds:,.0f}/s)"
+                progress.add(Meter.bytes - before - progress.done, rows=rows)
             if isinstance(item, Converted):
                 for row in _exported(item, export, tally):
                     lines.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -104,8 +100,7 @@ def convert(
     if tally.first_drop and 2 * result["rows"]["dropped"] > result["rows"]["read"]:
         result["hint"] = guess(inputs, besides=name).removeprefix("; ")
     if report is not None:
-        with _new_file(report) as file:
-            file.write(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        write_json(report, result)
     return result
 
 
@@ -214,7 +209,7 @@ class _Tally:
             self._lost.add(item.where, loss.reason, loss.detail)
         for problem in self._check_row(to_dict(item.trajectory, numbers=True)):
             self._left.add(item.where, problem.reason, problem.detail)
-        digest = hashlib.blake2b(item.trajectory.id.encode(), digest_size=16).digest()
+        digest = key_digest(item.trajectory.id)
         if digest in self._ids:
             self._left.add(item.where, "duplicate-trajectory-id", f"'{item.trajectory.id}' came before")
         self._ids.add(digest)
@@ -235,52 +230,10 @@ class _Tally:
         }
 
 
-class _Progress:
-    """One line on the terminal, rewritten in place."""
-
-    def __init__(self, inputs: list[Path]):
-        self._total = sum(path.stat().st_size for path in inputs if path.is_file())
-        self._start, self._bytes, self._next = time.monotonic(), Meter.bytes, time.monotonic() + REFRESH
-
-    def __call__(self, rows: int) -> None:
-        now = time.monotonic()
-        if now < self._next:
-            return
-        self._next = now + REFRESH
-        seconds, done = now - self._start, Meter.bytes - self._bytes
-        left = max(0, self._total - done) * seconds / max(done, 1)
-        print(
-            f"\r\x1b[K{done / 1e6:,.0f} of {self._total / 1e6:,.0f} MB  {rows:,} rows  {rows / seconds:,.0f} rows/s  "
-            f"left {left // 60:.0f}:{left % 60:02.0f}",
-            end="",
-            file=sys.stderr,
-            flush=True,
-        )
-
-
 def _check_output(path: Path, inputs: list[Path], force: bool) -> None:
-    if path.resolve() in {source.resolve() for source in inputs}:
-        raise UserError(f"{path}: is an input as well; give another output")
-    if path.is_dir() or (path.exists() and not force):
-        raise UserError(f"{path}: exists already; give another name, or --force to overwrite a file")
-    if not path.parent.is_dir():
-        raise UserError(f"{path}: the folder '{path.parent}' does not exist; create it first")
+    check_file(path, force=force, inputs=inputs)
     if path.suffix in (".gz", ".zst"):
         raise UserError(f"{path}: the output is written plain; leave {path.suffix} out of its name")
-
-
-@contextmanager
-def _new_file(path: Path) -> Iterator[IO[str]]:
-    """Opens a file beside `path` that takes its place when the block ends well, and is removed when it does not."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("w", encoding="utf-8", newline="\n") as file:
-            yield file
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: can't be written ({error.strerror or error}); nothing is left behind") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

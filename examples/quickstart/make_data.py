@@ -11,10 +11,11 @@ from pathlib import Path
 
 from jsonschema import Draft202012Validator
 
+from xlam_jax.cli import run
 from xlam_jax.data.converters import CONVERTERS
 from xlam_jax.data.converters.common import Converted
 from xlam_jax.data.trajectory import Trajectory, to_dict
-from xlam_jax.errors import UserError, run
+from xlam_jax.errors import UserError
 
 FILES = {
     "webshop": ["webshop_react.jsonl"],

@@ -9,10 +9,11 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from xlam_jax.cli import run
 from xlam_jax.data.render import CONTROL_TOKENS
 from xlam_jax.data.tokenizer import save
 from xlam_jax.data.trajectory import InvalidTrajectory, read_jsonl, system_text
-from xlam_jax.errors import UserError, run
+from xlam_jax.errors import UserError
 
 SOURCES = ("hammer", "hotpotqa", "seal_tools", "webshop")
 SPECIAL = ("<unk>", "<s>", "</s>", *CONTROL_TOKENS, "<pad>")

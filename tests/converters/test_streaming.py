@@ -19,10 +19,10 @@ from safetensors.numpy import load_file, save_file
 from support import ROOT, Commands, same_arrays, wait_until
 
 from converters import orbax_to_hf
-from converters.folders import resumable_folder
 from xlam_jax.errors import UserError
 from xlam_jax.models.config import ModelConfig
 from xlam_jax.models.params import shapes
+from xlam_jax.outputs import resumable_folder
 from xlam_jax.parallel import mesh as meshes
 from xlam_jax.parallel.placement import place
 from xlam_jax.weights import checkpoint, shards
@@ -104,14 +104,14 @@ def test_a_killed_conversion_is_finished_by_the_next(
     )
     slow = (
         "import runpy, sys, time\n"
-        "from converters.folders import Work\n"
-        "finish = Work.finish\n"
+        "from xlam_jax.outputs import ResumableFolder\n"
+        "finish = ResumableFolder.finish\n"
         "parts = []\n"
         "def slow(work, part):\n"
         "    finish(work, part)\n"
         "    parts.append(part)\n"
         "    time.sleep(600 * (len(parts) == 3))\n"
-        "Work.finish = slow\n"
+        "ResumableFolder.finish = slow\n"
         "sys.argv = sys.argv[1:]\n"
         "runpy.run_module(sys.argv[0], run_name='__main__')\n"
     )
@@ -125,7 +125,7 @@ def test_a_killed_conversion_is_finished_by_the_next(
     assert 3 == len(finished) < len(HFWeights(mixtral).sources)
 
     said = commands.call(*command)
-    assert "GB are there already" in said.stderr
+    assert "MB are there already" in said.stderr
     assert not (tmp_path / ".out.part").exists()
     assert not [path for path in out.rglob(".*") if path.is_file()]
     if way == "to-orbax":

@@ -16,6 +16,7 @@ from xlam_jax.data.converters import CONVERTERS, EXPORTERS, FORMATS, converter, 
 from xlam_jax.data.trajectory import Trajectory, read_jsonl
 from xlam_jax.data.validate import validate
 from xlam_jax.errors import UserError
+from xlam_jax.progress import BYTES, Throughput
 
 FIXTURES = Path(__file__).parent / "fixtures"
 HAMMER = FIXTURES / "hammer.json"
@@ -204,14 +205,14 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_progress_tells_rows_and_bytes(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(__main__, "REFRESH", 0)
-    progress = __main__._Progress([HAMMER])
+def test_progress_shows_rows_and_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr("xlam_jax.progress.EVERY", 0.0)
+    lines: list[str] = []
+    progress = Throughput("converting", HAMMER.stat().st_size, unit=BYTES, out=lines.append)
     convert("hammer", [HAMMER], tmp_path / "out.jsonl", progress=progress)
-    told = capsys.readouterr().err.split("\r\x1b[K")
-    assert len(told) == 7
-    assert "0 of 0 MB  6 rows  " in told[-1]
-    assert "left 0:00" in told[-1]
+    assert len(lines) == 6
+    assert lines[-1].startswith("converting: 0.0 MB of 0.0 MB  ")
+    assert "  left 0:00  rows 6 (" in lines[-1]
 
 
 def test_every_format_is_there():

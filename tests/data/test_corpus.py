@@ -204,8 +204,8 @@ def test_what_is_held_out_stays_so_in_any_order_and_number_of_files(quickstart, 
 
 
 def test_long_loads_say_how_they_go(mixed, codec, monkeypatch):
-    monkeypatch.setattr(corpus, "_QUIET", 0.0)
+    monkeypatch.setattr("xlam_jax.progress.EVERY", 0.0)
     lines: list[str] = []
     corpus.load(mixture(mixed), codec, lines.append)
     assert len(lines) == 21
-    assert lines[0].startswith("mixed: 1 read, ")
+    assert lines[0].startswith("mixed: 1 rows  ")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from xlam_jax import errors
+from xlam_jax import cli
 from xlam_jax.data.__main__ import main
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +29,7 @@ def config(tmp_path) -> Path:
 def run(*arguments: object) -> int:
     """The exit code of a command, as the shell would see it."""
     with pytest.raises(SystemExit) as ended:
-        errors.run(lambda: main([str(argument) for argument in arguments]))
+        cli.run(lambda: main([str(argument) for argument in arguments]))
     return ended.value.code
 
 

@@ -142,9 +142,9 @@ def test_what_is_wrong_is_told(tmp_path: Path, commands: Commands) -> None:
     journal.write_text('{"key": "a", "score": "good", "reason": ""}\n')
     assert "ratings.jsonl:1: is no rating" in commands.fails("xlam_jax.data", *arguments, "--model", "tiny")
     journal.unlink()
-    first = rate.Journal(journal, "tiny")
-    assert "another process writes it" in commands.fails("xlam_jax.data", *arguments, "--model", "tiny")
-    first.close()
+    with rate.Ratings(journal, "tiny"):
+        said = commands.fails("xlam_jax.data", *arguments, "--model", "tiny")
+        assert "another process is writing to it" in said
     (tmp_path / "empty.jsonl").touch()
     nothing = ["rate", tmp_path / "empty.jsonl", *arguments[2:], "--model", "tiny"]
     assert "no trajectory could be rated: there is none" in commands.fails("xlam_jax.data", *nothing)

@@ -109,7 +109,7 @@ def test_errors_are_no_scores_and_asked_again(commands: Commands, suite: Path, t
     with serve(adds) as server:
         said = run(commands, *arguments(suite, server, out, 8))
         assert sorted(number(one) for one in server.requests) == [0, 1, 2]
-    assert "5 of 8 examples are scored already; 3 that ended in an error are asked again" in said.stderr
+    assert "5 of 8 examples are scored already; 3 that ended in an error are evaluated again" in said.stderr
     assert said.stdout.splitlines()[4].split() == ["all", "8/8", "1.0000"]
     assert "error" not in said.stdout
 
@@ -217,11 +217,11 @@ def test_what_belongs_to_another_evaluation(commands: Commands, suite: Path, tmp
         (["--suite", "webshop", "--agent", "reakt"], "did you mean 'react'?"),
         (["--set", "cuont=3"], "did you mean 'count'?"),
         (["--set", "count"], "KEY=VALUE"),
-        (["--limit", "0"], "--limit 0: is no number of 1 or more"),
-        (["--temperature", "nan"], "--temperature nan: is no number of 0 or more"),
-        (["--timeout", "0"], "--timeout 0"),
+        (["--limit", "0"], "argument --limit: '0' is not a whole number of 1 or more"),
+        (["--temperature", "nan"], "argument --temperature: 'nan' is not a finite number of 0 or more"),
+        (["--timeout", "0"], "argument --timeout: '0' is not a finite number above 0"),
         (["--out", f"{__file__}/out"], f"{__file__}/out: Not a directory"),
-        (["--base-url", "localhost:8000/v1"], "base_url localhost:8000/v1: is no web address"),
+        (["--base-url", "localhost:8000/v1"], "base_url localhost:8000/v1: is not a web address"),
         (["--suite", "hotpotqa"], "hotpotqa has no such setting"),
     ],
 )

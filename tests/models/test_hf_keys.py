@@ -16,12 +16,12 @@ import torch
 import transformers
 from test_parity import LINEAR, LLAMA3, THETA, assert_close, our_logits, positions
 
-from converters.folders import Work
 from converters.orbax_to_hf import write_hf
 from xlam_jax.errors import UserError
 from xlam_jax.models import hf_keys
 from xlam_jax.models.attention import rope_frequencies
 from xlam_jax.models.config import ModelConfig, read_hf_config
+from xlam_jax.outputs import ResumableFolder
 
 ARCHITECTURES = {family: name for name, family in hf_keys.FAMILIES.items()}
 ODD: list[Any] = [
@@ -337,7 +337,7 @@ def test_an_override_is_exported(tmp_path: Path, file: dict[str, Any]):
     model = tiny_models.hf_model("llama")
     saved = base("llama") | file | {"quantization_config": {"quant_method": "gptq"}}
     values = hf_keys.with_overrides(saved, {"rope_theta": 5e5, "max_position_embeddings": 256}, "x")
-    work = Work(tmp_path)
+    work = ResumableFolder(tmp_path)
     write_hf(work, values, tiny_models.params_of(model), generation={}, of="x")
     work.close()
     exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()

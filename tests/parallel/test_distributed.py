@@ -27,9 +27,9 @@ from xlam_jax.launch import free_ports
 from xlam_jax.parallel import distributed
 from xlam_jax.parallel.distributed import Place, agree, check_shared, find
 from xlam_jax.parallel.link import LOST, Hosts, Hub, Link
+from xlam_jax.progress import Progress
 from xlam_jax.training import run_folder
 from xlam_jax.training.facts import code_digest, facts_of_run
-from xlam_jax.training.progress import Progress
 from xlam_jax.training.restore import restore_newest
 from xlam_jax.training.save import Checkpoints
 from xlam_jax.weights import checkpoint

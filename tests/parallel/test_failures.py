@@ -23,7 +23,7 @@ AT_MOST = deadline(60)
 """Seconds in which all are to end when one is lost."""
 HOST = """
 import atexit, json, os, queue, signal, sys, time
-from xlam_jax import errors
+from xlam_jax import cli, errors
 from xlam_jax.parallel.link import Hub, Link
 
 address, port, process, count, timeout, silence = json.loads(sys.argv[1])
@@ -63,7 +63,7 @@ def main():
             hosts._told = Late()  # host 0 has ended when this one learns that all are at their end
     print(step)
 
-errors.run(main)
+cli.run(main)
 """
 """A host that only counts: all but the link is left out."""
 

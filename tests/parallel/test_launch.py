@@ -14,9 +14,9 @@ from xlam_jax import config as configs
 from xlam_jax import launch, train
 from xlam_jax.errors import UserError
 from xlam_jax.parallel import distributed
+from xlam_jax.progress import Progress
 from xlam_jax.signals import Stop
 from xlam_jax.training.facts import facts_of_run
-from xlam_jax.training.progress import Progress
 
 STEPS = 20
 MESHES = {axis: {axis: 8} for axis in ("fsdp", "tensor", "expert", "context")}

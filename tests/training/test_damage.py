@@ -17,8 +17,8 @@ from support import ROOT, Commands, same_arrays, train_losses
 from xlam_jax import config as configs
 from xlam_jax.errors import UserError
 from xlam_jax.parallel.link import Hosts
+from xlam_jax.progress import Progress
 from xlam_jax.training.metrics import Metrics, read
-from xlam_jax.training.progress import Progress
 from xlam_jax.training.restore import Restored, restore, restore_newest
 from xlam_jax.training.save import Checkpoints
 from xlam_jax.weights import checkpoint

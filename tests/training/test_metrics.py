@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from xlam_jax.progress import Progress, Status
 from xlam_jax.training import metrics as module
 from xlam_jax.training.metrics import Metrics, plot, read
-from xlam_jax.training.progress import Progress, Status
 
 TRAIN = {
     "loss": 1.5,

@@ -15,9 +15,9 @@ from support import ROOT, deadline, wait_until
 from xlam_jax import train
 from xlam_jax.config import Track
 from xlam_jax.errors import UserError
+from xlam_jax.progress import Progress
 from xlam_jax.training import trackers as module
 from xlam_jax.training.metrics import Metrics
-from xlam_jax.training.progress import Progress
 from xlam_jax.training.trackers import NAMES, TrackedRun, check_trackers, flatten, open_trackers, sender
 
 CONFIG = {"model": {"config": "model.json"}, "train": {"steps": 10}, "data": {"sources": [{"name": "shop"}]}}

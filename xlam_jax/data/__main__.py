@@ -1,14 +1,14 @@
 """Checks data, shows what training sees of it, and prepares it: `python -m xlam_jax.data COMMAND --help`."""
 
 import argparse
-import math
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from xlam_jax import errors
-from xlam_jax.errors import UserError, nearest, positive
+from xlam_jax.cli import Parser, add_server, number, positive, run
+from xlam_jax.errors import UserError, nearest
+from xlam_jax.outputs import check_file, write_json
 
 OVERRIDES = "section.key=value"
 
@@ -21,14 +21,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = commands[given[0]].parse_intermixed_args(given[1:])
     else:
         options = parser.parse_args(given)
-    for stream in (sys.stdout, sys.stderr):  # a terminal's encoding may lack characters that data has
-        getattr(stream, "reconfigure", lambda **_: None)(errors="backslashreplace")
     return options.command(options)
 
 
 def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     """The parser of the whole, and each command's."""
-    parser = argparse.ArgumentParser(prog="python -m xlam_jax.data", description=__doc__)
+    parser = Parser(prog="python -m xlam_jax.data", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     validate = commands.add_parser(
@@ -85,7 +83,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     pairs.add_argument("files", nargs="+", type=Path, metavar="FILE")
     pairs.add_argument("--out", required=True, type=Path, metavar="FILE.jsonl")
     pairs.add_argument(
-        "--min-gap", type=_gap, default=0.0, metavar="G", help="least difference of scores (default: any)"
+        "--min-gap", type=number(0), default=0.0, metavar="G", help="least difference of scores (default: any)"
     )
     pairs.add_argument(
         "--per-task", type=positive, default=10, metavar="K", help="most pairs of a task (default: %(default)s)"
@@ -102,17 +100,16 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         "run that was stopped goes on. Exit code: 0 all are rated, 1 some are not, 2 none could be.",
     )
     rate.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    rate.add_argument("--base-url", required=True, metavar="URL", help="the server's, up to and with /v1")
-    rate.add_argument("--model", required=True, metavar="NAME", help="the name under which the server has it")
+    add_server(rate, retries=5)
     rate.add_argument("--out", required=True, type=Path, metavar="FILE.jsonl")
-    rate.add_argument("--api-key", metavar="KEY", help="the server's (default: the variable OPENAI_API_KEY)")
     rate.add_argument("--concurrency", type=positive, default=16, metavar="K", help="default: %(default)s")
-    rate.add_argument("--timeout", type=positive, default=120, metavar="S", help="seconds to wait for an answer")
-    rate.add_argument("--retries", type=int, default=5, metavar="N", help="of a request that failed (default: 5)")
     rate.add_argument("--limit", type=positive, metavar="N", help="only the first N rows")
-    rate.add_argument("--keep", type=_gap, default=4.0, metavar="R", help="a good rating (default: %(default)s)")
+    rate.add_argument("--keep", type=number(0), default=4.0, metavar="R", help="a good rating (default: %(default)s)")
     rate.add_argument(
-        "--good", type=float, metavar="S", help="a good known score, to compare with (default: each source's highest)"
+        "--good",
+        type=number(),
+        metavar="S",
+        help="a good known score, to compare with (default: each source's highest)",
     )
     rate.add_argument("--report", type=Path, metavar="FILE.json", help="write the counts there as well")
     rate.add_argument("--force", action="store_true", help="begin anew and overwrite the outputs")
@@ -123,16 +120,6 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
 def _config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, type=Path, metavar="FILE.yaml")
     parser.add_argument("overrides", nargs="*", metavar=OVERRIDES, help="fields of the config to set")
-
-
-def _gap(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not (math.isfinite(number) and number >= 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on")
-    return number
 
 
 def _say(line: str) -> None:
@@ -156,16 +143,6 @@ def _readable(files: Sequence[Path]) -> None:
             )
 
 
-def _free(out: Path, force: bool) -> None:
-    """Raises `UserError` where an output can't be written, before any work."""
-    if out.is_dir():
-        raise UserError(f"{out}: is a folder; name a file")
-    if out.exists() and not force:
-        raise UserError(f"{out}: exists already; give another name, or --force to overwrite it")
-    if not out.parent.is_dir():
-        raise UserError(f"{out}: the folder '{out.parent}' does not exist; create it first")
-
-
 def _validate(options: argparse.Namespace) -> int:
     from xlam_jax.data import validate
 
@@ -183,7 +160,7 @@ def _stats(options: argparse.Namespace) -> int:
     from xlam_jax.data import stats
 
     out = options.out or Path("stats.html")
-    _free(out, options.force)
+    check_file(out, force=options.force)
     result = stats.collect(options.config, options.overrides, rows=options.rows, progress=_say)
     print(stats.table(result))
     stats.write_page(result, out)
@@ -195,7 +172,7 @@ def _preview(options: argparse.Namespace) -> int:
     from xlam_jax.data import preview
 
     if options.html:
-        _free(options.html, options.force)
+        check_file(options.html, force=options.force)
     shown = preview.rows(options.config, options.overrides, count=options.rows, source=options.source, progress=_say)
     if options.html:
         preview.write_page(shown, options.html)
@@ -224,8 +201,6 @@ def _pairs(options: argparse.Namespace) -> int:
     from xlam_jax.data import pairs
 
     _readable(options.files)
-    for out in filter(None, (options.out, options.report)):
-        _free(out, options.force)
     result = pairs.write(
         options.files,
         options.out,
@@ -239,27 +214,19 @@ def _pairs(options: argparse.Namespace) -> int:
 
 
 def _rate(options: argparse.Namespace) -> int:
-    import json
-
     from xlam_jax.evaluate import rate
     from xlam_jax.evaluate.endpoint import Model
-    from xlam_jax.outputs import write_text
 
     _readable(options.files)
     if options.report:
-        _free(options.report, options.force)
+        check_file(options.report, force=options.force)
     model = Model.connect(
         options.base_url,
         options.model,
         api_key=options.api_key,
-        timeout=float(options.timeout),
+        timeout=options.timeout,
         retries=options.retries,
     )
-    for name in ("keep", "good"):
-        if (given := getattr(options, name)) is not None and not math.isfinite(given):
-            raise UserError(f"--{name} {given}: is no number")
-    if options.retries < 0:
-        raise UserError(f"--retries {options.retries}: is less than 0")
     try:
         result = rate.rate(
             options.files,
@@ -276,10 +243,10 @@ def _rate(options: argparse.Namespace) -> int:
         print(f"stopped; the same command goes on with {options.out}", file=sys.stderr)
         return 130
     if options.report:
-        write_text(options.report, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        write_json(options.report, result)
     print(rate.summary(options.out, result))
     return 0 if result["rated"] == result["trajectories"] else 1
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run(main)

@@ -16,7 +16,6 @@ part of it, and a config may leave sources of a cache out. A source that is not 
 cache is then trusted for its content, and a line says so.
 """
 
-import hashlib
 import json
 import textwrap
 from collections import Counter
@@ -29,14 +28,15 @@ from typing import Any, overload
 import numpy as np
 
 from converters import trajectories
-from converters.folders import new_folder
 from xlam_jax.config import PAIRS, Data, Source
 from xlam_jax.data import corpus, identity
 from xlam_jax.data.corpus import Example, Loaded, Progress
 from xlam_jax.data.rows import open_array_record
 from xlam_jax.data.tokenizer import text_to_ids_digest
 from xlam_jax.data.trajectory import Trajectory, read_jsonl, to_dict
+from xlam_jax.digest import file_digest, parts_digest
 from xlam_jax.errors import UserError
+from xlam_jax.outputs import new_folder
 
 LAYOUT = 3
 """Of the folder. A cache of another layout is refused."""
@@ -261,7 +261,7 @@ def _key(data: Data, tokenizer: Any) -> dict[str, Any]:
         "layout": LAYOUT,
         "settings": dict(_flat(settings, "data.")),
         "tokenizer": {"name": data.tokenizer, "content": text_to_ids_digest(tokenizer)},
-        "template": _digest(json.dumps(tokenizer.chat_template)) if data.format == "native" else "",
+        "template": parts_digest([json.dumps(tokenizer.chat_template)]) if data.format == "native" else "",
         "code": _code(),
         "sources": {
             source.name: {
@@ -317,33 +317,20 @@ def _changed_settings(was: dict[str, Any], now: dict[str, Any]) -> Iterator[str]
             yield f"{name}: {' in the cache, '.join(values)} now"
 
 
-def _digest(*parts: str | bytes) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        part = part.encode() if isinstance(part, str) else part
-        digest.update(len(part).to_bytes(8, "big") + part)
-    return digest.hexdigest()
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _code() -> str:
     """A digest of the code that has a part in every example: reading, rendering, cutting."""
     package = Path(__file__).parent
     modules = [path for path in sorted(package.rglob("*.py")) if path.stem not in _APART_MODULES]
     modules.append(_CONVERTERS / "common.py")
     templates = (path for path in (files("xlam_jax.data") / "templates").iterdir() if path.name.endswith(".jinja"))
-    return _digest(*(path.read_bytes() for path in (*modules, *sorted(templates, key=lambda path: path.name))))
+    return parts_digest(path.read_bytes() for path in (*modules, *sorted(templates, key=lambda path: path.name)))
 
 
 def _converter(source: Source) -> str:
     """A digest of the code that converts a source's rows: of all converters, as they use one another."""
     if source.format == "unified":
         return ""
-    return _digest(*(path.read_bytes() for path in sorted(_CONVERTERS.glob("*.py"))))
+    return parts_digest(path.read_bytes() for path in sorted(_CONVERTERS.glob("*.py")))
 
 
 def _content(source: Source) -> Iterator[tuple[str, str]]:
@@ -358,12 +345,12 @@ def _content(source: Source) -> Iterator[tuple[str, str]]:
     for at, file in enumerate(source.files):
         name = Path(file).name
         unique = name if [Path(one).name for one in source.files].count(name) == 1 else f"{name} (file {at + 1})"
-        yield unique, _file_digest(Path(file)) if Path(file).is_file() else _ABSENT
+        yield unique, file_digest(Path(file)) if Path(file).is_file() else _ABSENT
 
 
 def _folder_digest(folder: Path) -> str:
     inside = sorted(path for path in folder.rglob("*") if path.is_file() and ".cache" not in path.parts)
-    return _digest(*(f"{path.relative_to(folder)} {_file_digest(path)}" for path in inside))
+    return parts_digest(f"{path.relative_to(folder)} {file_digest(path)}" for path in inside)
 
 
 def _hub_commit(name: str) -> str:
@@ -382,4 +369,4 @@ def _tfds_digest(name: str, split: str) -> str:
     except (ValueError, OSError):
         return _ABSENT
     inside = sorted(folder.glob(f"*-{split}.*"))
-    return _digest(*(f"{path.name} {_file_digest(path)}" for path in inside)) if inside else _ABSENT
+    return parts_digest(f"{path.name} {file_digest(path)}" for path in inside) if inside else _ABSENT

@@ -4,10 +4,8 @@ Rendering is the slow part, so past a number of trajectories it is spread over p
 same order, for any number of them.
 """
 
-import hashlib
 import heapq
 import os
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -25,7 +23,9 @@ from xlam_jax.data.pair import Pair, task
 from xlam_jax.data.render import KINDS, Rendered
 from xlam_jax.data.sources import Filtered, Item
 from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory
+from xlam_jax.digest import random_integer
 from xlam_jax.errors import UserError
+from xlam_jax.progress import Throughput
 
 PROCESSES = min(16, os.cpu_count() or 1)
 """Processes that render at the same time; one parses what so many render."""
@@ -34,7 +34,6 @@ ALONE = 2000
 SAMPLES = 256
 """Held-out trajectories of a source that stay readable."""
 _BATCH = 32
-_QUIET = 10.0  # seconds between two lines about a source that takes long
 
 Progress = Callable[[str], None]
 
@@ -244,7 +243,7 @@ def is_heldout(source: str, trajectory_id: str, share: float) -> bool:
 
 def _drawn(source: str, name: str) -> int:
     """A number below 2⁶⁴ that looks drawn at random."""
-    return int.from_bytes(hashlib.sha256(f"{source}\0{name}".encode()).digest()[:8], "big")
+    return random_integer(f"{source}\0{name}")
 
 
 def load(data: Data, tokenizer: Any, progress: Progress = lambda line: None, annotate: bool = False) -> list[Loaded]:
@@ -300,8 +299,8 @@ def _load_source(source: Source, data: Data, renderer: "_Renderer", progress: Pr
     trajectories: list[Any] | None = [] if annotate or data.augment.active else None
     dropped, repaired, changed = Counter[str](), Counter[str](), Counter[str]()
     dataset: dict[str, Any] = {}
-    began = told = time.monotonic()
-    for number, (item, fitted) in enumerate(renderer.render(sources.read(source, dataset)), start=1):
+    reading = Throughput(source.name, unit="rows", out=progress)
+    for item, fitted in renderer.render(sources.read(source, dataset)):
         repaired.update(repair.reason for repair in item.repairs)
         match item.trajectory:
             case Filtered(reason):
@@ -326,9 +325,7 @@ def _load_source(source: Source, data: Data, renderer: "_Renderer", progress: Pr
                     added = train.add(whole.id, fitted.rendered)
                     if trajectories is not None:
                         trajectories += fitted.parts if data.augment.active else [whole] * added
-        if (now := time.monotonic()) - told > _QUIET:
-            progress(f"{source.name}: {number:,} read, {number / (now - began):,.0f} a second")
-            told = now
+        reading.add()
     chosen = [side for _, _, side in sorted(samples, reverse=True)]
     return Loaded(
         source,

@@ -5,9 +5,8 @@ replaced. The digest covers what training reads: tokens, labels, weights and kin
 order of all of them. A row that filters, `limit` or `on_invalid` leave out has no part in it.
 """
 
-import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -16,6 +15,7 @@ from xlam_jax.data.corpus import Example, Loaded, trained
 from xlam_jax.data.pair import Pair
 from xlam_jax.data.tokenizer import tokenizer_digest
 from xlam_jax.data.trajectory import Trajectory, to_dict
+from xlam_jax.digest import stream_digest
 
 PARTS: tuple[Literal["train", "heldout"], ...] = ("train", "heldout")
 Identity = dict[str, Any]
@@ -59,16 +59,17 @@ def examples_digest(
     examples: Sequence[Example], columns: Callable[[Example], Iterable[np.ndarray]], texts: Iterable[str] = ()
 ) -> str:
     """A digest of some columns of every example, in order, and of texts that belong to them; 16 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for at in range(len(examples)):
-        example = examples[at]
-        digest.update(len(example["tokens"]).to_bytes(8, "big"))
-        for column in columns(example):
-            digest.update(column.tobytes())
-    for text in texts:
-        encoded = text.encode("utf-8", "surrogatepass")
-        digest.update(len(encoded).to_bytes(8, "big") + encoded)
-    return digest.hexdigest()[:16]
+
+    def parts() -> Iterator[bytes]:
+        for at in range(len(examples)):
+            example = examples[at]
+            yield len(example["tokens"]).to_bytes(8, "big")
+            yield from (column.tobytes() for column in columns(example))
+        for text in texts:
+            encoded = text.encode("utf-8", "surrogatepass")
+            yield len(encoded).to_bytes(8, "big") + encoded
+
+    return stream_digest(parts(), length=16)
 
 
 def _columns(example: Example) -> list[np.ndarray]:

@@ -5,12 +5,12 @@ they answer, and ids not at all. A task is what stands before the first assistan
 user turns.
 """
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from xlam_jax.data.trajectory import ROW_KEYS, InvalidTrajectory, Message, Note, Trajectory, parse_trajectory
+from xlam_jax.digest import key_digest
 
 PAIR_KEYS = (*sorted(ROW_KEYS - {"score"}), "chosen", "rejected", "chosen_score", "rejected_score")
 TURN = 9
@@ -125,5 +125,4 @@ def task(trajectory: Trajectory) -> bytes:
 
 
 def _digest(value: object, size: int) -> bytes:
-    text = json.dumps(value, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=size).digest()
+    return key_digest(json.dumps(value, sort_keys=True), size)

@@ -10,7 +10,6 @@ wait in a temporary file beside the output.
 import heapq
 import json
 import math
-import os
 import tempfile
 from bisect import bisect_left
 from collections import Counter
@@ -24,6 +23,7 @@ from xlam_jax.data import sources
 from xlam_jax.data.pair import context, fingerprint, first_difference, task
 from xlam_jax.data.trajectory import Trajectory, to_dict
 from xlam_jax.errors import UserError
+from xlam_jax.outputs import check_file, new_file, write_json
 
 EXAMPLES = 3  # rows listed a reason
 
@@ -83,17 +83,10 @@ def write(
     (unless `force`), and when there is not one pair.
     """
     for path in filter(None, (out, report_path)):
-        if path.exists() and not force:
-            raise UserError(f"{path}: exists already; give another name, or --force to overwrite it")
-        if not path.parent.is_dir():
-            raise UserError(f"{path}: the folder '{path.parent}' does not exist; create it first")
+        check_file(path, force=force)
     report = Report()
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    try:
-        with (
-            tempfile.TemporaryFile(dir=out.parent) as spool,
-            partial.open("w", encoding="utf-8", newline="\n") as lines,
-        ):
+    with new_file(out) as lines:
+        with tempfile.TemporaryFile(dir=out.parent) as spool:
             tasks, read = _index(files, spool, report)
             pairs, at_turn, paired = 0, Counter[int](), 0
             for of_task in tasks:
@@ -114,13 +107,8 @@ def write(
         }
         if not pairs:
             raise UserError(f"not one pair in {read} trajectories of {len(tasks)} tasks{_explain(report)}")
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
     if report_path:
-        part = report_path.with_name(f".{report_path.name}.{os.getpid()}.partial")
-        part.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        part.replace(report_path)
+        write_json(report_path, result)
     return result
 
 

@@ -6,7 +6,6 @@ trajectory in an epoch. Each stream mixes and packs on its own, and gives the sa
 reads the streams that give the rows its devices need, so that the number of hosts changes nothing.
 """
 
-import hashlib
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
@@ -21,6 +20,7 @@ from xlam_jax.config import Data
 from xlam_jax.data.augment import augmented
 from xlam_jax.data.corpus import Example, Loaded, columns, example
 from xlam_jax.data.mixture import shares, stream_mixture
+from xlam_jax.digest import random_integer
 from xlam_jax.enums import SPAN_KINDS as KINDS
 
 
@@ -72,7 +72,7 @@ def _from(one: Example, source: int, row: int) -> Example:
 
 
 def _derived(seed: int, *names: object) -> int:
-    return int.from_bytes(hashlib.sha256(repr((seed, *names)).encode()).digest()[:4], "big")
+    return random_integer(repr((seed, *names)), size=4)
 
 
 def _packed(examples: grain.IterDataset, keys: Sequence[str], data: Data, seed: int, shuffle: bool) -> Any:

@@ -7,7 +7,6 @@ then `tfds: unified_trajectories/webshop` in a config, with TFDS_DATA_DIR=DIR. E
 what JSON nests stays JSON text, and so does the score, which TFDS would round to 32 bits. TensorFlow is not imported.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -21,11 +20,12 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from xlam_jax import errors
+from xlam_jax import cli
 from xlam_jax.config import Source
 from xlam_jax.data import sources
 from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory, to_dict
 from xlam_jax.errors import UserError
+from xlam_jax.outputs import refuse_existing
 
 NESTED = ("tools", "conversation")
 
@@ -127,17 +127,14 @@ def build(config: Trajectories, data_dir: Path) -> UnifiedTrajectories:
     if not re.fullmatch(r"\w[\w.-]*", config.name):
         raise UserError(f"--name is {config.name!r}; letters, digits, '_', '.' and '-' are possible")
     builder = UnifiedTrajectories(config=config, data_dir=str(data_dir), file_format="array_record")
-    if Path(builder.data_path).exists():
-        raise UserError(
-            f"{builder.data_path}: exists already and is not overwritten; give another --name, or remove it"
-        )
+    refuse_existing(Path(builder.data_path), "--name")
     with tempfile.TemporaryDirectory() as nothing, contextlib.redirect_stdout(None):  # it tells of downloads
         builder.download_and_prepare(download_dir=nothing)
     return builder
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m xlam_jax.data.tfds_builder",
         description="Builds a TFDS dataset of trajectories, as ArrayRecord.",
     )
@@ -164,4 +161,4 @@ def main(arguments: list[str] | None = None) -> None:
 if __name__ == "__main__":
     from xlam_jax.data.tfds_builder import main as registered_main  # the class above has no place in the registry
 
-    errors.run(registered_main)
+    cli.run(registered_main)

@@ -1,17 +1,17 @@
 """Tokenizers: Mistral's own, built from the models inside mistral-common, and any fast tokenizer of a HF folder."""
 
-import hashlib
 import importlib.util
 import json
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from xlam_jax import documents
 from xlam_jax.data.formats import read_template
 from xlam_jax.data.render import chat_template
+from xlam_jax.digest import json_digest
 from xlam_jax.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -101,16 +101,12 @@ def text_to_ids_digest(tokenizer: "PreTrainedTokenizerFast") -> str:
     for unused in ("truncation", "padding"):
         backend.pop(unused, None)
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    return _digest([backend, special])
+    return json_digest([backend, special], length=16)
 
 
 def tokenizer_digest(tokenizer: "PreTrainedTokenizerFast") -> str:
     """A digest of everything that rendering uses: `text_to_ids_digest`, and the chat template."""
-    return _digest([text_to_ids_digest(tokenizer), tokenizer.chat_template])
-
-
-def _digest(values: list[Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+    return json_digest([text_to_ids_digest(tokenizer), tokenizer.chat_template], length=16)
 
 
 def byte_fallback_bpe(pieces: Sequence[str], scores: Sequence[float], first_byte: int) -> "Tokenizer":

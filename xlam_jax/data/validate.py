@@ -2,7 +2,6 @@
 that its tool's JSON Schema does not allow.
 """
 
-import hashlib
 import json
 import re
 from collections import Counter
@@ -27,6 +26,7 @@ from xlam_jax.data.trajectory import (
     parse_trajectory,
     system_text,
 )
+from xlam_jax.digest import key_digest
 from xlam_jax.errors import UserError, nearest
 
 LONGEST_DETAIL = 400
@@ -66,7 +66,7 @@ def validate(path: Path, limit: Limit | None = None) -> Iterator[list[Finding]]:
             given = row.get("unique_trajectory_id")
             if isinstance(given, str | int):
                 identity = str(given)
-                digest = hashlib.blake2b(identity.encode(errors="replace"), digest_size=16).digest()
+                digest = key_digest(identity)
                 first = seen.setdefault(digest, line)
                 if first != line:
                     problems.append(Problem("duplicate-trajectory-id", f"'{identity}' is line {first}'s too"))

@@ -3,17 +3,18 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from math import inf
 from pathlib import Path
 from typing import Any
 
 from xlam_jax import errors
+from xlam_jax.cli import Parser, add_server, number, positive, run
+from xlam_jax.digest import json_digest
 from xlam_jax.errors import UserError, nearest
 
 PAGE = "report.html"
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(Parser):
     """Looks into all suites and agents when they are to be listed, and not before."""
 
     def format_help(self) -> str:
@@ -40,43 +41,32 @@ def _parser() -> argparse.ArgumentParser:
         "Exit code: 0 all are scored, 1 some are not, 2 it could not be run.",
     )
     parser.add_argument("--suite", metavar="NAME", help="the benchmark, by name or as FILE.py")
-    parser.add_argument("--base-url", metavar="URL", help="the server, up to and with /v1")
-    parser.add_argument("--model", metavar="NAME", help="the name under which the server has the model")
+    add_server(parser, required=False, retries=5)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where records and scores go")
     parser.add_argument("--agent", metavar="NAME", help="how the model is led (default: the suite's)")
     parser.add_argument("--data", type=Path, metavar="PATH", help="your copy of the suite's data")
-    parser.add_argument("--limit", type=int, metavar="N", help="ask the first N examples only")
-    parser.add_argument("--concurrency", type=int, default=8, metavar="K", help="examples at once (default: 8)")
+    parser.add_argument("--limit", type=positive, metavar="N", help="ask the first N examples only")
+    parser.add_argument("--concurrency", type=positive, default=8, metavar="K", help="examples at once (default: 8)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of what is random in a suite (default: 0)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help="a setting of the suite"
     )
     parser.add_argument("--report", action="store_true", help=f"write DIR/{PAGE}; without --suite, of what is there")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default: 0, greedy")
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="of an answer (default: the server's room)")
-    parser.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="for an answer (default: 120)")
-    parser.add_argument("--retries", type=int, default=5, metavar="N", help="of a request that failed (default: 5)")
+    parser.add_argument("--temperature", type=number(0), default=0.0, metavar="T", help="default: 0, greedy")
+    parser.add_argument("--max-tokens", type=positive, metavar="N", help="of an answer (default: the server's room)")
     parser.add_argument("--stream", action="store_true", help="ask for answers in pieces")
-    parser.add_argument("--api-key", metavar="KEY", help="the server's (default: the variable OPENAI_API_KEY)")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     options = _parser().parse_args(arguments)
-    for stream in (sys.stdout, sys.stderr):  # a terminal's encoding may lack characters that names have
-        getattr(stream, "reconfigure", lambda **_: None)(errors="backslashreplace")
     if options.suite is None and options.report:
         _report(options.out)
         return 0
     for name in ("suite", "base_url", "model"):
         if getattr(options, name) is None:
             raise UserError(f"--{name.replace('_', '-')} is missing")
-    for name, least in (("limit", 1), ("concurrency", 1), ("retries", 0), ("max_tokens", 1), ("temperature", 0)):
-        if (given := getattr(options, name)) is not None and not least <= given < inf:
-            raise UserError(f"--{name.replace('_', '-')} {given}: is no number of {least} or more")
-    if not 0 < options.timeout < inf:
-        raise UserError(f"--timeout {options.timeout:g}: give a number of seconds over 0")
     try:
         summary = evaluate(options)
     except KeyboardInterrupt:
@@ -89,7 +79,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     """Runs what the command line asks for; returns the summary. Raises `UserError`."""
-    import json
     from contextlib import closing
     from datetime import UTC, datetime
 
@@ -99,7 +88,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     from xlam_jax.evaluate.runner import ask
     from xlam_jax.evaluate.suite import Options
     from xlam_jax.evaluate.summary import summarize, table, told
-    from xlam_jax.outputs import write_text
+    from xlam_jax.outputs import write_json
 
     kind = suites.load(options.suite)
     name = options.agent or kind.agent
@@ -145,7 +134,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
                 found = [records.examples[task.id] for task in tasks if task.id in records.examples]
                 summary = summarize(about, found, len(tasks), kind.overall)
                 summary["notes"] = suite.notes(summary)
-                write_text(options.out / SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+                write_json(options.out / SUMMARY, summary)
     print(f"{kind.name}, {options.model}, {name}\n{table(summary)}")
     for line in told(summary):
         print(line)
@@ -168,14 +157,12 @@ def _opened(kind: Any, options: Any) -> tuple[Any, list[Any]]:
 
 def _digest(what: list[Any]) -> str | None:
     """Tells other data, or other code, under the same path; None of nothing."""
-    import json
     from dataclasses import asdict, is_dataclass
-    from hashlib import sha256
 
     def plain(one: Any) -> Any:
         return asdict(one) if is_dataclass(one) and not isinstance(one, type) else type(one).__name__
 
-    return sha256(json.dumps(what, default=plain).encode()).hexdigest()[:16] if what else None
+    return json_digest(what, length=16, sort_keys=False, default=plain) if what else None
 
 
 def _settings(given: Sequence[str], kind: Any) -> dict[str, str]:
@@ -209,4 +196,4 @@ def _report(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run(main)

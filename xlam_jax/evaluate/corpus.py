@@ -5,7 +5,7 @@ table `pages(title, text)`. `python -m xlam_jax.evaluate.corpus --pages FILE.jso
 of the first, with an index: a file of millions of pages is then not read into memory.
 """
 
-import argparse
+import contextlib
 import json
 import re
 import sqlite3
@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlencode
 
-from xlam_jax import errors
+from xlam_jax import cli
 from xlam_jax.errors import UserError
+from xlam_jax.outputs import check_file, new_path
 
 SIMILAR = 5
 """Titles that are named where a title is not known."""
@@ -157,32 +158,20 @@ def _indexed(connection: sqlite3.Connection) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m xlam_jax.evaluate.corpus", description="Makes an SQLite corpus with an index from JSONL pages."
     )
     parser.add_argument("--pages", type=Path, required=True, metavar="FILE.jsonl", help="{title, text} a line")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.sqlite", help="must not exist")
     options = parser.parse_args(arguments)
-    if options.out.exists():
-        raise UserError(f"--out {options.out}: exists; remove it, or name another file")
-    if not options.out.parent.is_dir():
-        raise UserError(f"--out {options.out}: the folder '{options.out.parent}' does not exist; create it first")
-    part = options.out.with_name(f"{options.out.name}.part")
-    part.unlink(missing_ok=True)
-    connection = sqlite3.connect(part)
-    try:
+    check_file(options.out, advice="remove it, or name another file")
+    with new_path(options.out) as part, contextlib.closing(sqlite3.connect(part)) as connection:
         count = write(connection, read_pages(options.pages))
         if not count:
             raise UserError(f"{options.pages}: contains no pages; lines of {{title, text}} are expected")
-    except BaseException:
-        connection.close()
-        part.unlink()
-        raise
-    connection.close()
-    part.replace(options.out)
     print(f"{options.out}: {count:,} pages", file=sys.stderr)
     return 0
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

@@ -4,7 +4,6 @@ Nothing is random: which trajectories and which of their turns are asked for fol
 same held-out data give the same requests in every run, and fewer requests are the beginning of more.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -15,6 +14,7 @@ from xlam_jax.data.codec import to_json
 from xlam_jax.data.completion import Completion, named, read_completion
 from xlam_jax.data.schemas import compiled, hashable
 from xlam_jax.data.trajectory import ToolCall, Trajectory, to_messages
+from xlam_jax.digest import random_integer
 from xlam_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def requests(samples: Iterable[tuple[str, Trajectory]]) -> Iterator[Request]:
 
 
 def _hash(*names: str) -> int:
-    return int.from_bytes(hashlib.sha256("\0".join(names).encode()).digest()[:8], "big")
+    return random_integer("\0".join(names))
 
 
 def prompts(

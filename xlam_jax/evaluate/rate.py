@@ -9,23 +9,23 @@ line of the rating, and is what the ratings are compared with.
 """
 
 import asyncio
-import fcntl
-import hashlib
 import json
 import math
-import os
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+from xlam_jax import journal
 from xlam_jax.config import Source
 from xlam_jax.data import sources
 from xlam_jax.data.trajectory import InvalidTrajectory, Message, Trajectory, to_dict
 from xlam_jax.data.wire import objects_in
+from xlam_jax.digest import hex_digest, json_digest
 from xlam_jax.errors import UserError
+from xlam_jax.outputs import new_file
+from xlam_jax.progress import Throughput
 
 if TYPE_CHECKING:
     from xlam_jax.evaluate.endpoint import EndpointFault, Model
@@ -114,64 +114,56 @@ def parse(text: str) -> Rating:
     return Rating(float(score), reason if isinstance(reason, str) else "")
 
 
-class Journal:
-    """The ratings so far, in a file that a killed run leaves whole but for its last line."""
+class Ratings:
+    """The ratings so far, in a journal that a killed run leaves readable; a context manager."""
 
     def __init__(self, path: Path, model: str):
+        """Opens or creates the journal. Raises `UserError` when it holds the ratings of another model or prompt, or
+        another process has it."""
         self.path = path
-        self.ratings: dict[str, Rating] = {}
-        self._made_by = {"model": model, "prompt": hashlib.sha256(PROMPT.encode()).hexdigest()[:12]}
-        self._file = path.open("a", encoding="utf-8")
+        self._made_by = {"model": model, "prompt": hex_digest(PROMPT, length=12)}
+        self._journal = journal.Journal(path, "wait for it, or give another --out")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._read()
-        except BlockingIOError:
-            self._file.close()
-            raise UserError(f"{path}: another process writes it; wait for it, or give another --out") from None
+            self.of = self._read()
+            """Ratings by the key of their trajectory."""
         except BaseException:
-            self._file.close()
+            self._journal.close()
             raise
 
-    def _read(self) -> None:
-        whole = 0
-        with self.path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.endswith(b"\n"):
-                    break  # the run was killed while it wrote
-                whole += len(line)
-                try:
-                    row = json.loads(line)
-                    rating = Rating(float(row["score"]), str(row["reason"])) if "score" in row else None
-                    name = row["key"]
-                except (ValueError, KeyError, TypeError):
-                    raise UserError(
-                        f"{self.path}:{number}: is no rating; take the line out, and it is asked for again"
-                    ) from None
-                if (made_by := {key: row.get(key) for key in self._made_by}) != self._made_by:
-                    raise UserError(
-                        f"{self.path}:{number}: was rated by {made_by}, not {self._made_by}; "
-                        "give another --out, or --force to begin anew"
-                    )
-                if rating:
-                    self.ratings[name] = rating
-        os.truncate(self.path, whole)
+    def _read(self) -> dict[str, Rating]:
+        problem = "is no rating; remove the line, and the trajectory is rated again"
+        ratings: dict[str, Rating] = {}
+        for number, (name, rating, made_by) in enumerate(journal.read(self.path, self._parse, problem), 1):
+            if made_by != self._made_by:
+                raise UserError(
+                    f"{self.path}:{number}: was rated by {made_by}, not {self._made_by}; "
+                    "give another --out, or --force to begin anew"
+                )
+            if rating:
+                ratings[name] = rating
+        return ratings
+
+    def _parse(self, row: Any) -> tuple[str, Rating | None, dict[str, Any]]:
+        rating = Rating(float(row["score"]), str(row["reason"])) if "score" in row else None
+        return row["key"], rating, {key: row.get(key) for key in self._made_by}
 
     def write(self, key: str, row: dict[str, Any], rating: Rating | None) -> None:
-        """Adds a line; without a rating, of a try that failed."""
-        line = {"key": key, **row, **self._made_by, **(rating._asdict() if rating else {})}
-        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        self._file.flush()
+        """Appends a line; without a rating, that of a failed attempt."""
+        self._journal.append({"key": key, **row, **self._made_by, **(rating._asdict() if rating else {})})
         if rating:
-            self.ratings[key] = rating
+            self.of[key] = rating
 
-    def close(self) -> None:
-        self._file.close()
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._journal.close()
 
 
 def key(trajectory: Trajectory) -> str:
     """The same for equal trajectories, whatever file they are in and whatever score they have."""
     row = to_dict(replace(trajectory, score=None))
-    return hashlib.sha256(json.dumps(row, ensure_ascii=False).encode()).hexdigest()[:24]
+    return json_digest(row, length=24, sort_keys=False, ensure_ascii=False)
 
 
 def rate(
@@ -201,20 +193,17 @@ def rate(
         raise UserError(f"{out}: exists already, without {journal_path.name}; give another name, or --force")
     if not out.parent.is_dir():
         raise UserError(f"{out}: the folder '{out.parent}' does not exist; create it first")
-    journal = Journal(journal_path, model.name)
-    try:
-        before = len(journal.ratings)
-        failures = asyncio.run(_ask_all(files, limit, journal, model, concurrency, progress))
-        if failures.counts and not journal.ratings:
+    with Ratings(journal_path, model.name) as ratings:
+        before = len(ratings.of)
+        failures = asyncio.run(_ask_all(files, limit, ratings, model, concurrency, progress))
+        if failures.counts and not ratings.of:
             raise UserError(f"{journal_path}: not one rating, but {failures}")
-        result = _write(files, limit, out, journal, failures)
-    finally:
-        journal.close()
+        result = _write(files, limit, out, ratings, failures)
     known = result.pop("known")
     return {
         "inputs": [str(path) for path in files],
         **result,
-        "asked": len(journal.ratings) - before + failures.counts.total(),
+        "asked": len(ratings.of) - before + failures.counts.total(),
         "ratings": dict(sorted(Counter(f"{rated:g}" for _, _, rated in known.all).items())),
         "kept": sum(rated >= keep for _, _, rated in known.all),
         "keep": keep,
@@ -262,7 +251,7 @@ def _trajectories(files: Sequence[Path], limit: int | None) -> Iterator[tuple[st
 async def _ask_all(
     files: Sequence[Path],
     limit: int | None,
-    journal: Journal,
+    ratings: Ratings,
     model: "Model",
     concurrency: int,
     progress: Callable[[str], None],
@@ -271,13 +260,11 @@ async def _ask_all(
     from xlam_jax.evaluate.endpoint import EndpointFault
 
     failures = _Failures()
-    asked: set[str] = set(journal.ratings)
+    asked: set[str] = set(ratings.of)
     rows = _trajectories(files, limit)
-    began = told = time.monotonic()
-    done = 0
+    answers = Throughput("rating", unit="answers", out=progress)
 
     async def work() -> None:
-        nonlocal done, told
         for where, trajectory in rows:  # shared: each takes the next
             if isinstance(trajectory, str):
                 continue
@@ -293,18 +280,13 @@ async def _ask_all(
             except (BadRating, EndpointFault) as error:
                 failures.add(error)
                 row |= {"failed": error.kind, "detail": str(error)}
-            journal.write(name, row, rating)
-            done += 1
+            ratings.write(name, row, rating)
+            answers.add(**{"without a rating": f"{failures.counts.total():,}"})
             enough = max(FAILURES, 2 * concurrency)
-            if done == failures.counts.total() >= enough:
-                raise UserError(f"not one rating in {done} answers: {failures}")
+            if answers.done == failures.counts.total() >= enough:
+                raise UserError(f"not one rating in {answers.done} answers: {failures}")
             if failures.refused >= enough:
                 raise UserError(f"{row['detail']} ({failures.refused} requests in a row); the same command continues")
-            if time.monotonic() - told > 2:
-                told = time.monotonic()
-                progress(
-                    f"{done} asked, {failures.counts.total()} without a rating, {done / (told - began):.1f} a second"
-                )
 
     async with model:  # its connections belong to this loop
         await asyncio.gather(*(work() for _ in range(concurrency)))
@@ -312,30 +294,27 @@ async def _ask_all(
 
 
 def _write(
-    files: Sequence[Path], limit: int | None, out: Path, journal: Journal, failures: _Failures
+    files: Sequence[Path], limit: int | None, out: Path, ratings: Ratings, failures: _Failures
 ) -> dict[str, Any]:
     """Writes what has a rating, and counts the rest."""
     left_out: Counter[str] = Counter()
     known = _Known([])
     read = 0
-    part = out.with_name(f"{out.name}.part")
-    with part.open("w", encoding="utf-8", newline="\n") as lines:
+    with new_file(out) as lines:
         for _, trajectory in _trajectories(files, limit):
             read += 1
             if isinstance(trajectory, str):
                 left_out[trajectory] += 1
                 continue
-            rating = journal.ratings.get(key(trajectory))
+            rating = ratings.of.get(key(trajectory))
             if rating is None:
                 left_out["no-rating"] += 1
                 continue
             known.all.append((trajectory.source or "", trajectory.score, rating.score))
             lines.write(json.dumps(to_dict(replace(trajectory, score=rating.score)), ensure_ascii=False) + "\n")
-    if not known.all:
-        part.unlink()
-        why = ", ".join(f"{count} × {reason}" for reason, count in left_out.items()) or "there is none"
-        raise UserError(f"{', '.join(map(str, files))}: no trajectory could be rated: {why}")
-    part.replace(out)
+        if not known.all:
+            why = ", ".join(f"{count} × {reason}" for reason, count in left_out.items()) or "there is none"
+            raise UserError(f"{', '.join(map(str, files))}: no trajectory could be rated: {why}")
     return {
         "trajectories": read,
         "rated": len(known.all),

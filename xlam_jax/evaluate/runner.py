@@ -1,4 +1,4 @@
-"""Asks the examples of a suite, many at once, and records each as it ends."""
+"""Runs the examples of a suite, many at once, and records each as it ends."""
 
 import asyncio
 import time
@@ -12,33 +12,31 @@ from xlam_jax.evaluate.agents import Agent
 from xlam_jax.evaluate.endpoint import CALLS, EndpointFault, Model
 from xlam_jax.evaluate.records import Records
 from xlam_jax.evaluate.suite import Outcome, Suite, Task
-from xlam_jax.training.progress import Progress, Status, duration
+from xlam_jax.progress import Progress, Throughput
 
-EVERY = 10.0
-"""Seconds between the lines of a log."""
 UNREACHED = 10
-"""Examples in a row for which a server failed, after which the run ends: the others would end like them."""
+"""Consecutive examples for which a server failed, after which the evaluation ends: the others would fail too."""
 _SERVERS = ("refused", "environment")
-"""Kinds of faults of which the cause is a server that is not there: the model's, or the suite's own."""
+"""Kinds of faults whose cause is a server that does not run: that of the model, or that of the suite."""
 
 
 def ask(
     suite: Suite, agent: Agent, model: Model, tasks: Sequence[Task], records: Records, concurrency: int = 1
 ) -> None:
-    """Asks the tasks that have no score yet, `concurrency` at once; those that ended in an error are asked again.
+    """Runs the tasks that have no score yet, `concurrency` at once; those that ended in an error run again.
 
-    Raises `UserError` where no server is reached, or no request can succeed; what was written stays.
+    Raises `UserError` when no server is reached, or no request can succeed; what was recorded stays.
     """
     pending = [task for task in tasks if "error" in records.examples.get(task.id, {"error": None})]
     with Progress() as progress:
         if records.torn:
-            progress.line("the last line of examples.jsonl was cut off; its example is asked again")
+            progress.line("the last line of examples.jsonl was cut off; its example is evaluated again")
         if len(pending) < len(tasks):
             again = sum(task.id in records.examples for task in pending)
-            told = f"; {again} that ended in an error are asked again" if again else ""
-            progress.line(f"{len(tasks) - len(pending)} of {len(tasks)} examples are scored already{told}")
+            note = f"; {again} that ended in an error are evaluated again" if again else ""
+            progress.line(f"{len(tasks) - len(pending)} of {len(tasks)} examples are scored already{note}")
         try:
-            asyncio.run(_ask(suite, agent, model, pending, records, concurrency, _Told(progress, len(pending))))
+            asyncio.run(_ask(suite, agent, model, pending, records, concurrency, _Report(progress, len(pending))))
         except BaseExceptionGroup as group:
             raise group.exceptions[0] from None
 
@@ -50,17 +48,17 @@ async def _ask(
     pending: Sequence[Task],
     records: Records,
     concurrency: int,
-    told: "_Told",
+    report: "_Report",
 ) -> None:
     async def work(tasks: Iterator[Task]) -> None:
         for task in tasks:
             record = await _example(suite, agent, model, task)
             _check_scores(record, records)
             records.add(record)
-            told.add(record)
-            if told.unreached >= UNREACHED:
+            report.add(record)
+            if report.unreached >= UNREACHED:
                 raise UserError(
-                    f"{record['error']['message']} ({told.unreached} examples in a row ended like this). Start that "
+                    f"{record['error']['message']} ({report.unreached} examples in a row ended like this). Start that "
                     "server, or correct its address; the same command continues"
                 )
 
@@ -71,7 +69,7 @@ async def _ask(
 
 
 async def _example(suite: Suite, agent: Agent, model: Model, task: Task) -> dict[str, Any]:
-    """The record of a task."""
+    """Runs one task and returns its record."""
     began = time.monotonic()
     record: dict[str, Any] = {"id": task.id, "group": task.group}
     calls: list[ToolCall] = []
@@ -79,13 +77,13 @@ async def _example(suite: Suite, agent: Agent, model: Model, task: Task) -> dict
     try:
         outcome = await suite.run(task, model, agent)
         messages = list(outcome.messages)
-        record |= _ended(outcome)
+        record |= _result(outcome)
     except EndpointFault as error:
         messages = error.messages
         record["error"] = {"kind": error.kind, "message": str(error)}
     except UserError:
         raise
-    except Exception as error:  # one answer, or one row, that a suite is not made for ends no evaluation
+    except Exception as error:  # an answer or a row that the suite did not expect must not end the evaluation
         messages = []
         record["error"] = {"kind": "suite", "message": fault(error)}
     record["seconds"] = round(time.monotonic() - began, 3)
@@ -93,52 +91,41 @@ async def _example(suite: Suite, agent: Agent, model: Model, task: Task) -> dict
     return record | {"messages": messages}
 
 
-def _ended(outcome: Outcome) -> dict[str, Any]:
+def _result(outcome: Outcome) -> dict[str, Any]:
     scores = {name: float(score) for name, score in outcome.scores.items()}
     return {"scores": scores, "failure": outcome.failure, "details": dict(outcome.details)}
 
 
 def _check_scores(record: dict[str, Any], records: Records) -> None:
-    """Means over examples that were scored by different rules would be none."""
+    """Raises `UserError` when a record has other scores than those before: their means would mean nothing."""
     if "error" in record:
         return
-    before = next((one for one in records.examples.values() if "error" not in one), record)
-    if set(record["scores"]) != set(before["scores"]):
-        named = [", ".join(sorted(one["scores"])) for one in (before, record)]
+    first = next((example for example in records.examples.values() if "error" not in example), record)
+    names, expected = (", ".join(sorted(example["scores"])) for example in (record, first))
+    if names != expected:
         raise UserError(
-            f"example {record['id']} has the scores {named[1]}, example {before['id']} has {named[0]}; every "
-            "outcome of a suite has the same"
+            f"example {record['id']} has the scores {names}, example {first['id']} has {expected}; every outcome of a "
+            "suite has the same"
         )
 
 
-class _Told:
-    """Says how far it is: a panel on a terminal, a line every ten seconds in a log."""
+class _Report:
+    """Reports how many examples have ended, and the errors among them."""
 
     def __init__(self, progress: Progress, total: int):
-        self._progress, self._total, self._done = progress, total, 0
-        self.errors: Counter[str] = Counter()
+        self._progress, self._total = progress, total
+        self._ended = Throughput("examples", total, unit="examples", out=progress)
+        self._errors: Counter[str] = Counter()
         self.unreached = 0
-        """Examples in a row for which a server failed."""
-        self._began = self._said = time.monotonic()
+        """Consecutive examples for which a server failed."""
 
     def add(self, record: dict[str, Any]) -> None:
-        """An example that ended."""
-        self._done += 1
-        self.unreached = self.unreached + 1 if record.get("error", {}).get("kind") in _SERVERS else 0
-        if "error" in record:
-            kind = record["error"]["kind"]
-            self.errors[kind] += 1
-            if self.errors[kind] == 1:  # the first of its kind is told in full, the others counted
+        """Counts an example that has ended."""
+        kind = record.get("error", {}).get("kind")
+        self.unreached = self.unreached + 1 if kind in _SERVERS else 0
+        if kind is not None:
+            self._errors[kind] += 1
+            if self._errors[kind] == 1:  # the first of its kind is printed, the others are counted
                 self._progress.line(f"example {record['id']}: {kind}: {record['error']['message']}")
-        now = time.monotonic()
-        rate = self._done / max(now - self._began, 1e-9)
-        left = (self._total - self._done) / rate
-        errors = sum(self.errors.values())
-        speed = f"{rate:.1f} examples/s"
-        line = f"{self._done} of {self._total} examples  {speed}  left {duration(left)}"
-        line += f"  errors {errors}" if errors else ""
-        fields = (("", speed), ("errors", str(errors)))
-        keep = now - self._said >= EVERY or self._done == self._total
-        self._said = now if keep else self._said
-        status = Status(step=self._done, steps=self._total, left=left, fields=fields, line=line)
-        self._progress.step(status, keep=keep)
+        last = self._ended.done + 1 == self._total
+        self._ended.add(last=last, errors=f"{self._errors.total():,}")

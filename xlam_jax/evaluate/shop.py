@@ -5,7 +5,6 @@ It has the original's addresses, forms and reward; its products are made up. A s
 N-th request, as the original's `fixed_N`.
 """
 
-import argparse
 import contextlib
 import threading
 from ast import literal_eval
@@ -15,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
-from xlam_jax import errors
+from xlam_jax import cli, errors
 
 GOALS = 500
 PAGE = 10
@@ -256,7 +255,7 @@ def serve(port: int = 0) -> Iterator[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m xlam_jax.evaluate.shop",
         description="A small shop with the pages of WebShop, to try the suite webshop out. Ends with Ctrl-C.",
     )
@@ -272,4 +271,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

@@ -1,11 +1,10 @@
 """`python -m xlam_jax.report RUN [RUN …] [--out FILE.html]`: one page about runs."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from xlam_jax import errors
+from xlam_jax import cli
 from xlam_jax.errors import UserError
 
 PAGE = "report.html"
@@ -13,7 +12,7 @@ PAGE = "report.html"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m xlam_jax.report",
         description="Writes what runs learned, how fast, from what, and what they answer, as one page that needs no "
         "network: losses, shares of the sources, throughput, samples, and how their configs differ. What is wrong with "
@@ -29,8 +28,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--force", action="store_true", help="overwrite FILE.html whatever it is")
     options = parser.parse_args(arguments)
-    for stream in (sys.stdout, sys.stderr):  # a terminal's encoding may lack characters that names have
-        getattr(stream, "reconfigure", lambda **_: None)(errors="backslashreplace")
     out = options.out or (options.runs[0] / PAGE if len(options.runs) == 1 else Path(PAGE))
     return write_report(options.runs, out, force=options.force)
 
@@ -70,4 +67,4 @@ def check_output(
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

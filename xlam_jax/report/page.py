@@ -163,7 +163,7 @@ def _by_objective(runs: Iterable[Run]) -> dict[str, list[Run]]:
 
 
 def _card(report: Report, run: Run, at: int) -> str:
-    from xlam_jax.training.progress import duration
+    from xlam_jax.progress import duration
 
     done = int(run.train.steps[-1]) if len(run.train.steps) else 0
     planned = run.planned or done

@@ -13,7 +13,7 @@ import numpy as np
 from xlam_jax import documents
 from xlam_jax.config import Config, from_saved
 from xlam_jax.errors import UserError
-from xlam_jax.journals import SHOWN, json_lines, summarize
+from xlam_jax.journal import SHOWN, json_lines, summarize
 from xlam_jax.training.run_folder import CONFIG, METRICS, RUN
 
 KINDS_OF_RECORDS = ("train", "heldout", "requests")

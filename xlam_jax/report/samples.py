@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from xlam_jax.data.schemas import hashable
 from xlam_jax.enums import REQUEST_MARKS as MARKS
-from xlam_jax.journals import json_lines, summarize
+from xlam_jax.journal import json_lines, summarize
 from xlam_jax.report.plots import color_class
 from xlam_jax.report.runs import is_step
 from xlam_jax.training.run_folder import SAMPLES

@@ -6,7 +6,7 @@ from typing import Any
 
 from xlam_jax import config as configs
 from xlam_jax.config import Resolved
-from xlam_jax.training.progress import Progress, duration
+from xlam_jax.progress import Progress, duration
 from xlam_jax.training.setup import Setup, compile_step, set_up
 
 

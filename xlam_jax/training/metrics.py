@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from xlam_jax.enums import REQUEST_MARKS
-from xlam_jax.journals import json_lines, summarize
-from xlam_jax.training.progress import Progress, Status, duration
+from xlam_jax.journal import Journal, json_lines, summarize
+from xlam_jax.outputs import new_file
+from xlam_jax.progress import Progress, Status, duration
 from xlam_jax.training.run_folder import METRICS, SAMPLES
 from xlam_jax.training.trackers import Trackers, flatten
 
@@ -62,7 +63,7 @@ class Metrics:
                     progress.line(f"warning: {warning}")
             for record in read(run):
                 self._remember(record)
-            self._file = (run / METRICS).open("a", encoding="utf-8")
+            self._journal = Journal(run / METRICS, report=progress.line)
         self._clock = time.monotonic()
         self._first = (start, self._clock)
 
@@ -80,8 +81,7 @@ class Metrics:
         record = {"step": step, "kind": kind, **values}
         not_finite = {path: str(value) for path, value in flatten(record).items() if not _is_finite(value)}
         written = _nulled(record) | {"not_finite": not_finite} if not_finite else record
-        self._file.write(json.dumps(written, allow_nan=False) + "\n")
-        self._file.flush()
+        self._journal.append(written, allow_nan=False)
         if self._trackers:
             numbers = {path: value for path, value in flatten(values).items() if isinstance(value, (int, float))}
             self._trackers.log(step, {f"{kind}/{path}": value for path, value in numbers.items()})
@@ -96,8 +96,9 @@ class Metrics:
     def append_samples(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Appends the model's answers to requests to samples.jsonl; each line has its `step`."""
         if self._writes:
-            with (self._run / SAMPLES).open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
+            with Journal(self._run / SAMPLES, report=self._progress.line) as samples:
+                for line in lines:
+                    samples.append(line)
 
     def exclude(self, seconds: float) -> None:
         """Excludes time that was not spent on steps, such as evaluation, from the rates."""
@@ -119,7 +120,7 @@ class Metrics:
         """Closes the files, the panel (its last state stays as a line) and the trackers."""
         if not self._writes:
             return
-        self._file.close()
+        self._journal.close()
         if self._progress.live:
             self._progress.close()
             if self._status:
@@ -195,10 +196,8 @@ def _keep_until(step: int, path: Path, evaluated: bool) -> list[str]:
     if not path.exists():
         return []
     problems: list[str] = []
-    part = path.with_suffix(".part")
-    with part.open("w", encoding="utf-8") as kept:
+    with new_file(path) as kept:
         kept.writelines(json.dumps(record) + "\n" for record in _records(path, problems) if step and is_kept(record))
-    part.replace(path)
     return summarize(path, problems, "removed; the other lines are kept")
 
 
@@ -273,6 +272,6 @@ def plot(run: Path) -> Path:
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()
-    part = run / "loss.part.png"
-    figure.savefig(part)
-    return part.replace(run / "loss.png")
+    with new_file(run / "loss.png", "wb") as file:
+        figure.savefig(file, format="png")
+    return run / "loss.png"

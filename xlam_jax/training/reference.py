@@ -9,30 +9,27 @@ The numbers belong to these weights and tokens. With any others the rewards woul
 so a folder that was computed from anything else is refused.
 """
 
-import hashlib
 import io
 import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from converters.folders import new_folder
 from xlam_jax.config import Data, Resolved
 from xlam_jax.data import pipeline
 from xlam_jax.data.corpus import Example, Loaded, Referenced
 from xlam_jax.data.identity import PARTS, examples_digest
+from xlam_jax.digest import file_digest, hex_digest, json_digest
 from xlam_jax.errors import UserError
 from xlam_jax.models.params import Params
+from xlam_jax.outputs import new_folder
 from xlam_jax.parallel.link import Hosts
-from xlam_jax.training.progress import Progress
+from xlam_jax.progress import Progress, Throughput
 from xlam_jax.training.setup import Setup
 
 META = "reference.json"
-QUIET = 10.0
-"""Seconds between two lines of progress."""
 
 Scores = list[dict[str, np.ndarray]]
 """Per source and part, f32 [pairs, 2]."""
@@ -94,7 +91,7 @@ def identity(loaded: Sequence[Loaded], *, weights: str, model: dict[str, Any], d
     return {
         "weights": weights,
         "precision": dtype,
-        "model": hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest()[:16],
+        "model": json_digest(model, length=16),
         "sources": {
             source.source.name: {
                 part: {"pairs": len(getattr(source, part)), "digest": examples_digest(getattr(source, part), columns)}
@@ -150,8 +147,8 @@ def compute(setup: Setup, data: Data, params: Params, frozen: Params, progress: 
     score = jax.jit(make_reference_step(setup.model, setup.mesh, setup.options))
     local_rows = setup.rows(rows)
     scores = [{part: np.zeros((len(getattr(source, part)), 2), np.float32) for part in PARTS} for source in loaded]
-    pairs, done = sum(len(source.train) + len(source.heldout) for source in loaded), 0
-    began = reported = time.monotonic()
+    pairs = sum(len(source.train) + len(source.heldout) for source in loaded)
+    scored = Throughput("reference policy", pairs, unit="pairs", out=progress.line)
     for part in PARTS:
         for batch, origins in pipeline.ordered(loaded, part, data, rows=rows):
             sides = score(params, frozen, setup.batch(pipeline.stack([batch[row] for row in local_rows]), rows))
@@ -159,10 +156,7 @@ def compute(setup: Setup, data: Data, params: Params, frozen: Params, progress: 
             for row_P2, packed in zip(sides_BP2, origins, strict=True):
                 for (source, row), log_p_2 in zip(packed, row_P2, strict=False):
                     scores[source][part][row] = log_p_2
-                done += len(packed)
-            if (now := time.monotonic()) - reported > QUIET:
-                progress.line(f"reference policy: {done:,} of {pairs:,} pairs, {done / (now - began):,.0f} a second")
-                reported = now
+                scored.add(len(packed))
     return scores
 
 
@@ -174,7 +168,7 @@ def _write(folder: Path, scores: Scores, origin: dict[str, Any]) -> None:
             for name, values in of_source.items():
                 file = part / f"{at}.{name}.npy"
                 np.save(file, values)
-                digests[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+                digests[file.name] = file_digest(file)
         (part / META).write_text(json.dumps(origin | {"files": digests}, indent=1) + "\n", encoding="utf-8")
 
 
@@ -207,7 +201,7 @@ def _read(folder: Path, loaded: Sequence[Loaded], origin: dict[str, Any], report
 def _load(file: Path, pairs: int, digests: dict[str, str] | None) -> np.ndarray:
     """Reads f32 [pairs, 2]. Raises `ValueError` when the file differs from what was written."""
     content = file.read_bytes()
-    if digests is not None and hashlib.sha256(content).hexdigest() != digests[file.name]:
+    if digests is not None and hex_digest(content) != digests[file.name]:
         raise ValueError(f"{file.name} is damaged: its content is not what was written")
     values = np.load(io.BytesIO(content))
     if values.shape != (pairs, 2) or values.dtype != np.float32:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from xlam_jax.data.pipeline import Row
     from xlam_jax.models.config import ModelConfig
     from xlam_jax.models.kernels import Kernels
-    from xlam_jax.training.progress import Progress
+    from xlam_jax.progress import Progress
     from xlam_jax.training.step import Batch, Objective, State, StepOptions
 
 

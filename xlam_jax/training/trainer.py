@@ -20,13 +20,13 @@ from xlam_jax.parallel.hosts import merged
 from xlam_jax.parallel.link import Hosts
 from xlam_jax.parallel.mesh import cpu_threads
 from xlam_jax.parallel.placement import put
+from xlam_jax.progress import Progress, duration
 from xlam_jax.signals import Stop
 from xlam_jax.training import reference
 from xlam_jax.training.evaluation import Evaluator, Requests, to_record
 from xlam_jax.training.metrics import Metrics, plot
 from xlam_jax.training.optimizer import schedule
 from xlam_jax.training.profiler import Profiler
-from xlam_jax.training.progress import Progress, duration
 from xlam_jax.training.restore import restore_newest
 from xlam_jax.training.resume import check_data, check_threads
 from xlam_jax.training.run_folder import write_run

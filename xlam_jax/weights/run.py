@@ -1,6 +1,5 @@
 """The weights a run starts from: what trains, and what stays frozen beside it."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from xlam_jax.config import Resolved, from_saved, model_of
+from xlam_jax.digest import stream_digest
 from xlam_jax.errors import UserError
 from xlam_jax.models import hf_keys
 from xlam_jax.models.config import ModelConfig
 from xlam_jax.models.nf4 import NF4, dense
 from xlam_jax.models.params import Params, freeze, initialize, shapes, trainable
-from xlam_jax.parallel.placement import place
+from xlam_jax.training.step import place
 from xlam_jax.weights import checkpoint
 
 
@@ -41,7 +41,7 @@ def read_base(resolved: Resolved, *, exporting: bool = False) -> Params | None:
         return checkpoint.open_params(step)
     opened = HFWeights(named)
     params = opened.params()
-    checkpoint.check_shapes(named, params, like)
+    checkpoint.same_shapes(named, params, like)
     if not exporting:
         check_same_config(resolved, opened.hf_config)
     return params
@@ -227,13 +227,14 @@ def fingerprint(params: Params) -> str:
 
 def _fingerprint_by_layers(params: Params) -> str:
     """`fingerprint` of what `Kept` weights are kept as."""
+    from xlam_jax.progress import BYTES, Throughput
     from xlam_jax.weights.shards import ahead
-    from xlam_jax.weights.transfer import WORKERS, Told
+    from xlam_jax.weights.transfer import WORKERS
 
     is_kept = lambda node: isinstance(node, Kept)  # noqa: E731
     sums: list[int] = []
     leaves: list[Kept] = jax.tree.leaves(params, is_leaf=is_kept)
-    with Told("checking the base", sum(one.size * one.dtype.itemsize for one in leaves)) as told:
+    with Throughput("checking the base", sum(one.size * one.dtype.itemsize for one in leaves), unit=BYTES) as progress:
         for one in leaves:
             each = [0] * len(jax.tree.leaves(one.kept))
             indices = list(np.ndindex(*one.shape[: one.lead]))
@@ -242,7 +243,7 @@ def _fingerprint_by_layers(params: Params) -> str:
                 each = [
                     total + int(_checksum(leaf, index)) for total, leaf in zip(each, jax.tree.leaves(part), strict=True)
                 ]
-                told.add(one.size * one.dtype.itemsize // len(indices))
+                progress.add(one.size * one.dtype.itemsize // len(indices))
             sums += [total % 2**32 for total in each]
     return _digest(jax.tree.map(lambda one: one.kept, params, is_leaf=is_kept), sums)
 
@@ -260,11 +261,11 @@ def _checksum(part: jax.Array, at: tuple[Any, ...]) -> jax.Array:
 
 
 def _digest(like: Params, sums: Sequence[int]) -> str:
-    digest = hashlib.sha256()
-    for (path, leaf), total in zip(jax.tree_util.tree_leaves_with_path(like), sums, strict=True):
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        digest.update(f"{name} {leaf.shape} {leaf.dtype} {total}\n".encode())
-    return digest.hexdigest()[:16]
+    lines = (
+        f"{jax.tree_util.keystr(path, simple=True, separator='.')} {leaf.shape} {leaf.dtype} {total}\n"
+        for (path, leaf), total in zip(jax.tree_util.tree_leaves_with_path(like), sums, strict=True)
+    )
+    return stream_digest(lines, length=16)
 
 
 def check_base(run: Path, saved: str | None, now: str, init_from: str | None) -> None:

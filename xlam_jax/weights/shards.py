@@ -15,9 +15,9 @@ from typing import Any, NamedTuple, TypeVar
 import ml_dtypes
 import numpy as np
 
-from converters.folders import SourceError
 from xlam_jax import strict_json
 from xlam_jax.errors import UserError
+from xlam_jax.outputs import SourceError
 
 DTYPES = {
     "F64": np.dtype(np.float64),

@@ -1,20 +1,17 @@
-"""Moving weights between folders: progress, and the check of every tensor."""
+"""Moving weights between folders: dtypes, and the check of every tensor."""
 
-import time
 from collections.abc import Callable, Sequence
 from math import prod
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
 from xlam_jax.errors import UserError
+from xlam_jax.progress import BYTES, Throughput
 from xlam_jax.weights.hf_map import Tensor
 from xlam_jax.weights.shards import DTYPES, Shard, ahead
 
 WORKERS = 2
-EVERY = 10.0
-"""Seconds between lines in a log."""
 CACHED = 2**18
 """Values that are looked at together: few enough to stay near the processor."""
 INFINITE = {2: {"bfloat16": 0x7F80, "float16": 0x7C00}, 4: {"float32": 0x7F800000}, 8: {"float64": 0x7FF0000000000000}}
@@ -53,17 +50,17 @@ def check_values(shards: Sequence[Shard], workers: int = WORKERS) -> None:
         shard, key = item
         check_finite(shard.url, key, shard.read(key))
 
-    with Told("looking at the weights", sum(sizes)) as told:
+    with Throughput("checking the weights", sum(sizes), unit=BYTES) as progress:
         for size, _ in zip(sizes, ahead(check, items, workers), strict=True):
-            told.add(size)
+            progress.add(size)
 
 
 def compare(name: str, same: Callable[[Any], bool], items: Sequence[tuple[Tensor, Any]], workers: int) -> None:
     """Raises `UserError` naming the tensors for which `same` does not hold."""
-    with Told("verifying", sum(prod(tensor.shape) for tensor, _ in items)) as told:
+    with Throughput("verifying", sum(prod(tensor.shape) for tensor, _ in items), unit="values") as progress:
         wrong = []
         for (tensor, _), holds in ahead(same, items, workers):
-            told.add(prod(tensor.shape))
+            progress.add(prod(tensor.shape))
             wrong += [] if holds else [tensor.key]
     if wrong:
         shown = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
@@ -71,46 +68,3 @@ def compare(name: str, same: Callable[[Any], bool], items: Sequence[tuple[Tensor
             f"{name}: {len(wrong)} tensors are not what was written ({shown}); check the disk, and run again"
         )
     print(f"verified: {len(items):,} tensors are the source's, bit for bit")
-
-
-class Told:
-    """Says how far a conversion is: a panel on a terminal, a line every ten seconds in a log."""
-
-    def __init__(self, what: str, total: int):
-        """`total`: bytes."""
-        from xlam_jax.training.progress import Progress
-
-        self._what, self._total, self._moved, self._skipped = what, total, 0, 0
-        self._progress = Progress()
-        self._began = self._said = time.monotonic()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        self._progress.close()
-
-    def skip(self, size: int) -> None:
-        """Bytes that an earlier process has done."""
-        self._skipped += size
-        if size:
-            self._progress.line(f"{self._what}: {size / 1e9:.2f} GB are there already")
-
-    def add(self, size: int) -> None:
-        """Bytes that are done."""
-        from xlam_jax.training.progress import Status, duration
-
-        self._moved += size
-        now = time.monotonic()
-        rate = self._moved / max(now - self._began, 1e-9)
-        left = (self._total - self._skipped - self._moved) / max(rate, 1e-9)
-        done = self._skipped + self._moved
-        speed = f"{rate / 1e6:,.0f} MB/s"
-        line = f"{self._what}: {done / 1e9:.2f} of {self._total / 1e9:.2f} GB  {speed}  left {duration(left)}"
-        fields = (("", self._what), ("", speed))
-        status: Any = Status(
-            step=done // 10**6, steps=max(1, self._total // 10**6), left=left, fields=fields, line=line
-        )
-        keep = now - self._said >= EVERY
-        self._said = now if keep else self._said
-        self._progress.step(status, keep=keep)

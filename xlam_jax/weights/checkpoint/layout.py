@@ -1,9 +1,9 @@
 """Files of a run folder (or of a converted model) that hold weights, and which of them are complete checkpoints."""
 
 import re
-from hashlib import sha256
 from pathlib import Path
 
+from xlam_jax.digest import hex_digest
 from xlam_jax.errors import UserError
 
 STEPS = "checkpoints"
@@ -73,7 +73,7 @@ def stamp(step_dir: Path) -> str:
     """Identifies a step among those of all runs; a copy has the same stamp. Orbax stores the time in nanoseconds."""
     metadata = step_dir / METADATA
     content = metadata.read_bytes() if metadata.is_file() else str(step_dir.stat().st_mtime_ns).encode()
-    return f"step {step_dir.name}, {sha256(content).hexdigest()[:16]}"
+    return f"step {step_dir.name}, {hex_digest(content, length=16)}"
 
 
 def _is_number(name: str) -> bool:

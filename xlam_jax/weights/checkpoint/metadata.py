@@ -3,10 +3,10 @@
 import json
 import sys
 from collections.abc import Callable
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from xlam_jax.digest import file_digest, json_digest
 from xlam_jax.errors import UserError
 from xlam_jax.models.generation_config import GENERATION_CONFIG, read_generation_config
 from xlam_jax.weights.checkpoint.layout import HF_CONFIG, METADATA, TOKENIZER, DamagedError
@@ -49,7 +49,7 @@ def read_metadata(step_dir: Path) -> tuple[list[str], dict[str, Any]]:
 def metadata_digest(metadata: dict[str, Any]) -> str:
     """A digest of metadata that does not depend on how they are spelled in JSON; the entry `DIGEST` is not counted."""
     rest = {key: value for key, value in metadata.items() if key != DIGEST}
-    return sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:32]
+    return json_digest(rest, length=32)
 
 
 def file_digests(run: Path) -> dict[str, str]:
@@ -57,7 +57,7 @@ def file_digests(run: Path) -> dict[str, str]:
     left out: its contents are in the metadata."""
     files = [*sorted((run / TOKENIZER).iterdir())] if (run / TOKENIZER).is_dir() else []
     return {
-        str(path.relative_to(run)): sha256(path.read_bytes()).hexdigest()[:32]
+        str(path.relative_to(run)): file_digest(path, length=32)
         for path in [*files, run / GENERATION_CONFIG]
         if path.is_file()
     }

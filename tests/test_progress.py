@@ -17,8 +17,8 @@ import pyte
 import pytest
 from support import ROOT, wait_until
 
-from xlam_jax.training import progress as module
-from xlam_jax.training.progress import Progress, Status, duration
+from xlam_jax import progress as module
+from xlam_jax.progress import BYTES, Progress, Status, Throughput, duration
 
 FIELDS = (
     ("loss", "0.8123 (last 0.7911)"),
@@ -138,7 +138,7 @@ def test_a_terminal_that_wraps_lines_anew_keeps_one_panel(tmp_path: Path):
 import os, sys, time
 from pathlib import Path
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-from training.test_progress import Progress, module, status
+from test_progress import Progress, module, status
 module.REST, module.TICK = 0.0, 1000.0
 progress = Progress()
 for step, columns in enumerate({widths}, start=1):
@@ -302,3 +302,71 @@ def test_a_reader_that_goes_away_does_not_end_the_run():
         progress.line("a line")
         progress.step(Status(step=1, steps=2, left=1.0, fields=(), line="step 1"), keep=True)
         progress.line("another")
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_count_is_a_line_every_ten_seconds():
+    lines: list[str] = []
+    clock = Clock()
+    rows = Throughput("reading", 2000, unit="rows", out=lines.append, clock=clock)
+    for _ in range(25):
+        clock.now += 1.0
+        rows.add(50, dropped="3")
+    rows.add(750, last=True)
+    assert lines == [
+        "reading: 500 of 2,000 rows  50.0 rows/s  left 0:30  dropped 3",
+        "reading: 1,000 of 2,000 rows  50.0 rows/s  left 0:20  dropped 3",
+        "reading: 2,000 of 2,000 rows  80.0 rows/s  left 0:00",
+    ]
+    assert (rows.done, rows.seconds) == (2000, 25.0)
+
+
+def test_a_count_without_an_end_tells_no_time_left():
+    lines: list[str] = []
+    clock = Clock()
+    rows = Throughput("reading", unit="rows", out=lines.append, clock=clock)
+    clock.now += 20.0
+    rows.add(10_000)
+    assert lines == ["reading: 10,000 rows  500 rows/s"]
+
+
+def test_bytes_of_an_earlier_process_do_not_count_towards_the_rate():
+    out = io.StringIO()
+    clock = Clock()
+    moved = Throughput("converting", 4 * 10**9, unit=BYTES, out=Progress(out), clock=clock)
+    moved.skip(0)
+    moved.skip(10**9)
+    clock.now += 10.0
+    moved.add(10**9)
+    assert out.getvalue() == (
+        "converting: 1.00 GB are there already\nconverting: 2.00 GB of 4.00 GB  100.0 MB/s  left 0:20\n"
+    )
+
+
+def test_a_count_in_the_panel():
+    with Terminal(80) as terminal:
+        clock = Clock()
+        with Progress(terminal.out, clock=clock) as progress:
+            rows = Throughput("examples", 10, unit="examples", out=progress, clock=clock)
+            for _ in range(4):
+                clock.now += 0.5
+                rows.add(errors="1")
+            head, fields = terminal.rows()
+        assert head.endswith("4/10 left 0:03")
+        assert fields.split("   ") == ["examples", "2.0 examples/s", "errors 1"]
+        assert terminal.rows() == []
+
+
+def test_what_rich_costs_is_paid_on_a_terminal_alone():
+    script = "import sys; from xlam_jax.progress import Progress; Progress().line('x'); print('rich' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("False\n", "x\n")
