@@ -16,7 +16,7 @@ from xlam_jax.models import hf_keys
 from xlam_jax.models.config import ModelConfig
 from xlam_jax.models.nf4 import NF4, dense
 from xlam_jax.models.params import Params, freeze, initialize, shapes, trainable
-from xlam_jax.training.step import place
+from xlam_jax.parallel.placement import place
 from xlam_jax.weights import checkpoint
 
 
