@@ -26,17 +26,11 @@ from converters.trajectories.common import (
     turns_of,
 )
 from converters.trajectories.links import link
+from xlam_jax.data.call_links import answered_calls
 from xlam_jax.data.messages import modern_turn
-from xlam_jax.data.trajectory import (
-    TURN,
-    InvalidTrajectory,
-    Message,
-    Trajectory,
-    answered_calls,
-    decode_arguments,
-    to_messages,
-    with_call_list,
-)
+from xlam_jax.data.raw_turns import with_call_list
+from xlam_jax.data.row_json import decode_arguments
+from xlam_jax.data.trajectory import TURN, InvalidTrajectory, Message, Trajectory, to_messages
 
 
 def convert(paths: list[Path]) -> Iterator[Converted | Dropped]:

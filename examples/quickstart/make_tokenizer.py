@@ -9,9 +9,10 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from xlam_jax.data.parse import read_jsonl
 from xlam_jax.data.render import CONTROL_TOKENS
 from xlam_jax.data.tokenizer import save
-from xlam_jax.data.trajectory import InvalidTrajectory, read_jsonl, system_text
+from xlam_jax.data.trajectory import InvalidTrajectory, system_text
 from xlam_jax.errors import UserError, run
 
 SOURCES = ("hammer", "hotpotqa", "seal_tools", "webshop")

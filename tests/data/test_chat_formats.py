@@ -14,16 +14,9 @@ from strategies import JSON, broken
 
 from converters.trajectories import exporter, row_converter
 from converters.trajectories.common import Converted, Dropped, Lost, convert_one
-from xlam_jax.data.trajectory import (
-    InvalidTrajectory,
-    Message,
-    ToolCall,
-    Trajectory,
-    answered_calls,
-    parse_trajectory,
-    system_text,
-    to_dict,
-)
+from xlam_jax.data.call_links import answered_calls
+from xlam_jax.data.parse import parse_trajectory
+from xlam_jax.data.trajectory import InvalidTrajectory, Message, ToolCall, Trajectory, system_text, to_dict
 
 SETTINGS = settings(max_examples=80, deadline=None, derandomize=True)
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}

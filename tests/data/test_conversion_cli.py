@@ -12,7 +12,8 @@ import zstandard
 
 from converters.trajectories import CONVERTERS, EXPORTERS, FORMATS, __main__, converter, exporter, row_converter
 from converters.trajectories.__main__ import convert, main
-from xlam_jax.data.trajectory import Trajectory, read_jsonl
+from xlam_jax.data.parse import read_jsonl
+from xlam_jax.data.trajectory import Trajectory
 from xlam_jax.data.validate import validate
 from xlam_jax.errors import UserError
 

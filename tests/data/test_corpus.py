@@ -9,9 +9,10 @@ import pytest
 
 from xlam_jax.config import Data
 from xlam_jax.data import corpus
+from xlam_jax.data.parse import read_jsonl
 from xlam_jax.data.render import KINDS, render
 from xlam_jax.data.tokenizer import load_tokenizer
-from xlam_jax.data.trajectory import Trajectory, read_jsonl
+from xlam_jax.data.trajectory import Trajectory
 from xlam_jax.errors import UserError
 
 

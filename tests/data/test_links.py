@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from converters.trajectories import row_converter
 from converters.trajectories.common import Converted, Dropped, convert_one
 from xlam_jax.data.formats.xlam_v1 import user_message
+from xlam_jax.data.parse import parse_messages, parse_trajectory
 from xlam_jax.data.render import chat_template, render_all, render_prompt
 from xlam_jax.data.tokenizer import load_tokenizer
-from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory, parse_messages, parse_trajectory, to_dict
+from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory, to_dict
 from xlam_jax.data.validate import check_row
 
 SETTINGS = settings(max_examples=40, deadline=None, derandomize=True)

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from xlam_jax.config import Source
 from xlam_jax.data import nulls, sources
 from xlam_jax.data.pair import Pair
-from xlam_jax.data.trajectory import Trajectory, parse_tools, parse_trajectory, to_dict
+from xlam_jax.data.parse import parse_tools, parse_trajectory
+from xlam_jax.data.trajectory import Trajectory, to_dict
 from xlam_jax.data.validate import check_row
 
 CITY: dict[str, Any] = {"type": "string"}

@@ -9,9 +9,9 @@ import pytest
 from xlam_jax import config as configs
 from xlam_jax.data import corpus, pipeline, stats
 from xlam_jax.data.mixture import shares
+from xlam_jax.data.parse import read_jsonl
 from xlam_jax.data.render import KINDS, render
 from xlam_jax.data.tokenizer import load_tokenizer
-from xlam_jax.data.trajectory import read_jsonl
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "examples" / "quickstart"

@@ -9,8 +9,8 @@ from support import Commands
 
 from xlam_jax.config import Source
 from xlam_jax.data import sources
+from xlam_jax.data.parse import parse_trajectory, read_jsonl
 from xlam_jax.data.tfds_builder import Trajectories, UnifiedTrajectories, build
-from xlam_jax.data.trajectory import parse_trajectory, read_jsonl
 from xlam_jax.errors import UserError
 
 

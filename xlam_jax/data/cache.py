@@ -33,9 +33,10 @@ from converters.folders import new_folder
 from xlam_jax.config import PAIRS, Data, Source
 from xlam_jax.data import corpus, identity
 from xlam_jax.data.corpus import Example, Loaded, Progress
+from xlam_jax.data.parse import read_jsonl
 from xlam_jax.data.rows import open_array_record
 from xlam_jax.data.tokenizer import text_to_ids_digest
-from xlam_jax.data.trajectory import Trajectory, read_jsonl, to_dict
+from xlam_jax.data.trajectory import Trajectory, to_dict
 from xlam_jax.errors import UserError
 
 LAYOUT = 3

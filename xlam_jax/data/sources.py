@@ -25,8 +25,10 @@ from converters.trajectories.preference import is_other_layout, pair_row
 from xlam_jax.config import PAIRS, Filters, Source
 from xlam_jax.data import nulls
 from xlam_jax.data.pair import PAIR_KEYS, Pair, parse_pair
+from xlam_jax.data.row_json import parse_json
 from xlam_jax.data.rows import BATCH, PACKED, SUFFIXES, arrow_rows, place, read_rows, suffix
-from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory, parse_json, unread_calls
+from xlam_jax.data.text_calls import unread_calls
+from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory
 from xlam_jax.errors import UserError, nearest
 
 _OWN = ("unified", PAIRS)  # the formats that are read as they are

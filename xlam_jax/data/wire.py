@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any
 
-from xlam_jax.data.trajectory import InvalidTrajectory, ToolCall, parse_json
+from xlam_jax.data.row_json import parse_json
+from xlam_jax.data.trajectory import InvalidTrajectory, ToolCall
 
 TOOL_CALLS = "[TOOL_CALLS]"
 _CLOSING = {"```json": "```", "```": "```", "<tool_call>": "</tool_call>"}
