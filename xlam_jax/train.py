@@ -25,7 +25,7 @@ from xlam_jax.signals import Stop
 from xlam_jax.training.trackers import check_trackers
 
 if TYPE_CHECKING:
-    from xlam_jax.data.corpus import Loaded
+    from xlam_jax.data.examples import Loaded
     from xlam_jax.data.identity import Identity
     from xlam_jax.training.progress import Progress
     from xlam_jax.training.setup import Setup

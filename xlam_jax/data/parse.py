@@ -16,7 +16,7 @@ from xlam_jax.data.call_links import link_results
 from xlam_jax.data.content import read_content, take_reasoning
 from xlam_jax.data.files import read_lines, stem
 from xlam_jax.data.problems import Report, Sink, ignore, refuse, type_name
-from xlam_jax.data.raw_turns import join_calls, unflattened, with_call_list, without_empty_end
+from xlam_jax.data.raw_turns import has_calls, join_calls, unflattened, with_call_list, without_empty_end
 from xlam_jax.data.row_json import check_json, decode_arguments, parse_json, parse_text
 from xlam_jax.data.trajectory import (
     CALL_KEYS,
@@ -39,12 +39,12 @@ UNKNOWN_ROLE = ""
 _UNREADABLE = "?"
 """Text in place of one that cannot be read, so that the turn is not also reported as empty."""
 _FAILED = object()
-"""Arguments that are not JSON, which is reported."""
+"""Stands for a text that is not JSON, which is reported."""
 
 
 @dataclass(frozen=True, slots=True)
 class UnreadableCall(ToolCall):
-    """Stands for a call that cannot be read, without its name; only where problems are collected."""
+    """Stands for a call that cannot be read; only where problems are collected. `name` may be ""."""
 
 
 def parse_trajectory(
@@ -146,7 +146,9 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, Trajectory | InvalidTraj
 def _read_tools(tools: object, sink: Sink, padded: bool, null_fields: list[str]) -> list[dict[str, Any]]:
     """Returns the tools without null fields, whose paths are appended to `null_fields`."""
     if isinstance(tools, str):
-        tools = sink.attempt(None, parse_text, tools, "bad-tools", "`tools`")
+        tools = sink.attempt(_FAILED, parse_text, tools, "bad-tools", "`tools`")
+        if tools is _FAILED:
+            return []
         sink.repaired("string-tools", "`tools` is JSON in a text")
     if tools is None:
         return []
@@ -194,7 +196,10 @@ def _read_messages(
     if not isinstance(turns, list | tuple) or not turns:
         sink.problem("no-conversation", f"a conversation is a non-empty list of turns, got {type_name(turns)}")
         return ()
-    listed = [sink.attempt(turn, with_call_list, i, turn, sink.repaired) for i, turn in enumerate(turns)]
+    listed = [
+        sink.attempt(turn, with_call_list, i, turn, sink.repaired) if has_calls(turn) else turn
+        for i, turn in enumerate(turns)
+    ]
     joined = sink.attempt(listed, join_calls, listed, sink.repaired)
     messages = [_read_message(i, turn, sink) for i, turn in enumerate(joined)]
     if declared:
@@ -217,9 +222,10 @@ def _read_message(i: int, turn: object, sink: Sink) -> Message:
         hint = nearest(role[:100], ROLES) if isinstance(role, str) else ""
         sink.problem("unknown-role", f"{where} has role {role!r}, known roles: {', '.join(ROLES)}{hint}")
         role = UNKNOWN_ROLE
-    content, reasoning = sink.attempt(
-        (_UNREADABLE, []), read_content, role, turn.get("content"), f"{where} ({role})", sink.repaired
-    )
+    content, reasoning = turn.get("content"), []
+    if not isinstance(content, str):
+        speaker = f"{where} ({role or 'unknown role'})"
+        content, reasoning = sink.attempt((_UNREADABLE, []), read_content, role, content, speaker, sink.repaired)
     unread = dict(turn)
     if role == "assistant":
         reasoning = [*take_reasoning(unread), *reasoning]
@@ -265,7 +271,7 @@ def _read_call(where: str, call: object, sink: Sink) -> ToolCall:
     if not isinstance(arguments, dict):
         if arguments is not _FAILED:
             sink.problem("bad-arguments", f"{calls_with} {type_name(arguments)}, not an object")
-        return UnreadableCall(_optional_id(call, "id", where, sink), "", {})
+        return UnreadableCall(_optional_id(call, "id", where, sink), function["name"], {})
     _report_unknown_keys(call, CALL_KEYS, f"{where}, a call", sink)
     _report_unknown_keys(function, FUNCTION_KEYS, f"{where}, a call's function", sink)
     return ToolCall(_optional_id(call, "id", where, sink), function["name"], arguments)
@@ -324,7 +330,7 @@ def _check_declared(conversation: Sequence[Message], declared: Mapping[str, Any]
     """Reports calls of tools that the row does not declare."""
     for i, message in enumerate(conversation):
         for call in message.tool_calls:
-            if call.name not in declared and not isinstance(call, UnreadableCall):
+            if call.name not in declared and (call.name or not isinstance(call, UnreadableCall)):
                 known = ", ".join(declared) or "none"
                 hint = nearest(call.name[:100], declared)
                 sink.problem(

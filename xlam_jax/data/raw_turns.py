@@ -30,6 +30,8 @@ def without_empty_end(turns: Any, sink: Sink) -> Any:
     """
     if isinstance(turns, str):
         turns = sink.attempt(None, parse_text, turns, "no-conversation", "`conversation`", DEEPEST_ROW)
+        if turns is None:  # the parser reports it as well
+            return turns
         sink.repaired("string-turns", "`conversation` is JSON in a text")
     if not isinstance(turns, list | tuple) or not turns:
         return turns
@@ -53,13 +55,18 @@ def without_empty_end(turns: Any, sink: Sink) -> Any:
     return before
 
 
+def has_calls(turn: Any) -> bool:
+    """Whether a turn has tool calls, in any form."""
+    return isinstance(turn, dict) and bool(turn.get("tool_calls"))
+
+
 def with_call_list(i: int, turn: Any, repaired: Report) -> Any:
     """Returns a turn with its calls as a list in OpenAI form: they may be JSON in a text, a single call, or flat.
 
     Other values stay as they are, for the parser to refuse. Raises `InvalidTrajectory` for a text that is not JSON.
     """
-    calls = turn.get("tool_calls") if isinstance(turn, dict) else None
-    if not calls or not isinstance(calls, str | dict | list):
+    calls = turn["tool_calls"] if has_calls(turn) else None
+    if not isinstance(calls, str | dict | list):
         return turn
     where = f"turn {turn_number(i, turn)}"
     if isinstance(calls, str):
@@ -82,7 +89,7 @@ def join_calls(turns: Sequence[Any], repaired: Report) -> list[Any]:
     joined: list[Any] = []
     starts: list[int] = []
     for i, turn in enumerate(turns):
-        if joined and _has_calls(joined[-1]) and _has_calls(turn):
+        if joined and _is_calling(joined[-1]) and _is_calling(turn):
             joined[-1] = _joined(i, joined[-1], turn)
             starts.append(len(joined) - 1)
             number = turn_number(i, turn)
@@ -105,9 +112,8 @@ def join_calls(turns: Sequence[Any], repaired: Report) -> list[Any]:
     return joined
 
 
-def _has_calls(turn: Any) -> bool:
-    calls = turn.get("tool_calls") if isinstance(turn, dict) else None
-    return bool(calls) and isinstance(calls, list | tuple) and turn.get("role") == "assistant"
+def _is_calling(turn: Any) -> bool:
+    return has_calls(turn) and isinstance(turn["tool_calls"], list | tuple) and turn.get("role") == "assistant"
 
 
 def _joined(i: int, first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:

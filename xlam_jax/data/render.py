@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CONTROL_TOKENS",
     "KINDS",
+    "RENDER_VERSION",
     "Kind",
     "Rendered",
     "Span",
@@ -35,6 +36,11 @@ __all__ = [
     "render_all",
     "render_prompt",
 ]
+
+
+RENDER_VERSION = 1
+"""Raise it whenever the same rows give other token ids, loss weights or text: by a change of the parser, a converter or
+the renderer. Prepared caches of another version are refused. tests/data/test_golden.py fails until it is raised."""
 
 
 class Span(NamedTuple):

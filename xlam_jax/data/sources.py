@@ -372,7 +372,7 @@ def _listens(url: str) -> bool:
 def _tfds(source: Source, name: str) -> Iterator[_Row]:
     import tensorflow_datasets as tfds
 
-    from xlam_jax.data import tfds_builder  # registers the builder
+    from xlam_jax.data import tfds_dataset  # registers the dataset
 
     try:
         splits = list(tfds.builder(name).info.splits)
@@ -393,7 +393,7 @@ def _tfds(source: Source, name: str) -> Iterator[_Row]:
         indices = range(start, min(start + BATCH, len(rows)))
         for number, values in zip(indices, rows.__getitems__(indices), strict=True):
             try:
-                row = nulls.drop_outside_tools(tfds_builder.plain(values))
+                row = nulls.drop_outside_tools(tfds_dataset.plain(values))
                 padded = nulls.has_columns_of_arguments(row)
                 row = _parsed(source, row)
             except InvalidTrajectory as invalid:

@@ -16,7 +16,7 @@ from xlam_jax.config import Source
 from xlam_jax.data import sources
 from xlam_jax.data.declarations import find_tools
 from xlam_jax.data.pair import parse_pair
-from xlam_jax.data.parse import UNKNOWN_ROLE, parse_trajectory
+from xlam_jax.data.parse import UNKNOWN_ROLE, UnreadableCall, parse_trajectory
 from xlam_jax.data.problems import ignore
 from xlam_jax.data.schemas import Parameters, Problem, compiled
 from xlam_jax.data.text_calls import unread_calls
@@ -140,7 +140,7 @@ def check_calls(trajectory: Trajectory) -> Iterator[Problem]:
             yield Problem("bad-schema", f"tool '{name}': {problem}")
     for at, turn in enumerate(trajectory.conversation):
         for call in turn.tool_calls:
-            if call.name in schemas:
+            if call.name in schemas and not isinstance(call, UnreadableCall):
                 for reason, detail in schemas[call.name].check(call.arguments):
                     yield Problem(reason, f"turn {turn_number(at, turn)} calls '{call.name}': {detail}")
 

@@ -22,7 +22,7 @@ import numpy as np
 from converters.folders import new_folder
 from xlam_jax.config import Resolved
 from xlam_jax.data import pipeline
-from xlam_jax.data.corpus import Example, Loaded, Referenced
+from xlam_jax.data.examples import Example, Loaded, Referenced
 from xlam_jax.data.identity import PARTS, examples_digest
 from xlam_jax.errors import UserError
 from xlam_jax.models.params import Params

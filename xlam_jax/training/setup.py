@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import optax
     from jax.sharding import Mesh
 
-    from xlam_jax.data.corpus import Loaded
+    from xlam_jax.data.examples import Loaded
     from xlam_jax.data.pipeline import Row
     from xlam_jax.models.kernels import Kernels
     from xlam_jax.training.progress import Progress
@@ -190,7 +190,7 @@ def about(resolved: Resolved, made: Setup, before: dict[str, Any]) -> dict[str, 
     `started` this start is added."""
     import jax
 
-    from xlam_jax.data import corpus
+    from xlam_jax.data import examples
     from xlam_jax.data.mixture import shares
     from xlam_jax.training import cost
 
@@ -208,7 +208,7 @@ def about(resolved: Resolved, made: Setup, before: dict[str, Any]) -> dict[str, 
             one.source.name: {
                 "target_share": float(share),
                 "trajectories": len(one.train),
-                "trained_tokens": int(corpus.trained(one.train).sum()),
+                "trained_tokens": int(examples.trained(one.train).sum()),
             }
             for one, share in zip(made.loaded, shares(made.loaded, config.data), strict=True)
         },
