@@ -76,14 +76,14 @@ def test_what_loading_says_is_kept(files, written, codec):
 
 def test_examples_are_read_by_index_and_travel_to_other_processes(files, written, codec):
     one = cache.open(written, data(files), codec)[1]
-    examples = list(one.train)
-    assert len(examples) == len(one.train) > 10
+    listed = list(one.train)
+    assert len(listed) == len(one.train) > 10
     other = pickle.loads(pickle.dumps(one.train))
     for at in (7, 3, -1, 0):
-        assert all(np.array_equal(other[at][key], examples[at][key]) for key in ("tokens", "labels", "weights"))
+        assert all(np.array_equal(other[at][key], listed[at][key]) for key in ("tokens", "labels", "weights"))
     assert [len(example["tokens"]) for example in one.train[2:5]] == examples.lengths(one.train)[2:5].tolist()
     with pytest.raises(IndexError):
-        one.train[len(examples)]
+        one.train[len(listed)]
 
 
 def stale(written: Path, config: Data, codec: object) -> str:

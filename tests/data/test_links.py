@@ -119,7 +119,7 @@ def test_calls_a_turn_each_are_refused_where_their_results_do_not_tell(format, r
     item = convert(format, by_turns(format, results))
     assert isinstance(item, Dropped)
     assert item.reason == "ambiguous-parallel-calls"
-    assert f"call 3 tools in turns of their own, and {len(results)} results follow" in item.detail
+    assert f"call 3 tools in separate turns, and {len(results)} results follow" in item.detail
 
 
 def test_calls_a_turn_each_with_ids_need_not_all_have_results():

@@ -169,7 +169,7 @@ def test_a_pair_that_does_not_fit_is_dropped_or_an_error(path, codec):
     assert len(one.train) == 40
     (one,) = corpus.load(data(path, heldout=0.0, sequence_length=longest - 1), codec)
     assert one.dropped["too-long"] > 0
-    with pytest.raises(UserError, match=r"both sides take .* leave such pairs out with data.on_long=drop"):
+    with pytest.raises(UserError, match=r"both sides take .* drop such pairs with data.on_long=drop"):
         corpus.load(data(path, sequence_length=longest - 1, on_long="error"), codec)
 
 

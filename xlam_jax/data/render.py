@@ -14,7 +14,8 @@ import numpy as np
 
 from xlam_jax.config import Loss
 from xlam_jax.data.codec import CONTROL_TOKENS, KINDS, Codec, Kind, Segment
-from xlam_jax.data.formats import PLAIN, Format, Layout, Variant, find
+from xlam_jax.data.formats import PLAIN, Format, Layout, Variant
+from xlam_jax.data.formats.registry import find
 from xlam_jax.data.messages import parse_request
 from xlam_jax.data.parse import parse_tools
 from xlam_jax.data.trajectory import InvalidTrajectory, Message, ToolCall, Trajectory, system_text
