@@ -87,11 +87,11 @@ class Ours:
     """xlam_jax's loader as the trainer uses it: files to batches."""
 
     def __init__(self, data: Data, tokenizer: Path, seed: int, folder: Path) -> None:
-        from xlam_jax.data import corpus, pipeline
+        from xlam_jax.data import corpus, examples, pipeline, render_sources
         from xlam_jax.data.tokenizer import load_tokenizer
 
-        corpus.PROCESSES = 1
-        self._corpus, self._pipeline = corpus, pipeline
+        render_sources.PROCESSES = 1
+        self._corpus, self._examples, self._pipeline = corpus, examples, pipeline
         self._data, self._seed, self._folder = data, seed, folder
         self._tokenizer = load_tokenizer(data.tokenizer)
         self._emitted = 0
@@ -117,7 +117,7 @@ class Ours:
 
     def passes(self) -> float:
         if self._pass is None:
-            self._pass = sum(int(self._corpus.trained(one.train).sum()) for one in self._loaded)
+            self._pass = sum(int(self._examples.trained(one.train).sum()) for one in self._loaded)
             for one in self._loaded:
                 self.notes.update(one.dropped + one.changed)
         return self._emitted / self._pass
@@ -127,9 +127,8 @@ class OursPrepared(Ours):
     """The same with a cache, which `python -m xlam_jax.data prepare` makes beforehand."""
 
     def prepare(self) -> None:
-        from xlam_jax.data import cache
 
-        cache.write(self._folder / "cache", self._data, self._tokenizer)
+        self._corpus.prepare(self._folder / "cache", self._data, self._tokenizer)
         self._data = self._data.model_copy(update={"cache": str(self._folder / "cache")})
 
 

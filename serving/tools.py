@@ -21,7 +21,8 @@ from typing import Any, Literal
 from xlam_jax import user_code
 from xlam_jax.client.completion import xLAMChatCompletion
 from xlam_jax.data.messages import call_ids, openai_tool
-from xlam_jax.data.trajectory import InvalidTrajectory, parse_tools
+from xlam_jax.data.parse import parse_tools
+from xlam_jax.data.trajectory import InvalidTrajectory
 from xlam_jax.errors import UserError, nearest
 
 Missing = Callable[[str, dict[str, Any]], str]

@@ -15,7 +15,8 @@ from support import cpu_limit
 from serving.fastchat_worker import Worker
 from serving.tools import as_tool, call_tool
 from xlam_jax.client.answers import AnswerStream, read_response
-from xlam_jax.data.trajectory import InvalidTrajectory, ToolCall, parse_json
+from xlam_jax.data.row_json import parse_json
+from xlam_jax.data.trajectory import InvalidTrajectory, ToolCall
 from xlam_jax.data.wire import CompletionStream, objects_in, parse_completion
 from xlam_jax.evaluate import rate
 from xlam_jax.evaluate.agents import _actions, bolaa

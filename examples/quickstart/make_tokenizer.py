@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from xlam_jax.cli import run
+from xlam_jax.data.parse import read_jsonl
 from xlam_jax.data.render import CONTROL_TOKENS
 from xlam_jax.data.tokenizer import save
-from xlam_jax.data.trajectory import InvalidTrajectory, read_jsonl, system_text
+from xlam_jax.data.trajectory import InvalidTrajectory, system_text
 from xlam_jax.errors import UserError
 
 SOURCES = ("hammer", "hotpotqa", "seal_tools", "webshop")

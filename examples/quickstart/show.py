@@ -10,9 +10,10 @@ from typing import Any
 
 from xlam_jax import config as configs
 from xlam_jax.cli import run
-from xlam_jax.data.corpus import is_heldout
+from xlam_jax.data.parse import read_jsonl
 from xlam_jax.data.render import render_prompt
-from xlam_jax.data.trajectory import Trajectory, read_jsonl, to_messages
+from xlam_jax.data.render_sources import is_heldout
+from xlam_jax.data.trajectory import Trajectory, to_messages
 from xlam_jax.generate import complete, find_model
 
 

@@ -3,8 +3,9 @@ from pathlib import Path
 
 import pytest
 
+from xlam_jax.data.parse import read_jsonl
 from xlam_jax.data.tokenizer import load_tokenizer, save
-from xlam_jax.data.trajectory import Trajectory, read_jsonl
+from xlam_jax.data.trajectory import Trajectory
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
 SOURCES = ("webshop", "hotpotqa", "seal_tools", "hammer")

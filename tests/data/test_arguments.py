@@ -5,10 +5,11 @@ from collections import defaultdict
 import pytest
 
 from xlam_jax.data.codec import Codec, to_json
-from xlam_jax.data.formats import find
+from xlam_jax.data.formats.registry import find
+from xlam_jax.data.parse import parse_trajectory
 from xlam_jax.data.render import Rendered, sequences
 from xlam_jax.data.tokenizer import load_tokenizer
-from xlam_jax.data.trajectory import Trajectory, parse_trajectory
+from xlam_jax.data.trajectory import Trajectory
 
 CLOSING = set('}], "\n')
 TOOL_CALL = "<tool_call>{}</tool_call>"

@@ -13,9 +13,10 @@ from xlam_jax.config import Data
 from xlam_jax.data.augment import REFUSALS, augmented, negative, shuffled
 from xlam_jax.data.formats import xlam, xlam_v1
 from xlam_jax.data.lengths import fit
+from xlam_jax.data.parse import parse_trajectory
 from xlam_jax.data.render import render, render_all
 from xlam_jax.data.tokenizer import load_tokenizer
-from xlam_jax.data.trajectory import Trajectory, parse_trajectory
+from xlam_jax.data.trajectory import Trajectory
 from xlam_jax.data.wire import parse_completion
 
 FORMATS = ("xlam", "xlam_v1")

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from xlam_jax.config import Data, Source
-from xlam_jax.data import cache, corpus
+from xlam_jax.config import Data
+from xlam_jax.data import cache, corpus, examples
 from xlam_jax.data.tokenizer import load_tokenizer
 from xlam_jax.errors import UserError
 
@@ -40,7 +40,7 @@ def data(files: Path, **changes: object) -> Data:
 
 @pytest.fixture
 def written(files: Path, tmp_path: Path, codec) -> Path:
-    cache.write(tmp_path / "cache", data(files), codec)
+    corpus.prepare(tmp_path / "cache", data(files), codec)
     return tmp_path / "cache"
 
 
@@ -70,27 +70,27 @@ def test_what_loading_says_is_kept(files, written, codec):
     for one, other in zip(first, second, strict=True):
         assert (one.dropped, one.repaired, one.changed) == (other.dropped, other.repaired, other.changed)
         for mine, theirs in ((one.train, other.train), (one.heldout, other.heldout)):
-            assert np.array_equal(corpus.lengths(mine), corpus.lengths(theirs))
-            assert np.array_equal(corpus.trained(mine), corpus.trained(theirs))
+            assert np.array_equal(examples.lengths(mine), examples.lengths(theirs))
+            assert np.array_equal(examples.trained(mine), examples.trained(theirs))
 
 
 def test_examples_are_read_by_index_and_travel_to_other_processes(files, written, codec):
     one = cache.open(written, data(files), codec)[1]
-    examples = list(one.train)
-    assert len(examples) == len(one.train) > 10
+    listed = list(one.train)
+    assert len(listed) == len(one.train) > 10
     other = pickle.loads(pickle.dumps(one.train))
     for at in (7, 3, -1, 0):
-        assert all(np.array_equal(other[at][key], examples[at][key]) for key in ("tokens", "labels", "weights"))
-    assert [len(example["tokens"]) for example in one.train[2:5]] == corpus.lengths(one.train)[2:5].tolist()
+        assert all(np.array_equal(other[at][key], listed[at][key]) for key in ("tokens", "labels", "weights"))
+    assert [len(example["tokens"]) for example in one.train[2:5]] == examples.lengths(one.train)[2:5].tolist()
     with pytest.raises(IndexError):
-        one.train[len(examples)]
+        one.train[len(listed)]
 
 
 def stale(written: Path, config: Data, codec: object) -> str:
     with pytest.raises(UserError, match=r"is stale") as caught:
         cache.open(written, config, codec)
     *parts, again = str(caught.value).splitlines()[1:]
-    assert again.startswith("make it anew in another folder: python -m xlam_jax.data prepare --config")
+    assert again.startswith("build it again in another folder: python -m xlam_jax.data prepare --config")
     assert len(parts) == 1, parts  # and nothing but what changed
     return parts[0].strip()
 
@@ -146,16 +146,18 @@ def test_another_tokenizer_is_refused(files, written, quickstart):
     assert stale(written, data(files), one).startswith("data.tokenizer: another vocabulary")
 
 
-def test_other_code_is_refused(files, written, codec, monkeypatch):
-    monkeypatch.setattr(cache, "_code", lambda: "other")
-    assert stale(written, data(files), codec) == "xlam_jax: another version of the code that reads and renders"
+def test_another_render_version_is_refused_with_the_command_that_rebuilds(files, written, codec, monkeypatch):
+    monkeypatch.setattr(cache, "RENDER_VERSION", cache.RENDER_VERSION + 1)
+    with pytest.raises(UserError, match="was written by another version of xlam_jax") as caught:
+        cache.open(written, data(files), codec)
+    assert f"python -m xlam_jax.data prepare --config CONFIG.yaml --out {written}.new" in str(caught.value)
 
 
 def test_the_chat_template_counts_where_it_is_the_format(files, written, codec):
     changed = pickle.loads(pickle.dumps(codec))
     changed.chat_template = "{{ messages }}"
     cache.open(written, data(files), changed)  # the format xlam writes its own
-    assert cache._key(data(files, format="native"), changed) != cache._key(data(files, format="native"), codec)
+    assert cache.make_key(data(files, format="native"), changed) != cache.make_key(data(files, format="native"), codec)
 
 
 def moved(files: Path) -> Data:
@@ -184,9 +186,9 @@ def test_what_changes_no_example_is_not_refused(files, written, codec, change: C
 
 
 def test_the_row_length_counts_once_a_trajectory_is_too_long(files, codec, tmp_path):
-    longest = max(int(corpus.lengths(one.train).max()) for one in corpus.load(data(files), codec))
+    longest = max(int(examples.lengths(one.train).max()) for one in corpus.load(data(files), codec))
     short = data(files, sequence_length=longest - 1)
-    cache.write(tmp_path / "short", short, codec)
+    corpus.prepare(tmp_path / "short", short, codec)
     cache.open(tmp_path / "short", short, codec)
     found = stale(tmp_path / "short", data(files, sequence_length=longest), codec)
     assert found == f"data.sequence_length: {longest - 1} in the cache, {longest} now"
@@ -216,7 +218,7 @@ def test_a_changed_dataset_is_refused(files, codec, tmp_path):
     rows = [json.loads(line) for line in (files / "hammer.jsonl").read_text().splitlines()]
     texts = [row | {key: json.dumps(row[key]) for key in ("tools", "conversation")} for row in rows]
     Dataset.from_list(texts).save_to_disk(str(tmp_path / "saved"))
-    cache.write(tmp_path / "cache", config(), codec)
+    corpus.prepare(tmp_path / "cache", config(), codec)
     cache.open(tmp_path / "cache", config(), codec)
     shutil.rmtree(tmp_path / "saved")
     Dataset.from_list(texts[1:]).save_to_disk(str(tmp_path / "saved"))
@@ -232,15 +234,15 @@ def test_annotated_loads_read_the_sources_of_a_cache_that_is_not_stale(files, wr
 
 def test_what_is_there_is_not_overwritten_and_a_failure_leaves_nothing(files, written, codec, tmp_path):
     with pytest.raises(UserError, match="exists already and is not overwritten"):
-        cache.write(written, data(files), codec)
+        corpus.prepare(written, data(files), codec)
     with (files / "hammer.jsonl").open("ab") as file:
         file.write(b"broken\n")
     before = sorted(tmp_path.iterdir())
     with pytest.raises(UserError, match=r"hammer\.jsonl:26: malformed-json"):
-        cache.write(tmp_path / "other", data(files), codec)
+        corpus.prepare(tmp_path / "other", data(files), codec)
     assert sorted(tmp_path.iterdir()) == before
     with pytest.raises(UserError, match="augment"):
-        cache.write(tmp_path / "other", data(files, augment={"tools": True}), codec)
+        corpus.prepare(tmp_path / "other", data(files, augment={"tools": True}), codec)
 
 
 def test_a_damaged_cache_is_told(files, written, codec, tmp_path):
@@ -249,38 +251,17 @@ def test_a_damaged_cache_is_told(files, written, codec, tmp_path):
     with pytest.raises(UserError, match=r"1\.train\.array_record: cannot be read as ArrayRecord"):
         cache.open(written, data(files), codec)
     shutil.copy(written / "1.heldout.array_record", records)
-    with pytest.raises(UserError, match=r"1\.train\.array_record: has \d+ examples, and .*npy tells of"):
+    with pytest.raises(UserError, match=r"1\.train\.array_record: has \d+ examples, and .*npy lists"):
         cache.open(written, data(files), codec)
     with pytest.raises(
-        UserError, match=r"is no cache, it has no meta\.json; make one: python -m xlam_jax\.data prepare"
+        UserError, match=r"is not a cache, it has no meta\.json; make one: python -m xlam_jax\.data prepare"
     ):
         cache.open(tmp_path / "none", data(files), codec)
-    for text, message in (("{", "cannot be read"), ('{"key": {"layout": 0}, "sources": {}}', "has layout 0")):
+    for text, message in (
+        ("{", "cannot be read"),
+        ("[]", "cannot be read"),
+        ('{"key": {"layout": 3, "code": "0f"}, "sources": {}}', r"has layout 3.*xlam_jax\.data prepare --config"),
+    ):
         (written / "meta.json").write_text(text)
         with pytest.raises(UserError, match=message):
             cache.open(written, data(files), codec)
-
-
-def test_every_module_that_has_a_part_in_an_example_is_part_of_the_key():
-    """A module is left out by name only; a new one counts until someone says that it does not."""
-    used = {"codec", "corpus", "files", "lengths", "render", "sources", "template", "tokenizer", "trajectory", "xlam"}
-    assert not used & set(cache._APART_MODULES)
-    modules = {path.stem for path in Path(cache.__file__).parent.rglob("*.py")}
-    assert used | set(cache._APART_MODULES) <= modules
-
-
-@pytest.mark.parametrize(
-    ("format", "stale"), [("sharegpt", True), ("hammer", True), ("pairs", True), ("unified", False)]
-)
-def test_a_changed_module_that_a_converter_uses_makes_a_cache_stale(
-    format: str, stale: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    source = Source(name="rows", files=["rows.jsonl"], format=format)
-    before = cache._converter(source)
-    folder = tmp_path / "trajectories"
-    shutil.copytree(cache._CONVERTERS, folder)
-    for name in ("openai.py", "xlam60k.py"):  # used by sharegpt and pairs, and by hammer
-        with (folder / name).open("a") as file:
-            file.write("CHANGED = True\n")
-    monkeypatch.setattr(cache, "_CONVERTERS", folder)
-    assert (cache._converter(source) != before) == stale

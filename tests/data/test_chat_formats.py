@@ -12,18 +12,11 @@ from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 from strategies import JSON, broken
 
+from xlam_jax.data.call_links import answered_calls
 from xlam_jax.data.converters import exporter, row_converter
 from xlam_jax.data.converters.common import Converted, Dropped, Lost, convert_one
-from xlam_jax.data.trajectory import (
-    InvalidTrajectory,
-    Message,
-    ToolCall,
-    Trajectory,
-    answered_calls,
-    parse_trajectory,
-    system_text,
-    to_dict,
-)
+from xlam_jax.data.parse import parse_trajectory
+from xlam_jax.data.trajectory import InvalidTrajectory, Message, ToolCall, Trajectory, system_text, to_dict
 
 SETTINGS = settings(max_examples=80, deadline=None, derandomize=True)
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}

@@ -13,7 +13,8 @@ import zstandard
 from converters.trajectories import __main__
 from converters.trajectories.__main__ import convert, main
 from xlam_jax.data.converters import CONVERTERS, EXPORTERS, FORMATS, converter, exporter, row_converter
-from xlam_jax.data.trajectory import Trajectory, read_jsonl
+from xlam_jax.data.parse import read_jsonl
+from xlam_jax.data.trajectory import Trajectory
 from xlam_jax.data.validate import validate
 from xlam_jax.errors import UserError
 from xlam_jax.progress import BYTES, Throughput

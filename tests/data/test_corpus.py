@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from xlam_jax.config import Data
-from xlam_jax.data import corpus
+from xlam_jax.data import corpus, examples, render_sources
+from xlam_jax.data.parse import read_jsonl
 from xlam_jax.data.render import KINDS, render
 from xlam_jax.data.tokenizer import load_tokenizer
-from xlam_jax.data.trajectory import Trajectory, read_jsonl
+from xlam_jax.data.trajectory import Trajectory
 from xlam_jax.errors import UserError
 
 
@@ -31,10 +32,10 @@ def data(*sources: object, **changes: object) -> Data:
     )
 
 
-def same(first: list[corpus.Loaded], second: list[corpus.Loaded]) -> bool:
+def same(first: list[examples.Loaded], second: list[examples.Loaded]) -> bool:
     """Whether two loads are the same bits."""
 
-    def alike(one: corpus.Example, other: corpus.Example) -> bool:
+    def alike(one: examples.Example, other: examples.Example) -> bool:
         return one.keys() == other.keys() and all(np.array_equal(one[key], other[key]) for key in one)
 
     return all(
@@ -65,19 +66,19 @@ def test_examples_are_what_render_gives(quickstart, codec):
 
 def test_what_is_known_without_reading_is_what_reading_gives(quickstart, codec):
     (one,) = corpus.load(data(quickstart / "webshop.jsonl"), codec)
-    for examples in (one.train, one.heldout):
-        listed = list(examples)
-        for known in (corpus.lengths, corpus.trained):
-            assert known(examples).tolist() == known(listed).tolist()
-    assert 0 < corpus.trained(one.train).sum() < corpus.lengths(one.train).sum()
-    assert corpus.trained(corpus.Examples()).tolist() == corpus.lengths(corpus.Examples()).tolist() == []
+    for part in (one.train, one.heldout):
+        listed = list(part)
+        for count in (examples.lengths, examples.trained):
+            assert count(part).tolist() == count(listed).tolist()
+    assert 0 < examples.trained(one.train).sum() < examples.lengths(one.train).sum()
+    assert examples.trained(examples.Examples()).tolist() == examples.lengths(examples.Examples()).tolist() == []
 
 
 def test_a_token_takes_eight_bytes(quickstart, codec):
     (one,) = corpus.load(data(quickstart / "webshop.jsonl"), codec)
-    assert isinstance(one.train, corpus.Examples)
+    assert isinstance(one.train, examples.Examples)
     size = sum(len(flat) for flat, _ in one.train._flat)
-    assert size == 9 * (corpus.lengths(one.train).sum() + len(one.train))
+    assert size == 9 * (examples.lengths(one.train).sum() + len(one.train))
     with pytest.raises(ValueError, match="read-only"):
         one.train[0]["tokens"][0] = 1
 
@@ -140,7 +141,7 @@ def test_what_is_cut_is_counted(mixed, codec):
     (one,) = corpus.load(mixture(mixed, on_long="cut"), codec)
     assert one.changed["cut"] + one.dropped["too-long"] == 3
     assert one.changed["cut"] > 0
-    assert corpus.lengths(one.train).max() <= 1024
+    assert examples.lengths(one.train).max() <= 1024
 
 
 def test_processes_change_nothing(mixed, quickstart, codec, monkeypatch):
@@ -148,11 +149,11 @@ def test_processes_change_nothing(mixed, quickstart, codec, monkeypatch):
     bundled = data(quickstart / "hammer.jsonl", pairs, quickstart / "webshop.jsonl").sources
     config = mixture(mixed).model_copy(update={"sources": [*mixture(mixed).sources, *bundled]})
     alone = corpus.load(config, codec, annotate=True)
-    monkeypatch.setattr(corpus, "ALONE", 5)
-    monkeypatch.setattr(corpus, "PROCESSES", 2)
+    monkeypatch.setattr(render_sources, "ALONE", 5)
+    monkeypatch.setattr(render_sources, "PROCESSES", 2)
     started: list[object] = []
-    pool = corpus.ProcessPoolExecutor
-    monkeypatch.setattr(corpus, "ProcessPoolExecutor", lambda *of: started.append(of) or pool(*of))
+    pool = render_sources.ProcessPoolExecutor
+    monkeypatch.setattr(render_sources, "ProcessPoolExecutor", lambda *of: started.append(of) or pool(*of))
     assert same(alone, corpus.load(config, codec, annotate=True))
     assert len(started) == 1
 
@@ -181,10 +182,10 @@ def test_settings_are_checked_before_anything_is_rendered(quickstart, codec):
 
 def test_heldout_is_a_matter_of_the_id():
     ids = [f"trajectory {number}" for number in range(4000)]
-    held = [one for one in ids if corpus.is_heldout("a", one, 0.1)]
+    held = [one for one in ids if render_sources.is_heldout("a", one, 0.1)]
     assert 0.08 < len(held) / len(ids) < 0.12
-    assert set(held) <= {one for one in ids if corpus.is_heldout("a", one, 0.2)}
-    assert held != [one for one in ids if corpus.is_heldout("b", one, 0.1)]
+    assert set(held) <= {one for one in ids if render_sources.is_heldout("a", one, 0.2)}
+    assert held != [one for one in ids if render_sources.is_heldout("b", one, 0.1)]
 
 
 def test_what_is_held_out_stays_so_in_any_order_and_number_of_files(quickstart, codec, tmp_path):

@@ -79,7 +79,7 @@ def test_mistakes_of_the_user_are_one_message(bad, config, tmp_path, capsys, mon
     assert "bda.jsonl: no such file; did you mean 'bad.jsonl'?" in fails(capsys, "validate", tmp_path / "bda.jsonl")
     assert "is a folder" in fails(capsys, "validate", bad, tmp_path)
     assert "holds no row" in fails(capsys, "validate", tmp_path / "empty.jsonl")
-    assert "its ending should tell" in fails(capsys, "validate", tmp_path / "rows.txt")
+    assert "its ending should be one of" in fails(capsys, "validate", tmp_path / "rows.txt")
     assert "cut.jsonl.gz" in fails(capsys, "validate", tmp_path / "cut.jsonl.gz")
     assert "no such file; a YAML config" in fails(capsys, "validate", bad, "--config", tmp_path / "none.yaml")
     assert "no such file" in fails(capsys, "pairs", tmp_path / "x.jsonl", "--out", tmp_path / "p.jsonl")

@@ -12,7 +12,8 @@ from jsonschema import Draft202012Validator
 
 from xlam_jax.data.converters import CONVERTERS
 from xlam_jax.data.converters.common import Converted, Dropped
-from xlam_jax.data.trajectory import Trajectory, parse_trajectory, to_dict
+from xlam_jax.data.parse import parse_trajectory
+from xlam_jax.data.trajectory import Trajectory, to_dict
 from xlam_jax.errors import UserError
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -8,8 +8,9 @@ import pytest
 
 from xlam_jax.config import Config, Source
 from xlam_jax.data import pipeline
-from xlam_jax.data.corpus import Columns, Examples, Loaded
+from xlam_jax.data.corpus import Loaded
 from xlam_jax.data.epochs import Lengths, draws_of_epoch, examples_per_row
+from xlam_jax.data.examples import Columns, Examples
 
 LENGTH = 64
 

@@ -15,7 +15,8 @@ from support import ROOT
 from converters.trajectories.__main__ import convert
 from xlam_jax.data.converters import EXPORTERS, FORMATS, converter
 from xlam_jax.data.converters.common import Converted, Dropped
-from xlam_jax.data.trajectory import parse_trajectory, to_dict
+from xlam_jax.data.parse import parse_trajectory
+from xlam_jax.data.trajectory import to_dict
 from xlam_jax.data.validate import check_row
 from xlam_jax.errors import UserError
 

@@ -94,7 +94,7 @@ def test_rows_that_training_does_not_see_do_not_matter(rows, tokenizer, tmp_path
 def test_a_cache_has_the_identity_of_its_sources(rows, tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     data = config(tmp_path / "rows.jsonl", rows)
     plain = identify(corpus.load(data, tokenizer), tokenizer, "t")
-    cache.write(tmp_path / "cache", data, tokenizer)
+    corpus.prepare(tmp_path / "cache", data, tokenizer)
     # opening and identifying read no example
     monkeypatch.setattr(cache.CachedExamples, "__getitem__", lambda *_: pytest.fail("an example was read"))
     loaded = corpus.load(data.model_copy(update={"cache": str(tmp_path / "cache")}), tokenizer)
@@ -155,7 +155,7 @@ def test_another_chat_template(edited, tokenizer):
 
 
 def test_a_reference_is_of_tokens_that_count_and_not_of_weights():
-    from xlam_jax.data.corpus import Example
+    from xlam_jax.data.examples import Example
     from xlam_jax.data.identity import examples_digest
     from xlam_jax.training.reference import columns
 

@@ -10,7 +10,8 @@ from support import Commands
 from converters.trajectories.__main__ import convert
 from xlam_jax.config import Source
 from xlam_jax.data import sources
-from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory, parse_trajectory
+from xlam_jax.data.parse import parse_trajectory
+from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory
 from xlam_jax.data.validate import validate
 
 TOOL = {"name": "weather", "description": "d", "parameters": {"type": "object", "properties": {"city": {}}}}

@@ -14,9 +14,10 @@ from strategies import broken
 from xlam_jax.config import Data, Loss
 from xlam_jax.data import lengths
 from xlam_jax.data.lengths import Fitted, fit
+from xlam_jax.data.parse import parse_trajectory
 from xlam_jax.data.render import Rendered, render_all
 from xlam_jax.data.tokenizer import load_tokenizer
-from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory, parse_trajectory
+from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory
 
 ENCODE = lengths.encode
 SETTINGS = settings(deadline=None, derandomize=True, max_examples=40)

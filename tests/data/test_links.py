@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from xlam_jax.data.converters import row_converter
 from xlam_jax.data.converters.common import Converted, Dropped, convert_one
 from xlam_jax.data.formats.xlam_v1 import user_message
+from xlam_jax.data.parse import parse_messages, parse_trajectory
 from xlam_jax.data.render import chat_template, render_all, render_prompt
 from xlam_jax.data.tokenizer import load_tokenizer
-from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory, parse_messages, parse_trajectory, to_dict
+from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory, to_dict
 from xlam_jax.data.validate import check_row
 
 SETTINGS = settings(max_examples=40, deadline=None, derandomize=True)
@@ -118,7 +119,7 @@ def test_calls_a_turn_each_are_refused_where_their_results_do_not_tell(format, r
     item = convert(format, by_turns(format, results))
     assert isinstance(item, Dropped)
     assert item.reason == "ambiguous-parallel-calls"
-    assert f"call 3 tools in turns of their own, and {len(results)} results follow" in item.detail
+    assert f"call 3 tools in separate turns, and {len(results)} results follow" in item.detail
 
 
 def test_calls_a_turn_each_with_ids_need_not_all_have_results():

@@ -11,8 +11,9 @@ from openai.types.chat import ChatCompletionMessage
 
 from xlam_jax.client.completion import xLAMChatCompletion
 from xlam_jax.data.messages import call_ids, normal_messages, parse_request, unique_ids
+from xlam_jax.data.parse import parse_messages
 from xlam_jax.data.render import chat_template, render_prompt
-from xlam_jax.data.trajectory import InvalidTrajectory, parse_messages
+from xlam_jax.data.trajectory import InvalidTrajectory
 from xlam_jax.errors import UserError
 
 SYSTEM = {"role": "system", "content": "Be brief."}

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from xlam_jax.config import Loss
 from xlam_jax.data.formats import read_template
+from xlam_jax.data.parse import parse_trajectory
 from xlam_jax.data.render import render, render_all, render_prompt, sequences
 from xlam_jax.data.tokenizer import load_tokenizer, save
-from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory, parse_trajectory, to_messages
+from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory, to_messages
 from xlam_jax.data.wire import parse_completion
 from xlam_jax.errors import UserError
 

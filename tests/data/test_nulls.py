@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from xlam_jax.config import Source
 from xlam_jax.data import nulls, sources
 from xlam_jax.data.pair import Pair
-from xlam_jax.data.trajectory import Trajectory, parse_tools, parse_trajectory, to_dict
+from xlam_jax.data.parse import parse_tools, parse_trajectory
+from xlam_jax.data.trajectory import Trajectory, to_dict
 from xlam_jax.data.validate import check_row
 
 CITY: dict[str, Any] = {"type": "string"}
@@ -226,7 +227,7 @@ def test_arguments_in_json_texts_have_no_padding(tmp_path):
 
 def test_features_of_tfds_that_are_absent_are_padding_too():
     """As `tfds.data_source` gives a dataset with nested features."""
-    from xlam_jax.data.tfds_builder import plain
+    from xlam_jax.data.tfds_dataset import plain
 
     values = calling("find", {"city": b"Oslo", "limit": None}, [FIND])
     row = nulls.drop_outside_tools(plain(values | {"source": None}))

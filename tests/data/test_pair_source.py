@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from xlam_jax.config import Data
-from xlam_jax.data import cache, corpus, lengths, pipeline
+from xlam_jax.data import cache, corpus, examples, lengths, pipeline, render_sources
 from xlam_jax.data.formats import Layout
 from xlam_jax.data.mixture import shares
 from xlam_jax.data.pair import parse_pair
@@ -78,7 +78,7 @@ def write(path: Path, *rows: Any) -> Path:
     return path
 
 
-def text_of(codec: Any, example: corpus.Example, side: int) -> str:
+def text_of(codec: Any, example: examples.Example, side: int) -> str:
     counts = (example.get("sides", np.zeros(0)) == side) & (example["weights"] > 0)
     return codec.decode(example["labels"][counts])
 
@@ -89,8 +89,8 @@ def test_only_what_differs_counts(path, codec):
     example = one.train[7]
     assert text_of(codec, example, 1) == '[TOOL_CALLS][{"name": "take", "arguments": {"thing": 7}}]</s>'
     assert text_of(codec, example, 2) == '[TOOL_CALLS][{"name": "take", "arguments": {"thing": -1}}]</s>Sorry.</s>'
-    assert corpus.lengths(one.train)[7] == len(example["tokens"])
-    assert corpus.trained(one.train)[7] == (example["weights"] > 0).sum()
+    assert examples.lengths(one.train)[7] == len(example["tokens"])
+    assert examples.trained(one.train)[7] == (example["weights"] > 0).sum()
 
 
 def test_both_sides_lie_in_one_row_each_on_its_own(path, codec):
@@ -164,12 +164,12 @@ def test_what_is_no_pair_is_told_with_its_line(tmp_path, codec, changes, message
 
 def test_a_pair_that_does_not_fit_is_dropped_or_an_error(path, codec):
     whole = corpus.load(data(path, heldout=0.0), codec)[0]
-    longest = int(corpus.lengths(whole.train).max())
+    longest = int(examples.lengths(whole.train).max())
     (one,) = corpus.load(data(path, heldout=0.0, sequence_length=longest), codec)
     assert len(one.train) == 40
     (one,) = corpus.load(data(path, heldout=0.0, sequence_length=longest - 1), codec)
     assert one.dropped["too-long"] > 0
-    with pytest.raises(UserError, match=r"both sides take .* leave such pairs out with data.on_long=drop"):
+    with pytest.raises(UserError, match=r"both sides take .* drop such pairs with data.on_long=drop"):
         corpus.load(data(path, sequence_length=longest - 1, on_long="error"), codec)
 
 
@@ -246,7 +246,7 @@ def test_tokens_of_both_sides_are_shared_out(tmp_path, codec):
 
 
 def test_the_samples_are_the_same_in_any_order(tmp_path, codec, monkeypatch):
-    monkeypatch.setattr(corpus, "SAMPLES", 4)
+    monkeypatch.setattr(render_sources, "SAMPLES", 4)
     rows = [pair(number) for number in range(60)]
     (one,) = corpus.load(data(write(tmp_path / "p.jsonl", *rows)), codec)
     (other,) = corpus.load(data(write(tmp_path / "q.jsonl", *rows[::-1])), codec)
@@ -267,7 +267,7 @@ def test_filters_judge_the_chosen_side(path, codec):
 
 
 def test_a_cache_gives_the_same_pairs(path, codec, tmp_path):
-    cache.write(tmp_path / "cache", data(path), codec)
+    corpus.prepare(tmp_path / "cache", data(path), codec)
     (one,), (other,) = corpus.load(data(path), codec), cache.open(tmp_path / "cache", data(path), codec)
     for part in ("train", "heldout"):
         first, second = getattr(one, part), getattr(other, part)
@@ -282,7 +282,7 @@ def test_a_cache_gives_the_same_pairs(path, codec, tmp_path):
 def test_a_reference_stands_at_the_first_place_that_counts(path, codec):
     (one,) = corpus.load(data(path), codec)
     log_p_P2 = -np.arange(1, 2 * len(one.train) + 1, dtype=np.float32).reshape(-1, 2)
-    with_reference = one._replace(train=corpus.Referenced(one.train, log_p_P2))
+    with_reference = one._replace(train=examples.Referenced(one.train, log_p_P2))
     loader = pipeline.Loader([with_reference], data(path), batch_size=4, seed=0)
     rows = next(loader)
     assert rows.reference is not None
@@ -294,7 +294,7 @@ def test_a_reference_stands_at_the_first_place_that_counts(path, codec):
                 mine = (segments == 2 * number - 1 + side) & (weights > 0)
                 assert reference[mine].tolist() == [log_p_P2[row, side]] + [0.0] * (mine.sum() - 1)
     with pytest.raises(ValueError, match="shape"):
-        corpus.Referenced(one.train, log_p_P2[1:])
+        examples.Referenced(one.train, log_p_P2[1:])
 
 
 def test_rows_that_are_no_objects_are_no_pairs():

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from xlam_jax.data import pairs
 from xlam_jax.data.converters import converter
-from xlam_jax.data.trajectory import parse_trajectory, to_dict
+from xlam_jax.data.parse import parse_trajectory
+from xlam_jax.data.trajectory import to_dict
 from xlam_jax.errors import UserError
 
 TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {"at": {}}}}}]

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xlam_jax.config import PAIRS, Data, Source
-from xlam_jax.data import corpus, pipeline
-from xlam_jax.data.corpus import Example, Loaded
+from xlam_jax.data import corpus, examples, pipeline, render_sources
+from xlam_jax.data.examples import Example, Loaded
 from xlam_jax.data.mixture import shares
 from xlam_jax.data.tokenizer import load_tokenizer
 from xlam_jax.enums import SPAN_KINDS as KINDS
@@ -210,7 +210,7 @@ def test_weights_by_epochs_sizes_and_tokens():
     assert shares(passes, DATA) == [Fraction(1, 5), Fraction(4, 5)]
     by_tokens = shares(sources, DATA.model_copy(update={"share": "tokens"}))
     tokens = [
-        share * Fraction(int(corpus.trained(one.train).sum()), len(one.train))
+        share * Fraction(int(examples.trained(one.train).sum()), len(one.train))
         for share, one in zip(by_tokens, sources, strict=True)
     ]
     assert tokens[0] == 3 * tokens[1]  # trained tokens of a, three times those of b
@@ -266,11 +266,11 @@ def test_resume_takes_as_long_at_any_place():
 
 def test_heldout_is_a_matter_of_the_id():
     ids = [f"trajectory {number}" for number in range(4000)]
-    held = [one for one in ids if corpus.is_heldout("a", one, 0.1)]
+    held = [one for one in ids if render_sources.is_heldout("a", one, 0.1)]
     assert 0.08 < len(held) / len(ids) < 0.12
-    assert held == [one for one in ids if corpus.is_heldout("a", one, 0.1)]
-    assert set(held) <= {one for one in ids if corpus.is_heldout("a", one, 0.2)}
-    assert held != [one for one in ids if corpus.is_heldout("b", one, 0.1)]
+    assert held == [one for one in ids if render_sources.is_heldout("a", one, 0.1)]
+    assert set(held) <= {one for one in ids if render_sources.is_heldout("a", one, 0.2)}
+    assert held != [one for one in ids if render_sources.is_heldout("b", one, 0.1)]
 
 
 def quickstart(**changes: object) -> Data:

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from xlam_jax import config as configs
 from xlam_jax.data import corpus, pipeline, preview
+from xlam_jax.data.parse import read_jsonl
 from xlam_jax.data.render import KINDS, known, render
 from xlam_jax.data.tokenizer import load_tokenizer
-from xlam_jax.data.trajectory import read_jsonl
 from xlam_jax.errors import UserError
 
 ROOT = Path(__file__).parents[2]

@@ -11,9 +11,10 @@ from xlam_jax.data import corpus
 from xlam_jax.data.converters import exporter, row_converter
 from xlam_jax.data.converters.common import Converted, Lost, convert_one
 from xlam_jax.data.lengths import fit
+from xlam_jax.data.parse import parse_trajectory
 from xlam_jax.data.render import render
 from xlam_jax.data.tokenizer import load_tokenizer
-from xlam_jax.data.trajectory import Trajectory, parse_trajectory, to_dict, to_messages
+from xlam_jax.data.trajectory import Trajectory, to_dict, to_messages
 from xlam_jax.data.validate import check_row
 
 TOOL = {"type": "function", "function": {"name": "tide", "parameters": {"type": "object", "properties": {}}}}

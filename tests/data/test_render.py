@@ -6,10 +6,11 @@ import pytest
 
 from xlam_jax.config import Loss
 from xlam_jax.data.codec import Codec
-from xlam_jax.data.formats import find
+from xlam_jax.data.formats.registry import find
+from xlam_jax.data.parse import parse_trajectory
 from xlam_jax.data.render import render, render_all, render_prompt, sequences
 from xlam_jax.data.tokenizer import load_tokenizer, save
-from xlam_jax.data.trajectory import InvalidTrajectory, Message, ToolCall, Trajectory, parse_trajectory, to_messages
+from xlam_jax.data.trajectory import InvalidTrajectory, Message, ToolCall, Trajectory, to_messages
 from xlam_jax.data.wire import parse_completion
 from xlam_jax.errors import UserError
 

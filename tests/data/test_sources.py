@@ -19,8 +19,9 @@ from strategies import JSON, broken
 
 from xlam_jax.config import Source
 from xlam_jax.data import sources
+from xlam_jax.data.parse import read_jsonl
 from xlam_jax.data.sources import Filtered
-from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory, read_jsonl, to_dict
+from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory, to_dict
 from xlam_jax.errors import UserError
 
 
@@ -147,7 +148,7 @@ def test_parquet_with_nested_columns(row, tmp_path):
 
 
 def trajectory(row: dict) -> Trajectory:
-    from xlam_jax.data.trajectory import parse_trajectory
+    from xlam_jax.data.parse import parse_trajectory
 
     return parse_trajectory(copy.deepcopy(row))
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from xlam_jax import config as configs
-from xlam_jax.data import corpus, pipeline, stats
+from xlam_jax.data import corpus, pipeline, render_sources, stats
 from xlam_jax.data.mixture import shares
+from xlam_jax.data.parse import read_jsonl
 from xlam_jax.data.render import KINDS, render
 from xlam_jax.data.tokenizer import load_tokenizer
-from xlam_jax.data.trajectory import read_jsonl
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "examples" / "quickstart"
@@ -58,7 +58,7 @@ def test_counts_what_is_there(config, collected):
             rendered = render(row, tokenizer, data.format, data.loss)
             if len(rendered.input_ids) > data.sequence_length + 1:
                 counts["too-long"] += 1
-            elif corpus.is_heldout(source.name, row.id, data.heldout):
+            elif render_sources.is_heldout(source.name, row.id, data.heldout):
                 counts["heldout"] += 1
             else:
                 counts["trajectories"] += 1

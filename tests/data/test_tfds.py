@@ -9,8 +9,9 @@ from support import Commands
 
 from xlam_jax.config import Source
 from xlam_jax.data import sources
-from xlam_jax.data.tfds_builder import Trajectories, UnifiedTrajectories, build
-from xlam_jax.data.trajectory import parse_trajectory, read_jsonl
+from xlam_jax.data.parse import parse_trajectory, read_jsonl
+from xlam_jax.data.tfds_builder import build
+from xlam_jax.data.tfds_dataset import UnifiedTrajectories
 from xlam_jax.errors import UserError
 
 
@@ -18,7 +19,7 @@ from xlam_jax.errors import UserError
 def built(quickstart: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data folder with the bundled WebShop trajectories."""
     folder = tmp_path_factory.mktemp("tfds")
-    build(Trajectories(name="webshop", source=Source(name="w", files=[str(quickstart / "webshop.jsonl")])), folder)
+    build(Source(name="webshop", files=[str(quickstart / "webshop.jsonl")]), folder)
     return folder
 
 
@@ -48,25 +49,25 @@ def test_tfds_itself_reads_it(quickstart, built):
 def test_scores_and_missing_values_come_back_as_they_were(row, write_jsonl, tmp_path, monkeypatch):
     bare = {key: row[key] for key in ("unique_trajectory_id", "tools", "conversation")}
     path = write_jsonl(row | {"score": 0.7}, bare)  # 0.7 in 32 bits is less than 0.7
-    build(Trajectories(name="made", source=Source(name="m", files=[str(path)])), tmp_path / "tfds")
+    build(Source(name="made", files=[str(path)]), tmp_path / "tfds")
     monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path / "tfds"))
     items = sources.read(Source.model_validate({"name": "m", "tfds": "unified_trajectories/made"}))
     assert [item.trajectory for item in items] == [parse_trajectory(row | {"score": 0.7}), parse_trajectory(bare)]
 
 
 def test_what_is_there_is_not_overwritten(quickstart, built):
-    config = Trajectories(name="webshop", source=Source(name="w", files=[str(quickstart / "hammer.jsonl")]))
+    source = Source(name="webshop", files=[str(quickstart / "hammer.jsonl")])
     with pytest.raises(UserError, match=r"webshop/1\.0\.0: exists already and is not overwritten"):
-        build(config, built)
+        build(source, built)
 
 
 def test_a_build_that_fails_leaves_nothing_that_tfds_would_read(row, write_jsonl, tmp_path):
-    source = Source(name="m", files=[str(write_jsonl(row, b"broken", row))])
+    source = Source(name="made", files=[str(write_jsonl(row, b"broken", row))])
     with pytest.raises(UserError, match=r"rows\.jsonl:2: malformed-json"):
-        build(Trajectories(name="made", source=source), tmp_path / "tfds")
+        build(source, tmp_path / "tfds")
     assert not [path for path in (tmp_path / "tfds").rglob("*") if path.is_file()]
-    builder = build(Trajectories(name="made", source=source, drop_invalid=True), tmp_path / "tfds")
-    assert builder.dropped == {"malformed-json": 1}
+    builder, dropped = build(source, tmp_path / "tfds", drop_invalid=True)
+    assert dropped == {"malformed-json": 1}
     assert builder.info.splits["train"].num_examples == 2
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from sentencepiece import SentencePieceProcessor
 
+from xlam_jax.data.parse import parse_trajectory
 from xlam_jax.data.render import CONTROL_TOKENS, render
 from xlam_jax.data.tokenizer import MISTRAL, load_tokenizer, save
-from xlam_jax.data.trajectory import parse_trajectory
 from xlam_jax.errors import UserError
 
 

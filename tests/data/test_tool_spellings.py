@@ -14,7 +14,8 @@ from xlam_jax.config import Source
 from xlam_jax.data import sources, validate
 from xlam_jax.data.converters import row_converter
 from xlam_jax.data.converters.common import Converted, Dropped, convert_one
-from xlam_jax.data.trajectory import ToolCall, Trajectory, parse_trajectory, to_dict
+from xlam_jax.data.parse import parse_trajectory
+from xlam_jax.data.trajectory import ToolCall, Trajectory, to_dict
 from xlam_jax.data.validate import check_row
 
 SETTINGS = settings(max_examples=60, deadline=None, derandomize=True)

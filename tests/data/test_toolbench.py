@@ -16,7 +16,8 @@ from jsonschema import Draft202012Validator
 from xlam_jax.data import literals, pairs
 from xlam_jax.data.converters import CONVERTERS, apibench, row_converter, toolbench
 from xlam_jax.data.converters.common import Converted, Dropped, Repaired, StepDropped
-from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory, parse_trajectory, to_dict
+from xlam_jax.data.parse import parse_trajectory
+from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory, to_dict
 from xlam_jax.data.validate import check_row
 from xlam_jax.errors import UserError
 

@@ -7,16 +7,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from strategies import JSON, broken
 
-from xlam_jax.data.trajectory import (
-    InvalidTrajectory,
-    Trajectory,
-    parse_json,
-    parse_messages,
-    parse_tools,
-    parse_trajectory,
-    read_jsonl,
-    to_dict,
-)
+from xlam_jax.data.parse import parse_messages, parse_tools, parse_trajectory, read_jsonl
+from xlam_jax.data.row_json import parse_json
+from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory, to_dict
 from xlam_jax.errors import UserError
 
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xlam_jax.data import schemas, validate
-from xlam_jax.data.trajectory import InvalidTrajectory, parse_trajectory, read_jsonl
+from xlam_jax.data.parse import parse_trajectory, read_jsonl
+from xlam_jax.data.trajectory import InvalidTrajectory
 from xlam_jax.data.validate import check_row
 from xlam_jax.errors import UserError
 

@@ -17,8 +17,9 @@ from xlam_jax.data.converters import webshop as shop
 from xlam_jax.data.converters.common import Converted, Dropped, Lost, convert_one, json_schema
 from xlam_jax.data.converters.train_ready import convert as convert_train_ready
 from xlam_jax.data.converters.xlam60k import SPELLINGS, spelling, tool_schemas
+from xlam_jax.data.parse import parse_trajectory
 from xlam_jax.data.rows import Row
-from xlam_jax.data.trajectory import InvalidTrajectory, Message, ToolCall, Trajectory, parse_trajectory, to_dict
+from xlam_jax.data.trajectory import InvalidTrajectory, Message, ToolCall, Trajectory, to_dict
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FORMATS = ("agentohana", "train_ready", "xlam60k")

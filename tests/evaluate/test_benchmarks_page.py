@@ -10,7 +10,7 @@ from fake_server import says, serve
 from support import ROOT, Commands
 from test_tool_query import data as graphs  # noqa: F401 - a fixture
 
-from xlam_jax.data.trajectory import read_jsonl
+from xlam_jax.data.parse import read_jsonl
 
 PAGE = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^python -m (.*)$", PAGE, re.MULTILINE)

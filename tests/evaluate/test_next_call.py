@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from support import ROOT
 
+from xlam_jax.data.parse import parse_trajectory, read_jsonl
 from xlam_jax.data.render import render_prompt, sequences
 from xlam_jax.data.tokenizer import load_tokenizer
-from xlam_jax.data.trajectory import InvalidTrajectory, ToolCall, Trajectory, parse_trajectory, read_jsonl
+from xlam_jax.data.trajectory import InvalidTrajectory, ToolCall, Trajectory
 from xlam_jax.evaluate import next_call
 from xlam_jax.evaluate.next_call import Request, Score
 

@@ -15,7 +15,7 @@ import fake_server
 import pytest
 from support import Commands, wait_until
 
-from xlam_jax.data.trajectory import parse_trajectory
+from xlam_jax.data.parse import parse_trajectory
 from xlam_jax.errors import UserError
 from xlam_jax.evaluate import rate
 from xlam_jax.evaluate.endpoint import Model

@@ -18,8 +18,9 @@ from xlam_jax.data.converters import EXPORTERS, FORMATS, converter, exporter, ro
 from xlam_jax.data.converters.common import Converted, convert_one, read_rows
 from xlam_jax.data.files import read_lines
 from xlam_jax.data.render import end_tokens, render_prompt
+from xlam_jax.data.row_json import parse_json
 from xlam_jax.data.tokenizer import load_tokenizer, text_to_ids_digest
-from xlam_jax.data.trajectory import InvalidTrajectory, parse_json, to_dict
+from xlam_jax.data.trajectory import InvalidTrajectory, to_dict
 from xlam_jax.data.validate import check_row
 from xlam_jax.models import hf_keys
 from xlam_jax.models.config import ModelConfig, read_hf_config

@@ -8,7 +8,7 @@ import numpy as np
 from support import ROOT
 
 from xlam_jax.config import Data
-from xlam_jax.data import corpus, pipeline
+from xlam_jax.data import corpus, examples, pipeline
 from xlam_jax.data.tokenizer import load_tokenizer
 from xlam_jax.models.config import ModelConfig
 from xlam_jax.models.params import binder, initialize
@@ -48,7 +48,7 @@ def test_packed_and_alone_have_the_same_loss_and_gradient():
         log_p_BT, _ = token_log_probabilities(hidden_BTD, model.head_VD(), labels, weights != 0)
         return -jnp.sum(log_p_BT * weights * places)
 
-    def alone(example: corpus.Example) -> pipeline.Row:
+    def alone(example: examples.Example) -> pipeline.Row:
         """Right-padded to the length of a packed row, so that one compilation does."""
         count = len(example["tokens"])
         empty = LENGTH - count

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from xlam_jax.config import PAIRS, Source
-from xlam_jax.data.corpus import Example, Loaded
+from xlam_jax.data.examples import Example, Loaded
 from xlam_jax.errors import UserError
 from xlam_jax.training import reference
 

@@ -16,7 +16,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from xlam_jax.data.messages import legacy_call, openai_call, plain, unique_ids
-from xlam_jax.data.trajectory import DEEPEST, REASONING_KEYS, InvalidTrajectory, check_json, parse_json
+from xlam_jax.data.row_json import DEEPEST, check_json, parse_json
+from xlam_jax.data.trajectory import REASONING_KEYS, InvalidTrajectory
 from xlam_jax.data.wire import TOOL_CALLS, CompletionStream, parse_completion
 from xlam_jax.errors import UserError
 

@@ -20,8 +20,10 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal
 
 from xlam_jax.client.answers import AnswerStream, MalformedAnswer, read_response, shortened
+from xlam_jax.data.call_links import answered_calls
 from xlam_jax.data.messages import call_ids, openai_tool, parse_request
-from xlam_jax.data.trajectory import InvalidTrajectory, Message, answered_calls, parse_tools
+from xlam_jax.data.parse import parse_tools
+from xlam_jax.data.trajectory import InvalidTrajectory, Message
 from xlam_jax.data.wire import arguments_json, may_call
 from xlam_jax.errors import UserError, check_address
 

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from xlam_jax.cli import Parser, add_server, number, positive, run
 from xlam_jax.errors import UserError, nearest
@@ -25,99 +26,116 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    """The parser of the whole, and each command's."""
+    """The parser of the whole command line, and each command's."""
     parser = Parser(prog="python -m xlam_jax.data", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (_add_validate, _add_stats, _add_preview, _add_prepare, _add_pairs, _add_rate):
+        add(commands)
+    return parser, commands.choices
 
-    validate = commands.add_parser(
+
+def _add_validate(commands: Any) -> None:
+    parser = commands.add_parser(
         "validate",
         help="everything that is wrong with files of trajectories",
-        description="Checks each row, and each call against its tool's JSON Schema. One line a finding on stdout, a "
+        description="Checks each row, and each call against its tool's JSON Schema. One line per finding on stdout, a "
         "summary on stderr. Exit code: 0 no finding, 1 findings, 2 the check could not be made.",
     )
-    validate.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    validate.add_argument("--config", type=Path, metavar="FILE.yaml", help="also find what is longer than its rows")
-    validate.add_argument("--json", action="store_true", help="a JSON object a finding: file, line, id, reason, detail")
-    validate.add_argument("--max-errors", type=positive, metavar="N", help="stop after N findings")
-    validate.set_defaults(command=_validate)
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    parser.add_argument("--config", type=Path, metavar="FILE.yaml", help="also find what is longer than its rows")
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object per finding: file, line, id, reason, detail"
+    )
+    parser.add_argument("--max-errors", type=positive, metavar="N", help="stop after N findings")
+    parser.set_defaults(command=_validate)
 
-    stats = commands.add_parser(
+
+def _add_stats(commands: Any) -> None:
+    parser = commands.add_parser(
         "stats",
-        help="what a config's data holds, how well it packs, and each source's share",
+        help="what a config's data contains, how well it packs, and each source's share",
         description="Prints a table, and writes it as a page with plots.",
     )
-    _config(stats)
-    stats.add_argument("--out", type=Path, metavar="FILE.html", help="the page (default: stats.html here)")
-    stats.add_argument("--rows", type=positive, metavar="N", help="packed rows to look at (default: about one epoch)")
-    stats.add_argument("--force", action="store_true", help="overwrite the page")
-    stats.set_defaults(command=_stats)
+    _add_config(parser)
+    parser.add_argument("--out", type=Path, metavar="FILE.html", help="the page (default: stats.html here)")
+    parser.add_argument("--rows", type=positive, metavar="N", help="packed rows to look at (default: about one epoch)")
+    parser.add_argument("--force", action="store_true", help="overwrite the page")
+    parser.set_defaults(command=_stats)
 
-    preview = commands.add_parser(
+
+def _add_preview(commands: Any) -> None:
+    parser = commands.add_parser(
         "preview",
-        help="the tokens that training sees, and which of them carry loss",
+        help="the tokens that training sees, and which of them are trained",
         description="Shows the first packed rows of a run, token for token.",
     )
-    _config(preview)
-    preview.add_argument("-n", dest="rows", type=positive, default=1, metavar="N", help="packed rows (default: 1)")
-    preview.add_argument("--source", metavar="NAME", help="only the trajectories of this source")
-    preview.add_argument("--html", type=Path, metavar="FILE.html", help="write a page instead")
-    preview.add_argument("--force", action="store_true", help="overwrite the page")
-    preview.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="default: on a terminal")
-    preview.set_defaults(command=_preview)
+    _add_config(parser)
+    parser.add_argument("-n", dest="rows", type=positive, default=1, metavar="N", help="packed rows (default: 1)")
+    parser.add_argument("--source", metavar="NAME", help="only the trajectories of this source")
+    parser.add_argument("--html", type=Path, metavar="FILE.html", help="write a page instead")
+    parser.add_argument("--force", action="store_true", help="overwrite the page")
+    parser.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="default: on a terminal")
+    parser.set_defaults(command=_preview)
 
-    prepare = commands.add_parser(
+
+def _add_prepare(commands: Any) -> None:
+    parser = commands.add_parser(
         "prepare",
         help="render a config's data once, into a cache that training reads",
-        description="Writes a folder for data.cache. Training refuses it once data, tokenizer or settings change.",
+        description="Writes a folder for data.cache. Training refuses it once data, tokenizer, settings or the version "
+        "of the renderer change.",
     )
-    _config(prepare)
-    prepare.add_argument("--out", required=True, type=Path, metavar="DIR")
-    prepare.set_defaults(command=_prepare)
+    _add_config(parser)
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
+    parser.set_defaults(command=_prepare)
 
-    pairs = commands.add_parser(
+
+def _add_pairs(commands: Any) -> None:
+    parser = commands.add_parser(
         "pairs",
         help="preference pairs from scored trajectories",
         description="Pairs trajectories of one task that agree up to an assistant turn and differ there; the one with "
         "the higher score is chosen.",
     )
-    pairs.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    pairs.add_argument("--out", required=True, type=Path, metavar="FILE.jsonl")
-    pairs.add_argument(
-        "--min-gap", type=number(0), default=0.0, metavar="G", help="least difference of scores (default: any)"
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE.jsonl")
+    parser.add_argument(
+        "--min-gap", type=number(0), default=0.0, metavar="G", help="minimum difference of scores (default: any)"
     )
-    pairs.add_argument(
+    parser.add_argument(
         "--per-task", type=positive, default=10, metavar="K", help="most pairs of a task (default: %(default)s)"
     )
-    pairs.add_argument("--report", type=Path, metavar="FILE.json", help="write the counts there as well")
-    pairs.add_argument("--force", action="store_true", help="overwrite the outputs")
-    pairs.set_defaults(command=_pairs)
+    parser.add_argument("--report", type=Path, metavar="FILE.json", help="write the counts there as well")
+    parser.add_argument("--force", action="store_true", help="overwrite the outputs")
+    parser.set_defaults(command=_pairs)
 
-    rate = commands.add_parser(
+
+def _add_rate(commands: Any) -> None:
+    parser = commands.add_parser(
         "rate",
         help="a model scores trajectories from 0 to 5, with reasons",
         description="Asks a model behind an OpenAI-compatible server how good each trajectory is, and writes them with "
         "the rating as score. Reasons, and scores that were there before, go to FILE.jsonl.ratings.jsonl, from which a "
         "run that was stopped goes on. Exit code: 0 all are rated, 1 some are not, 2 none could be.",
     )
-    rate.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    add_server(rate, retries=5)
-    rate.add_argument("--out", required=True, type=Path, metavar="FILE.jsonl")
-    rate.add_argument("--concurrency", type=positive, default=16, metavar="K", help="default: %(default)s")
-    rate.add_argument("--limit", type=positive, metavar="N", help="only the first N rows")
-    rate.add_argument("--keep", type=number(0), default=4.0, metavar="R", help="a good rating (default: %(default)s)")
-    rate.add_argument(
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    add_server(parser, retries=5)
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE.jsonl")
+    parser.add_argument("--concurrency", type=positive, default=16, metavar="K", help="default: %(default)s")
+    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N rows")
+    parser.add_argument("--keep", type=number(0), default=4.0, metavar="R", help="a good rating (default: %(default)s)")
+    parser.add_argument(
         "--good",
         type=number(),
         metavar="S",
         help="a good known score, to compare with (default: each source's highest)",
     )
-    rate.add_argument("--report", type=Path, metavar="FILE.json", help="write the counts there as well")
-    rate.add_argument("--force", action="store_true", help="begin anew and overwrite the outputs")
-    rate.set_defaults(command=_rate)
-    return parser, commands.choices
+    parser.add_argument("--report", type=Path, metavar="FILE.json", help="write the counts there as well")
+    parser.add_argument("--force", action="store_true", help="begin anew and overwrite the outputs")
+    parser.set_defaults(command=_rate)
 
 
-def _config(parser: argparse.ArgumentParser) -> None:
+def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, type=Path, metavar="FILE.yaml")
     parser.add_argument("overrides", nargs="*", metavar=OVERRIDES, help="fields of the config to set")
 
@@ -126,8 +144,8 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _readable(files: Sequence[Path]) -> None:
-    """Raises `UserError` before any work for files that are not there or whose ending says nothing."""
+def _check_readable(files: Sequence[Path]) -> None:
+    """Raises `UserError` before any work for files that do not exist, or whose ending is not known."""
     from xlam_jax.data.rows import PACKED, SUFFIXES, suffix
 
     for file in files:
@@ -138,7 +156,7 @@ def _readable(files: Sequence[Path]) -> None:
             raise UserError(f"{file}: no such file{nearest(file.name, siblings)}")
         if suffix(file) not in SUFFIXES:
             raise UserError(
-                f"{file}: its ending should tell what it holds: {', '.join(SUFFIXES)}, "
+                f"{file}: its ending should be one of {', '.join(SUFFIXES)}, "
                 f"the first three also with {' or '.join(PACKED)}"
             )
 
@@ -146,7 +164,7 @@ def _readable(files: Sequence[Path]) -> None:
 def _validate(options: argparse.Namespace) -> int:
     from xlam_jax.data import validate
 
-    _readable(options.files)
+    _check_readable(options.files)
     limit = validate.length_limit(options.config) if options.config else None
     summary, findings = validate.run(
         options.files, sys.stdout, limit=limit, as_json=options.json, most=options.max_errors
@@ -186,21 +204,21 @@ def _preview(options: argparse.Namespace) -> int:
 
 def _prepare(options: argparse.Namespace) -> int:
     from xlam_jax import config as configs
-    from xlam_jax.data import cache
+    from xlam_jax.data import corpus
     from xlam_jax.data.tokenizer import load_tokenizer
 
     began = time.monotonic()
     data = configs.load(options.config, options.overrides).config.data
-    cache.write(options.out, data, load_tokenizer(data.tokenizer), _say)
+    corpus.prepare(options.out, data, load_tokenizer(data.tokenizer), _say)
     seconds = time.monotonic() - began
-    _say(f"{options.out}: written in {seconds:.0f} s; to train from it say data.cache: {options.out} in the config")
+    _say(f"{options.out}: written in {seconds:.0f} s; to train from it set data.cache: {options.out} in the config")
     return 0
 
 
 def _pairs(options: argparse.Namespace) -> int:
     from xlam_jax.data import pairs
 
-    _readable(options.files)
+    _check_readable(options.files)
     result = pairs.write(
         options.files,
         options.out,
@@ -217,7 +235,7 @@ def _rate(options: argparse.Namespace) -> int:
     from xlam_jax.evaluate import rate
     from xlam_jax.evaluate.endpoint import Model
 
-    _readable(options.files)
+    _check_readable(options.files)
     if options.report:
         check_file(options.report, force=options.force)
     model = Model.connect(

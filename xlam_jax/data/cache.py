@@ -1,19 +1,19 @@
-"""Rendered trajectories on disk, and the key that says what they were made of.
+"""Prepared caches: rendered trajectories on disk, and the key that says what they were made of.
 
 A cache is a folder: `meta.json`, and for each source the examples to train on and the held-out ones as ArrayRecord,
-with the lengths of each (.npy), the trajectories' ids, and those held-out trajectories that stay readable. A record has
-the n+1 ids of an example, int32, the n weights of its labels, float32, and their kinds, int8. That of a pair has the
-length of the chosen side's record, uint32, and both sides' records. Opening reads no example; each is read when it is
-drawn, by its index.
+with the lengths of each (.npy), the trajectories' ids, and those held-out trajectories that stay readable. A record is
+the n + 1 ids of an example, int32, the n weights of its labels, float32, and their kinds, int8. The record of a pair is
+the length of the chosen side's record, uint32, and both sides' records. Opening reads no example; each is read by its
+index when it is drawn.
 
 `meta.json` also has the digests of each source's examples (`identity`), so that a run may change between a cache and
 the sources it was made of.
 
 The key keeps its parts, so that a stale cache is refused with the names of those that changed: the content of every
-source file, how the source is read, tokenizer, template, format and loss, the held-out share, the code that renders,
-and the row length where a trajectory was too long for it. What only mixes or packs (weights, epochs, streams) is no
-part of it, and a config may leave sources of a cache out. A source that is not on this machine can't be compared: the
-cache is then trusted for its content, and a line says so.
+source file, how the source is read, tokenizer, template, format and loss, the held-out share, `RENDER_VERSION`, and the
+row length where a trajectory was too long for it. Settings that only affect mixing or packing (weights, epochs,
+streams) are not a part of it, and a config may omit sources of a cache. A source that is not on this machine can't be
+compared: the cache is then trusted for its content, and a line says so.
 """
 
 import json
@@ -21,131 +21,137 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 
-from converters import trajectories
 from xlam_jax.config import PAIRS, Data, Source
-from xlam_jax.data import corpus, identity
-from xlam_jax.data.corpus import Example, Loaded, Progress
+from xlam_jax.data import identity
+from xlam_jax.data.examples import Example, LazyExamples, Loaded, join_sides, lengths, summary, trained
+from xlam_jax.data.parse import read_jsonl
+from xlam_jax.data.render import RENDER_VERSION
+from xlam_jax.data.render_sources import Progress, ignore_progress
 from xlam_jax.data.rows import open_array_record
 from xlam_jax.data.tokenizer import text_to_ids_digest
-from xlam_jax.data.trajectory import Trajectory, read_jsonl, to_dict
+from xlam_jax.data.trajectory import Trajectory, to_dict
 from xlam_jax.digest import file_digest, parts_digest
 from xlam_jax.errors import UserError
-from xlam_jax.outputs import new_folder
 
-LAYOUT = 3
-"""Of the folder. A cache of another layout is refused."""
+LAYOUT = 4
+"""Of the folder. A cache with another layout is refused."""
 META = "meta.json"
 PARTS = ("train", "heldout")
-_OPTIONS = "group_size:1,zstd:1"  # a record alone, for random access
-# fields of a source that change no example, or whose part in it is told by the content's names and digests
+_OPTIONS = "group_size:1,zstd:1"  # one record per chunk, for random access
 _APART_FIELDS = {"name", "files", "dataset", "tfds", "streaming", "weight", "epochs", "size"}
-# modules of xlam_jax.data that have no part in an example
-_APART_MODULES = (
-    "__main__",
-    "augment",
-    "cache",
-    "html",
-    "mixture",
-    "pairs",
-    "pipeline",
-    "preview",
-    "schemas",
-    "stats",
-    "validate",
-)
-_CONVERTERS = Path(trajectories.__file__).parent
+"""Fields of a source that change no example, or that the names and digests of its content cover."""
 _ABSENT = "absent"
+_COMMAND = "python -m xlam_jax.data prepare --config CONFIG.yaml --out"
 
 
-def write(folder: str | Path, data: Data, tokenizer: Any, progress: Progress = lambda line: None) -> None:
-    """Renders the sources of a config into a new folder, which appears when it is whole.
-
-    Raises `UserError` as `corpus.load` does, when the folder exists, and when augmentation is on.
-    """
+def write(folder: Path, key: dict[str, Any], loaded: Sequence[Loaded]) -> None:
+    """Writes rendered sources as a cache into a folder, which is created. `key` is what `make_key` returned."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    if data.augment.active:
-        raise UserError("data.augment draws another variant each time, and a cache holds one; turn it off to use one")
-    data = data.model_copy(update={"cache": None})
-    with new_folder(Path(folder)) as part:
-        key = _key(data, tokenizer)  # before the sources are read: one that changes meanwhile makes the cache stale
-        part.mkdir()
-        loaded = corpus.load(data, tokenizer, progress)
-        for at, one in enumerate(loaded):
-            for name, examples in zip(PARTS, (one.train, one.heldout), strict=True):
-                writer = ArrayRecordWriter(str(part / f"{at}.{name}.array_record"), _OPTIONS)
-                for example in examples:
-                    writer.write(_record(example))
-                writer.close()
-                counts = np.stack([corpus.lengths(examples), corpus.trained(examples)]).astype(np.int64)
-                np.save(part / f"{at}.{name}.npy", counts)
-            (part / f"{at}.ids.json").write_text(json.dumps(list(one.ids)), encoding="utf-8")
-            samples = (json.dumps(to_dict(sample), ensure_ascii=False) + "\n" for sample in one.samples)
-            (part / f"{at}.samples.jsonl").write_text("".join(samples), encoding="utf-8")
-        meta = {"key": key, "sources": {one.source.name: _about(at, one) for at, one in enumerate(loaded)}}
-        (part / META).write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    folder.mkdir()
+    for at, source in enumerate(loaded):
+        for name, examples in zip(PARTS, (source.train, source.heldout), strict=True):
+            writer = ArrayRecordWriter(str(folder / f"{at}.{name}.array_record"), _OPTIONS)
+            for example in examples:
+                writer.write(_record(example))
+            writer.close()
+            counts = np.stack([lengths(examples), trained(examples)]).astype(np.int64)
+            np.save(folder / f"{at}.{name}.npy", counts)
+        (folder / f"{at}.ids.json").write_text(json.dumps(list(source.ids)), encoding="utf-8")
+        samples = (json.dumps(to_dict(sample), ensure_ascii=False) + "\n" for sample in source.samples)
+        (folder / f"{at}.samples.jsonl").write_text("".join(samples), encoding="utf-8")
+    meta = {"key": key, "sources": {source.source.name: _about(at, source) for at, source in enumerate(loaded)}}
+    (folder / META).write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def open(folder: str | Path, data: Data, tokenizer: Any, progress: Progress = lambda line: None) -> list[Loaded]:
-    """Opens a cache in place of the sources. Raises `UserError` that names what changed since it was written."""
+def open(folder: str | Path, data: Data, tokenizer: Any, progress: Progress = ignore_progress) -> list[Loaded]:
+    """Opens a cache in place of the sources. Raises `UserError` as `verify` does."""
     meta = verify(folder, data, tokenizer, progress)
     loaded = []
     for source in data.sources:
         about = meta["sources"][source.name]
-        at, pairs = Path(folder) / str(about["at"]), source.format == PAIRS
-        train, heldout = (CachedExamples(Path(f"{at}.{name}"), pairs) for name in PARTS)
-        samples = [one for _, one in read_jsonl(f"{at}.samples.jsonl") if isinstance(one, Trajectory)]
-        counters = (Counter(about[name]) for name in ("dropped", "repaired", "changed"))
-        digests, dataset = about["digests"], about["dataset"]
-        ids = _Ids(Path(f"{at}.ids.json"))
-        loaded.append(Loaded(source, train, heldout, ids, samples, None, *counters, digests=digests, dataset=dataset))
-        progress(corpus.summary(loaded[-1]))
+        stem, pairs = Path(folder) / str(about["at"]), source.format == PAIRS
+        train, heldout = (CachedExamples(Path(f"{stem}.{name}"), pairs) for name in PARTS)
+        opened = Loaded(
+            source=source,
+            train=train,
+            heldout=heldout,
+            ids=_Ids(Path(f"{stem}.ids.json")),
+            samples=[row for _, row in read_jsonl(f"{stem}.samples.jsonl") if isinstance(row, Trajectory)],
+            trajectories=None,
+            dropped=Counter(about["dropped"]),
+            repaired=Counter(about["repaired"]),
+            changed=Counter(about["changed"]),
+            digests=about["digests"],
+            dataset=about["dataset"],
+        )
+        progress(summary(opened))
+        loaded.append(opened)
     return loaded
 
 
-def verify(folder: str | Path, data: Data, tokenizer: Any, progress: Progress = lambda line: None) -> dict[str, Any]:
-    """Compares a cache with what it would be made of now, and returns its `meta.json`.
+def verify(folder: str | Path, data: Data, tokenizer: Any, progress: Progress = ignore_progress) -> dict[str, Any]:
+    """Compares a cache with the config, the sources and the renderer of today, and returns its `meta.json`.
 
-    Raises `UserError` when there is none, or that names every part that changed.
+    Raises `UserError` where there is no cache, for a cache of an older version, and naming every part that changed.
     """
     folder = Path(folder)
-    command = "python -m xlam_jax.data prepare --config CONFIG.yaml --out"
-    again = f"make it anew in another folder: {command} {folder}.new"
-    try:
-        meta = json.loads((folder / META).read_text(encoding="utf-8"))
-        was, about = meta["key"], meta["sources"]
-        layout = was["layout"]
-    except FileNotFoundError:
-        raise UserError(f"data.cache: {folder} is no cache, it has no {META}; make one: {command} {folder}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"data.cache: {folder / META} cannot be read ({error!r}); {again}") from None
-    if layout != LAYOUT:
-        raise UserError(f"data.cache: {folder} has layout {layout}, this version reads {LAYOUT}; {again}")
-    now = _key(data, tokenizer)
-    if all(_as_long(about.get(source.name), data) for source in data.sources):
-        for key in (was, now):  # nothing was too long and nothing is now
+    meta = _read_meta(folder)
+    rebuild = _rebuild(folder)
+    before, about = meta["key"], meta["sources"]
+    now = make_key(data, tokenizer)
+    if all(_fits(about.get(source.name), data) for source in data.sources):
+        for key in (before, now):  # no trajectory was too long, and none is now
             key["settings"] = {
                 name: value
                 for name, value in key["settings"].items()
                 if name not in ("data.sequence_length", "data.on_long")
             }
-    changed = list(_changes(was, now))
+    changed = list(_changes(before, now))
     if changed:
-        raise UserError(f"data.cache: {folder} is stale:\n  " + "\n  ".join(changed) + f"\n{again}")
+        raise UserError(f"data.cache: {folder} is stale:\n  " + "\n  ".join(changed) + f"\n{rebuild}")
     absent = [name for name, source in now["sources"].items() if _ABSENT in source["content"].values()]
     if absent:
         progress(f"{folder}: content not compared, as not on this machine: {', '.join(absent)}")
     return meta
 
 
+def _read_meta(folder: Path) -> dict[str, Any]:
+    """The `meta.json` of a cache that this version reads. Raises `UserError`."""
+    rebuild = _rebuild(folder)
+    try:
+        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+        layout, version, _ = meta["key"]["layout"], meta["key"].get("render_version"), meta["sources"]
+    except FileNotFoundError:
+        raise UserError(
+            f"data.cache: {folder} is not a cache, it has no {META}; make one: {_COMMAND} {folder}"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"data.cache: {folder / META} cannot be read ({error!r}); {rebuild}") from None
+    if layout != LAYOUT:
+        raise UserError(
+            f"data.cache: {folder} was written by another version of xlam_jax (it has layout {layout}, this version "
+            f"reads {LAYOUT}); {rebuild}"
+        )
+    if version != RENDER_VERSION:
+        raise UserError(
+            f"data.cache: {folder} was written by another version of xlam_jax (it has render version {version}, this "
+            f"version is {RENDER_VERSION}); {rebuild}"
+        )
+    return meta
+
+
+def _rebuild(folder: Path) -> str:
+    return f"build it again in another folder: {_COMMAND} {folder}.new"
+
+
 class _Ids(Sequence[str]):
-    """The ids of a source's trajectories, read when the first is asked for."""
+    """The ids of a source's trajectories, read from disk when the first is indexed."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -165,8 +171,8 @@ class _Ids(Sequence[str]):
         return self._ids[index]
 
 
-class CachedExamples(Sequence[Example]):
-    """The examples of one file of a cache, each read from disk when it is asked for."""
+class CachedExamples(LazyExamples):
+    """The examples of one file of a cache, each read from disk when it is indexed."""
 
     def __init__(self, stem: Path, pairs: bool = False):
         self._stem, self._pairs = stem, pairs
@@ -174,7 +180,9 @@ class CachedExamples(Sequence[Example]):
         with open_array_record(self._path) as reader:
             records = reader.num_records() if reader.ok() else len(self)
         if records != len(self):
-            raise UserError(f"{self._path}: has {records} examples, and {stem}.npy tells of {len(self)}; make it anew")
+            raise UserError(
+                f"{self._path}: has {records} examples, and {stem}.npy lists {len(self)}; build the cache again"
+            )
 
     @property
     def _path(self) -> Path:
@@ -192,27 +200,21 @@ class CachedExamples(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._lengths)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return [self[at] for at in range(*index.indices(len(self)))]
-        record = memoryview(self._reader.read([range(len(self))[index]])[0])
+    def example(self, index: int) -> Example:
+        record = memoryview(self._reader.read([index])[0])
         if not self._pairs:
-            return _of_record(record)
+            return _read_record(record)
         end = 4 + int.from_bytes(record[:4], "little")
-        return corpus.both(_of_record(record[4:end]), _of_record(record[end:]))
+        return join_sides(_read_record(record[4:end]), _read_record(record[end:]))
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each example, int64 (len,)."""
+        """Positions of each example, int64 (len,)."""
         return self._lengths
 
     @property
     def trained(self) -> np.ndarray:
-        """Tokens that carry loss of each example, int64 (len,)."""
+        """Trained tokens of each example, int64 (len,)."""
         return self._trained
 
 
@@ -228,7 +230,7 @@ def _record(example: Example) -> bytes:
     return b"".join(part.tobytes() for part in parts)
 
 
-def _of_record(record: memoryview) -> Example:
+def _read_record(record: memoryview) -> Example:
     count = (len(record) - 4) // 9
     ids = np.frombuffer(record, np.int32, count + 1)
     weights = np.frombuffer(record, np.float32, count, offset=4 * (count + 1))
@@ -236,38 +238,38 @@ def _of_record(record: memoryview) -> Example:
     return Example(tokens=ids[:-1], labels=ids[1:], weights=weights, kinds=kinds)
 
 
-def _about(at: int, one: Loaded) -> dict[str, Any]:
-    longest = max((int(corpus.lengths(part).max()) for part in (one.train, one.heldout) if len(part)), default=0)
+def _about(at: int, loaded: Loaded) -> dict[str, Any]:
+    longest = max((int(lengths(part).max()) for part in (loaded.train, loaded.heldout) if len(part)), default=0)
     return {
         "at": at,
-        "dropped": one.dropped,
-        "repaired": one.repaired,
-        "changed": one.changed,
+        "dropped": loaded.dropped,
+        "repaired": loaded.repaired,
+        "changed": loaded.changed,
         "longest": longest,
-        "digests": identity.source_digests(one),
-        "dataset": one.dataset,
-        "all_fit": not one.changed.keys() & {"cut", "split"} and not one.dropped["too-long"],
+        "digests": identity.source_digests(loaded),
+        "dataset": loaded.dataset,
+        "all_fit": not loaded.changed.keys() & {"cut", "split"} and not loaded.dropped["too-long"],
     }
 
 
-def _as_long(about: dict[str, Any] | None, data: Data) -> bool:
-    """Whether each trajectory of a source is in the cache whole, and fits into rows of the config's length."""
+def _fits(about: dict[str, Any] | None, data: Data) -> bool:
+    """Whether the cache has every trajectory of a source whole, and they fit into rows of the config's length."""
     return about is not None and about["all_fit"] and about["longest"] <= data.sequence_length
 
 
-def _key(data: Data, tokenizer: Any) -> dict[str, Any]:
+def make_key(data: Data, tokenizer: Any) -> dict[str, Any]:
+    """Returns everything that a cache of this config depends on."""
     settings = data.model_dump(include={"format", "loss", "heldout", "on_invalid", "on_long", "sequence_length"})
     return {
         "layout": LAYOUT,
+        "render_version": RENDER_VERSION,
         "settings": dict(_flat(settings, "data.")),
         "tokenizer": {"name": data.tokenizer, "content": text_to_ids_digest(tokenizer)},
         "template": parts_digest([json.dumps(tokenizer.chat_template)]) if data.format == "native" else "",
-        "code": _code(),
         "sources": {
             source.name: {
                 "settings": dict(_flat(source.model_dump(exclude=_APART_FIELDS), f"data.sources.{source.name}.")),
                 "content": dict(_content(source)),
-                "converter": _converter(source),
             }
             for source in data.sources
         },
@@ -283,24 +285,19 @@ def _flat(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _changes(was: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
-    """What differs, in words. Sources that the config has no more are no difference."""
+    """Describes each difference. A source that only the cache has is not a difference."""
     yield from _changed_settings(was["settings"], now["settings"])
     if was["tokenizer"]["content"] != now["tokenizer"]["content"]:
         names = f"{was['tokenizer']['name']} in the cache, {now['tokenizer']['name']} now"
         yield f"data.tokenizer: another vocabulary, merges or special tokens ({names})"
     if was["template"] != now["template"]:
         yield "data.tokenizer: another chat template, which data.format native writes"
-    if was["code"] != now["code"]:
-        yield "xlam_jax: another version of the code that reads and renders"
     for name, source in now["sources"].items():
         if name not in was["sources"]:
             yield f"data.sources.{name}: not in the cache, which has {', '.join(was['sources'])}"
             continue
         before = was["sources"][name]
-        other = list(_changed_settings(before["settings"], source["settings"]))
-        yield from other
-        if before["converter"] != source["converter"] and not any(".format: " in one for one in other):
-            yield f"data.sources.{name}: another version of the code that converts its format"
+        yield from _changed_settings(before["settings"], source["settings"])
         if list(before["content"]) != list(source["content"]):
             cached, current = (", ".join(one["content"]) for one in (before, source))
             yield f"data.sources.{name}: made of {cached}; now it is {current}"
@@ -315,22 +312,6 @@ def _changed_settings(was: dict[str, Any], now: dict[str, Any]) -> Iterator[str]
         if was.get(name) != now.get(name):
             values = (textwrap.shorten(repr(one.get(name)), 80) for one in (was, now))
             yield f"{name}: {' in the cache, '.join(values)} now"
-
-
-def _code() -> str:
-    """A digest of the code that has a part in every example: reading, rendering, cutting."""
-    package = Path(__file__).parent
-    modules = [path for path in sorted(package.rglob("*.py")) if path.stem not in _APART_MODULES]
-    modules.append(_CONVERTERS / "common.py")
-    templates = (path for path in (files("xlam_jax.data") / "templates").iterdir() if path.name.endswith(".jinja"))
-    return parts_digest(path.read_bytes() for path in (*modules, *sorted(templates, key=lambda path: path.name)))
-
-
-def _converter(source: Source) -> str:
-    """A digest of the code that converts a source's rows: of all converters, as they use one another."""
-    if source.format == "unified":
-        return ""
-    return parts_digest(path.read_bytes() for path in sorted(_CONVERTERS.glob("*.py")))
 
 
 def _content(source: Source) -> Iterator[tuple[str, str]]:

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple, NoReturn
 
 from xlam_jax.data.embedded import closing, value_at
-from xlam_jax.data.trajectory import DEEPEST_TEXT, InvalidTrajectory, check_json
+from xlam_jax.data.row_json import DEEPEST_TEXT, check_json
+from xlam_jax.data.trajectory import InvalidTrajectory
 
 MOST_FAILURES = 8
 """Values outside blocks that may fail to parse before the search ends."""

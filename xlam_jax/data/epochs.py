@@ -3,34 +3,29 @@
 import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
 from xlam_jax.config import Augment, Config, Data, Resolved, with_steps
-from xlam_jax.data import corpus, pipeline
-from xlam_jax.data.corpus import Example, Loaded
+from xlam_jax.data import pipeline
+from xlam_jax.data.examples import Example, LazyExamples, Loaded, lengths, trained
 
 ROWS, EXAMPLES = 1024, 20_000
 """Rows that are packed to measure how many examples a row holds; fewer once they hold so many examples."""
 
 
-class Lengths(Sequence[Example]):
-    """Stands in for a source's examples where only their lengths matter: nothing is read."""
+class Lengths(LazyExamples):
+    """Examples of which only the lengths matter: their tokens are zeros, and nothing is read."""
 
     def __init__(self, examples: Sequence[Example]):
-        self.lengths, self.trained = corpus.lengths(examples), corpus.trained(examples)
+        self.lengths, self.trained = lengths(examples), trained(examples)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return [self[at] for at in range(*index.indices(len(self)))]
+    def example(self, index: int) -> Example:
+        """An example with its number of tokens only."""
         example: Any = {"tokens": np.zeros(self.lengths[index], np.int32)}
         return example
 

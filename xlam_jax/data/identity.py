@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from xlam_jax.data.corpus import Example, Loaded, trained
+from xlam_jax.data.examples import Example, Loaded, trained
 from xlam_jax.data.pair import Pair
 from xlam_jax.data.tokenizer import tokenizer_digest
 from xlam_jax.data.trajectory import Trajectory, to_dict

@@ -10,7 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any
 
-from xlam_jax.data.trajectory import InvalidTrajectory, Message, parse_messages, unflattened
+from xlam_jax.data.parse import parse_messages
+from xlam_jax.data.raw_turns import unflattened
+from xlam_jax.data.trajectory import InvalidTrajectory, Message
 
 _ROLES = {"developer": "system", "function": "tool"}
 """Other names of roles."""

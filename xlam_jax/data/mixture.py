@@ -14,7 +14,7 @@ from math import lcm
 from grain.transforms import DatasetSelectionMap
 
 from xlam_jax.config import Data, Source
-from xlam_jax.data.corpus import Loaded, trained
+from xlam_jax.data.examples import Loaded, trained
 from xlam_jax.errors import UserError
 
 

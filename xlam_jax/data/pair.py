@@ -9,7 +9,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from xlam_jax.data.trajectory import ROW_KEYS, InvalidTrajectory, Message, Note, Trajectory, parse_trajectory
+from xlam_jax.data.parse import parse_trajectory
+from xlam_jax.data.problems import Report
+from xlam_jax.data.trajectory import ROW_KEYS, InvalidTrajectory, Message, Trajectory
 from xlam_jax.digest import key_digest
 
 PAIR_KEYS = (*sorted(ROW_KEYS - {"score"}), "chosen", "rejected", "chosen_score", "rejected_score")
@@ -27,7 +29,7 @@ class Pair:
     rejected: Trajectory
 
 
-def parse_pair(row: object, default_id: str, repaired: Note, *, padded: bool = False) -> Pair:
+def parse_pair(row: object, default_id: str, repaired: Report, *, padded: bool = False) -> Pair:
     """Checks a row as `python -m xlam_jax.data pairs` writes it.
 
     `conversation` holds the turns that both sides share, `chosen` and `rejected` what follows; turns with which both

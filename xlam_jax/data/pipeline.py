@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from itertools import accumulate, islice
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple
 
 import grain
 import numpy as np
@@ -18,7 +18,7 @@ from grain.experimental import BestFitPackIterDataset
 
 from xlam_jax.config import Data
 from xlam_jax.data.augment import augmented
-from xlam_jax.data.corpus import Example, Loaded, columns, example
+from xlam_jax.data.examples import Example, LazyExamples, Loaded, make_columns, make_example
 from xlam_jax.data.mixture import shares, stream_mixture
 from xlam_jax.digest import random_integer
 from xlam_jax.enums import SPAN_KINDS as KINDS
@@ -36,15 +36,15 @@ class Row(NamedTuple):
     groups: np.ndarray
     """Of each label, source × len(KINDS) + kind."""
     reference: np.ndarray | None = None
-    """Of pairs, log p under the reference policy: see `corpus.Example`."""
+    """Of pairs, log p under the reference policy: see `examples.Example`."""
 
 
 Origin = tuple[int, int]
 """The index of a source, and of an example in its `train` (or `heldout`)."""
 
 
-class _Numbered(Sequence[Example]):
-    """Examples of several sources, one source after the other, that say where they are from."""
+class _Numbered(LazyExamples):
+    """The examples of several sources, one source after the other, with their origins."""
 
     def __init__(self, parts: Sequence[tuple[int, Sequence[Example]]]):
         self._parts = parts
@@ -53,22 +53,15 @@ class _Numbered(Sequence[Example]):
     def __len__(self) -> int:
         return self._starts[-1]
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return [self[at] for at in range(*index.indices(len(self)))]
-        index = range(len(self))[index]
+    def example(self, index: int) -> Example:
         part = bisect_right(self._starts, index) - 1
         source, examples = self._parts[part]
         row = index - self._starts[part]
-        return _from(examples[row], source, row)
+        return _with_origin(examples[row], source, row)
 
 
-def _from(one: Example, source: int, row: int) -> Example:
-    return one | {"origin": np.array([source, row], np.int32)}  # pyright: ignore[reportReturnType]
+def _with_origin(example: Example, source: int, row: int) -> Example:
+    return example | {"origin": np.array([source, row], np.int32)}  # pyright: ignore[reportReturnType]
 
 
 def _derived(seed: int, *names: object) -> int:
@@ -207,7 +200,9 @@ def _endless(at: int, one: Loaded, data: Data, seed: int, tokenizer: Any) -> Any
     annotate = "turns" in one.train[0]
 
     def draw(row: int, rng: np.random.Generator) -> Example:
-        return _from(example(columns(augmented(trajectories[row], rng, tokenizer, data), annotate)), at, row)
+        return _with_origin(
+            make_example(make_columns(augmented(trajectories[row], rng, tokenizer, data), annotate)), at, row
+        )
 
     return grain.MapDataset.range(len(trajectories)).seed(seeded).shuffle().repeat().random_map(draw)
 

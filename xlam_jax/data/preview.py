@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from xlam_jax import config as configs
-from xlam_jax.data import corpus, html, pipeline
+from xlam_jax.data import corpus, examples, html, pipeline
 from xlam_jax.data.pair import Pair
 from xlam_jax.data.render import KINDS
 from xlam_jax.data.tokenizer import load_tokenizer
@@ -108,7 +108,7 @@ def rows(
 def _row(
     number: int,
     packed: dict[str, np.ndarray],
-    loaded: Sequence[corpus.Loaded],
+    loaded: Sequence[examples.Loaded],
     text: Callable[[int], tuple[str, bool]],
     only: str | None,
 ) -> Row:

@@ -14,16 +14,11 @@ import numpy as np
 
 from xlam_jax.config import Loss
 from xlam_jax.data.codec import CONTROL_TOKENS, Codec, Kind, Segment
-from xlam_jax.data.formats import PLAIN, Format, Layout, Variant, find
+from xlam_jax.data.formats import PLAIN, Format, Layout, Variant
+from xlam_jax.data.formats.registry import find
 from xlam_jax.data.messages import parse_request
-from xlam_jax.data.trajectory import (
-    InvalidTrajectory,
-    Message,
-    ToolCall,
-    Trajectory,
-    parse_tools,
-    system_text,
-)
+from xlam_jax.data.parse import parse_tools
+from xlam_jax.data.trajectory import InvalidTrajectory, Message, ToolCall, Trajectory, system_text
 from xlam_jax.enums import SPAN_KINDS as KINDS
 from xlam_jax.errors import UserError
 
@@ -33,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CONTROL_TOKENS",
     "KINDS",
+    "RENDER_VERSION",
     "Kind",
     "Rendered",
     "Span",
@@ -42,6 +38,11 @@ __all__ = [
     "render_all",
     "render_prompt",
 ]
+
+
+RENDER_VERSION = 1
+"""Raise it whenever the same rows give other token ids, loss weights or text: by a change of the parser, a converter or
+the renderer. Prepared caches of another version are refused. tests/data/test_golden.py fails until it is raised."""
 
 
 class Span(NamedTuple):

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from xlam_jax.data import nulls
 from xlam_jax.data.files import open_bytes, read_items, read_lines
-from xlam_jax.data.trajectory import InvalidTrajectory, parse_json
+from xlam_jax.data.row_json import parse_json
+from xlam_jax.data.trajectory import InvalidTrajectory
 from xlam_jax.errors import UserError
 
 if TYPE_CHECKING:

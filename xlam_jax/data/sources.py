@@ -25,8 +25,10 @@ from xlam_jax.data.converters.common import ConvertRow, Dropped, convert_one, st
 from xlam_jax.data.converters.common import Repaired as Repair
 from xlam_jax.data.converters.preference import is_other_layout, pair_row
 from xlam_jax.data.pair import PAIR_KEYS, Pair, parse_pair
+from xlam_jax.data.row_json import parse_json
 from xlam_jax.data.rows import BATCH, PACKED, SUFFIXES, arrow_rows, place, read_rows, suffix
-from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory, parse_json, unread_calls
+from xlam_jax.data.text_calls import unread_calls
+from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory
 from xlam_jax.errors import UserError, nearest
 
 _OWN = ("unified", PAIRS)  # the formats that are read as they are
@@ -370,7 +372,7 @@ def _listens(url: str) -> bool:
 def _tfds(source: Source, name: str) -> Iterator[_Row]:
     import tensorflow_datasets as tfds
 
-    from xlam_jax.data import tfds_builder  # registers the builder
+    from xlam_jax.data import tfds_dataset  # registers the dataset
 
     try:
         splits = list(tfds.builder(name).info.splits)
@@ -391,7 +393,7 @@ def _tfds(source: Source, name: str) -> Iterator[_Row]:
         indices = range(start, min(start + BATCH, len(rows)))
         for number, values in zip(indices, rows.__getitems__(indices), strict=True):
             try:
-                row = nulls.drop_outside_tools(tfds_builder.plain(values))
+                row = nulls.drop_outside_tools(tfds_dataset.plain(values))
                 padded = nulls.has_columns_of_arguments(row)
                 row = _parsed(source, row)
             except InvalidTrajectory as invalid:

@@ -11,9 +11,9 @@ import numpy as np
 
 from xlam_jax import config as configs
 from xlam_jax.config import Config
-from xlam_jax.data import corpus, html, pipeline
-from xlam_jax.data.corpus import Loaded
+from xlam_jax.data import corpus, examples, html, pipeline
 from xlam_jax.data.epochs import resolve_epochs
+from xlam_jax.data.examples import Loaded
 from xlam_jax.data.mixture import shares
 from xlam_jax.data.pair import Pair
 from xlam_jax.data.render import KINDS
@@ -102,8 +102,8 @@ def collect(
     loaded = corpus.load(data, tokenizer, progress, annotate=True)
     run = resolve_epochs(resolved, loaded, progress).config
     targets = [float(share) for share in shares(loaded, data)]
-    lengths = [corpus.lengths(one.train) for one in loaded]
-    trained = [int(corpus.trained(one.train).sum()) for one in loaded]
+    lengths = [examples.lengths(one.train) for one in loaded]
+    trained = [int(examples.trained(one.train).sum()) for one in loaded]
     per_example = [share * total / len(one.train) for share, total, one in zip(targets, trained, loaded, strict=True)]
     count = rows or min(MOST_ROWS, -(-sum(int(one.sum()) for one in lengths) // data.sequence_length))
     progress(f"packing {count:,} rows")

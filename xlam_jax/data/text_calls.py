@@ -9,19 +9,12 @@ Values are JSON or Python literals, which are never evaluated. All of it takes t
 """
 
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from xlam_jax.data import literals
-from xlam_jax.data.embedded import TOKEN, closing, value_at
-from xlam_jax.data.trajectory import (
-    DEEPEST_TEXT,
-    InvalidTrajectory,
-    ToolCall,
-    check_json,
-    decode_arguments,
-    parse_json,
-)
+from xlam_jax.data.embedded import closing, keyword_arguments, value_at
+from xlam_jax.data.row_json import DEEPEST_TEXT, check_json, decode_arguments, parse_json
+from xlam_jax.data.trajectory import InvalidTrajectory, Message, ToolCall, turn_number
 from xlam_jax.errors import nearest
 
 MOST_FAILURES = 8
@@ -98,7 +91,6 @@ _NAMED = re.compile(
 _BRACKET_CALL = re.compile(rf"\[\s*+({_NAME})\(")
 _CALL = re.compile(rf"\s*+({_NAME})(?=\()")
 _FIRST_ARGUMENT = re.compile(r"\(\s*+(?:\)|[\"']|[^\W\d][\w.-]{0,127}\s*+=(?!=))")
-_KEY = re.compile(r"\s*+([^\W\d][^=,\"'()\[\]{}\n]{0,127}?)\s*=(?!=)")
 _ARGUMENTS = ("arguments", "parameters", "args")
 _CALL_KEYS = frozenset({"name", "function", "id", "type", "index", *_ARGUMENTS})
 
@@ -120,6 +112,18 @@ def read(text: str, declared: Collection[str], where: str) -> TextCalls | None:
         return None if written is None else _checked(written, declared, where)
     except _UnreadableError as error:
         return TextCalls(text, (), str(error), style=written.mark if written else error.style)
+
+
+def unread_calls(messages: Sequence[Message], declared: Collection[str]) -> Iterator[str]:
+    """Yields a description of each assistant turn whose text is meant as a call of a tool, and was not read as one."""
+    for i, message in enumerate(messages):
+        if message.role != "assistant":
+            continue
+        where = f"turn {turn_number(i, message)}"
+        written = read(message.content, declared, where)
+        if written is not None:
+            problem = written.problem or f"calls '{written.calls[0].name}', and the turn has tool calls as well"
+            yield f"the text of {where} {problem}"
 
 
 def _may_hold_calls(text: str) -> bool:
@@ -255,7 +259,7 @@ def _payload(text: str, mark: re.Match[str]) -> tuple[list[_Call], int]:
             arguments, end = value_at(text, named.end())
             return [_Call(named[1], arguments, named[2])], end
         if mark[0] == "<|python_tag|>" and (call := _CALL.match(text, at)):
-            arguments, end = _python_arguments(text, call.end())
+            arguments, end = keyword_arguments(text, call.end())
             return [_Call(call[1].strip().removesuffix(".call"), arguments)], end
         return _values(text, at)
     except ValueError as error:
@@ -444,7 +448,7 @@ def _bare_calls(text: str, declared: Collection[str]) -> _Written | None:
         if name not in declared or not _FIRST_ARGUMENT.match(text, start.end()):
             return None
         try:
-            arguments, end = _python_arguments(text, start.end())
+            arguments, end = keyword_arguments(text, start.end())
         except ValueError as error:
             if not text.rstrip("` \n").endswith(")"):
                 return None  # prose
@@ -459,7 +463,7 @@ def _python_calls(text: str, at: int) -> tuple[list[_Call], int]:
     calls: list[_Call] = []
     at += 1
     while (call := _CALL.match(text, at)) is not None:
-        arguments, end = _python_arguments(text, call.end())
+        arguments, end = keyword_arguments(text, call.end())
         calls.append(_Call(call[1].strip(), arguments))
         at = _end(_SPACE, text, end)
         if text[at : at + 1] == "]":
@@ -468,35 +472,6 @@ def _python_calls(text: str, at: int) -> tuple[list[_Call], int]:
             break
         at += 1
     raise ValueError("a list of calls is [name(key=value), …]")
-
-
-def _python_arguments(text: str, opening: int) -> tuple[dict[str, Any], int]:
-    """The keyword arguments in the parentheses at `opening`, and where these end."""
-    end = closing(text, opening)
-    arguments: dict[str, Any] = {}
-    for part in _split(text[opening + 1 : end - 1]):
-        key = _KEY.match(part)
-        if key is None:
-            raise ValueError(f"{part.strip()[:80]!r} is not an argument with a name")
-        if key[1] in arguments:
-            raise ValueError(f"argument {key[1]!r} is given twice")
-        arguments[key[1]] = literals.value(literals.expression(part[key.end() :]))
-    return arguments, end
-
-
-def _split(text: str) -> Iterator[str]:
-    """The parts between the commas that no bracket or quotes enclose; a last one that is empty is left out."""
-    depth = begin = 0
-    for token in TOKEN.finditer(text):
-        if token[0] in "[({":
-            depth += 1
-        elif token[0] in "])}":
-            depth -= 1
-        elif token[0] == "," and depth == 0:
-            yield text[begin : token.start()]
-            begin = token.end()
-    if text[begin:].strip():
-        yield text[begin:]
 
 
 def _end(pattern: re.Pattern[str], text: str, at: int) -> int:

@@ -1,9 +1,8 @@
-"""What is wrong with files of trajectories: everything that a reader would refuse, mend or leave out, and every call
+"""Everything that is wrong with files of trajectories: what the parser refuses, repairs or leaves out, and each call
 that its tool's JSON Schema does not allow.
 """
 
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
@@ -13,21 +12,23 @@ from typing import Any, NamedTuple, TextIO
 
 from xlam_jax.config import Source
 from xlam_jax.data import sources
-from xlam_jax.data import trajectory as reader
 from xlam_jax.data.converters.preference import is_other_layout, pair_row
 from xlam_jax.data.declarations import find_tools
 from xlam_jax.data.pair import parse_pair
+from xlam_jax.data.parse import UNKNOWN_ROLE, UnreadableCall, parse_trajectory
+from xlam_jax.data.problems import ignore
 from xlam_jax.data.schemas import Parameters, Problem, compiled
+from xlam_jax.data.text_calls import unread_calls
 from xlam_jax.data.trajectory import (
+    ROW_KEYS,
     InvalidTrajectory,
     Message,
-    ToolCall,
     Trajectory,
-    parse_trajectory,
     system_text,
+    turn_number,
 )
 from xlam_jax.digest import key_digest
-from xlam_jax.errors import UserError, nearest
+from xlam_jax.errors import UserError
 
 LONGEST_DETAIL = 400
 Limit = Callable[[Trajectory], Iterable[Problem]]
@@ -91,65 +92,64 @@ def check_row(row: object, limit: Limit | None = None, *, padded: bool = False) 
     if isinstance(row, dict) and {"chosen", "rejected"} <= row.keys():
         yield from _check_pair(row, limit, padded)
         return
-    found: list[Problem] = []
-
-    def note(reason: str, detail: str) -> None:
-        found.append(Problem(reason, detail))
-
+    notes, refusals = [], []
     if isinstance(row, dict) and row.get("unique_trajectory_id") is None:
-        note("missing-trajectory-id", "`unique_trajectory_id` is missing; the line's number becomes its name")
+        detail = "`unique_trajectory_id` is missing; the line's number becomes its name"
+        notes.append(Problem("missing-trajectory-id", detail))
     try:
-        trajectory = parse_trajectory(row, repaired=note, padded=padded)
+        trajectory = parse_trajectory(
+            row,
+            repaired=lambda *note: notes.append(Problem(*note)),
+            problem=lambda *refusal: refusals.append(Problem(*refusal)),
+            padded=padded,
+        )
     except InvalidTrajectory as invalid:
-        yield from _check_pieces(row, invalid)
+        yield Problem(invalid.reason, invalid.detail)
         return
-    yield from found
+    yield from notes
+    yield from refusals
     yield from _empty_turns(trajectory.conversation)
-    for at in range(len(trajectory.conversation)):
-        yield from _unanswered(trajectory.conversation, at)
-    yield from _unread_calls(trajectory.tools, trajectory.conversation)
-    yield from _unread_tools(trajectory)
+    yield from _unanswered(trajectory.conversation)
+    yield from _unread_calls(trajectory)
     yield from check_calls(trajectory)
-    if limit:
-        yield from limit(trajectory)
+    if not refusals:  # else tools and turns may be missing
+        yield from _unread_tools(trajectory)
+        if limit:
+            yield from limit(trajectory)
 
 
 def _check_pair(row: dict[str, Any], limit: Limit | None, padded: bool) -> Iterator[Problem]:
-    """Yields what is wrong with each side, taken for itself, and with the two together."""
-    found = False
-    shared = {key: row[key] for key in reader.ROW_KEYS & row.keys()}
+    """Yields what is wrong with each side by itself, or else with the two sides together."""
+    is_faulty = False
+    shared = {key: row[key] for key in ROW_KEYS & row.keys()}
     for side in ("chosen", "rejected"):
         turns = [row.get("conversation"), row[side]]
         if not all(isinstance(part, list) for part in turns):
-            break  # said below
+            break  # `parse_pair` reports it
         for problem in check_row(shared | {"conversation": [*turns[0], *turns[1]]}, limit, padded=padded):
-            found = True
+            is_faulty = True
             yield Problem(problem.reason, f"{side}: {problem.detail}")
     try:
-        parse_pair(row, "", lambda reason, detail: None, padded=padded)
+        parse_pair(row, "", ignore, padded=padded)
     except InvalidTrajectory as invalid:
-        if not found:
+        if not is_faulty:
             yield Problem(invalid.reason, invalid.detail)
 
 
 def check_calls(trajectory: Trajectory) -> Iterator[Problem]:
-    """Yields what is wrong with the tools' JSON Schemas, and with the calls' arguments under them.
+    """Yields what is wrong with the tools' JSON Schemas, and with the arguments of calls under them.
 
     Reasons: bad-schema, missing-argument, extra-argument, wrong-type, wrong-value.
     """
-    yield from _check_calls(trajectory.tools, trajectory.conversation)
-
-
-def _check_calls(tools: Sequence[dict[str, Any]], turns: Sequence[Message]) -> Iterator[Problem]:
-    schemas = _schemas(tools)
+    schemas = _schemas(trajectory.tools)
     for name, parameters in schemas.items():
         for problem in parameters.problems:
             yield Problem("bad-schema", f"tool '{name}': {problem}")
-    for at, turn in enumerate(turns):
+    for at, turn in enumerate(trajectory.conversation):
         for call in turn.tool_calls:
-            if call.name in schemas:
+            if call.name in schemas and not isinstance(call, UnreadableCall):
                 for reason, detail in schemas[call.name].check(call.arguments):
-                    yield Problem(reason, f"turn {reader.turn_number(at, turn)} calls '{call.name}': {detail}")
+                    yield Problem(reason, f"turn {turn_number(at, turn)} calls '{call.name}': {detail}")
 
 
 def _schemas(tools: Sequence[dict[str, Any]]) -> dict[str, Parameters]:
@@ -162,10 +162,10 @@ def _compiled(tools: str) -> dict[str, Parameters]:
     return {name: compiled(json.dumps(parameters)) for name, parameters in json.loads(tools)}
 
 
-def _unread_calls(tools: Sequence[dict[str, Any]], turns: Sequence[Message]) -> Iterator[Problem]:
-    """Yields the turns whose text holds what is meant as a tool call, and is not read as one."""
-    declared = {tool["function"]["name"]: None for tool in tools}  # a set that keeps their order
-    for detail in reader.unread_calls(turns, declared):
+def _unread_calls(trajectory: Trajectory) -> Iterator[Problem]:
+    """Yields the turns whose text is meant as a call of a tool, and was not read as one."""
+    declared = {tool["function"]["name"]: None for tool in trajectory.tools}  # a set that keeps their order
+    for detail in unread_calls(trajectory.conversation, declared):
         yield Problem("call-in-text", f"{detail}; write it under `tool_calls`")
 
 
@@ -184,166 +184,27 @@ def _unread_tools(trajectory: Trajectory) -> Iterator[Problem]:
 
 
 def _empty_turns(turns: Sequence[Message]) -> Iterator[Problem]:
-    """Yields turns in which nobody says anything. A tool may well give nothing back."""
+    """Yields turns without text and calls. The result of a tool may be empty."""
     for at, turn in enumerate(turns):
-        if turn.role != "tool" and not turn.tool_calls and not turn.content.strip():
-            yield Problem("empty-turn", f"turn {reader.turn_number(at, turn)} ({turn.role}) has no text")
+        if turn.role not in ("tool", UNKNOWN_ROLE) and not turn.tool_calls and not turn.content.strip():
+            yield Problem("empty-turn", f"turn {turn_number(at, turn)} ({turn.role}) has no text")
 
 
-def _unanswered(turns: Sequence[Message], at: int) -> Iterator[Problem]:
-    """Yields the calls of turn `at` that have no result though the conversation goes on."""
-    calls = turns[at].tool_calls
-    results = [turn for _, turn in _results(turns, at)] if calls else []
-    if at + 1 + len(results) < len(turns):
-        ids = {turn.tool_call_id for turn in results}
-        number = reader.turn_number(at, turns[at])
-        for order, call in enumerate(calls):
+def _unanswered(turns: Sequence[Message]) -> Iterator[Problem]:
+    """Yields calls without a result that other turns follow. Results that belong to no call were reported before."""
+    for at, turn in enumerate(turns):
+        if not turn.tool_calls:
+            continue
+        results = list(takewhile(lambda following: following.role == "tool", turns[at + 1 :]))
+        ids = {result.tool_call_id for result in results}
+        if at + 1 + len(results) == len(turns) or not ids <= {call.id for call in turn.tool_calls}:
+            continue
+        for order, call in enumerate(turn.tool_calls):
             if (call.id not in ids) if call.id is not None else order >= len(results):
                 yield Problem(
                     "unanswered-call",
-                    f"turn {number} calls '{call.name}', and the next turn comes before a result",
+                    f"turn {turn_number(at, turn)} calls '{call.name}', and the next turn comes before a result",
                 )
-
-
-def _results(turns: Sequence[Message], at: int) -> Iterator[tuple[int, Message]]:
-    """The tool turns right after turn `at`."""
-    return takewhile(lambda item: item[1].role == "tool", enumerate(turns[at + 1 :], at + 1))
-
-
-def _check_pieces(row: object, refused: InvalidTrajectory) -> Iterator[Problem]:
-    """Yields what is wrong with a row that the reader refuses, piece by piece: it tells the first thing only."""
-    first = Problem(refused.reason, refused.detail)
-    if not isinstance(row, dict) or refused.reason == "malformed-json":
-        yield first
-        return
-    found: list[Problem] = []
-
-    def note(reason: str, detail: str) -> None:
-        found.append(Problem(reason, detail))
-
-    def attempt(parse: Callable[..., Any], *arguments: Any) -> Any:
-        try:
-            return parse(*arguments)
-        except InvalidTrajectory as invalid:
-            note(invalid.reason, invalid.detail)
-            return None
-
-    if row.get("unique_trajectory_id") is None:
-        note("missing-trajectory-id", "`unique_trajectory_id` is missing; the line's number becomes its name")
-    reader._note_unknown(row, reader.ROW_KEYS, "the row", note)
-    attempt(reader._optional_id, row, "unique_trajectory_id", "the row", note)
-    for key in ("source", "task_instruction"):
-        attempt(reader._optional_text, row, key, "the row")
-    attempt(reader._score, row.get("score"), note)
-    tools = _tool_pieces(row.get("tools"), note)
-    raw = attempt(reader.without_empty_end, row.get("conversation"), note)
-    if not isinstance(raw, list) or not raw:
-        attempt(reader._parse_messages, raw, note)
-        raw = []
-    raw = [attempt(reader.with_call_list, at, turn, note) or turn for at, turn in enumerate(raw)]
-    raw = attempt(reader.join_calls, raw, note) or raw
-    turns: list[Message] = []
-    for at, item in enumerate(raw):
-        turn = attempt(reader._parse_message, at, item, note)
-        if turn is None:  # its calls are looked at one by one
-            fields = item if isinstance(item, dict) else {}
-            raw_calls = fields.get("tool_calls")
-            calls = [
-                attempt(reader._parse_call, at, call, note) or _nameless(call)
-                for call in (raw_calls if isinstance(raw_calls, list) else [])
-            ]
-            role = fields.get("role")
-            turn = Message(role if role in reader.ROLES else "", "?", tuple(calls), _text(fields, "tool_call_id"))
-        turns.append(turn)
-    names = {tool["function"]["name"]: None for tool in tools}  # a set that keeps their order
-    turns = [reader._read_text_calls(at, turn, names, note) for at, turn in enumerate(turns)]
-    if raw and not any(turn.role == "assistant" for turn in turns):
-        note("no-assistant-turn", f"none of the {len(raw)} turns is by the assistant")
-    found += _order_pieces(turns)
-    for at, turn in enumerate(turns):
-        if turn.tool_calls:
-            found += _link_pieces(turns, at, note)
-    found += _empty_turns(turns)
-    found += _unread_calls(tools, turns)
-    for at, turn in enumerate(turns):
-        for call in turn.tool_calls:
-            if call.name and call.name not in names:
-                known, hint = ", ".join(names) or "none", nearest(call.name[:100], names)
-                note("undeclared-tool", f"turn {at} calls '{call.name}', declared tools: {known}{hint}")
-    found += _check_calls(
-        [tool for tool in tools if isinstance(tool["function"].get("parameters"), dict | None)], turns
-    )
-    if refused.reason not in {problem.reason for problem in found}:
-        yield first
-    yield from dict.fromkeys(found)  # some pieces are parsed twice
-
-
-def _text(fields: dict[str, Any], key: str) -> str | None:
-    return value if isinstance(value := fields.get(key), str) else None
-
-
-def _nameless(call: object) -> ToolCall:
-    """Stands for a call that the reader refuses: its id may still be another's too."""
-    return ToolCall(_text(call, "id") if isinstance(call, dict) else None, "", {})
-
-
-def _link_pieces(turns: Sequence[Message], at: int, note: reader.Note) -> Iterator[Problem]:
-    """Yields what is wrong between the calls of turn `at` and their results, notes what is mended."""
-    linked = list(turns)
-    try:
-        reader._link(linked, at, note)
-        yield from _unanswered(linked, at)
-    except InvalidTrajectory as invalid:
-        yield Problem(invalid.reason, invalid.detail)
-        ids = [call.id for call in turns[at].tool_calls if call.id is not None]
-        known = ", ".join(ids) or "none with an id"
-        for j, turn in _results(turns, at):
-            if turn.tool_call_id is not None and turn.tool_call_id not in ids:
-                yield Problem(
-                    "orphan-tool-call-id", f"turn {j} answers call '{turn.tool_call_id}', calls before it: {known}"
-                )
-
-
-def _tool_pieces(raw: object, note: reader.Note) -> list[dict[str, Any]]:
-    """Notes what is wrong with each tool, and returns those that have a name."""
-    try:
-        return reader.parse_tools(raw, note)
-    except InvalidTrajectory as invalid:
-        if not isinstance(raw, list):
-            note(invalid.reason, invalid.detail)
-            return []
-    named: dict[str, dict[str, Any]] = {}
-    for at, tool in enumerate(raw):
-        tool = reader.unflattened(tool, "tool", lambda reason, detail: None)
-        try:
-            reader.parse_tools([tool], note)
-        except InvalidTrajectory as invalid:
-            note(invalid.reason, re.sub("^tool 0 ", f"tool {at} ", invalid.detail))
-        function = tool.get("function") if isinstance(tool, dict) else None
-        name = function.get("name") if isinstance(function, dict) else None
-        if isinstance(name, str) and name:
-            if name in named:
-                note("duplicate-tool", f"tool {at} is named '{name}' like a tool before it")
-            named.setdefault(name, tool)
-    return list(named.values())
-
-
-def _order_pieces(turns: Sequence[Message]) -> Iterator[Problem]:
-    """Yields every turn that stands where it can't."""
-    for at, turn in enumerate(turns):
-        before = turns[at - 1].role if at else "system"
-        if not turn.role or not before:  # already told as an unknown role
-            continue
-        calling = next((one for one in reversed(turns[:at]) if one.role != "tool"), None)
-        wrong = ""
-        if turn.role == "system" and before != "system":
-            wrong = f"is a system turn after a {before} turn; system turns come first"
-        elif turn.role == "assistant" and before == "system":
-            wrong = "is by the assistant; the first turn after the system's is the user's"
-        elif turn.role == "tool" and (calling is None or (calling.role and not calling.tool_calls)):
-            wrong = f"is a tool result after a {before} turn without calls"
-        if wrong:
-            yield Problem("bad-role-order", f"turn {at} {wrong}")
 
 
 def length_limit(config: Path, overrides: Sequence[str] = ()) -> Limit:

@@ -1,6 +1,6 @@
-"""From what a model wrote back to text and tool calls: the inverse of the wire formats, whole or piece by piece.
+"""Reads completions: text and tool calls from what a model wrote, whole or streamed. The inverse of the wire formats.
 
-Needs nothing but the standard library, so that a server can read completions with it as training and evaluation do.
+Needs only the standard library, so that a server reads completions exactly as training and evaluation do.
 """
 
 import json
@@ -9,13 +9,14 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any
 
-from xlam_jax.data.trajectory import InvalidTrajectory, ToolCall, parse_json
+from xlam_jax.data.row_json import parse_json
+from xlam_jax.data.trajectory import InvalidTrajectory, ToolCall
 
 TOOL_CALLS = "[TOOL_CALLS]"
 _CLOSING = {"```json": "```", "```": "```", "<tool_call>": "</tool_call>"}
-"""Marks that models put around calls, and the mark that closes each."""
+"""Opening marks that models write around calls → closing marks."""
 _BLANK = " \t\n\r"
-"""JSON's white space."""
+"""White space of JSON."""
 
 _STRING = r'"(?:[^"\\\x00-\x1f]++|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*+"'
 _SCALAR = rf"{_STRING}|-?(?:0|[1-9][0-9]*+)(?:\.[0-9]++)?(?:[eE][-+]?[0-9]++)?|true|false|null"
@@ -26,30 +27,30 @@ def _token(pattern: str) -> re.Pattern[str]:
 
 
 _BEGINNING = re.compile(rf'\{{[{_BLANK}]*+["}}]')
-"""Of a JSON object."""
+"""The beginning of a JSON object."""
 _VALUE = _token(rf"[{{[]|{_SCALAR}")
 _KEY = _token(rf"{_STRING}[{_BLANK}]*+:")
 _FIRST = {"{": _token(rf"\}}|{_STRING}[{_BLANK}]*+:"), "[": _token(rf"[{{\[\]]|{_SCALAR}")}
-"""The token that may follow an opening bracket; then, after a comma, and after a value, by the bracket that is open."""
+"""By the innermost open bracket: the tokens that may follow the bracket itself, a comma, and a value."""
 _AFTER_COMMA = {"{": _KEY, "[": _VALUE}
 _AFTER_VALUE = {"{": _token("[,}]"), "[": _token(r"[,\]]")}
 
 
 def objects_in(text: str) -> Iterator[dict[str, Any]]:
-    """The JSON objects in a text, in their order; not those inside them. Takes linear time for any text.
+    """Yields the outermost JSON objects in a text, in order. Takes linear time for any text.
 
-    Where an object breaks off, the complete objects inside it count, and what follows may begin another one.
+    Of an object that is incomplete, the complete objects inside are yielded, and the search continues behind it.
     """
     at = 0
     while (beginning := _BEGINNING.search(text, at)) is not None:
         spans, at = _complete_objects(text, beginning.start())
         for start, end in spans:
-            if isinstance(value := _parsed(text[start:end]), dict):
+            if isinstance(value := _parse(text[start:end]), dict):
                 yield value
 
 
 def _complete_objects(text: str, start: int) -> tuple[list[tuple[int, int]], int]:
-    """The spans of the outermost complete objects of the JSON that begins at a brace, and where to search on.
+    """Returns the spans of the outermost complete objects of the JSON at a brace, and where the search continues.
 
     All that is open when an unexpected token comes can never be complete, so nothing of it is read again: `json` would
     begin anew at each brace. Only the last token may hold a beginning, inside a string that was opened by mistake.
@@ -80,14 +81,14 @@ def _complete_objects(text: str, start: int) -> tuple[list[tuple[int, int]], int
 
 
 def parse_completion(text: str) -> tuple[str, tuple[ToolCall, ...] | None]:
-    """Splits what a model wrote (without its end token) into content and tool calls.
+    """Splits a completion (without its end token) into content and tool calls.
 
     Calls are JSON arrays up to the end of the text, alone or after a thought, each with or without `[TOOL_CALLS]`, in a
     code fence or in `<tool_call>`; or the text is one JSON object `{"thought", "tool_calls"}`, where the first may be
-    missing. All calls of a text come back or none: where some are malformed, or other text is between them, the text
-    comes back whole as content, with None. A thought may mention the marks and the keys of calls. Nothing raises.
+    missing. All calls of a text are returned or none: where some are malformed, or other text is between them, the
+    whole text is the content, with None. A thought may mention the marks and the keys of calls. Nothing raises.
     """
-    if (whole := _object(text)) is not None:
+    if (whole := _read_object(text)) is not None:
         return whole
     backwards = text[::-1]
     groups: list[tuple[ToolCall, ...]] = []
@@ -103,10 +104,10 @@ def parse_completion(text: str) -> tuple[str, tuple[ToolCall, ...] | None]:
 
 
 class CompletionStream:
-    """Reads a completion that comes in pieces; whatever the pieces are, the outcome is that of `parse_completion`.
+    """Reads a streamed completion; for any pieces, the result is that of `parse_completion`.
 
-    Content is given out as soon as it cannot be part of calls. From the first `[{"` on (in a text that begins with `{`,
-    from the start) all is held until the end, as only the end tells calls from text that looks like them.
+    Content is released as soon as it cannot be a part of calls. From the first `[{"` on (from the start, in a text that
+    begins with `{`) everything is held until the end: only then is it known whether it is calls.
     """
 
     def __init__(self) -> None:
@@ -114,10 +115,10 @@ class CompletionStream:
         self._held = ""
         self._released = 0
         self.holding = False
-        """Whether what comes is held to the end: it may be calls."""
+        """Whether everything from here on is held until the end, because it may be calls."""
 
     def feed(self, piece: str) -> str:
-        """Takes the next piece; returns the content that is certain now."""
+        """Adds the next piece; returns the content that is certain now."""
         self._pieces.append(piece)
         if self.holding or not piece:
             return ""
@@ -130,7 +131,7 @@ class CompletionStream:
             if _FRONT.fullmatch(text, at):
                 break
             blank = _SPACES.match(text, at)
-            if blank:  # what is not the front of calls is none with white space before it
+            if blank:  # white space in front changes nothing about that
                 at = blank.end()
             else:
                 mark = _MARK.search(text, at + 1)
@@ -147,7 +148,7 @@ class CompletionStream:
 
 
 def may_call(tools: Sequence[Any] | None, tool_choice: object) -> bool:
-    """Whether an answer to a request may hold calls; otherwise it is text, whatever it looks like."""
+    """Whether the answer to a request may have calls; otherwise it is text, whatever it looks like."""
     return bool(tools) and tool_choice != "none"
 
 
@@ -157,7 +158,7 @@ def arguments_json(call: ToolCall) -> str:
 
 
 def _beginning(pieces: Sequence[str]) -> str:
-    """The pattern of every beginning of a sequence of patterns."""
+    """Returns a pattern that matches every beginning of a sequence of patterns."""
     pattern = ""
     for piece in reversed(pieces):
         pattern = f"(?:{piece}{pattern})?+"
@@ -165,7 +166,7 @@ def _beginning(pieces: Sequence[str]) -> str:
 
 
 def _front() -> str:
-    """The pattern of every beginning of `[TOOL_CALLS] ```json [{`, with each of the marks and without."""
+    """Returns a pattern that matches every beginning of `[TOOL_CALLS] ```json [{`, with each of the marks or none."""
     blank = r"\s*+"
     fronts = [
         [blank, *map(re.escape, token), blank, *map(re.escape, mark), blank, r"\[", blank, r"\{", blank]
@@ -176,8 +177,8 @@ def _front() -> str:
 
 
 _LONGEST_FRONT = 1000
-"""Characters. What is longer, by white space, is held to the end like calls: to look through it again with each piece
-would take time that grows with its square."""
+"""Characters. A longer front, of white space, is held until the end like calls: searching it again with each piece
+would take quadratic time."""
 _MARKED = rf"(?:{'|'.join(map(re.escape, _CLOSING))})?+"
 _FRONT = re.compile(_front())
 _ARRAY = re.compile(rf'\s*+(?:{re.escape(TOOL_CALLS)})?+\s*+{_MARKED}\s*+\[\s*+\{{\s*+"')
@@ -192,12 +193,12 @@ _OTHER_CALLS = re.compile(
     r"""|[{,]\s*+["']arguments["']\s*+:|["']arguments["']\s*+:\s*+[{\["']"""
     r"""|["']name["']\s*+:\s*+["'][^"'\n]*+["']\s*+,\s*+["']arguments["']"""
 )
-"""What in the content before calls looks like other calls, so that these are not all calls of the text. Prose may
+"""Text before the last calls that looks like further calls, so that not all calls of the text can be read. Prose may
 mention the marks and the keys of calls."""
 
 
-def _object(text: str) -> tuple[str, tuple[ToolCall, ...] | None] | None:
-    """Thought and calls, where the text is xLAM v1's object, in a fence or not."""
+def _read_object(text: str) -> tuple[str, tuple[ToolCall, ...] | None] | None:
+    """Returns thought and calls, where the text is the object of xLAM v1, in a fence or not."""
     body = text.strip()
     for opening, closing in _CLOSING.items():
         if body.startswith(opening) and body.endswith(closing):
@@ -205,24 +206,24 @@ def _object(text: str) -> tuple[str, tuple[ToolCall, ...] | None] | None:
             break
     if not body.startswith("{"):
         return None
-    match _parsed(body):
-        case {"tool_calls": list(found), **rest} if rest.keys() <= {"thought"}:
-            thought, calls = rest.get("thought", ""), _calls(found)
+    match _parse(body):
+        case {"tool_calls": list(values), **rest} if rest.keys() <= {"thought"}:
+            thought, calls = rest.get("thought", ""), _read_calls(values)
             if isinstance(thought, str) and calls is not None:
                 return thought, calls or None
     return None
 
 
 def _last_group(text: str, backwards: str, end: int) -> tuple[int, tuple[ToolCall, ...]] | None:
-    """The array of calls with which `text[:end]` ends, and where what is before it and its marks ends.
+    """Returns the end of the text before the array of calls with which `text[:end]` ends, and the calls.
 
-    `backwards` is the whole text reversed.
+    None where it does not end with calls. `backwards` is the whole text reversed.
     """
     end = _without(_BLANKS, backwards, end)
     closing = next((mark for mark in _CLOSING.values() if text.endswith(mark, 0, end)), "")
     end = _without(_BLANKS, backwards, end - len(closing))
     start = _last_array(text, backwards, end)
-    calls = None if start is None else _calls(_parsed(text[start:end]))
+    calls = None if start is None else _read_calls(_parse(text[start:end]))
     if start is None or not calls:
         return None
     bare = _without(_SPACES, backwards, start)
@@ -238,43 +239,45 @@ def _last_group(text: str, backwards: str, end: int) -> tuple[int, tuple[ToolCal
 
 
 def _without(spaces: re.Pattern[str], backwards: str, end: int) -> int:
-    """Where a text ends without the white space at its end."""
-    found = spaces.match(backwards, len(backwards) - end)
-    return len(backwards) - found.end() if found else end
+    """Returns the end of the text before the white space at its end."""
+    blank = spaces.match(backwards, len(backwards) - end)
+    return len(backwards) - blank.end() if blank else end
 
 
 def _last_array(text: str, backwards: str, end: int) -> int | None:
-    """Where the JSON array starts that ends at `end`, if one does.
+    """Returns where the JSON array begins that ends at `end`, None where no array ends there.
 
-    Read backwards there is one place where it can: quotes that no backslash escapes come in pairs from the end on, and
+    Read backwards there is only one possible place: quotes that no backslash escapes come in pairs from the end on, and
     the brackets outside them show which one the last `]` closes. That takes linear time, unlike trying each `[`.
     """
     if not text.endswith("]", 0, end):
         return None
-    depth, quoted = 0, False
-    for found in _QUOTE_OR_BRACKET.finditer(backwards, len(text) - end):
-        if found[0][0] == '"':
-            quoted ^= len(found[1]) % 2 == 0
-        elif not quoted:
-            depth += 1 if found[0] in "]}" else -1
+    depth, is_quoted = 0, False
+    for mark in _QUOTE_OR_BRACKET.finditer(backwards, len(text) - end):
+        if mark[0][0] == '"':
+            is_quoted ^= len(mark[1]) % 2 == 0
+        elif not is_quoted:
+            depth += 1 if mark[0] in "]}" else -1
             if depth == 0:
-                return len(text) - found.end()
+                return len(text) - mark.end()
     return None
 
 
-def _parsed(text: str) -> object:
+def _parse(text: str) -> object:
+    """The value of JSON, None for other text."""
     try:
         return parse_json(text)
     except InvalidTrajectory:
         return None
 
 
-def _calls(found: object) -> tuple[ToolCall, ...] | None:
-    parsed = []
-    for call in found if isinstance(found, list) else [None]:
-        match call:
+def _read_calls(values: object) -> tuple[ToolCall, ...] | None:
+    """The calls of a list of `{"name", "arguments"}`, None for any other value."""
+    calls = []
+    for value in values if isinstance(values, list) else [None]:
+        match value:
             case {"name": str(name), "arguments": dict(arguments), **rest} if rest.keys() <= {"id"}:
-                parsed.append(ToolCall(str(rest["id"]) if "id" in rest else None, name, arguments))
+                calls.append(ToolCall(str(rest["id"]) if "id" in rest else None, name, arguments))
             case _:
                 return None
-    return tuple(parsed)
+    return tuple(calls)

@@ -19,7 +19,7 @@ import numpy as np
 
 from xlam_jax.config import Data, Resolved
 from xlam_jax.data import pipeline
-from xlam_jax.data.corpus import Example, Loaded, Referenced
+from xlam_jax.data.examples import Example, Loaded, Referenced
 from xlam_jax.data.identity import PARTS, examples_digest
 from xlam_jax.digest import file_digest, hex_digest, json_digest
 from xlam_jax.errors import UserError

@@ -146,7 +146,7 @@ def write_run(
 def _describe(config: Config, setup: "Setup") -> dict[str, Any]:
     import jax
 
-    from xlam_jax.data import corpus
+    from xlam_jax.data import examples
     from xlam_jax.data.mixture import shares
     from xlam_jax.training import cost
 
@@ -164,7 +164,7 @@ def _describe(config: Config, setup: "Setup") -> dict[str, Any]:
             loaded.source.name: {
                 "target_share": float(share),
                 "trajectories": len(loaded.train),
-                "trained_tokens": int(corpus.trained(loaded.train).sum()),
+                "trained_tokens": int(examples.trained(loaded.train).sum()),
             }
             for loaded, share in zip(setup.loaded, shares(setup.loaded, config.data), strict=True)
         },

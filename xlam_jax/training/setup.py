@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import optax
     from jax.sharding import Mesh
 
-    from xlam_jax.data.corpus import Loaded
+    from xlam_jax.data.examples import Loaded
     from xlam_jax.data.pipeline import Row
     from xlam_jax.models.config import ModelConfig
     from xlam_jax.models.kernels import Kernels

@@ -22,7 +22,8 @@ from xlam_jax.data.converters.common import (
     json_schema,
     tool,
 )
-from xlam_jax.data.trajectory import InvalidTrajectory, parse_json
+from xlam_jax.data.row_json import parse_json
+from xlam_jax.data.trajectory import InvalidTrajectory
 from xlam_jax.errors import UserError
 
 INSTRUCTION = "Help the user with the tools. Ask for what a call needs and the user has not told."

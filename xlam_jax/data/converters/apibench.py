@@ -25,7 +25,8 @@ from xlam_jax.data.converters.common import (
     tool,
 )
 from xlam_jax.data.files import read_lines
-from xlam_jax.data.trajectory import InvalidTrajectory, parse_json
+from xlam_jax.data.row_json import parse_json
+from xlam_jax.data.trajectory import InvalidTrajectory
 
 FUNCTION = "torch.hub.load"
 NAME = "torch_hub_load"

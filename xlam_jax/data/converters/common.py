@@ -10,16 +10,10 @@ from typing import Any, Literal
 
 from xlam_jax.data.declarations import find_tools
 from xlam_jax.data.files import stem
+from xlam_jax.data.parse import parse_trajectory
+from xlam_jax.data.row_json import DEEPEST_ROW, parse_text
 from xlam_jax.data.rows import place, read_rows
-from xlam_jax.data.trajectory import (
-    DEEPEST_ROW,
-    InvalidTrajectory,
-    Message,
-    Trajectory,
-    parse_text,
-    parse_trajectory,
-    system_text,
-)
+from xlam_jax.data.trajectory import InvalidTrajectory, Message, Trajectory, system_text
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,8 @@ from typing import Any
 
 from xlam_jax.data.converters.common import Converted, Dropped, Repaired, convert_rows, field
 from xlam_jax.data.converters.xlam60k import json_list, tool_calls, tool_schemas
-from xlam_jax.data.trajectory import InvalidTrajectory, parse_json
+from xlam_jax.data.row_json import parse_json
+from xlam_jax.data.trajectory import InvalidTrajectory
 
 REQUEST = "Generate API Request:"
 

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from itertools import islice, takewhile
 from typing import Any
 
+from xlam_jax.data.call_links import pair_without_ids
 from xlam_jax.data.converters.common import Repaired
-from xlam_jax.data.trajectory import Message, ToolCall, join_calls, pair_without_ids
+from xlam_jax.data.raw_turns import join_calls
+from xlam_jax.data.trajectory import Message, ToolCall
 
 
 def link(turns: Sequence[dict[str, Any]], repairs: list[Repaired], ids: bool = True) -> list[dict[str, Any]]:

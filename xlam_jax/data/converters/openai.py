@@ -13,6 +13,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from xlam_jax.data.call_links import answered_calls
 from xlam_jax.data.converters.common import (
     Converted,
     Dropped,
@@ -27,16 +28,9 @@ from xlam_jax.data.converters.common import (
 )
 from xlam_jax.data.converters.links import link
 from xlam_jax.data.messages import modern_turn
-from xlam_jax.data.trajectory import (
-    TURN,
-    InvalidTrajectory,
-    Message,
-    Trajectory,
-    answered_calls,
-    decode_arguments,
-    to_messages,
-    with_call_list,
-)
+from xlam_jax.data.raw_turns import with_call_list
+from xlam_jax.data.row_json import decode_arguments
+from xlam_jax.data.trajectory import TURN, InvalidTrajectory, Message, Trajectory, to_messages
 
 
 def convert(paths: list[Path]) -> Iterator[Converted | Dropped]:

@@ -11,7 +11,8 @@ from typing import Any
 
 from xlam_jax.data.converters import alpaca, openai, sharegpt
 from xlam_jax.data.converters.common import ConvertRow, Repaired, field
-from xlam_jax.data.trajectory import ROW_KEYS, InvalidTrajectory, Note
+from xlam_jax.data.problems import Report
+from xlam_jax.data.trajectory import ROW_KEYS, InvalidTrajectory
 
 SIDES = {"chosen": "preferred_output", "rejected": "non_preferred_output"}
 """The sides of a pair, and their names in OpenAI's rows."""
@@ -22,7 +23,7 @@ def is_other_layout(keys: Any) -> bool:
     return "conversation" not in keys and (set(SIDES) <= set(keys) or set(SIDES.values()) <= set(keys))
 
 
-def pair_row(row: dict[str, Any], name: str, repaired: Note) -> dict[str, Any]:
+def pair_row(row: dict[str, Any], name: str, repaired: Report) -> dict[str, Any]:
     """Returns a pair as `xlam_jax.data.pair.parse_pair` reads it; a row in no known layout stays as it is.
 
     `repaired` is called once for each repair, though both sides hold the prompt. Raises `InvalidTrajectory`.

@@ -29,7 +29,9 @@ from xlam_jax.data.converters.common import (
 from xlam_jax.data.converters.links import link
 from xlam_jax.data.converters.openai import split_instruction
 from xlam_jax.data.embedded import value_at
-from xlam_jax.data.trajectory import TURN, InvalidTrajectory, Trajectory, decode_arguments, parse_json, unflattened
+from xlam_jax.data.raw_turns import unflattened
+from xlam_jax.data.row_json import decode_arguments, parse_json
+from xlam_jax.data.trajectory import TURN, InvalidTrajectory, Trajectory
 from xlam_jax.errors import nearest
 
 ROLES = {

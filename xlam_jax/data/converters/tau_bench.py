@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from xlam_jax.data.converters.common import Converted, Dropped, convert_rows, field, stem
+from xlam_jax.data.parse import parse_tools
 from xlam_jax.data.rows import place, read_rows
-from xlam_jax.data.trajectory import InvalidTrajectory, parse_tools
+from xlam_jax.data.trajectory import InvalidTrajectory
 from xlam_jax.errors import UserError
 
 TOOLS = "_tools"

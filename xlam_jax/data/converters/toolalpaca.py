@@ -22,7 +22,8 @@ from xlam_jax.data.converters.common import (
     json_schema,
     tool,
 )
-from xlam_jax.data.trajectory import InvalidTrajectory, decode_arguments, parse_json
+from xlam_jax.data.row_json import decode_arguments, parse_json
+from xlam_jax.data.trajectory import InvalidTrajectory
 
 INSTRUCTION = "Answer the user's request with the tools. Ask for what is missing; make nothing up."
 ASK = "getDetails"

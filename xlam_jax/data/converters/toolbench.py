@@ -27,8 +27,10 @@ from xlam_jax.data.converters.common import (
     tool,
 )
 from xlam_jax.data.files import LONGEST_ROW, open_bytes
+from xlam_jax.data.problems import Report
+from xlam_jax.data.row_json import decode_arguments, parse_json
 from xlam_jax.data.rows import Row, read_rows
-from xlam_jax.data.trajectory import InvalidTrajectory, Note, decode_arguments, parse_json
+from xlam_jax.data.trajectory import InvalidTrajectory
 from xlam_jax.errors import UserError
 
 FAILING = 16
@@ -207,7 +209,7 @@ def _arguments(name: str, text: str, tools: dict[str, dict[str, Any]]) -> tuple[
     return arguments, repairs + changes
 
 
-def _mended(text: str, name: str, invalid: InvalidTrajectory, note: Note) -> Any:
+def _mended(text: str, name: str, invalid: InvalidTrajectory, note: Report) -> Any:
     """Returns the value of a text that is JSON but for raw control characters, or Python; else raises `invalid`."""
     escaped = _STRING.sub(lambda match: match[0].translate(_CONTROL), text)
     if escaped != text:

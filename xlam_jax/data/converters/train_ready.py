@@ -23,16 +23,10 @@ from xlam_jax.data.converters.common import (
     field,
     losses,
 )
+from xlam_jax.data.parse import parse_trajectory
+from xlam_jax.data.row_json import parse_json
 from xlam_jax.data.rows import read_rows
-from xlam_jax.data.trajectory import (
-    InvalidTrajectory,
-    Message,
-    Trajectory,
-    parse_json,
-    parse_trajectory,
-    to_dict,
-    to_messages,
-)
+from xlam_jax.data.trajectory import InvalidTrajectory, Message, Trajectory, to_dict, to_messages
 
 TOOL_CALLS = "[TOOL_CALLS]"
 CHOSEN_SCORE, REJECTED_SCORE = 1.0, 0.0

@@ -26,7 +26,8 @@ from xlam_jax.data.converters.common import (
     json_schema,
     losses,
 )
-from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory, decode_arguments, parse_json
+from xlam_jax.data.row_json import decode_arguments, parse_json
+from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory
 
 SOURCE = "xlam60k"
 SPELLINGS = {

@@ -1,18 +1,15 @@
-"""Formats: how a conversation becomes text. Each says which pieces of the text belong to which turn."""
+"""Formats: how a conversation becomes text. Each says which pieces of the text belong to which turn.
+
+This module has what they share; `xlam_jax.data.formats.registry` finds a format by its name.
+"""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from xlam_jax.data.codec import Codec, Segment, to_json
+from xlam_jax.data.codec import Segment, to_json
 from xlam_jax.data.trajectory import InvalidTrajectory, Message, ToolCall, Trajectory
-from xlam_jax.errors import UserError, nearest
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
-NAMES = ("xlam", "native", "xlam_v1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,33 +54,6 @@ class Format(Protocol):
     def prompt(self, system: str, tools: list[dict[str, Any]], messages: Sequence[Message]) -> list[Segment]:
         """Lays a conversation out up to where the assistant answers. Raises as `layouts` does."""
         ...
-
-
-def find(name: str, tokenizer: "PreTrainedTokenizerFast", codec: Codec) -> Format:
-    """Returns a format for a tokenizer; `native` is that of the tokenizer's own chat template.
-
-    Raises `UserError` for a name that is none of `NAMES`, and for `native` without a chat template.
-    """
-    from xlam_jax.data.formats.mistral import MistralV1, MistralV3
-    from xlam_jax.data.formats.template import Template
-    from xlam_jax.data.formats.xlam import Xlam
-    from xlam_jax.data.formats.xlam_v1 import XlamV1
-
-    if name == "xlam":
-        return Xlam(codec)
-    if name == "xlam_v1":
-        return XlamV1(codec)
-    if name != "native":
-        raise UserError(f"format '{name}': known are {', '.join(NAMES)}{nearest(name, NAMES)}")
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"tokenizer '{tokenizer.name_or_path}' has no chat template, which the format native needs; "
-            "use the format xlam, or a tokenizer that brings its template"
-        )
-    for known in (Xlam, XlamV1, MistralV1, MistralV3):
-        if known.fits(codec) and tokenizer.chat_template == (format_ := known(codec)).template:
-            return format_
-    return Template(tokenizer, codec)
 
 
 def read_template(name: str, **variables: bool) -> str:

@@ -11,7 +11,8 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from xlam_jax.data.trajectory import InvalidTrajectory, ToolCall, parse_json
+from xlam_jax.data.row_json import parse_json
+from xlam_jax.data.trajectory import InvalidTrajectory, ToolCall
 from xlam_jax.data.wire import parse_completion
 
 _LINE = re.compile(r"^[ \t*_`#>-]*action(?:[ \t]*\d+)?[ \t*_`]*:[\s*_`]*(.+)$", re.IGNORECASE | re.MULTILINE)

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from xlam_jax.data.files import read_items, read_lines
+from xlam_jax.data.row_json import parse_json
 from xlam_jax.data.rows import place
-from xlam_jax.data.trajectory import InvalidTrajectory, parse_json
+from xlam_jax.data.trajectory import InvalidTrajectory
 from xlam_jax.errors import UserError, nearest
 
 

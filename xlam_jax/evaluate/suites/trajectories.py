@@ -3,7 +3,8 @@ calls beside those recorded. Scored as a run scores its own held-out requests (`
 
 from typing import ClassVar
 
-from xlam_jax.data.trajectory import InvalidTrajectory, read_jsonl
+from xlam_jax.data.parse import read_jsonl
+from xlam_jax.data.trajectory import InvalidTrajectory
 from xlam_jax.errors import UserError
 from xlam_jax.evaluate.agents import Agent
 from xlam_jax.evaluate.endpoint import Model
