@@ -15,7 +15,8 @@ from fake_runs import KINDS, SHARES, SOURCES, TRAINED, heldout_record, train_rec
 from report_page import Curve, Page
 
 from xlam_jax.errors import UserError
-from xlam_jax.report import plots, runs, samples
+from xlam_jax.pages import plots
+from xlam_jax.report import runs, samples
 from xlam_jax.report.__main__ import main
 
 HOSTILE = "</script><script>alert(1)</script>\"'><img src=x onerror=alert(2)>&lt;\u202e\ud800"
@@ -132,7 +133,7 @@ def test_requests_of_a_run_stand_in_one_figure(single, page):
         ("Gradient norm before clipping", "grad_norm", 1.0),
         ("Throughput tokens per second", "tokens_per_second", 1.0),
         ("Model-FLOPs utilisation of peak", "tokens_per_second", 4.4e10 / (8 * 989e12)),
-        ("Places that carry loss of a batch", "trained_share", 1.0),
+        ("Trained places of a batch", "trained_share", 1.0),
     ],
 )
 def test_other_quantities(single, page, caption, key, factor):
@@ -498,7 +499,7 @@ def test_what_is_there_is_kept(tmp_path):
     run = write_run(tmp_path / "run", steps=5, requests=0)
     mine = tmp_path / "mine.html"
     mine.write_text("<p>my notes on xlam_jax.report", encoding="utf-8")
-    with pytest.raises(UserError, match="exists and is no page of this command"):
+    with pytest.raises(UserError, match="exists and is not a page of this command"):
         report(run, "--out", mine)
     assert mine.read_text(encoding="utf-8").startswith("<p>my notes")
     report(run, "--out", mine, "--force")
@@ -563,9 +564,9 @@ def test_differences_of_calls_are_marked(tmp_path):
     answer = page[page.index("<h4><b>step 5</b>") :]
     for told in (
         "<code>kept</code>: <code>1</code>",
-        "<code>changed</code>: <del><code>&quot;a&quot;</code></del> <ins><code>&quot;b&quot;</code></ins>",
-        "<del><code>gone: [1]</code></del> <em>left out</em>",
-        "<ins><code>new: null</code></ins> <em>not asked for</em>",
+        "<code>changed</code>: <del><code>&#34;a&#34;</code></del> <ins><code>&#34;b&#34;</code></ins>",
+        "<del><code>gone: [1]</code></del> <em>missing</em>",
+        "<ins><code>new: null</code></ins> <em>not expected</em>",
         "<del><code>missing</code></del> <em>not called</em>",
         '<span class="bad">✗ exact</span>',
         '<span class="good">✓ right function</span>',
