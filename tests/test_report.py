@@ -15,7 +15,6 @@ from fake_runs import KINDS, SHARES, SOURCES, TRAINED, heldout_record, train_rec
 from report_page import Curve, Page
 
 from xlam_jax.errors import UserError
-from xlam_jax.pages import plots
 from xlam_jax.report import runs, samples
 from xlam_jax.report.__main__ import main
 
@@ -234,31 +233,6 @@ def test_spikes_do_not_press_the_rest_flat(tmp_path):
 
 
 # ---- long runs ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_thinning_keeps_every_extreme(seed):
-    rng = np.random.default_rng(seed)
-    steps = np.cumsum(rng.integers(1, 4, 20_000))
-    values = rng.normal(size=20_000)
-    breaks = rng.random(20_000) < 1e-4
-    values[rng.integers(20_000)] = 50.0
-    line = plots.Line("a", steps, values, breaks=breaks)
-    thinned = plots.thin(line, 100)
-    assert len(thinned.steps) <= 2 * 100 + 2
-    np.testing.assert_array_equal(values[np.searchsorted(steps, thinned.steps)], thinned.values)
-    assert (thinned.values.min(), thinned.values.max()) == (values.min(), values.max())
-    assert (thinned.steps[0], thinned.steps[-1]) == (steps[0], steps[-1])
-    width = (steps[-1] - steps[0] + 1) / 100
-    for at in range(100):  # each stretch on its own
-        whole, kept = (
-            one.values[(one.steps >= steps[0] + at * width) & (one.steps < steps[0] + (at + 1) * width)]
-            for one in (line, thinned)
-        )
-        assert (whole.min(), whole.max()) == (kept.min(), kept.max())
-    assert thinned.breaks is not None
-    crossed = np.cumsum(breaks)[np.searchsorted(steps, thinned.steps)]
-    assert (thinned.breaks[1:] == (np.diff(crossed) > 0)).all()
 
 
 def test_a_page_does_not_grow_with_the_run(tmp_path):

@@ -1,7 +1,7 @@
 """Shows what training sees: the tokens of packed rows in order, trained ones marked by the kind of their span."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -169,6 +169,7 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + at): byte for at, byte in enumerate(others)}
 
 
+@lru_cache(maxsize=1 << 16)  # most tokens occur many times
 def _visible(text: str) -> str:
     """Returns the text with invisible characters made visible; line ends stay line ends, too."""
     return "".join(

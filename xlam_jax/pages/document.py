@@ -23,8 +23,9 @@ HEAD = 4096
 
 
 @cache
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
+def environment() -> jinja2.Environment:
+    """Returns the environment of all templates: every value is escaped, and an undefined variable is an error."""
+    jinja = jinja2.Environment(
         loader=jinja2.PackageLoader("xlam_jax.pages"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -32,18 +33,18 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         auto_reload=False,
     )
-    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
-    environment.globals["inline"] = _inline
-    environment.filters["sha256"] = _sha256
-    return environment
+    jinja.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
+    jinja.globals["inline"] = _inline
+    jinja.filters["sha256"] = _sha256
+    return jinja
 
 
 @cache
 def _inline(name: str) -> Markup:
     """Returns a style sheet or script of `templates/` as it is, for use between `<style>` or `<script>` tags."""
-    loader = _environment().loader
+    loader = environment().loader
     assert loader is not None
-    text, _, _ = loader.get_source(_environment(), name)
+    text, _, _ = loader.get_source(environment(), name)
     assert "</" not in text, f"{name} would end the element that contains it"
     return Markup(text)
 
@@ -55,7 +56,7 @@ def _sha256(text: str) -> str:
 
 def render(template: str, **data: Any) -> Iterator[str]:
     """Yields a page in parts. `data`: the template's variables; an iterator among them is read as the page is made."""
-    return _environment().get_template(template).generate(data)
+    return environment().get_template(template).generate(data)
 
 
 def write(path: Path, template: str, **data: Any) -> None:

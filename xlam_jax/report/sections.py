@@ -1,5 +1,6 @@
 """The sections of the page: figures, tables, samples and configurations, each only if a run has something to show."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -244,7 +245,7 @@ def _samples(report: Report) -> Section:
     return Section(title="Samples", samples=samples.make_cards(shown), samples_note=note)
 
 
-def _configuration(runs: list[Run]) -> Configuration:
+def _configuration(runs: Sequence[Run]) -> Configuration:
     compared = [run for run in runs if run.config]
     header: list[str] = []
     rows: list[list[str]] = []
