@@ -182,7 +182,7 @@ def _header(row: Row) -> str:
     trained = sum(segment.trained for segment in row.segments)
     hidden = f" (and {row.hidden} of other sources, not shown)" if row.hidden else ""
     return (
-        f"row {row.number}: {len(row.segments)} sequences with {trained} tokens that carry loss{hidden}; "
+        f"row {row.number}: {len(row.segments)} sequences with {trained} trained tokens{hidden}; "
         f"{row.padding} of {row.length} places are padding"
     )
 
@@ -190,7 +190,7 @@ def _header(row: Row) -> str:
 def _title(segment: Segment) -> str:
     return (
         f"{segment.source}: {segment.id} (places {segment.at} to {segment.at + segment.places - 1}, "
-        f"{segment.trained} tokens carry loss)"
+        f"{segment.trained} trained tokens)"
     )
 
 
@@ -217,7 +217,7 @@ def terminal(rows: Iterable[Row], color: bool) -> Iterator[str]:
     """Yields the rows as text: trained spans in color or as «kind| … », special tokens in ⟦ ⟧."""
     kinds = [kind for kind in KINDS if kind != "prompt"]
     legend = " ".join(_marked(kind, 1.0, label(kind), color) for kind in kinds)
-    yield f"carry loss: {legend if color else '«kind| … »'}; special tokens: ⟦ ⟧"
+    yield f"trained: {legend if color else '«kind| … »'}; special tokens: ⟦ ⟧"
     for row in rows:
         yield f"\n{_bold(_header(row), color)}"
         for segment in row.segments:
