@@ -90,8 +90,8 @@ class RemoteWork(Work):
     def __init__(self, folder: Path, url: str):
         from fsspec.core import url_to_fs
 
+        self._files, self._path = url_to_fs(url)  # first: it raises for an unknown address
         super().__init__(folder)
-        self._files, self._path = url_to_fs(url)
 
     @contextmanager
     def create(self, name: str) -> Iterator[Any]:

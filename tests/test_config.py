@@ -86,7 +86,7 @@ def test_origins_follow_extends_and_overrides(tmp_path: Path):
         (["model.overrides.tie_word_embeddings='false'"], "tie_word_embeddings is 'false'; true or false is needed"),
         (["model.overrides.vocab_size=null"], "vocab_size is None; a positive whole number"),
         (["model.overrides.sliding_window=0"], "sliding_window is 0; a positive whole number"),
-        (["model.overrides.bos_token_id=2020-01-01"], "a JSON value is needed"),
+        (["model.overrides.bos_token_id=2020-01-01"], "bos_token_id is '2020-01-01'; a token's number is needed"),
         (["model.config=nowhere.json"], "nowhere.json: no such file"),
     ],
 )

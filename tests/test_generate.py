@@ -174,7 +174,7 @@ def test_tool_calls_are_parsed(with_tokenizer: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("messages", "expected"),
     [
-        (None, "messages.json: can't be read"),
+        (None, "messages.json: no such file"),
         ('[{"role": "user",\n "content": }]', "messages.json, line 2, column 13: not valid JSON"),
         ("[]", "holds an empty list"),
         ('"hello"', "holds a str"),

@@ -391,8 +391,12 @@ def test_a_run_without_run_json(tmp_path, capsys, content):
     else:
         (run / "run.json").write_text(content, encoding="utf-8")
     page = page_of(tmp_path, run)
-    what = {None: "not there", "nonsense": "no JSON", "[]": "no JSON object"}[content]
-    assert f"{run}/run.json: {what}: sizes, devices, target shares and utilisation are not known" in page.text
+    what = {
+        None: ": no such file; a JSON object is expected here",
+        "nonsense": ", line 1, column 1: not valid JSON: Expecting value; correct the file, or get it again",
+        "[]": ": contains a list; a JSON object is expected",
+    }[content]
+    assert f"{run}/run.json{what}; sizes, devices, target shares and utilisation are unknown" in page.text
     assert "Loss nats per trained token" in page.figures
     assert "warning: " in capsys.readouterr().err
 

@@ -108,7 +108,7 @@ def check_run_folder(run: Path, resolved: Resolved) -> None:
     try:
         old = configs.read_saved(saved)
     except UserError as error:
-        raise UserError(f"{error}, or choose another output_dir") from None
+        raise UserError(f"{error}; restore it, or choose another output_dir") from None
     different = configs.differences(old, resolved.config)
     new_hf = resolved.hf_config
     old_hf = read_hf_config(run / "config.json") if (run / "config.json").exists() else new_hf  # killed before it wrote

@@ -283,7 +283,7 @@ def test_an_interrupted_export_elsewhere_is_finished(
 
     with monkeypatch.context() as patch:
         patch.setattr(orbax_to_hf, "check_finite", breaks)
-        assert "run again to go on" in commands.fails(*export)
+        assert "run again to continue" in commands.fails(*export)
     commands.call(*export)
     assert same_arrays(load_hf(tmp_path / "there")[1], load_hf(mixtral)[1])
     assert not list((tmp_path / "there").glob("*.part"))

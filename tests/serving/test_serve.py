@@ -270,12 +270,12 @@ def test_adapters_that_cannot_be_read(commands: Commands, model: Path, tmp_path:
     monkeypatch.setattr(serve, "package", lambda: "vllm")
     call = ("serving.serve", "--model", model, "--lora", f"a={tmp_path}", "--port", launch.free_ports())
     for text, message in [
-        ("{", "not valid JSON"),
-        ("[]", "contains a list"),
-        ('{"peft_type": "LORA", "r": "8"}', "r is '8'"),
+        ("{", ", line 1, column 2: not valid JSON"),
+        ("[]", ": contains a list"),
+        ('{"peft_type": "LORA", "r": "8"}', ": r is '8'"),
     ]:
         (tmp_path / "adapter_config.json").write_text(text)
-        assert f"{tmp_path}/adapter_config.json: {message}" in commands.fails(*call)
+        assert f"{tmp_path}/adapter_config.json{message}" in commands.fails(*call)
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "target_modules": ["q_proj"]}')
     (tmp_path / "adapter_model.safetensors").write_bytes(b"\x50\0\0\0\0\0\0\0{")
     assert f"{tmp_path}/adapter_model.safetensors: truncated or damaged" in commands.fails(*call)

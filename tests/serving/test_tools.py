@@ -186,7 +186,7 @@ def test_files_of_tools(tmp_path: Path):
         ("tools.py", None, "can't be read"),
         ("tools.json", "{}", "holds a dict"),
         ("tools.json", '[{"description": "x"}]', "tool 0"),
-        ("tools.json", None, "can't be read"),
+        ("tools.json", None, "no such file"),
     ],
 )
 def test_wrong_files_of_tools(tmp_path: Path, name: str, text: str | None, expected: str):

@@ -293,7 +293,7 @@ def test_an_export_of_damaged_files_is_refused(commands: Commands, trained: tupl
     assert [entry.name for entry in tmp_path.iterdir()] == ["run"]  # no output, nor a part of one
     damage(run / "config.yaml", "zeros", "")
     refusal = commands.fails(TRAIN, "--config", ROOT / "configs/quickstart.yaml", f"output_dir={run}")
-    assert f"{run}/config.yaml: can't be read" in refusal
+    assert f"{run}/config.yaml: not valid YAML: " in refusal
 
 
 def test_a_corrupt_line_of_metrics_keeps_the_lines_after_it(tmp_path: Path):

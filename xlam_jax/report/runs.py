@@ -245,7 +245,7 @@ def _about(path: Path, warnings: list[str]) -> dict[str, Any]:
         return documents.read_object(path)
     except UserError as error:
         problem = str(error)
-    warnings.append(f"{problem}: sizes, devices, target shares and utilisation are not known")
+    warnings.append(f"{problem}; sizes, devices, target shares and utilisation are unknown")
     return {}
 
 
