@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from xlam_jax.report.plots import HEIGHT
+from xlam_jax.pages.plots import HEIGHT
 
 VOID = {"meta", "br", "img", "link", "input"}
 

@@ -40,12 +40,12 @@ LAYERS: list[tuple[str, str, list[str]]] = [
     ("reports", "reports of runs; memory and time of planned ones", ["xlam_jax.report", "xlam_jax.planning"]),
     ("training", "losses, steps, checkpoints, the loop", ["xlam_jax.training"]),
     ("evaluate", "benchmarks, agents, judges", ["xlam_jax.evaluate"]),
-    ("pages", "templates and plots", ["xlam_jax.pages"]),
     ("client", "requests to OpenAI-compatible servers", ["xlam_jax.client"]),
     ("data and weights", "trajectories to batches; weights in files", ["xlam_jax.data", "xlam_jax.weights"]),
     ("config", "what a run is asked to do", ["xlam_jax.config"]),
     ("models", "decoders, kernels, generation", ["xlam_jax.models"]),
     ("parallel", "meshes and hosts", ["xlam_jax.parallel"]),
+    ("pages", "templates and plots", ["xlam_jax.pages"]),
     ("base", "errors, files, journals, progress", ["xlam_jax"]),
 ]
 """Highest first: name, purpose, parts. A module belongs to the longest part that its name begins with."""

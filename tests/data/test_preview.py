@@ -101,7 +101,7 @@ def test_both_sides_of_pairs_are_shown_as_they_are_trained(config):
                 last = answers[-1]["tool_calls"][0]["function"]["arguments"]
                 assert text.endswith(f'"arguments": {json.dumps(last, ensure_ascii=False)}}}]</s>')
     text = "\n".join(preview.terminal(rows, color=False))
-    assert re.search(r"^pairs: .*, rejected \(places \d+ to \d+, \d+ tokens carry loss\)$", text, re.MULTILINE)
+    assert re.search(r"^pairs: .*, rejected \(places \d+ to \d+, \d+ trained tokens\)$", text, re.MULTILINE)
 
 
 def test_names_each_segment_and_marks_its_tokens_as_rendered(config, shown):

@@ -177,3 +177,15 @@ def test_the_page_is_whole_and_loads_nothing(collected, tmp_path):
         "http://www.w3.org/1999/xlink",
     }
     assert [path.name for path in tmp_path.iterdir()] == ["stats.html"]
+
+
+def test_hostile_names_are_shown_as_text(collected, tmp_path):
+    hostile = "</svg><script>alert(1)</script>\"'><img src=x onerror=alert(2)>&lt;"
+    sources = [source._replace(name=f"{source.name} {hostile}") for source in collected.sources]
+    sources[0] = sources[0]._replace(dropped=Counter({hostile: 3}))
+    out = tmp_path / "stats.html"
+    stats.write_page(collected._replace(config=hostile, sources=sources), out)
+    page = out.read_text(encoding="utf-8")
+    assert not re.findall("<script|<img", page)
+    assert page.count("<svg") == page.count("</svg>") == 4
+    assert page.count("&lt;img src=x onerror=alert(2)&gt;&amp;lt;") > 12

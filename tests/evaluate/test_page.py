@@ -105,7 +105,9 @@ def test_no_evaluation(commands: Commands, tmp_path: Path):
 def test_another_file_is_left_alone(commands: Commands, tmp_path: Path):
     out = write_evaluation(tmp_path / "run")
     (out / "report.html").write_text("mine")
-    assert "is no page of this command; move it away" in commands.fails("xlam_jax.evaluate", "--report", "--out", out)
+    assert "is not a page of this command; move it away" in commands.fails(
+        "xlam_jax.evaluate", "--report", "--out", out
+    )
     (out / "report.html").unlink()
     for _ in range(2):
         commands.call("xlam_jax.evaluate", "--report", "--out", out)

@@ -1,7 +1,9 @@
 """WebShop: the pages of the original as they are written, our shop's, and what a broken server leads to."""
 
 import asyncio
+import html
 import json
+import re
 import threading
 import urllib.request
 from collections.abc import Iterator
@@ -120,6 +122,23 @@ def test_rewards_of_the_shop():
     assert shop.reward(goal._replace(price=1.0), goal.product, goal.options) == pytest.approx(4 / 5)
     assert {shop.goal(at).product.asin for at in range(shop.GOALS)} == set(shop.PRODUCTS)
     assert all(goal.price >= goal.product.price for goal in map(shop.goal, range(shop.GOALS)))
+
+
+def test_the_shop_shows_hostile_searches_as_text():
+    """Words of a search are the only texts from outside; they are also parts of links."""
+    hostile = "lamp \"'><script>alert(1)</script><img src=x onerror=alert(2)>"
+    status, url = shop.answer("/fixed_0", {"search_query": [hostile]})
+    assert status == 302
+    status, text = shop.answer(url, {})
+    assert status == 200
+    assert not {"<script", "<img"} & set(re.findall("<[a-z]+", text))
+    page = Page(text)
+    assert hostile in html.unescape(text)
+    item = next(link for name, link in page.clickable.items() if name.startswith("B0"))
+    status, text = shop.answer(item, {})
+    assert status == 200
+    assert not {"<script", "<img"} & set(re.findall("<[a-z]+", text))
+    assert hostile in html.unescape(text)
 
 
 def test_the_shop_as_a_command(commands: Commands):

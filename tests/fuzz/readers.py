@@ -26,6 +26,7 @@ from xlam_jax.models import hf_keys
 from xlam_jax.models.config import ModelConfig, read_hf_config
 from xlam_jax.models.generation_config import read_generation_config
 from xlam_jax.report import page, runs, samples
+from xlam_jax.report.figures import Report
 from xlam_jax.training import run_folder
 from xlam_jax.weights import checkpoint, peft
 from xlam_jax.weights import run as weights
@@ -261,8 +262,7 @@ def run(folder: Path) -> Read:
             checkpoint.load_generation_config(step)
         else:
             read = runs.read(kept, "run")
-            report = page.Report([read], [samples.read(kept, read.warnings)])
-            "".join(page.parts(report))
+            "".join(page.render(Report([read], [samples.read(kept, read.warnings)])))
 
     return read
 

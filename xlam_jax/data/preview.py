@@ -1,8 +1,7 @@
-"""What training sees: the tokens of its packed rows in order, those with loss marked by the kind of their span."""
+"""Shows what training sees: the tokens of packed rows in order, trained ones marked by the kind of their span."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache
-from html import escape
+from functools import cache, lru_cache
 from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -10,50 +9,37 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from xlam_jax import config as configs
-from xlam_jax.data import corpus, examples, html, pipeline
+from xlam_jax.data import corpus, examples, pipeline
+from xlam_jax.data.kind_styles import COLORS, TERMINAL_COLORS, label
 from xlam_jax.data.pair import Pair
 from xlam_jax.data.render import KINDS
 from xlam_jax.data.tokenizer import load_tokenizer
 from xlam_jax.errors import UserError, nearest
+from xlam_jax.pages import document
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-BACKGROUNDS = {
-    "thought": 222,
-    "tool_call": 153,
-    "arguments": 117,
-    "answer": 157,
-    "eos": 218,
-    "loss": 229,
-}
-"""xterm's colours of the kinds; "loss" where the kind is not known."""
-NAMES = {"eos": "end"}
-"""What a kind is called where people read it."""
-STYLE = """
-.t { font: 13px/1.7 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
-.t b { font-weight: normal; border: 1px solid #bbb; border-radius: 3px; }
-.t span:hover, .t b:hover { outline: 1px solid #000; }
-.turn { color: #666; font-size: 12px; margin-top: .5rem; }
-.part { border-left: 3px solid #ddd; padding-left: .8rem; margin: 1rem 0; }
-""" + "".join(f".{kind} {{ background: {color}55; }}\n" for kind, color in html.KIND_COLORS.items() if kind != "prompt")
-
 
 class Token(NamedTuple):
-    """A token as it is shown. `position` counts from its trajectory's start; the last one is only predicted."""
+    """A token of a trajectory. The first is only an input, the last only a label."""
 
     text: str
     special: bool
     id: int
     position: int
+    """Counted from the start of the trajectory."""
     weight: float
+    """Of its loss; 0 if it is not trained."""
     kind: str
     turn: int
 
 
 class Segment(NamedTuple):
-    """One trajectory, or a part of one, or a side of a pair, in a packed row: n places, n+1 tokens. `at` is its first
-    place."""
+    """A trajectory, a part of one, or one side of a pair in a packed row: n places and n+1 tokens.
+
+    `at` is the index of its first place.
+    """
 
     source: str
     id: str
@@ -64,12 +50,12 @@ class Segment(NamedTuple):
 
     @property
     def trained(self) -> int:
-        """Tokens that carry loss."""
+        """Number of trained tokens."""
         return sum(token.weight > 0 for token in self.tokens)
 
 
 class Row(NamedTuple):
-    """A packed row; `hidden` counts the trajectories of other sources that are not shown."""
+    """A packed row. `hidden` is the number of trajectories of other sources, which are not shown."""
 
     number: int
     length: int
@@ -86,13 +72,13 @@ def rows(
     source: str | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Iterator[Row]:
-    """Yields the first `count` packed rows of a run, of those that hold trajectories of `source` where it is given.
+    """Yields the first `count` packed rows of a run; with `source`, the first that contain trajectories of it.
 
-    Raises `UserError` as training does, and for a source that the config does not have.
+    Raises `UserError` as training does, and if the config has no such source.
     """
     resolved = configs.load(config, list(overrides)).config
     data = resolved.data
-    names = [one.name for one in data.sources]
+    names = [known.name for known in data.sources]
     if source is not None and source not in names:
         raise UserError(f"--source {source}: the config has {', '.join(names)}{nearest(source, names)}")
     tokenizer = load_tokenizer(data.tokenizer)
@@ -101,8 +87,8 @@ def rows(
         loaded, data, batch_size=resolved.train.batch_size, seed=resolved.seed, tokenizer=tokenizer
     )
     text = texts(tokenizer)
-    shown = (_row(number, row, loaded, text, source) for number, row in enumerate(packed, start=1))
-    yield from islice((row for row in shown if row.segments), count)
+    every = (_row(number, row, loaded, text, source) for number, row in enumerate(packed, start=1))
+    yield from islice((row for row in every if row.segments), count)
 
 
 def _row(
@@ -143,9 +129,9 @@ def _token(
 
 
 def texts(tokenizer: "PreTrainedTokenizerFast") -> Callable[[int], tuple[str, bool]]:
-    """Returns what gives a token's exact text, and whether it is a special token.
+    """Returns a function from a token id to its exact text and whether it is a special token.
 
-    A byte that is only part of a character is written ⟨f0⟩.
+    A byte that is only part of a character is written as ⟨f0⟩.
     """
     backend = tokenizer.backend_tokenizer
     added = backend.get_added_tokens_decoder()
@@ -169,7 +155,7 @@ def texts(tokenizer: "PreTrainedTokenizerFast") -> Callable[[int], tuple[str, bo
 
 
 def _decoded(raw: bytes) -> str:
-    """UTF-8 as text, incomplete characters byte by byte."""
+    """Decodes UTF-8, incomplete characters byte by byte."""
     return "".join(
         f"⟨{ord(char) - 0xDC00:02x}⟩" if 0xDC80 <= ord(char) <= 0xDCFF else char
         for char in raw.decode("utf-8", "surrogateescape")
@@ -177,14 +163,15 @@ def _decoded(raw: bytes) -> str:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The characters by which byte-level tokenizers write bytes (Radford et al., 2019): printable ones as they are."""
+    """Returns the byte that each character of a byte-level vocabulary stands for (Radford et al., 2019)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + at): byte for at, byte in enumerate(others)}
 
 
+@lru_cache(maxsize=1 << 16)  # most tokens occur many times
 def _visible(text: str) -> str:
-    """The text with what can't be seen made visible, and a line end where it has one."""
+    """Returns the text with invisible characters made visible; line ends stay line ends, too."""
     return "".join(
         {"\n": "⏎\n", "\t": "⇥"}.get(char) or (char if char.isprintable() else char.encode("unicode_escape").decode())
         for char in text
@@ -195,7 +182,7 @@ def _header(row: Row) -> str:
     trained = sum(segment.trained for segment in row.segments)
     hidden = f" (and {row.hidden} of other sources, not shown)" if row.hidden else ""
     return (
-        f"row {row.number}: {len(row.segments)} sequences with {trained} tokens that carry loss{hidden}; "
+        f"row {row.number}: {len(row.segments)} sequences with {trained} trained tokens{hidden}; "
         f"{row.padding} of {row.length} places are padding"
     )
 
@@ -203,19 +190,19 @@ def _header(row: Row) -> str:
 def _title(segment: Segment) -> str:
     return (
         f"{segment.source}: {segment.id} (places {segment.at} to {segment.at + segment.places - 1}, "
-        f"{segment.trained} tokens carry loss)"
+        f"{segment.trained} trained tokens)"
     )
 
 
 def _turns(segment: Segment) -> Iterator[tuple[str, list[Token]]]:
-    """The segment's tokens by turn, with each turn's name."""
+    """Yields each turn's name and tokens."""
     for turn, tokens in groupby(segment.tokens, key=lambda token: token.turn):
         role = segment.roles[turn] if 0 <= turn < len(segment.roles) else ""
         yield (f"turn {turn} {role}".rstrip() if turn >= 0 else "before the first turn"), list(tokens)
 
 
 def _spans(tokens: Iterable[Token]) -> Iterator[tuple[str, float, list[Token]]]:
-    """Tokens by kind and weight; the kind is empty where there is no loss."""
+    """Groups tokens by kind and weight; the kind is empty for tokens that are not trained."""
     for (kind, weight), span in groupby(
         tokens, key=lambda token: (token.kind if token.weight > 0 else "", token.weight)
     ):
@@ -223,15 +210,15 @@ def _spans(tokens: Iterable[Token]) -> Iterator[tuple[str, float, list[Token]]]:
 
 
 def _weighted(kind: str, weight: float) -> str:
-    return NAMES.get(kind, kind) + (f" ×{weight:g}" if weight != 1 else "")
+    return label(kind) + (f" ×{weight:g}" if weight != 1 else "")
 
 
-def terminal(shown: Iterable[Row], color: bool) -> Iterator[str]:
-    """Yields the rows as text: spans that carry loss are coloured, or stand in «kind| … »; special tokens in ⟦ ⟧."""
+def terminal(rows: Iterable[Row], color: bool) -> Iterator[str]:
+    """Yields the rows as text: trained spans in color or as «kind| … », special tokens in ⟦ ⟧."""
     kinds = [kind for kind in KINDS if kind != "prompt"]
-    legend = " ".join(_marked(kind, 1.0, NAMES.get(kind, kind), color) for kind in kinds)
-    yield f"carry loss: {legend if color else '«kind| … »'}; special tokens: ⟦ ⟧"
-    for row in shown:
+    legend = " ".join(_marked(kind, 1.0, label(kind), color) for kind in kinds)
+    yield f"trained: {legend if color else '«kind| … »'}; special tokens: ⟦ ⟧"
+    for row in rows:
         yield f"\n{_bold(_header(row), color)}"
         for segment in row.segments:
             yield f"\n{_bold(_title(segment), color)}"
@@ -255,36 +242,37 @@ def _marked(kind: str, weight: float, text: str, color: bool) -> str:
         return text
     if not color:
         return f"«{_weighted(kind, weight)}| {text}»"
-    paint = f"\x1b[30;48;5;{BACKGROUNDS[kind]}m"
-    painted = paint + text.replace("\n", f"\x1b[0m\n{paint}") + "\x1b[0m"  # no terminal paints the rest of a line then
+    paint = f"\x1b[30;48;5;{TERMINAL_COLORS[kind]}m"
+    painted = (
+        paint + text.replace("\n", f"\x1b[0m\n{paint}") + "\x1b[0m"
+    )  # else some terminals paint the rest of a line
     return painted + (f"\x1b[2m×{weight:g}\x1b[0m" if weight != 1 else "")
 
 
-def write_page(shown: Iterable[Row], path: Path) -> None:
-    """Writes the rows as one page; a token tells its id, position and weight when pointed at."""
-    html.write(path, html.page("What training sees", _page(shown), STYLE))
+def write_page(rows: Iterable[Row], path: Path) -> None:
+    """Writes the rows as one page; pointing at a token shows its id, position and weight."""
+    document.write(
+        path,
+        "preview.html.jinja",
+        title="What training sees",
+        generator="",
+        kinds=[(kind, COLORS[kind], label(kind)) for kind in KINDS if kind != "prompt"],
+        rows=((_header(row), [_page_segment(segment) for segment in row.segments]) for row in rows),
+    )
 
 
-def _page(shown: Iterable[Row]) -> Iterator[str]:
-    kinds = " ".join(f'<span class="{kind}">{NAMES.get(kind, kind)}</span>' for kind in KINDS if kind != "prompt")
-    yield f'<p class="t">Carry loss: {kinds}. Framed: special tokens. Point at a token for its id.</p>\n'
-    for row in shown:
-        yield f"<h2>{escape(_header(row))}</h2>\n"
-        for segment in row.segments:
-            yield f'<div class="part"><strong>{escape(_title(segment))}</strong>\n'
-            for name, tokens in _turns(segment):
-                text = "".join(_html(token) for token in tokens)
-                yield f'<div class="turn">{escape(name)}</div><div class="t">{text}</div>\n'
-            yield "</div>\n"
+PageToken = tuple[bool, str, str, str, str]
+"""special, trained kind or "", opacity or "", description, text. A plain tuple: a page can have millions of them."""
 
 
-def _html(token: Token) -> str:
-    tag = "b" if token.special else "span"
+def _page_segment(segment: Segment) -> tuple[str, list[tuple[str, list[PageToken]]]]:
+    return _title(segment), [(name, [_page_token(token) for token in tokens]) for name, tokens in _turns(segment)]
+
+
+def _page_token(token: Token) -> PageToken:
     kind = token.kind if token.weight > 0 else ""
-    told = f"id {token.id}, position {token.position}, weight {token.weight:g}"
+    description = f"id {token.id}, position {token.position}, weight {token.weight:g}"
     if kind:
-        told += f", {NAMES.get(kind, kind)}"
-    style = f' style="opacity: {0.4 + 0.6 * min(1.0, token.weight):.2g}"' if kind and token.weight < 1 else ""
-    mark = f' class="{kind}"' if kind else ""
-    text = token.text if token.special else _visible(token.text)
-    return f'<{tag}{mark}{style} title="{told}">{escape(text)}</{tag}>'
+        description += f", {label(kind)}"
+    opacity = f"{0.4 + 0.6 * min(1.0, token.weight):.2g}" if kind and token.weight < 1 else ""
+    return token.special, kind, opacity, description, token.text if token.special else _visible(token.text)

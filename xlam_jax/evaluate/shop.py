@@ -1,24 +1,24 @@
-"""A small shop with the pages of WebShop (Yao et al., arXiv 2207.01206), to try agents out without the original, which
-needs Java, Python 3.8 and 5 GB of data: `python -m xlam_jax.evaluate.shop --port 3000`.
+"""A small shop with the pages of WebShop (Yao et al., arXiv 2207.01206), to try agents without the original.
 
-It has the original's addresses, forms and reward; its products are made up. A session's name that ends in `_N` has the
-N-th request, as the original's `fixed_N`.
+The original needs Java, Python 3.8 and 5 GB of data; this one runs as `python -m xlam_jax.evaluate.shop --port 3000`.
+Addresses, forms and reward are the same; the products are invented. A session named `…_N` gets request number N, like
+`fixed_N` of the original.
 """
 
 import contextlib
 import threading
 from ast import literal_eval
 from collections.abc import Iterator, Mapping, Sequence
-from html import escape
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from xlam_jax import cli, errors
+from xlam_jax.pages import document
 
 GOALS = 500
 PAGE = 10
-"""Products of a page of results."""
+"""Products per page of results."""
 SCORE = "Your score (min 0.0, max 1.0)"
 KINDS = ("kettle", "lamp", "backpack", "blanket", "headphones", "water bottle", "desk chair", "rain jacket")
 TRAITS = (("steel", "quiet"), ("wooden", "light"), ("cotton", "soft"), ("recycled", "durable"), ("foldable", "large"))
@@ -27,7 +27,7 @@ SIZES = ("small", "medium", "large")
 
 
 class Product(NamedTuple):
-    """What the shop sells."""
+    """A product on sale."""
 
     asin: str
     kind: str
@@ -39,16 +39,16 @@ class Product(NamedTuple):
 
 
 class Goal(NamedTuple):
-    """What a session is to buy."""
+    """The product that a session has to buy."""
 
     product: Product
     options: dict[str, str]
     price: float
-    """At most, in dollars."""
+    """Upper limit, in dollars."""
 
     @property
     def instruction(self) -> str:
-        """In words, as WebShop's requests are."""
+        """The request in words, in the style of WebShop."""
         wanted = " and ".join(f"{name} {value}" for name, value in self.options.items())
         traits = ", ".join(self.product.traits)
         return f"i need a {traits} {self.product.kind}, {wanted}, and price lower than {self.price:.2f} dollars"
@@ -74,15 +74,17 @@ PRODUCTS = _products()
 
 
 def goal(number: int) -> Goal:
-    """The request of session `…_<number>`."""
+    """Returns the goal of session `…_<number>`."""
     product = list(PRODUCTS.values())[number * 7 % len(PRODUCTS)]
     chosen = {name: values[number % len(values)] for name, values in product.options.items()}
     return Goal(product, chosen, float(int(product.price / 10 + 1) * 10))
 
 
 def reward(goal: Goal, bought: Product, options: Mapping[str, str]) -> float:
-    """WebShop's: the share of wanted traits, options and price that are met, times whether the kind is right (a wrong
-    kind counts 0 here, where the original compares texts)."""
+    """Returns WebShop's reward: the fraction of traits, options and price limit that are met.
+
+    A product of another kind scores 0; the original compares texts there.
+    """
     if bought.kind != goal.product.kind:
         return 0.0
     traits = len(set(goal.product.traits) & set(bought.traits))
@@ -92,17 +94,18 @@ def reward(goal: Goal, bought: Product, options: Mapping[str, str]) -> float:
 
 
 def search(words: Sequence[str]) -> list[Product]:
-    """Products by how many of the words they hold, the cheapest first among equals; without any, none."""
+    """Returns the products that contain any of the words: most matches first, then cheapest first."""
     wanted = {word.strip(",.").lower() for word in words}
 
     def score(product: Product) -> int:
         return len(wanted & set(f"{product.title} {product.kind}".lower().replace(",", "").split()))
 
-    return sorted((one for one in PRODUCTS.values() if score(one)), key=lambda one: (-score(one), one.price))
+    matches = (product for product in PRODUCTS.values() if score(product))
+    return sorted(matches, key=lambda product: (-score(product), product.price))
 
 
 def answer(path: str, form: Mapping[str, list[str]]) -> tuple[int, str]:
-    """(Status, page) for an address; (302, address) sends the browser on."""
+    """Returns the status and page for an address, or (302, address) for a redirect."""
     parts = [unquote(part) for part in urlsplit(path).path.strip("/").split("/")]
     try:
         match parts:
@@ -110,19 +113,20 @@ def answer(path: str, form: Mapping[str, list[str]]) -> tuple[int, str]:
                 if "search_query" in form:
                     words = form["search_query"][0].lower().split(" ")
                     return 302, _url("search_results", session, words, 1)
-                return 200, _index(session)
+                return 200, _index_page(session)
             case ["search_results", session, words, number]:
-                return 200, _results(session, _words(words), int(number))
+                return 200, _results_page(session, _words(words), int(number))
             case ["item_page", session, asin, words, number, options]:
-                return 200, _item(session, PRODUCTS[asin], _words(words), int(number), literal_eval(options))
-            case ["item_sub_page", session, asin, words, number, sub, options]:
-                return 200, _sub(session, PRODUCTS[asin], _words(words), int(number), sub, literal_eval(options))
+                return 200, _item_page(session, PRODUCTS[asin], _words(words), int(number), literal_eval(options))
+            case ["item_sub_page", session, asin, words, number, name, options]:
+                product, options = PRODUCTS[asin], literal_eval(options)
+                return 200, _text_page(session, product, _words(words), int(number), name, options)
             case ["done", session, asin, options]:
                 score = reward(_goal(session), PRODUCTS[asin], literal_eval(options))
-                return 200, _page(f"<h1>Thank you for shopping with us!</h1><h3>{SCORE}<pre>{score}</pre></h3>")
+                return 200, _page("done", label=SCORE, score=score)
     except (KeyError, ValueError, SyntaxError, IndexError):
         pass
-    return 404, _page("<p>There is no such page.</p>")
+    return 404, _page("missing")
 
 
 def _goal(session: str) -> Goal:
@@ -140,74 +144,67 @@ def _url(*parts: object) -> str:
     return "/" + "/".join(quote(str(part), safe="") for part in parts)
 
 
-def _page(body: str) -> str:
-    return f"<!DOCTYPE html><html><head><title>WebShop</title></head><body><div>{body}</div></body></html>"
+def _page(name: str, **data: Any) -> str:
+    return "".join(document.render(f"shop/{name}.html.jinja", **data))
 
 
-def _button(url: str, text: str) -> str:
-    return f'<form method="post" action="{escape(url)}"><button type="submit">{escape(text)}</button></form>'
+def _request(session: str, query: Sequence[str]) -> dict[str, str]:
+    return {"instruction": _goal(session).instruction, "query": " ".join(query)}
 
 
-def _head(session: str, query: Sequence[str] | None = None) -> str:
-    said = f"<h4>Instruction: <br>{escape(_goal(session).instruction)}</h4>"
-    if query is not None:
-        said += f"<h4>Current Query: {escape(' '.join(query))}</h4>"
-    return f'<div id="instruction-text">{said}</div>'
+def _search_link(session: str) -> tuple[str, str]:
+    return _url(session), "Back to Search"
 
 
-def _index(session: str) -> str:
-    field = '<input id="search_input" type="text" name="search_query" placeholder="Search..." required/>'
-    form = f'<form method="post" action="{_url(session)}">{field}<button type="submit">Search</button></form>'
-    return _page(f"<h2>WebShop</h2>{_head(session)}{form}")
+def _index_page(session: str) -> str:
+    return _page("index", instruction=_goal(session).instruction, url=_url(session))
 
 
-def _results(session: str, words: list[str], number: int) -> str:
-    found = search(words)
-    shown = found[(number - 1) * PAGE : number * PAGE]
-    buttons = _button(_url(session), "Back to Search")
+def _results_page(session: str, words: list[str], number: int) -> str:
+    matches = search(words)
+    buttons = [_search_link(session)]
     if number > 1:
-        buttons += _button(_url("search_results", session, words, number - 1), "< Prev")
-    if number * PAGE < len(found):
-        buttons += _button(_url("search_results", session, words, number + 1), "Next >")
-    items = "".join(
-        f'<div><h4 class="product-asin"><a class="product-link" href="'
-        f'{escape(_url("item_page", session, one.asin, words, number, {}))}">{one.asin}</a></h4>'
-        f'<h4 class="product-title">{escape(one.title)}</h4><h5 class="product-price">${one.price}</h5></div>'
-        for one in shown
-    )
-    count = f"<h1>Results</h1><p>Page {number} of {len(found)} total results</p>"
-    return _page(f"{_head(session, words)}{count}{buttons}{items}")
+        buttons.append((_url("search_results", session, words, number - 1), "< Prev"))
+    if number * PAGE < len(matches):
+        buttons.append((_url("search_results", session, words, number + 1), "Next >"))
+    items = [
+        (_url("item_page", session, product.asin, words, number, {}), product)
+        for product in matches[(number - 1) * PAGE : number * PAGE]
+    ]
+    return _page("results", **_request(session, words), number=number, total=len(matches), buttons=buttons, items=items)
 
 
-def _item(session: str, product: Product, words: list[str], number: int, options: dict[str, str]) -> str:
-    choices = ""
-    for name, values in product.options.items():
-        choices += f"<h4>{name}</h4>"
-        for at, value in enumerate(values):
-            url = _url("item_page", session, product.asin, words, number, {**options, name: value})
-            id = f"radio_{name}{at}"
-            choices += f'<input type="radio" id="{id}" name="{name}" value="{value}" data-url="{escape(url)}">'
-            choices += f'<label for="{id}">{value}</label>'
-    subs = "".join(
-        _button(_url("item_sub_page", session, product.asin, words, number, sub, options), sub)
-        for sub in ("Description", "Features", "Reviews")
-    )
+def _item_page(session: str, product: Product, words: list[str], number: int, options: dict[str, str]) -> str:
+    def choose(name: str, value: str) -> str:
+        return _url("item_page", session, product.asin, words, number, {**options, name: value})
+
     return _page(
-        f"{_head(session, words)}{_button(_url(session), 'Back to Search')}"
-        f"{_button(_url('search_results', session, words, number), '< Back to Results')}{choices}"
-        f"<h2>{escape(product.title)}</h2><h4>Price: ${product.price}</h4><h4>Rating: N.A.</h4>{subs}"
-        f"{_button(_url('done', session, product.asin, options), 'Buy Now')}"
+        "item",
+        **_request(session, words),
+        product=product,
+        choices=[
+            (name, [(value, choose(name, value)) for value in values]) for name, values in product.options.items()
+        ],
+        back=[_search_link(session), (_url("search_results", session, words, number), "< Back to Results")],
+        texts=[
+            (_url("item_sub_page", session, product.asin, words, number, text, options), text)
+            for text in ("Description", "Features", "Reviews")
+        ],
+        buy=_url("done", session, product.asin, options),
     )
 
 
-def _sub(session: str, product: Product, words: list[str], number: int, sub: str, options: dict[str, str]) -> str:
+def _text_page(session: str, product: Product, words: list[str], number: int, name: str, options: object) -> str:
     texts = {
         "Description": f"A {product.kind} that is {' and '.join(product.traits)}.",
         "Features": "; ".join(product.traits),
         "Reviews": "No reviews",
     }
-    back = _button(_url("item_page", session, product.asin, words, number, options), "< Back to Item Page")
-    return _page(f"{_head(session, words)}{_button(_url(session), 'Back to Search')}{back}<p>{escape(texts[sub])}</p>")
+    back = [
+        _search_link(session),
+        (_url("item_page", session, product.asin, words, number, options), "< Back to Item Page"),
+    ]
+    return _page("text", **_request(session, words), back=back, text=texts[name])
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -224,11 +221,11 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(parse_qs(body.decode(errors="replace")))
 
     def _answer(self, form: Mapping[str, list[str]]) -> None:
-        status, said = answer(self.path, form)
-        data = b"" if status == 302 else said.encode()
+        status, text = answer(self.path, form)
+        data = b"" if status == 302 else text.encode()
         self.send_response(status)
         if status == 302:
-            self.send_header("location", said)
+            self.send_header("location", text)
         self.send_header("content-type", "text/html; charset=utf-8")
         self.send_header("content-length", str(len(data)))
         self.end_headers()
@@ -242,7 +239,7 @@ class _Server(ThreadingHTTPServer):
 
 @contextlib.contextmanager
 def serve(port: int = 0) -> Iterator[str]:
-    """Runs the shop on a thread, on any free port unless one is given; yields its address."""
+    """Runs the shop in a thread and yields its address. port: 0 for any free one."""
     with _Server(("127.0.0.1", port), _Handler) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         thread.start()
@@ -254,10 +251,10 @@ def serve(port: int = 0) -> Iterator[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Runs the command line and returns the exit code."""
     parser = cli.Parser(
         prog="python -m xlam_jax.evaluate.shop",
-        description="A small shop with the pages of WebShop, to try the suite webshop out. Ends with Ctrl-C.",
+        description="A small shop with the pages of WebShop, to try out the suite webshop. Stop it with Ctrl-C.",
     )
     parser.add_argument("--port", type=int, default=3000, metavar="N", help="of 127.0.0.1 (default: 3000)")
     options = parser.parse_args(arguments)
@@ -266,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"shop: {url}, {len(PRODUCTS)} products, {GOALS} requests (fixed_0 to fixed_{GOALS - 1})", flush=True)
             threading.Event().wait()
     except (OSError, OverflowError) as error:
-        raise errors.UserError(f"--port {options.port}: cannot be used ({error}); give another") from None
+        raise errors.UserError(f"--port {options.port}: cannot be used ({error}); choose another") from None
     return 0
 
 

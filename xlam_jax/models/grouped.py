@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from xlam_jax.models import tiles, triton
 from xlam_jax.models.linear import Adapter
-from xlam_jax.models.moe import Linear, _as_given, _ready, _swiglu
+from xlam_jax.models.moe import Linear, as_given, ready, swiglu
 from xlam_jax.parallel import mesh, opaque
 
 
@@ -86,18 +86,18 @@ def _experts_sum(how: How, x_SD, gate_SK, w1_EDF, w3_EDF, w2_EFD, where: Groups)
 
 def _forward(how: How, x_SD, gate_SK, w1_EDF, w3_EDF, w2_EFD, where: Groups):
     x_SD = x_SD.astype(how.dtype)
-    w1, w3, w2 = _ready(how.dtype, w1_EDF, w3_EDF, w2_EFD)
+    w1, w3, w2 = ready(how.dtype, w1_EDF, w3_EDF, w2_EFD)
     x_AD = _rows(x_SD, where.assignment_A // gate_SK.shape[1])
     gate_AF = checkpoint_name(_apply(how, x_AD, w1, where), "hidden")
     up_AF = checkpoint_name(_apply(how, x_AD, w3, where), "hidden")
-    y_AD = _apply(how, _swiglu(gate_AF, up_AF, how.dtype), w2, where)
+    y_AD = _apply(how, swiglu(gate_AF, up_AF, how.dtype), w2, where)
     y_SD = jnp.einsum("SKD,SK->SD", _rows(y_AD, where.row_SK).astype(jnp.float32), gate_SK.astype(jnp.float32))
     return y_SD, (x_SD, gate_SK, w1_EDF, w3_EDF, w2_EFD, where, gate_AF, up_AF)
 
 
 def _backward(how: How, saved, dy_SD: jax.Array):
     x_SD, gate_SK, w1_EDF, w3_EDF, w2_EFD, where, gate_AF, up_AF = saved
-    w1, w3, w2 = _ready(how.dtype, w1_EDF, w3_EDF, w2_EFD)
+    w1, w3, w2 = ready(how.dtype, w1_EDF, w3_EDF, w2_EFD)
     token_A = where.assignment_A // gate_SK.shape[1]
     x_AD, dy_AD = _rows(x_SD, token_A), _rows(dy_SD.astype(how.dtype), token_A)
     weight_A1 = _rows(gate_SK.reshape(-1, 1), where.assignment_A).astype(jnp.float32)
@@ -118,7 +118,7 @@ def _backward(how: How, saved, dy_SD: jax.Array):
     dx_SD = jnp.sum(_rows(dx_AD, where.row_SK).astype(jnp.float32), axis=1)
     dw1 = _weight_gradients(how, x_AD, dgate_AF, w1, where)
     dw3 = _weight_gradients(how, x_AD, dup_AF, w3, where)
-    dws = _as_given(how.frozen, (dw1, dw3, dw2), (w1_EDF, w3_EDF, w2_EFD))
+    dws = as_given(how.frozen, (dw1, dw3, dw2), (w1_EDF, w3_EDF, w2_EFD))
     return dx_SD.astype(x_SD.dtype), dgate_SK.astype(gate_SK.dtype), *dws, None
 
 

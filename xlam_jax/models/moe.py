@@ -174,7 +174,7 @@ def experts_mlp(
     return _experts_mlp(dtype, frozen, x_SD, w1_EDF, w3_EDF, w2_EFD, where)
 
 
-def _ready(dtype: jnp.dtype, *linears: Linear) -> tuple[Linear, ...]:
+def ready(dtype: jnp.dtype, *linears: Linear) -> tuple[Linear, ...]:
     """The same in the compute dtype."""
     return tuple(
         Linear(dense(one.weight, dtype), jax.tree.map(lambda factor: factor.astype(dtype), one.adapter))
@@ -204,7 +204,7 @@ def _apply_backward(x: jax.Array, dy: jax.Array, linear: Linear, frozen: bool, e
     return dx, Linear(dweight, Adapter(dot(f"{e}CI,{e}Cr->{e}Ir", x, drank), dot(f"{e}Cr,{e}CO->{e}rO", rank, dy)))
 
 
-def _swiglu(gate: jax.Array, up: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def swiglu(gate: jax.Array, up: jax.Array, dtype: jnp.dtype) -> jax.Array:
     # f32 inside whatever the compute dtype: one rounding, and faster on a CPU than bf16 arithmetic.
     return (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(dtype)
 
@@ -236,16 +236,16 @@ def _of(expert: jax.Array, *linears: Linear) -> tuple[Linear, ...]:
 
 def _experts_forward(dtype, frozen, x_SD, w1_EDF, w3_EDF, w2_EFD, where: Route):
     x_SD = x_SD.astype(dtype)
-    w1, w3, w2 = _ready(dtype, w1_EDF, w3_EDF, w2_EFD)
+    w1, w3, w2 = ready(dtype, w1_EDF, w3_EDF, w2_EFD)
     x_ECD = _rows(x_SD, where.token_EC)
     gate_ECF = _apply(x_ECD, w1, "E").astype(dtype)
     up_ECF = _apply(x_ECD, w3, "E").astype(dtype)
-    y_ECD = _apply(_swiglu(gate_ECF, up_ECF, dtype), w2, "E").astype(dtype)
+    y_ECD = _apply(swiglu(gate_ECF, up_ECF, dtype), w2, "E").astype(dtype)
 
     def overflow(tile, y_AD):
         x_RD, expert = _tile(x_SD, where, tile)
         v1, v3, v2 = _of(expert, w1, w3, w2)
-        hidden = _swiglu(_apply(x_RD, v1, ""), _apply(x_RD, v3, ""), dtype)
+        hidden = swiglu(_apply(x_RD, v1, ""), _apply(x_RD, v3, ""), dtype)
         y_RD = _apply(hidden, v2, "").astype(dtype)
         return jax.lax.dynamic_update_slice(y_AD, y_RD, (slots + tile * x_RD.shape[0], 0))
 
@@ -272,7 +272,7 @@ def _slot_gradients(dtype, frozen, x, dy, gate, up, w1, w3, w2, e: str):
 
 def _experts_backward(dtype, frozen, saved, dy_SKD: jax.Array):
     x_SD, w1_EDF, w3_EDF, w2_EFD, where, gate_ECF, up_ECF = saved
-    w1, w3, w2 = _ready(dtype, w1_EDF, w3_EDF, w2_EFD)
+    w1, w3, w2 = ready(dtype, w1_EDF, w3_EDF, w2_EFD)
     tokens, per_token = where.row_SK.shape
     experts, capacity = where.token_EC.shape
     slots, width = experts * capacity, x_SD.shape[1]
@@ -305,10 +305,10 @@ def _experts_backward(dtype, frozen, saved, dy_SKD: jax.Array):
     dx_AD, dws = _loop(where.tiles, overflow, (dx_AD, dws))
     dx_SKD = dx_AD.at[where.row_SK].get(mode="fill", fill_value=0, wrap_negative_indices=False)
     dx_SD = jnp.sum(dx_SKD.astype(jnp.float32), axis=1)
-    return dx_SD.astype(x_SD.dtype), *_as_given(frozen, dws, (w1_EDF, w3_EDF, w2_EFD)), None
+    return dx_SD.astype(x_SD.dtype), *as_given(frozen, dws, (w1_EDF, w3_EDF, w2_EFD)), None
 
 
-def _as_given(frozen: bool, dws: Sequence[Linear], linears: Sequence[Linear]) -> tuple[Linear, ...]:
+def as_given(frozen: bool, dws: Sequence[Linear], linears: Sequence[Linear]) -> tuple[Linear, ...]:
     """Gradients of what trains, in the dtype that it came in; None where nothing trains."""
     return tuple(
         Linear(
@@ -347,11 +347,11 @@ def _put(rows_AD: jax.Array, assignment_EC: jax.Array, slots_ECD: jax.Array) -> 
 
 def _exchanged_forward(dtype, frozen, x_SD, w1_EDF, w3_EDF, w2_EFD, where: Rounds):
     x_SD = x_SD.astype(dtype)
-    w1, w3, w2 = _ready(dtype, w1_EDF, w3_EDF, w2_EFD)
+    w1, w3, w2 = ready(dtype, w1_EDF, w3_EDF, w2_EFD)
     tokens, per_token = where.row_SK.shape
 
     def result(hidden: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return mesh.exchange(_apply(_swiglu(*hidden, dtype), w2, "E").astype(dtype), back=True)
+        return mesh.exchange(_apply(swiglu(*hidden, dtype), w2, "E").astype(dtype), back=True)
 
     hidden = _hidden(_sent(x_SD, where.assignment_EC, per_token), w1, w3, dtype)
     y_SKD = _rows_or_nothing(result(hidden), where.row_SK)
@@ -371,7 +371,7 @@ def _rows_or_nothing(slots_ECD: jax.Array, row_SK: jax.Array) -> jax.Array:
 
 def _exchanged_backward(dtype, frozen, saved, dy_SKD: jax.Array):
     x_SD, w1_EDF, w3_EDF, w2_EFD, where, hidden = saved
-    w1, w3, w2 = _ready(dtype, w1_EDF, w3_EDF, w2_EFD)
+    w1, w3, w2 = ready(dtype, w1_EDF, w3_EDF, w2_EFD)
     tokens, per_token = where.row_SK.shape
     dy_AD = dy_SKD.astype(dtype).reshape(tokens * per_token, -1)
 
@@ -392,7 +392,7 @@ def _exchanged_backward(dtype, frozen, saved, dy_SKD: jax.Array):
 
     dx_AD, dws = _loop(where.rounds, further, (dx_SKD.reshape(tokens * per_token, -1), dws))
     dx_SD = jnp.sum(dx_AD.reshape(dx_SKD.shape).astype(jnp.float32), axis=1)
-    return dx_SD.astype(x_SD.dtype), *_as_given(frozen, dws, (w1_EDF, w3_EDF, w2_EFD)), None
+    return dx_SD.astype(x_SD.dtype), *as_given(frozen, dws, (w1_EDF, w3_EDF, w2_EFD)), None
 
 
 _exchanged_mlp.defvjp(_exchanged_forward, _exchanged_backward)

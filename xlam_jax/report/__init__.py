@@ -1,1 +1,1 @@
-"""A page about runs: what they learned, how fast, from what, and what they answer."""
+"""A page about training runs: losses, sources, speed, and answers to held-out requests."""

@@ -1,38 +1,37 @@
-"""Answers to held-out requests: what was asked, what was recorded, what each run said, and where they differ."""
+"""Answers to held-out requests, next to the recorded calls, with their differences."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from html import escape
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from xlam_jax.data.schemas import hashable
 from xlam_jax.enums import REQUEST_MARKS as MARKS
 from xlam_jax.journal import json_lines, summarize
-from xlam_jax.report.plots import color_class
+from xlam_jax.pages.plots import color_class
 from xlam_jax.report.runs import is_step
 from xlam_jax.training.run_folder import SAMPLES
 
 REQUESTS = 40
-"""Requests of a run that are kept: the first of its samples.jsonl."""
+"""Number of requests of a run that are shown: the first of its samples.jsonl."""
 ANSWERS = 10
-"""Steps of a run whose answers to a request are shown: the first and the last, the others evenly between."""
+"""Number of a run's answers to a request that are shown: the first, the last, and others evenly spaced in between."""
 LONGEST = {"message": 3_000, "conversation": 12_000, "answer": 2_000, "value": 400}
-"""Characters that are shown of a text."""
+"""Maximum number of characters of a text that are shown."""
 
 Key = tuple[str, str, str]
-"""Source, trajectory and turn: what tells one request from another."""
+"""Source, trajectory and turn, which identify a request."""
 
 
 class Answer(NamedTuple):
-    """What a run said to a request after a step."""
+    """A run's answer to a request after a step."""
 
     calls: list[Any]
     content: str
     text: str
-    """All that was generated, as it came."""
+    """The generated text, before it was parsed."""
     cut: bool
-    """It reached eval.max_new_tokens."""
+    """Whether it reached eval.max_new_tokens."""
     marks: dict[str, bool]
 
 
@@ -49,11 +48,66 @@ class Samples(NamedTuple):
 
     requests: dict[Key, Request]
     hidden: int
-    """Requests beyond the first REQUESTS."""
+    """Number of requests beyond the first REQUESTS."""
+
+
+class Line(NamedTuple):
+    """A line of a call: its name, or an argument. `removed` was recorded, `added` was answered, `kept` is in both."""
+
+    key: str | None = None
+    kept: str | None = None
+    removed: str | None = None
+    added: str | None = None
+    note: str = ""
+
+
+class AnswerView(NamedTuple):
+    """An answer, as the page shows it."""
+
+    run: str
+    """The run's name, where it is shown."""
+    css: str
+    step: int
+    marks: list[tuple[str, bool]]
+    content: str
+    calls: list[list[Line]]
+    raw: str
+    """The generated text, if it could not be parsed."""
+    cut: bool
+
+
+class RunAnswers(NamedTuple):
+    """A run's answers to a request: the last one, and those after earlier steps, latest first."""
+
+    last: AnswerView
+    earlier: list[AnswerView]
+    hidden: int
+    """Number of answers that are not shown."""
+
+
+class Card(NamedTuple):
+    """A request with the answers of all runs, as the page shows it."""
+
+    exact: bool
+    """Whether the last answer of each run has exactly the recorded calls."""
+    source: str
+    trajectory: str
+    turn: str
+    question: str
+    """The last user message."""
+    message_count: int
+    messages: list[tuple[str, str]]
+    """Roles and texts."""
+    hidden_messages: int
+    recorded: list[list[Line]]
+    runs: list[RunAnswers]
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
 
 
 def read(run: Path, warnings: list[str]) -> Samples:
-    """Reads RUN/samples.jsonl; what is wrong with it is told in `warnings`."""
+    """Reads RUN/samples.jsonl, if there is one, and adds what is wrong with it to `warnings`."""
     path = run / SAMPLES
     requests: dict[Key, Request] = {}
     hidden: set[Key] = set()
@@ -74,140 +128,173 @@ def read(run: Path, warnings: list[str]) -> Samples:
         if record["step"] in answers:
             problems.append(f"line {at} answers a request a second time after step {record['step']:,}")
             continue
-        answers[record["step"]] = Answer(
-            calls=_list(record.get("calls")),
-            content=_text(record.get("content"), "answer"),
-            text=_text(record.get("text"), "answer"),
-            cut=record.get("finish_reason") == "length",
-            marks={mark: record[mark] is True for mark in MARKS if mark in record},
-        )
+        answers[record["step"]] = _read_answer(record)
     warnings += summarize(path, problems)
     return Samples(requests, len(hidden))
+
+
+def _read_answer(record: dict[str, Any]) -> Answer:
+    return Answer(
+        calls=_list(record.get("calls")),
+        content=_shorten(record.get("content"), "answer"),
+        text=_shorten(record.get("text"), "answer"),
+        cut=record.get("finish_reason") == "length",
+        marks={mark: record[mark] is True for mark in MARKS if mark in record},
+    )
 
 
 def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _text(value: Any, kind: str) -> str:
-    """A text, or any other value as JSON, no longer than its kind may be."""
+def _shorten(value: Any, kind: str) -> str:
+    """Returns a text, or any other value as JSON, cut to the maximum length of its kind."""
     text = "" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     more = len(text) - LONGEST[kind]
     return text if more <= 0 else f"{text[: LONGEST[kind]]} … ({more:,} more characters)"
 
 
-def cards(runs: Sequence[tuple[str, Samples]]) -> Iterator[str]:
-    """Yields a card a request: the last user message, the conversation, the expected calls, and each run's answers."""
+# ---- cards ----------------------------------------------------------------------------------------------------------
+
+
+def make_cards(runs: Sequence[tuple[str, Samples]]) -> list[Card]:
+    """Returns a card per request. `runs`: names and samples of the runs."""
     keys = dict.fromkeys(key for _, samples in runs for key in samples.requests)
-    for key in keys:
-        asked = [
-            (at, name, samples.requests[key]) for at, (name, samples) in enumerate(runs) if key in samples.requests
-        ]
-        request = asked[0][2]
-        exact = all(one.answers[max(one.answers)].marks.get("exact") for _, _, one in asked)
-        source, trajectory, turn = key
-        yield f'<article class="sample" data-exact="{"yes" if exact else "no"}">\n'
-        yield f"<h3>{escape(source)} <span>{escape(trajectory)}, turn {escape(turn)}</span></h3>\n"
-        yield f'<blockquote class="text">{escape(_last_user_message(request.messages))}</blockquote>\n'
-        yield f"<details><summary>the whole conversation: {len(request.messages)} messages</summary>\n"
-        yield from _conversation(request.messages)
-        yield "</details>\n"
-        yield f'<div class="answers"><div><h4>recorded</h4>{_calls(request.expected, request.expected)}</div>\n'
-        for at, run, one in asked:
-            yield f"<div>{''.join(_answers(one, run if len(runs) > 1 else '', at))}</div>\n"
-        yield "</div></article>\n"
+    return [_make_card(key, runs) for key in keys]
+
+
+def _make_card(key: Key, runs: Sequence[tuple[str, Samples]]) -> Card:
+    requests = [(at, name, samples.requests[key]) for at, (name, samples) in enumerate(runs) if key in samples.requests]
+    first = requests[0][2]
+    source, trajectory, turn = key
+    messages = list(_conversation(first.messages))
+    return Card(
+        exact=all(request.answers[max(request.answers)].marks.get("exact") for _, _, request in requests),
+        source=source,
+        trajectory=trajectory,
+        turn=turn,
+        question=_last_user_message(first.messages),
+        message_count=len(first.messages),
+        messages=messages,
+        hidden_messages=len(first.messages) - len(messages),
+        recorded=_compare_calls(first.expected, first.expected),
+        runs=[_run_answers(request, name if len(runs) > 1 else "", color_class(at)) for at, name, request in requests],
+    )
 
 
 def _last_user_message(messages: Iterable[Any]) -> str:
-    said = [
+    contents = [
         message.get("content") for message in messages if isinstance(message, dict) and message.get("role") == "user"
     ]
-    return _text(said[-1], "message") if said else "(no user message)"
+    return _shorten(contents[-1], "message") if contents else "(no user message)"
 
 
-def _conversation(messages: Sequence[Any]) -> Iterator[str]:
-    left = LONGEST["conversation"]
-    for at, message in enumerate(messages):
+def _conversation(messages: Iterable[Any]) -> Iterator[tuple[str, str]]:
+    """Yields roles and texts, up to the maximum length of a conversation."""
+    remaining = LONGEST["conversation"]
+    for message in messages:
         message = message if isinstance(message, dict) else {"content": message}
-        text = _text(message.get("content"), "message")
+        text = _shorten(message.get("content"), "message")
         if calls := message.get("tool_calls"):
-            text += ("\n" if text else "") + _text([_function(call) for call in _list(calls)], "message")
-        left -= len(text)
-        if left < 0:
-            yield f'<p class="quiet">… and {len(messages) - at} more messages</p>\n'
+            text += ("\n" if text else "") + _shorten([_function(call) for call in _list(calls)], "message")
+        remaining -= len(text)
+        if remaining < 0:
             return
-        role = escape(str(message.get("role", "?")))
-        yield f'<div class="message"><b>{role}</b><div class="text">{escape(text)}</div></div>\n'
+        yield str(message.get("role", "?")), text
 
 
 def _function(call: Any) -> Any:
     return call.get("function", call) if isinstance(call, dict) else call
 
 
-def _answers(request: Request, run: str, color: int) -> Iterator[str]:
-    """A run's last answer, and those before it."""
+def _run_answers(request: Request, run: str, css: str) -> RunAnswers:
     steps = sorted(request.answers)
+    shown = steps
     if len(steps) > ANSWERS:
-        chosen = sorted({steps[round(at * (len(steps) - 1) / (ANSWERS - 1))] for at in range(ANSWERS)})
-    else:
-        chosen = steps
-    yield _answer(request, chosen[-1], run, color)
-    if earlier := chosen[-2::-1]:
-        hidden = len(steps) - len(chosen)
-        rest = f", {hidden} not shown" if hidden else ""
-        yield f"<details><summary>after earlier steps: {len(earlier)} answers{rest}</summary>\n"
-        for step in earlier:
-            yield _answer(request, step, "", color)
-        yield "</details>\n"
-
-
-def _answer(request: Request, step: int, run: str, color: int) -> str:
-    answer = request.answers[step]
-    marks = " ".join(
-        f'<span class="{"good" if good else "bad"}">{"✓" if good else "✗"} {mark.replace("_", " ")}</span>'
-        for mark, good in answer.marks.items()
+        shown = sorted({steps[round(at * (len(steps) - 1) / (ANSWERS - 1))] for at in range(ANSWERS)})
+    return RunAnswers(
+        last=_answer_view(request, shown[-1], run, css),
+        earlier=[_answer_view(request, step, "", css) for step in shown[-2::-1]],
+        hidden=len(steps) - len(shown),
     )
-    whose = f'<i class="dot {color_class(color)}"></i>{escape(run)}, ' if run else ""
-    parts = [f'<div class="answer"><h4><b>{whose}step {step:,}</b> {marks}</h4>\n']
-    if answer.content:
-        parts.append(f'<div class="text">{escape(answer.content)}</div>\n')
-    parts.append(_calls(request.expected, answer.calls))
-    if answer.text and not answer.marks.get("parsable", True):
-        parts.append(f'<div class="text raw">{escape(answer.text)}</div>\n')
-    if answer.cut:
-        parts.append('<p class="quiet">cut at eval.max_new_tokens</p>\n')
-    return "".join(parts) + "</div>\n"
 
 
-def _calls(expected: list[Any], got: list[Any]) -> str:
-    """The calls that were made, each beside the one that was expected; what differs is struck out or underlined."""
-    if not expected and not got:
-        return '<p class="quiet">no call</p>\n'
-    return "".join(_call(one, other) for one, other in pair(expected, got))
+def _answer_view(request: Request, step: int, run: str, css: str) -> AnswerView:
+    answer = request.answers[step]
+    return AnswerView(
+        run=run,
+        css=css,
+        step=step,
+        marks=[(mark.replace("_", " "), good) for mark, good in answer.marks.items()],
+        content=answer.content,
+        calls=_compare_calls(request.expected, answer.calls),
+        raw="" if answer.marks.get("parsable", True) else answer.text,
+        cut=answer.cut,
+    )
 
 
-def pair(expected: list[Any], got: list[Any]) -> list[tuple[Any, Any]]:
-    """Which call stands for which: equal ones first, then those of one function, then the rest in order; None where one
-    has no counterpart. In the order of `expected`, then of `got`."""
-    free = list(range(len(got)))
+# ---- differences between calls --------------------------------------------------------------------------------------
+
+
+def pair(expected: list[Any], calls: list[Any]) -> list[tuple[Any, Any]]:
+    """Matches calls with expected ones: equal calls first, then calls of the same function, then the rest in order.
+
+    Returns pairs in the order of `expected`, then of `calls`; None where a call has no counterpart.
+    """
+    free = list(range(len(calls)))
     partner: dict[int, int] = {}
-    for alike in (same, lambda one, other: _name(one) == _name(other), lambda one, other: True):
-        for at, one in enumerate(expected):
-            found = next((index for index in free if at not in partner and alike(one, got[index])), None)
-            if found is not None:
-                partner[at] = found
-                free.remove(found)
-    pairs = [(one, got[partner[at]] if at in partner else None) for at, one in enumerate(expected)]
-    return pairs + [(None, got[index]) for index in free]
+    rules: tuple[Callable[[Any, Any], bool], ...] = (
+        same,
+        lambda left, right: _name(left) == _name(right),
+        lambda left, right: True,
+    )
+    for alike in rules:
+        for at, call in enumerate(expected):
+            match = next((index for index in free if at not in partner and alike(call, calls[index])), None)
+            if match is not None:
+                partner[at] = match
+                free.remove(match)
+    pairs = [(call, calls[partner[at]] if at in partner else None) for at, call in enumerate(expected)]
+    return pairs + [(None, calls[index]) for index in free]
 
 
-def same(one: Any, other: Any) -> bool:
-    """Whether two values are the same in JSON, as the score of an answer has it: 1 and 1.0, but not 1 and true."""
-    return hashable(one) == hashable(other)
+def same(left: Any, right: Any) -> bool:
+    """Returns whether two values are equal in JSON, as in the score of an answer: 1 and 1.0 are, 1 and true are not."""
+    return hashable(left) == hashable(right)
+
+
+def _compare_calls(expected: list[Any], calls: list[Any]) -> list[list[Line]]:
+    return [_compare_call(left, right) for left, right in pair(expected, calls)]
+
+
+def _compare_call(expected: Any, call: Any) -> list[Line]:
+    """Returns a line for the name, and one per argument."""
+    if call is None:
+        rest = [Line(removed=_argument(*item)) for item in _arguments(expected).items()]
+        return [Line(removed=_name(expected), note="not called"), *rest]
+    if expected is None:
+        rest = [Line(added=_argument(*item)) for item in _arguments(call).items()]
+        return [Line(added=_name(call), note="not expected"), *rest]
+    before, after = _arguments(expected), _arguments(call)
+    lines = [_change(_name(expected), _name(call))]
+    for key in dict.fromkeys([*before, *after]):
+        if key not in after:
+            lines.append(Line(removed=_argument(key, before[key]), note="missing"))
+        elif key not in before:
+            lines.append(Line(added=_argument(key, after[key]), note="not expected"))
+        else:
+            left, right = _value(before[key]), _value(after[key])
+            line = Line(kept=right) if same(before[key], after[key]) else Line(removed=left, added=right)
+            lines.append(line._replace(key=key or None))
+    return lines
+
+
+def _change(before: str, after: str) -> Line:
+    return Line(kept=after) if before == after else Line(removed=before, added=after)
 
 
 def _name(call: Any) -> str:
-    return str(call.get("name")) if isinstance(call, dict) else _text(call, "value")
+    return str(call.get("name")) if isinstance(call, dict) else _shorten(call, "value")
 
 
 def _arguments(call: Any) -> dict[str, Any]:
@@ -215,66 +302,9 @@ def _arguments(call: Any) -> dict[str, Any]:
     return arguments if isinstance(arguments, dict) else {} if arguments is None else {"": arguments}
 
 
-def _call(expected: Any, got: Any) -> str:
-    """One call: its name, and an argument a line."""
-    if got is None:
-        lines = [f"<del>{_code(_name(expected))}</del> <em>not called</em>"]
-        lines += [f"<del>{_code(_argument(*item))}</del>" for item in _arguments(expected).items()]
-    elif expected is None:
-        lines = [f"<ins>{_code(_name(got))}</ins> <em>not asked for</em>"]
-        lines += [f"<ins>{_code(_argument(*item))}</ins>" for item in _arguments(got).items()]
-    else:
-        lines = [_changed(_name(expected), _name(got))]
-        before, after = _arguments(expected), _arguments(got)
-        for key in dict.fromkeys([*before, *after]):
-            if key not in after:
-                lines.append(f"<del>{_code(_argument(key, before[key]))}</del> <em>left out</em>")
-            elif key not in before:
-                lines.append(f"<ins>{_code(_argument(key, after[key]))}</ins> <em>not asked for</em>")
-            else:
-                equal = same(before[key], after[key])
-                one, other = _text_of(before[key]), _text_of(after[key])
-                value = _code(other) if equal else f"<del>{_code(one)}</del> <ins>{_code(other)}</ins>"
-                lines.append(f"{_code(key)}: {value}" if key else value)
-    first, *rest = lines
-    return f'<div class="call"><div>{first}</div>{"".join(f"<div>{line}</div>" for line in rest)}</div>\n'
-
-
-def _changed(one: str, other: str) -> str:
-    return _code(other) if one == other else f"<del>{_code(one)}</del> <ins>{_code(other)}</ins>"
-
-
 def _argument(key: str, value: Any) -> str:
-    return f"{key}: {_text_of(value)}" if key else _text_of(value)
+    return f"{key}: {_value(value)}" if key else _value(value)
 
 
-def _text_of(value: Any) -> str:
-    return _text(json.dumps(value, ensure_ascii=False), "value")
-
-
-def _code(text: str) -> str:
-    return f"<code>{escape(text)}</code>"
-
-
-STYLE = """
-.sample { border-top: 1px solid var(--line); padding: .8rem 0 1rem; break-inside: avoid; }
-.sample h3 { font-size: 1rem; margin: 0 0 .3rem; } .sample h3 span { font-weight: 400; color: var(--quiet); }
-.answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 0 2rem; }
-.answers > * { min-width: 0; }
-.sample h4 { display: flex; flex-wrap: wrap; align-items: center; gap: 0 .7rem; margin: .7rem 0 .3rem;
-  font-size: 13px; }
-.sample h4 span { font-weight: 400; }
-.sample blockquote { margin: .3rem 0; padding-left: .8rem; border-left: 3px solid var(--line); max-height: 12rem;
-  overflow-y: auto; }
-.text { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; }
-.raw { font: 13px/1.5 ui-monospace, monospace; padding: .3rem .6rem; background: var(--shade); border-radius: 4px; }
-.message { display: grid; grid-template-columns: 5.5rem 1fr; gap: .2rem .8rem; font-size: 13px; padding: .25rem 0; }
-.message b { font-weight: 400; color: var(--quiet); } .message .text { min-width: 0; }
-.call { margin: .2rem 0; padding-left: .8rem; border-left: 3px solid var(--line); font-size: 13px; line-height: 1.55;
-  overflow-wrap: anywhere; unicode-bidi: isolate; }
-.call > div:not(:first-child) { padding-left: 1.2rem; } .call > div:first-child code { font-weight: 600; }
-code { font: 13px/1.55 ui-monospace, monospace; white-space: pre-wrap; }
-del { color: var(--bad); } ins { color: var(--good); text-underline-offset: 3px; } em { color: var(--quiet); }
-.good { color: var(--good); } .bad { color: var(--bad); }
-.dot { display: inline-block; width: 9px; height: 9px; border-radius: 50%; background: var(--c); margin-right: .4rem; }
-"""
+def _value(value: Any) -> str:
+    return _shorten(json.dumps(value, ensure_ascii=False), "value")
