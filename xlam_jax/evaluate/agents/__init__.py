@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from xlam_jax.evaluate import _named
-from xlam_jax.evaluate.suite import Episode
+from xlam_jax.evaluate.episode import Episode
 
 if TYPE_CHECKING:
     from xlam_jax.evaluate.endpoint import Model

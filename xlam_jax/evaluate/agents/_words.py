@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from xlam_jax.data.trajectory import ToolCall
 from xlam_jax.evaluate.agents import Agent
 from xlam_jax.evaluate.agents._actions import described, read, written
-from xlam_jax.evaluate.suite import Demonstration, Episode
+from xlam_jax.evaluate.episode import Demonstration, Episode
 
 if TYPE_CHECKING:
     from xlam_jax.evaluate.endpoint import Answer, Model

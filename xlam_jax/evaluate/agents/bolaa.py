@@ -12,7 +12,7 @@ from xlam_jax.data.trajectory import ToolCall
 from xlam_jax.evaluate.agents import Agent
 from xlam_jax.evaluate.agents._actions import described, read, written
 from xlam_jax.evaluate.agents._words import MISUNDERSTOOD, STOP, history
-from xlam_jax.evaluate.suite import Episode
+from xlam_jax.evaluate.episode import Episode
 
 if TYPE_CHECKING:
     from xlam_jax.evaluate.endpoint import Model

@@ -4,7 +4,7 @@ makes several, and each result as a tool turn."""
 from typing import TYPE_CHECKING
 
 from xlam_jax.evaluate.agents import Agent
-from xlam_jax.evaluate.suite import Episode
+from xlam_jax.evaluate.episode import Episode
 
 if TYPE_CHECKING:
     from xlam_jax.evaluate.endpoint import Model
