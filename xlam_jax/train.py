@@ -22,6 +22,7 @@ from xlam_jax.outputs import LOCK, PART, locked
 from xlam_jax.parallel import distributed
 from xlam_jax.parallel.link import Hosts, host_name
 from xlam_jax.signals import Stop
+from xlam_jax.training.facts import facts_of_run
 from xlam_jax.training.trackers import check_trackers
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def main() -> int:
     run = Path(resolved.config.output_dir)
     place = distributed.find(arguments, os.environ)
     with_huge_pages()
-    with Stop() as stop, distributed.join(place, arguments.join_timeout, resolved) as hosts:
+    with Stop() as stop, distributed.join(place, arguments.join_timeout, facts_of_run(resolved)) as hosts:
         from xlam_jax.training.progress import Progress
 
         if arguments.dry_run:

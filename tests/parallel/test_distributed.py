@@ -25,9 +25,10 @@ from xlam_jax import train
 from xlam_jax.errors import STOPPED, UserError
 from xlam_jax.launch import free_ports
 from xlam_jax.parallel import distributed
-from xlam_jax.parallel.distributed import Place, agree, check_shared, facts, find
+from xlam_jax.parallel.distributed import Place, agree, check_shared, find
 from xlam_jax.parallel.link import LOST, Hosts, Hub, Link
 from xlam_jax.training import checkpoint
+from xlam_jax.training.facts import code_digest, facts_of_run
 from xlam_jax.training.progress import Progress
 
 JOBSET = {
@@ -226,7 +227,7 @@ def test_many_differences_are_counted():
 
 def test_what_is_compared(short_config: Path, tmp_path: Path):
     def told(*overrides: str) -> dict[str, Any]:
-        return facts(configs.load(short_config, ["output_dir=x", *overrides]))
+        return facts_of_run(configs.load(short_config, ["output_dir=x", *overrides]))
 
     one = told()
     for same in ("train.log_every=7", "data.cache=/elsewhere", "track.to=[tensorboard]"):
@@ -236,15 +237,14 @@ def test_what_is_compared(short_config: Path, tmp_path: Path):
         assert told(other) != one
 
 
-def test_code_is_compared_by_content(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_code_is_compared_by_content(tmp_path: Path):
     for name in ("xlam_jax/parallel", "converters"):
         (tmp_path / name).mkdir(parents=True)
-    monkeypatch.setattr(distributed, "__file__", str(tmp_path / "xlam_jax/parallel/distributed.py"))
-    empty = distributed._code()
+    empty = code_digest(tmp_path)
     (tmp_path / "converters/one.py").write_text("1")
-    first = distributed._code()
+    first = code_digest(tmp_path)
     (tmp_path / "converters/one.py").write_text("2")
-    assert len({empty, first, distributed._code()}) == 3
+    assert len({empty, first, code_digest(tmp_path)}) == 3
 
 
 def test_a_folder_that_one_host_does_not_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

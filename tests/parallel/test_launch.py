@@ -15,6 +15,7 @@ from xlam_jax import launch, train
 from xlam_jax.errors import UserError
 from xlam_jax.parallel import distributed
 from xlam_jax.signals import Stop
+from xlam_jax.training.facts import facts_of_run
 from xlam_jax.training.progress import Progress
 
 STEPS = 20
@@ -36,7 +37,7 @@ def work(task: dict[str, Any]) -> None:
     root, meshes = Path(task["root"]), task["meshes"]
     first = resolve(task, root, {})
     with (
-        distributed.join(place if place.processes > 1 else None, 120, first) as hosts,
+        distributed.join(place if place.processes > 1 else None, 120, facts_of_run(first)) as hosts,
         Progress(quiet=not hosts.first) as progress,
         Stop() as stop,
     ):

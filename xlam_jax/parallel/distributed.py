@@ -8,17 +8,13 @@ import hashlib
 import json
 import math
 import os
-import re
 import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from xlam_jax import config as configs
-from xlam_jax.config import Resolved
 from xlam_jax.errors import UserError
 from xlam_jax.parallel.link import SECRET, Hosts, Hub, Link, connect, host_name, relay
 
@@ -30,8 +26,6 @@ LOCAL = ("localhost", "127.0.0.1")
 OF_JOBS = 61440
 """From here on JAX derives ports from the numbers of jobs, one each; ours are two each, so that jobs that follow each
 other can share a node."""
-MAY_DIFFER = re.compile(r"track\.|train\.log_every$|data\.cache$")
-"""Fields of a config that need not be the same on all hosts: what host 0 alone reads, and where a copy lies."""
 SHOWN = 10
 """Differences that a message lists at most."""
 LAG = 10.0
@@ -184,8 +178,9 @@ def _number(environment: Mapping[str, str], name: str, default: int | None = Non
     return int(text)
 
 
-def join(place: Place | None, timeout: float, resolved: Resolved) -> Hosts:
-    """Meets the other processes, compares what must be the same, and starts JAX among them; touches no device.
+def join(place: Place | None, timeout: float, facts: Mapping[str, Any]) -> Hosts:
+    """Meets the other processes, compares `facts`, which must be the same on all of them, and starts JAX among them;
+    touches no device.
 
     Raises `UserError` when not all are there within `timeout` seconds; ends all of them when they differ.
     """
@@ -199,7 +194,7 @@ def join(place: Place | None, timeout: float, resolved: Resolved) -> Hosts:
     try:
         if hosts.first:
             print(f"{hosts.me} is {place}", file=sys.stderr, flush=True)
-        agree(hosts, facts(resolved))
+        agree(hosts, facts)
         _initialize(place, timeout)
     except BaseException as error:
         hosts.fail(error)
@@ -233,33 +228,9 @@ def _initialize(place: Place, timeout: float) -> None:
     )
 
 
-def facts(resolved: Resolved) -> dict[str, Any]:
-    """What must be the same on all hosts before any data is read: the config, the code, the versions."""
-    fields = {name: value for name, value in configs.flatten(resolved.config) if not MAY_DIFFER.match(name)}
-    return {
-        **fields,
-        "the model's config.json": digest(json.dumps(resolved.hf_config, sort_keys=True, default=str)),
-        "the code of xlam_jax and converters": _code(),
-        **{f"the version of {name}": _version(name) for name in ("xlam_jax", "jax", "jaxlib", "orbax-checkpoint")},
-    }
-
-
 def digest(text: str) -> str:
     """A short name of a text by its content."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _code() -> str:
-    root = Path(__file__).parents[2]
-    files = sorted(path for name in ("xlam_jax", "converters") for path in (root / name).rglob("*.py"))
-    return digest("".join(f"{path.relative_to(root)}\n{path.read_text(encoding='utf-8')}" for path in files))
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def agree(hosts: Hosts, mine: Mapping[str, Any]) -> None:
