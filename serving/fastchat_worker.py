@@ -5,15 +5,12 @@ those of training. This worker gives it rules that only keep the turns apart, re
 with the model's chat template. It speaks FastChat's protocol over HTTP and needs nothing of it.
 """
 
-import http.client
 import json
 import re
 import signal
 import socket
 import sys
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -243,18 +240,24 @@ def _joined(before: dict[str, Any] | None, new: Any) -> dict[str, Any] | None:
 
 
 def post(url: str, body: Any, headers: Mapping[str, str] | None = None) -> Any:
-    """Sends JSON, and returns the JSON that comes back, None for nothing. No proxy stands between.
+    """Posts JSON, and returns the JSON of the response, None for an empty one. Uses no proxy.
 
-    Raises `OSError`, also where the other side does not speak HTTP, and `ValueError` for what is not JSON.
+    Raises `OSError` where nothing answers, or with an error or not in HTTP, and `ValueError` for an invalid address and
+    for a response that is not JSON.
     """
-    request = urllib.request.Request(
-        url, json.dumps(body).encode(), {"Content-Type": "application/json", **(headers or {})}
-    )
+    import httpx2
+
     try:
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30) as answer:
-            return json.loads(answer.read() or b"null")
-    except http.client.HTTPException as error:
-        raise ConnectionError(f"no HTTP: {type(error).__name__} {str(error)[:100]!r}") from None
+        with httpx2.Client(timeout=30, headers=headers, trust_env=False, follow_redirects=True) as client:
+            response = client.post(url, json=body)
+        response.raise_for_status()
+    except httpx2.HTTPStatusError as error:
+        raise ConnectionError(f"answered {error.response.status_code} {error.response.reason_phrase}") from None
+    except httpx2.HTTPError as error:
+        raise ConnectionError(f"{type(error).__name__}: {str(error)[:100]}") from None
+    except httpx2.InvalidURL as error:
+        raise ValueError(str(error)) from None
+    return json.loads(response.content or b"null")
 
 
 def handler_of(worker: Worker) -> type[BaseHTTPRequestHandler]:

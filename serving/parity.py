@@ -151,14 +151,14 @@ class Server:
         return sent["choices"][0], [{key: call[key] for key in ("name", "arguments")} for call in message["tool_calls"]]
 
     def _ask(self, method: str, url: str, body: Any) -> Any:
-        import httpx
+        import httpx2
 
         try:
-            response = httpx.request(method, url, json=body, headers=self._headers, timeout=self._timeout)
+            response = httpx2.request(method, url, json=body, headers=self._headers, timeout=self._timeout)
             if response.status_code != 200:
                 raise ServerError(f"{url}: {response.status_code}: {response.text[:300]}")
             return response.json()
-        except (httpx.HTTPError, ValueError) as error:
+        except (httpx2.HTTPError, ValueError) as error:
             raise ServerError(f"{url}: no answer that can be read ({error}); is a vLLM server there?") from None
 
 

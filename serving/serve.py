@@ -17,8 +17,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -415,14 +413,15 @@ def reachable(host: str) -> str:
 def _wait(server: "subprocess.Popen[bytes]", host: str, port: int, timeout: float, stopped: Callable[[], bool]) -> bool:
     """Whether the server became healthy in time."""
     until = time.monotonic() + timeout
-    # no proxy stands between this machine and itself
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    while time.monotonic() < until and server.poll() is None and not stopped():
-        try:
-            with opener.open(f"http://{host}:{port}/health", timeout=5) as answer:
-                if answer.status == 200:
+    import httpx2
+
+    with httpx2.Client(timeout=5, trust_env=False) as client:  # no proxy between this machine and itself
+        while time.monotonic() < until and server.poll() is None and not stopped():
+            try:
+                if client.get(f"http://{host}:{port}/health").status_code == 200:
                     return True
-        except (urllib.error.URLError, OSError):
+            except httpx2.HTTPError:
+                pass
             time.sleep(0.2)
     return False
 

@@ -24,9 +24,9 @@ from typing import IO
 from xlam_jax import cli, train
 from xlam_jax import config as configs
 from xlam_jax.errors import STOPPED, UserError
-from xlam_jax.parallel.link import LOST, SECRET, SILENCE, VERDICT
+from xlam_jax.parallel.link import HEARTBEAT_TIMEOUT, LOST, SECRET, SETTLE
 
-GRACE = SILENCE + 3 * VERDICT
+GRACE = HEARTBEAT_TIMEOUT + 3 * SETTLE
 """Seconds that the others have to end by themselves once one has ended: as long as it may take to learn of its loss."""
 POLL = 0.05
 """Seconds between looks at the processes."""

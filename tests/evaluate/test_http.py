@@ -60,3 +60,17 @@ def test_a_server_that_stays_away(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("xlam_jax.evaluate._http.TRIES", 2)
     with pytest.raises(EndpointFault, match="cannot be fetched"):
         asyncio.run(fetch("http://127.0.0.1:9/"))
+
+
+def test_a_page_that_is_too_long(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("xlam_jax.evaluate._http.TRIES", 1)
+    monkeypatch.setattr("xlam_jax.evaluate._http.LONGEST", 6)
+    with serve(200) as (url, _), pytest.raises(EndpointFault, match="the page has more than 6 bytes"):
+        asyncio.run(fetch(url))
+
+
+@pytest.mark.parametrize("url", ["http://[::1/", "file:///etc/passwd", "http://127.0.0.1:99999/", "no address"])
+def test_an_address_that_cannot_be_fetched(url: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("xlam_jax.evaluate._http.TRIES", 1)
+    with pytest.raises(EndpointFault, match="cannot be fetched"):
+        asyncio.run(fetch(url))

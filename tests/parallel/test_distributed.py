@@ -26,7 +26,8 @@ from xlam_jax.errors import STOPPED, UserError
 from xlam_jax.launch import free_ports
 from xlam_jax.parallel import distributed
 from xlam_jax.parallel.distributed import Place, agree, check_shared, find
-from xlam_jax.parallel.link import LOST, Hosts, Hub, Link
+from xlam_jax.parallel.hub import Hub
+from xlam_jax.parallel.link import LOST, Hosts, Link
 from xlam_jax.progress import Progress
 from xlam_jax.training import run_folder
 from xlam_jax.training.facts import code_digest, facts_of_run

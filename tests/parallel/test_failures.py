@@ -17,17 +17,19 @@ from support import ROOT, Commands, deadline, train_losses, wait_until
 
 from xlam_jax.errors import STOPPED
 from xlam_jax.launch import GRACE, free_ports
-from xlam_jax.parallel.link import LOST, SILENCE, WARNINGS, Hub, connect
+from xlam_jax.parallel.hub import WARNINGS, Hub
+from xlam_jax.parallel.link import HEARTBEAT_TIMEOUT, LOST, connect
 
 AT_MOST = deadline(60)
 """Seconds in which all are to end when one is lost."""
 HOST = """
 import atexit, json, os, queue, signal, sys, time
 from xlam_jax import cli, errors
-from xlam_jax.parallel.link import Hub, Link
+from xlam_jax.parallel.hub import Hub
+from xlam_jax.parallel.link import Link
 
-address, port, process, count, timeout, silence = json.loads(sys.argv[1])
-secret = os.environ.get("XLAM_JAX_SECRET", "")
+address, port, process, count, timeout, heartbeat_timeout = json.loads(sys.argv[1])
+options = {"timeout": timeout, "heartbeat_timeout": heartbeat_timeout, "secret": os.environ.get("XLAM_JAX_SECRET", "")}
 asked = []
 signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
 
@@ -50,8 +52,8 @@ class Late(queue.SimpleQueue):
 
 def main():
     if process == 0:
-        Hub(port, count, timeout=timeout, silence=silence, secret=secret)
-    with Link((address, port), process, count, timeout=timeout, silence=silence, secret=secret) as hosts:
+        Hub(port, count, **options)
+    with Link((address, port), process, count, **options) as hosts:
         print("here", flush=True)
         for step in range(1, 10**6):
             time.sleep(0.01 * (1 + process))  # some are faster
@@ -60,7 +62,7 @@ def main():
             if hosts.stops(step, bool(asked)):
                 break
         if process == count - 1:
-            hosts._told = Late()  # host 0 has ended when this one learns that all are at their end
+            hosts._values = Late()  # host 0 has ended when this one learns that all are at their end
     print(step)
 
 cli.run(main)
@@ -83,13 +85,13 @@ class Group:
         processes: Sequence[int] | None = None,
         address: str = "localhost",
         timeout: float = deadline(30),
-        silence: float = deadline(6),
+        heartbeat_timeout: float = deadline(6),
         within: Sequence[str] = (),
         secret: str = "",
     ) -> None:
         """Starts some of `count` hosts, by a command such as `ip netns exec NAME`."""
         for process in range(count) if processes is None else processes:
-            told = json.dumps([address, port, process, count, timeout, silence])
+            told = json.dumps([address, port, process, count, timeout, heartbeat_timeout])
             self.started.append(
                 subprocess.Popen(
                     [*within, sys.executable, "-c", HOST, told],
@@ -283,7 +285,7 @@ def test_a_host_with_another_secret_is_refused_and_the_run_begins_without_it(gro
 def test_a_coordinator_on_this_machine_is_open_to_it_alone():
     for local, bound in ((True, {"127.0.0.1"}), (False, {"::", "0.0.0.0"})):
         hub = Hub(free_ports(), 2, timeout=0, local=local)
-        assert hub._server.getsockname()[0] in bound
+        assert hub.server.getsockname()[0] in bound
 
 
 def test_processes_of_one_launch_share_a_secret(commands: Commands):
@@ -382,7 +384,7 @@ def launch(processes: int, devices: int, config: Path, run: Path, *overrides: st
 
 
 def test_the_time_in_which_all_end():
-    assert SILENCE < GRACE < 60
+    assert HEARTBEAT_TIMEOUT < GRACE < 60
 
 
 @pytest.mark.deadlines
@@ -540,5 +542,7 @@ def test_a_cut_link_ends_a_run(
             process.kill()
     for process, err, other in zip(started, said, (1, 0), strict=True):
         assert process.returncode == LOST
-        assert f"error: host {other} ({socket.gethostname()}) has not been heard of for {SILENCE:.0f} s" in err
+        assert (
+            f"error: host {other} ({socket.gethostname()}) has not been heard of for {HEARTBEAT_TIMEOUT:.0f} s" in err
+        )
         assert "Traceback" not in err

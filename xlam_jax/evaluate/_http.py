@@ -1,31 +1,29 @@
-"""Pages of the servers that suites talk to: a shop, Wikipedia, tools."""
+"""Fetches pages from the servers of suites: a shop, Wikipedia, tools."""
 
 import asyncio
-import urllib.error
-import urllib.request
-from concurrent.futures import ThreadPoolExecutor
+import ssl
 from functools import cache
-from http.client import HTTPException
-from urllib.parse import urlencode
+
+import httpx2
 
 from xlam_jax.evaluate.endpoint import EndpointFault
 
 AGENT = "xlam_jax.evaluate"
 TRIES = 4
 LONGEST = 10 << 20
-"""Bytes of a page."""
+"""Maximum size of a page in bytes."""
 
 
 @cache
-def _threads() -> ThreadPoolExecutor:
-    """The default executor has as many threads as the machine has cores, which wait most of the time here."""
-    return ThreadPoolExecutor(256, thread_name_prefix="pages")
+def _certificates() -> ssl.SSLContext:
+    return httpx2.create_ssl_context()  # slow: once, and not for each page
 
 
 async def fetch(url: str, form: dict[str, str] | None = None, *, timeout: float = 30.0) -> tuple[str, str]:
-    """Returns (the address after redirects, the page). `form` is posted. `timeout` is in seconds.
+    """Returns (the address after redirects, the page). `form` is sent by POST. `timeout` is in seconds, for
+    each read and write.
 
-    What may pass (not reached, 429, 5xx) is tried again with growing pauses. Raises `EndpointFault` of the kind
+    Retries temporary failures (no connection, 429, 5xx) with growing pauses. Raises `EndpointFault` of the kind
     environment.
     """
     fault = ""
@@ -33,22 +31,42 @@ async def fetch(url: str, form: dict[str, str] | None = None, *, timeout: float 
         if attempt:
             await asyncio.sleep(0.5 * 2 ** (attempt - 1))
         try:
-            return await asyncio.get_running_loop().run_in_executor(_threads(), _fetch, url, form, timeout)
-        except urllib.error.HTTPError as error:
-            fault = f"answered {error.code}"
-            with error:
-                if error.code != 429 and error.code < 500:
-                    break
-        except (OSError, HTTPException, ValueError) as error:
-            fault = f"cannot be fetched ({getattr(error, 'reason', None) or error})"
+            return await _fetch(url, form, timeout)
+        except httpx2.HTTPStatusError as error:
+            code = error.response.status_code
+            fault = f"answered {code}"
+            if code != 429 and code < 500:
+                break
+        except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError) as error:
+            fault = f"cannot be fetched ({str(error) or type(error).__name__})"
     raise EndpointFault("environment", f"{url}: {fault}")
 
 
-def _fetch(url: str, form: dict[str, str] | None, timeout: float) -> tuple[str, str]:
-    data = urlencode(form).encode() if form is not None else None
-    request = urllib.request.Request(url, data, {"User-Agent": AGENT})
-    with urllib.request.urlopen(request, timeout=timeout) as response:
-        data = response.read(LONGEST)
-        if response.length:  # reading a part does not tell by itself that the rest is missing
-            raise ValueError(f"only {len(data)} bytes of the page came")
-        return response.url, data.decode(errors="replace")
+async def _check_port(request: httpx2.Request) -> None:
+    """Called for redirects too; the operating system's error would not be one of httpx2's."""
+    if (request.url.port or 0) > 65535:
+        raise httpx2.InvalidURL("the port is larger than 65535")
+
+
+async def _fetch(url: str, form: dict[str, str] | None, timeout: float) -> tuple[str, str]:
+    # A compressed page could be small on the wire and large in memory.
+    headers = {"User-Agent": AGENT, "Accept-Encoding": "identity"}
+    method = "GET" if form is None else "POST"
+    async with (
+        httpx2.AsyncClient(
+            timeout=timeout,
+            headers=headers,
+            follow_redirects=True,
+            verify=_certificates(),
+            event_hooks={"request": [_check_port]},
+        ) as client,
+        client.stream(method, url, data=form) as response,
+    ):
+        response.raise_for_status()
+        page = bytearray()
+        async for part in response.aiter_raw():
+            page += part
+            if len(page) > LONGEST:
+                raise ValueError(f"the page has more than {LONGEST} bytes")
+        address = str(response.url) if response.history else url
+        return address, page.decode(errors="replace")

@@ -1,6 +1,6 @@
-"""Runs a Python program where it sees no network, no other process and no files but Python's own.
+"""Runs a Python program without access to the network, to other processes and to files other than Python's own.
 
-A script of its own that imports nothing of the project: `sandbox` starts it with `python -I -c`. Its first argument is
+A standalone script that imports nothing of the project: `sandbox` starts it with `python -I -c`. Its first argument is
 JSON: `program` (source text), `parent` (process id; this process is killed when its parent dies), `paths` (shown
 read-only), `disk_mb`, `memory_mb`. The remaining arguments are the program's. When anything cannot be set up, the
 program is not run: one line on stderr says why, and the exit code is 1.
@@ -87,7 +87,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 def main() -> None:
-    """Sets up the place, and runs the program in it."""
+    """Sets up the sandbox and runs the program in it."""
     settings = json.loads(sys.argv[1])
     program = compile(settings["program"], "<program>", "exec")
     try:
@@ -113,14 +113,14 @@ def check(result: int, what: str) -> None:
 
 
 def end_with_parent(parent: int) -> None:
-    """The kernel kills this process when its parent dies, even if it was killed itself."""
+    """Has the kernel kill this process when its parent dies, even by SIGKILL."""
     check(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl")
     if os.getppid() != parent:
         os._exit(1)
 
 
 def wait_for(child: int) -> NoReturn:
-    """Waits for the program, and ends with its code. This process holds no end of its pipes."""
+    """Waits for the program and exits with its code. Closes its own copies of the program's pipes."""
     nothing = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(nothing, stream)
@@ -160,7 +160,7 @@ def enter_namespaces() -> bool:
 
 
 def setting(name: str) -> str:
-    """A setting of the kernel; empty where it has none of that name."""
+    """Returns a kernel setting; empty if it does not exist."""
     try:
         with open(f"/proc/sys/{name.replace('.', '/')}", encoding="ascii") as file:
             return file.read().strip()
@@ -169,7 +169,8 @@ def setting(name: str) -> str:
 
 
 def hint(error: OSError, limit: str, most: str) -> str:
-    """What to change where a namespace is refused; `most` is what `limit` was before: each namespace has its own."""
+    """Returns what to change when a namespace is refused. `most` is the value of the setting `limit` outside: each
+    namespace has its own."""
     if error.errno in (errno.ENOSPC, errno.EUSERS):
         return f"; not the disk: the limit of namespaces is reached; raise it: sysctl {limit} (now {most})"
     for name, bad in (("kernel.unprivileged_userns_clone", "0"), ("kernel.apparmor_restrict_unprivileged_userns", "1")):
@@ -179,13 +180,13 @@ def hint(error: OSError, limit: str, most: str) -> str:
 
 
 def maps(path: str, number: int) -> bool:
-    """Whether a user or group id exists in this process's own user namespace."""
+    """Returns whether a user or group id exists in this process's user namespace."""
     with open(path, encoding="ascii") as lines:
         return any(int(first) <= number < int(first) + int(count) for first, _, count in map(str.split, lines))
 
 
 def write_maps(process: int, as_nobody: bool) -> None:
-    """Makes the user root in its namespace, for the set-up, and nobody's id known there."""
+    """Maps the user to root in its namespace, for the set-up, and makes the id of nobody available there."""
     for kind, own in (("uid", os.geteuid()), ("gid", os.getegid())):
         if kind == "gid" and not as_nobody:
             write(f"/proc/{process}/setgroups", "deny")
@@ -209,7 +210,7 @@ def mount(source: str | None, target: str, kind: str | None, flags: int, options
 
 
 def build_root(paths: Sequence[str], disk_mb: int) -> None:
-    """Makes a file system in memory the root of this process; of the machine's files it has `paths`, read-only."""
+    """Makes a file system in memory the root of this process. It contains `paths` of the machine, read-only."""
     os.umask(0o022)
     mount(None, "/", None, MS_REC | MS_PRIVATE)
     root = "/proc"  # a folder that every Linux has, and that holds none of the paths
@@ -229,14 +230,14 @@ def build_root(paths: Sequence[str], disk_mb: int) -> None:
 
 
 def bind(path: str, target: str, flags: int) -> None:
-    """Shows a folder or device, of which no attribute can be changed through `target`."""
+    """Mounts a folder or device so that none of its attributes can be changed through `target`."""
     mount(path, target, None, MS_BIND)
     kept = os.statvfs(path).f_flag & (MS_NODEV | MS_NOEXEC)  # a namespace of users must not lift them
     mount(None, target, None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | flags | kept)
 
 
 def give_up_rights(as_nobody: bool, memory_mb: int, disk_mb: int, filter_: bytes) -> None:
-    """Gives up whatever could undo or exhaust: rights, limits, system calls, open files."""
+    """Drops what could undo the set-up or exhaust the machine: rights, limits, system calls, open files."""
     nothing = os.open(os.devnull, os.O_RDWR)  # the one of this place: through the machine's own it could be changed
     os.dup2(nothing, 2)
     os.closerange(3, OPEN_FILES)
@@ -274,12 +275,12 @@ def lower(limit: int, value: int) -> None:
 
 
 def number(name: str) -> int:
-    """Number of a system call on this machine."""
+    """Returns the number of a system call on this machine."""
     return NUMBERS[name][list(AUDIT_ARCH).index(platform.machine())]
 
 
 def system_call_filter(machine: str) -> bytes:
-    """The filter of system calls as a program of the classic BPF. Raises `OSError` for an unknown processor."""
+    """Returns the system call filter as a classic BPF program. Raises `OSError` for an unknown processor."""
     if machine not in AUDIT_ARCH:
         raise OSError(errno.ENOSYS, f"seccomp: the system calls of {machine} are not known here")
     at = list(AUDIT_ARCH).index(machine)

@@ -2,7 +2,11 @@
 
 `_shut_in` sets it up with Linux namespaces, a seccomp filter and resource limits, and describes what each is for. One
 process runs the code; it can start threads and no other processes, so that the limits of one process bound them all.
-Where a machine does not allow any part of that, nothing is executed.
+If a machine does not allow every part of that, nothing is executed.
+
+Not bubblewrap: its file system in memory has no limit on the number of files, and what root starts in it still counts
+as root outside, which is exempt from the limit of threads. It starts its program after loading the seccomp filter, and
+this filter refuses to start programs. With it, `_shut_in` would still be needed for all but its namespaces and mounts.
 """
 
 import asyncio
@@ -20,17 +24,17 @@ from typing import Self
 from xlam_jax.errors import UserError
 
 LONGEST_OUTPUT = 2000
-"""Characters of an output that are kept, as in MINT."""
+"""Maximum length of an output in characters, as in MINT."""
 DISK_MB = 64
-"""Of files that the code writes; they are in memory."""
+"""Maximum size of the files that the code writes; they are kept in memory."""
 
 
 class Sandbox:
-    """One Python session, whose variables last from code to code. Use it in an `async with`."""
+    """A Python session that keeps its variables between calls of `run`. Use it in an `async with`."""
 
     def __init__(self, *, seconds: float = 30, memory_mb: int = 2048):
-        """`seconds` for each piece of code, `memory_mb` of addresses for the process; the files that it writes may take
-        `DISK_MB` of memory more. Raises `UserError` where the machine does not allow a sandbox."""
+        """Limits each piece of code to `seconds`, and the process to `memory_mb` of address space, plus `DISK_MB` for
+        the files that it writes. Raises `UserError` if the machine does not allow a sandbox."""
         if problem := why_not():
             raise UserError(f"a model's code is only executed in a sandbox, and this machine allows none: {problem}")
         self._seconds, self._memory = seconds, memory_mb
@@ -45,7 +49,7 @@ class Sandbox:
     async def run(self, code: str) -> str:
         """Executes code; returns what it printed, the value of its last expression, and its error.
 
-        Where it takes too long, or ends the process, the session begins anew, which the text says.
+        If the code takes too long or ends the process, the session restarts, and the returned text says so.
         """
         if self._process is None:
             self._process = await self._start()
@@ -57,11 +61,15 @@ class Sandbox:
             line = await asyncio.wait_for(process.stdout.readline(), self._seconds)
             output = json.loads(line)
             if not isinstance(output, str):
-                raise ValueError("not the frame's")
+                raise ValueError("not written by _sandboxed.py")
         except TimeoutError:
             await self._end()
             return f"Timed out after {self._seconds:g} seconds; all variables are gone."
-        except (ValueError, RecursionError, ConnectionError):  # it ended, or wrote where only its frame writes
+        except (
+            ValueError,
+            RecursionError,
+            ConnectionError,
+        ):  # the process ended, or the code wrote to the output of _sandboxed.py
             await self._end()
             return "The process ended (out of memory, perhaps); all variables are gone."
         if len(output) > LONGEST_OUTPUT:
@@ -84,7 +92,7 @@ class Sandbox:
             return
         process, self._process = self._process, None
         if process.returncode is None:
-            # Both the process that waits outside and the one inside: by their group, or as its parent has died.
+            # Ends the waiting process outside by its group, and the one inside with it, as its parent dies.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
         if process.stdin:
@@ -93,7 +101,7 @@ class Sandbox:
 
 
 _ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1"}
-"""Nothing of the user's: it may hold keys."""
+"""Contains none of the user's variables, which may hold keys."""
 _PROBE = """
 import os, socket, sys, threading
 
@@ -123,12 +131,12 @@ has = [
 enough.set()
 print(", ".join(one for one in has if one is not True))
 """
-"""Prints what the sandbox does not keep from the program."""
+"""Prints which restrictions are not in effect."""
 
 
 @cache
 def why_not() -> str:
-    """Why this machine allows no sandbox; empty where it does."""
+    """Returns why this machine does not allow a sandbox; empty if it does."""
     if sys.platform != "linux":
         return f"{sys.platform} has no Linux namespaces"
     from xlam_jax.evaluate._shut_in import THREADS
@@ -145,7 +153,7 @@ def why_not() -> str:
 
 
 def _command(program: str, memory_mb: int, *arguments: str) -> list[str]:
-    """Runs the text of a program in a sandbox."""
+    """Returns the command that runs a program, given as source text, in a sandbox."""
     system = ("/usr", "/lib", "/lib64", "/bin")
     existing = [path for path in dict.fromkeys([*system, sys.base_prefix, sys.prefix]) if Path(path).exists()]
     paths = [

@@ -1,10 +1,9 @@
-"""Where the other processes of a run are: from flags, or from the variables that a launcher sets; and joining them.
+"""Finds the other processes of a run, from flags or from the variables that a launcher sets, and joins them.
 
-Two ports of host 0 are used: the coordinator's, which is JAX's own, and the next one, for `link`.
+A run uses two ports of host 0: that of JAX's coordinator, and the next one, for the control channel (`link`).
 """
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -15,86 +14,89 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from xlam_jax.digest import hex_digest
 from xlam_jax.errors import UserError
-from xlam_jax.parallel.link import SECRET, Hosts, Hub, Link, connect, host_name, relay
+from xlam_jax.parallel.link import SECRET, Hosts, Link, connect, host_name, relay
 
 FLAGS = ("--coordinator", "--num-processes", "--process-id")
 PORT = 8476
-"""Of the coordinator, where a launcher leaves the choice."""
+"""Default port of the coordinator."""
 LOCAL = ("localhost", "127.0.0.1")
-"""Names of a coordinator that other machines cannot reach: then the ports are open to this machine alone."""
-OF_JOBS = 61440
-"""From here on JAX derives ports from the numbers of jobs, one each; ours are two each, so that jobs that follow each
-other can share a node."""
+"""Names of a coordinator that other machines can't reach: the ports then accept connections from this machine only."""
+JOB_PORTS = 61440
+"""JAX derives the port from a launcher's job id: one port per job, from this one on. We need two per job, so that jobs
+with successive ids can share a node."""
 SHOWN = 10
-"""Differences that a message lists at most."""
+"""Maximum number of differences that a message lists."""
 LAG = 10.0
-"""Seconds that a network file system may take to show what another host has written."""
+"""Seconds after which a file that one host wrote must be visible to all others on a network file system."""
 NO_PROXY = "no_grpc_proxy"
-"""The variable that keeps gRPC from asking a web proxy for other processes."""
-FOREVER = 10**6
-"""Seconds: JAX's own check of heartbeats is never to come before that of `link`, which says who is lost."""
+"""Environment variable with the addresses that gRPC connects to without a web proxy."""
+DISABLED = 10**6
+"""Heartbeat timeout of JAX's coordinator in seconds: it must not act before `link`, which names the lost host."""
 
 
 class Place(NamedTuple):
     """This process among those of a run."""
 
-    told_by: str
-    """Who said so, for the log."""
+    source: str
+    """Launcher or flags that the other fields come from; for the log."""
     host: str
-    """Of process 0, as it is reached from here."""
+    """Address of process 0."""
     port: int
+    """Port of JAX's coordinator on process 0; the control channel uses the next one."""
     processes: int
     process: int
     devices: list[int] | None = None
-    """Which of this machine's GPUs are this process's; None: all that it sees."""
+    """Indices of this machine's GPUs that belong to this process; None: all that are visible."""
 
     def __str__(self) -> str:
-        return f"process {self.process} of {self.processes}, coordinator {self.host}:{self.port} ({self.told_by})"
+        return f"process {self.process} of {self.processes}, coordinator {self.host}:{self.port} ({self.source})"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of a run of several processes."""
-    group = parser.add_argument_group("several processes", "needed only where no launcher is recognized")
+    group = parser.add_argument_group("several processes", "only needed if no launcher is detected")
     group.add_argument("--coordinator", metavar="HOST:PORT", help="address at which process 0 can be reached")
-    group.add_argument("--num-processes", type=int, metavar="N", help="how many there are")
-    group.add_argument("--process-id", type=int, metavar="I", help="which one this is, from 0 on")
+    group.add_argument("--num-processes", type=int, metavar="N", help="number of processes")
+    group.add_argument("--process-id", type=int, metavar="I", help="index of this process, from 0")
     group.add_argument(
         "--join-timeout", type=float, default=300, metavar="S", help="seconds to wait for the others (default: 300)"
     )
 
 
 def find(arguments: argparse.Namespace, environment: Mapping[str, str]) -> Place | None:
-    """Finds this process's place; None for a run of one process.
+    """Returns this process's place, or None for a run of one process.
 
-    Looked at in this order: the flags; JobSet (Kubernetes); SLURM; Open MPI; a TPU pod. Raises `UserError` for flags or
-    variables that do not go together.
+    Sources in order of precedence: the flags; JobSet (Kubernetes); SLURM; Open MPI; a TPU pod. Raises `UserError` for
+    flags or variables that are incomplete or contradict each other.
     """
-    given = [arguments.coordinator, arguments.num_processes, arguments.process_id]
-    if any(one is not None for one in given):
-        missing = [flag for flag, one in zip(FLAGS, given, strict=True) if one is None]
+    values = [arguments.coordinator, arguments.num_processes, arguments.process_id]
+    if any(value is not None for value in values):
+        missing = [flag for flag, value in zip(FLAGS, values, strict=True) if value is None]
         if missing:
             raise UserError(f"{' and '.join(missing)} missing: {', '.join(FLAGS)} are given together or not at all")
-        place = _explicit("flags", *given)
+        place = _make_place("flags", *values)
     else:
-        known = (_jobset, _slurm, _open_mpi, _tpu_pod)
-        place = next((place for one in known if (place := one(environment, arguments.join_timeout))), None)
+        launchers = (_find_jobset, _find_slurm, _find_open_mpi, _find_tpu_pod)
+        places = (launcher(environment, arguments.join_timeout) for launcher in launchers)
+        place = next(filter(None, places), None)
     return place if place and place.processes > 1 else None
 
 
-def _explicit(told_by: str, coordinator: str, processes: int, process: int) -> Place:
+def _make_place(source: str, coordinator: str, processes: int, process: int) -> Place:
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65535:
         raise UserError(f"--coordinator is {coordinator!r}; HOST:PORT is needed, such as node0:{PORT}")
     if not 0 <= process < processes:
         raise UserError(f"--process-id is {process}, and --num-processes {processes}; ids go from 0 to {processes - 1}")
-    return Place(told_by, host.strip("[]"), int(port), processes, process)
+    return Place(source, host.strip("[]"), int(port), processes, process)
 
 
-def _jobset(environment: Mapping[str, str], _: float) -> Place | None:
-    """Kubernetes JobSet: pod 0 of the first job is the coordinator, at the name that the headless service gives it.
+def _find_jobset(environment: Mapping[str, str], _: float) -> Place | None:
+    """Kubernetes JobSet: pod 0 of the first job is the coordinator, under the name that the headless service gives it.
 
-    Kubernetes itself sets JOB_COMPLETION_INDEX; the manifest passes on the others, as configs/launch/jobset.yaml does.
+    Kubernetes itself sets JOB_COMPLETION_INDEX; the manifest must set the others, as configs/launch/jobset.yaml does.
     """
     if "JOBSET_NAME" not in environment or "JOB_COMPLETION_INDEX" not in environment:
         return None
@@ -106,65 +108,66 @@ def _jobset(environment: Mapping[str, str], _: float) -> Place | None:
     count = _number(environment, "NUM_PROCESSES")
     pods = _number(environment, "PODS_PER_JOB", count)
     process = _number(environment, "JOB_INDEX", 0) * pods + _number(environment, "JOB_COMPLETION_INDEX")
-    return _explicit(f"JobSet {name}", f"{name}-{job}-0-0.{name}:{PORT}", count, process)
+    return _make_place(f"JobSet {name}", f"{name}-{job}-0-0.{name}:{PORT}", count, process)
 
 
-def _slurm(environment: Mapping[str, str], timeout: float) -> Place | None:
-    """SLURM, inside `srun`: JAX knows how to read the list of nodes."""
+def _find_slurm(environment: Mapping[str, str], timeout: float) -> Place | None:
+    """SLURM, inside `srun`. JAX parses the node list."""
     if "SLURM_STEP_NODELIST" not in environment or _number(environment, "SLURM_NTASKS", 1) < 2:
         return None
-    alone = _number(environment, "SLURM_NTASKS") == _number(environment, "SLURM_STEP_NUM_NODES", 0)
-    local = None if alone else _number(environment, "SLURM_LOCALID", 0)
-    return _detected("slurm", f"SLURM job {environment.get('SLURM_JOB_ID', '?')}", timeout, _share(environment, local))
+    one_per_node = _number(environment, "SLURM_NTASKS") == _number(environment, "SLURM_STEP_NUM_NODES", 0)
+    devices = _pick_gpu(environment, None if one_per_node else _number(environment, "SLURM_LOCALID", 0))
+    return _detect("slurm", f"SLURM job {environment.get('SLURM_JOB_ID', '?')}", timeout, devices)
 
 
-def _open_mpi(environment: Mapping[str, str], timeout: float) -> Place | None:
-    """Open MPI, inside `mpirun`; from version 5 on it does not say where rank 0 is."""
+def _find_open_mpi(environment: Mapping[str, str], timeout: float) -> Place | None:
+    """Open MPI, inside `mpirun`. Since version 5 it does not provide the address of rank 0."""
     if _number(environment, "OMPI_COMM_WORLD_SIZE", 1) < 2:
         return None
     size, rank = (_number(environment, f"OMPI_COMM_WORLD_{name}") for name in ("SIZE", "RANK"))
-    alone = _number(environment, "OMPI_COMM_WORLD_LOCAL_SIZE", 1) == 1
-    devices = _share(environment, None if alone else _number(environment, "OMPI_COMM_WORLD_LOCAL_RANK", 0))
+    one_per_node = _number(environment, "OMPI_COMM_WORLD_LOCAL_SIZE", 1) == 1
+    devices = _pick_gpu(environment, None if one_per_node else _number(environment, "OMPI_COMM_WORLD_LOCAL_RANK", 0))
     if "OMPI_MCA_orte_hnp_uri" in environment and "MASTER_ADDR" not in environment:
-        return _detected("ompi", "Open MPI", timeout, devices)
+        return _detect("ompi", "Open MPI", timeout, devices)
     if "MASTER_ADDR" not in environment:
         raise UserError(
             f"Open MPI, rank {rank} of {size}: this version does not say where rank 0 is; pass it on: "
             f"mpirun -x MASTER_ADDR=HOST …, or give {', '.join(FLAGS)}"
         )
     address = f"{environment['MASTER_ADDR']}:{_number(environment, 'MASTER_PORT', PORT)}"
-    return _explicit("Open MPI", address, size, rank)._replace(devices=devices)
+    return _make_place("Open MPI", address, size, rank)._replace(devices=devices)
 
 
-def _tpu_pod(environment: Mapping[str, str], timeout: float) -> Place | None:
-    """A TPU VM of a slice of several, or a pod of GKE without JobSet's variables: from the metadata that JAX reads."""
+def _find_tpu_pod(environment: Mapping[str, str], timeout: float) -> Place | None:
+    """A TPU VM in a slice of several, or a GKE pod without JobSet's variables. JAX reads the metadata."""
     if environment.get("JAX_PLATFORMS", "tpu").split(",")[0] not in ("tpu", ""):
         return None
-    import jax  # noqa: F401  it looks for chips when it is imported
-    from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
+    import jax  # noqa: F401  its import looks for TPU chips
+    from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm  # there is no public name
 
-    return _detected(None, "TPU pod", timeout, None) if running_in_cloud_tpu_vm else None
+    return _detect(None, "TPU pod", timeout, None) if running_in_cloud_tpu_vm else None
 
 
-def _detected(method: str | None, told_by: str, timeout: float, devices: list[int] | None) -> Place | None:
-    """What JAX's own detection says."""
-    from jax._src.clusters import ClusterEnv
+def _detect(method: str | None, source: str, timeout: float, devices: list[int] | None) -> Place | None:
+    """Returns the place that JAX's cluster detection reports."""
+    from jax._src.clusters import ClusterEnv  # there is no public name
 
     try:
-        found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, method, int(timeout))
+        address, count, process, _ = ClusterEnv.auto_detect_unset_distributed_params(
+            None, None, None, None, method, int(timeout)
+        )
     except (KeyError, ValueError, RuntimeError, OSError) as error:
-        raise UserError(f"{told_by}: its variables can't be read ({error!r}); give {', '.join(FLAGS)}") from None
-    address, count, process, _ = found
+        raise UserError(f"{source}: its variables can't be read ({error!r}); give {', '.join(FLAGS)}") from None
     if address is None or count is None or process is None:
         return None
     host, _, port = address.rpartition(":")
-    if port.isdigit() and int(port) >= OF_JOBS:
-        port = OF_JOBS + 2 * ((int(port) - OF_JOBS) % 2047)
-    return _explicit(told_by, f"{host}:{port}", count, process)._replace(devices=devices)
+    if port.isdigit() and int(port) >= JOB_PORTS:
+        port = JOB_PORTS + 2 * ((int(port) - JOB_PORTS) % 2047)
+    return _make_place(source, f"{host}:{port}", count, process)._replace(devices=devices)
 
 
-def _share(environment: Mapping[str, str], local: int | None) -> list[int] | None:
-    """Where a node runs several processes and each sees all its GPUs, the one with this process's number."""
+def _pick_gpu(environment: Mapping[str, str], local: int | None) -> list[int] | None:
+    """Returns the GPU with this process's index on its node, `local`, if each process of the node sees all GPUs."""
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     return None if local is None or (visible is not None and "," not in visible) else [local]
 
@@ -179,15 +182,17 @@ def _number(environment: Mapping[str, str], name: str, default: int | None = Non
 
 
 def join(place: Place | None, timeout: float, facts: Mapping[str, Any]) -> Hosts:
-    """Meets the other processes, compares `facts`, which must be the same on all of them, and starts JAX among them;
-    touches no device.
+    """Waits for the other processes, compares `facts`, and initializes JAX's distributed runtime; uses no device.
 
-    Raises `UserError` when not all are there within `timeout` seconds; ends all of them when they differ.
+    `facts` must be the same on all hosts: ends all of them if they differ. Raises `UserError` if not all hosts join
+    within `timeout` seconds.
     """
     if place is None:
         return Hosts()
     secret = os.environ.get(SECRET, "")
     if place.process == 0:
+        from xlam_jax.parallel.hub import Hub  # asyncio takes a while to import
+
         Hub(place.port + 1, place.processes, timeout=timeout, secret=secret, local=place.host in LOCAL)
     address = ("localhost" if place.process == 0 else place.host, place.port + 1)
     hosts = Link(address, place.process, place.processes, timeout=timeout, secret=secret)
@@ -202,17 +207,17 @@ def join(place: Place | None, timeout: float, facts: Mapping[str, Any]) -> Hosts
 
 
 def _initialize(place: Place, timeout: float) -> None:
-    """Starts JAX's own coordination. What it does when a host is lost is kept out of the way of `link`."""
+    """Initializes JAX's coordination, so that `link` and not JAX acts when a host is lost."""
     import jax
 
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM; `Hosts.stops` is for that
+    jax.config.update("jax_enable_preemption_service", False)  # it takes over SIGTERM; see `Hosts.stops`
     everywhere = "[::]" if socket.has_dualstack_ipv6() else "0.0.0.0"
     bound = "127.0.0.1" if place.host in LOCAL else everywhere
     port = place.port
     if place.process:
         port = relay(lambda: connect((place.host, place.port), timeout))
-    jax.config.update("jax_check_proxy_envs", False)  # they do not matter here:
+    jax.config.update("jax_check_proxy_envs", False)  # no proxy is used:
     direct = os.environ.get(NO_PROXY)
     os.environ[NO_PROXY] = f"{direct},127.0.0.1" if direct else "127.0.0.1"
     jax.distributed.initialize(
@@ -223,32 +228,27 @@ def _initialize(place: Place, timeout: float) -> None:
         cluster_detection_method="deactivate",
         coordinator_bind_address=f"{bound}:{place.port}",
         initialization_timeout=math.ceil(timeout),
-        heartbeat_timeout_seconds=FOREVER,
+        heartbeat_timeout_seconds=DISABLED,
         shutdown_timeout_seconds=60,
     )
 
 
-def digest(text: str) -> str:
-    """A short name of a text by its content."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def agree(hosts: Hosts, facts: Mapping[str, Any]) -> None:
+    """Checks that `facts` are the same on all hosts; all hosts call it together.
 
-
-def agree(hosts: Hosts, mine: Mapping[str, Any]) -> None:
-    """Raises `UserError` on every host when what they found differs, with each value and who has it.
-
-    All hosts call it together.
+    Raises `UserError` on every host if they differ, with each value and the hosts that have it.
     """
-    text = json.dumps(mine, sort_keys=True, default=str)
-    if len(set(hosts.gather(digest(text)))) == 1:
+    text = json.dumps(facts, sort_keys=True, default=str)
+    if len(set(hosts.gather(hex_digest(text, length=16)))) == 1:
         return
-    found: list[dict[str, Any]] = hosts.gather(json.loads(text))
+    by_host: list[dict[str, Any]] = hosts.gather(json.loads(text))
     lines = []
-    for key in sorted(set().union(*found)):
+    for key in sorted(set().union(*by_host)):
         by_value: dict[str, list[int]] = {}
-        for process, one in enumerate(found):
-            by_value.setdefault(json.dumps(one[key]) if key in one else "missing", []).append(process)
+        for process, own in enumerate(by_host):
+            by_value.setdefault(json.dumps(own[key]) if key in own else "missing", []).append(process)
         if len(by_value) > 1:
-            each = (f"{value} on {_listed(hosts, which)}" for value, which in by_value.items())
+            each = (f"{value} on {_list_hosts(hosts, processes)}" for value, processes in by_value.items())
             lines.append(f"{key}: " + ", ".join(each))
     more = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
     raise UserError(
@@ -257,24 +257,28 @@ def agree(hosts: Hosts, mine: Mapping[str, Any]) -> None:
     )
 
 
-def _listed(hosts: Hosts, processes: Sequence[int]) -> str:
-    shown = " and ".join(host_name(one, hosts.names[one]) for one in processes[:2])
-    return shown + (f" and {len(processes) - 2} more" if len(processes) > 2 else "")
+def _list_hosts(hosts: Hosts, processes: Sequence[int]) -> str:
+    names = " and ".join(host_name(process, hosts.names[process]) for process in processes[:2])
+    return names + (f" and {len(processes) - 2} more" if len(processes) > 2 else "")
 
 
 def check_shared(hosts: Hosts, file: Path) -> None:
-    """Raises `UserError` on every host when one of them does not see a file that host 0 has written just now."""
-    written = hosts.gather(_read(file))[0]
-    until = time.monotonic() + LAG
-    while _read(file) != written and time.monotonic() < until:
+    """Checks that all hosts see a file that host 0 has just written; all hosts call it together.
+
+    Raises `UserError` on every host if one does not.
+    """
+    written = hosts.gather(_digest_file(file))[0]
+    deadline = time.monotonic() + LAG
+    while _digest_file(file) != written and time.monotonic() < deadline:
         time.sleep(0.1)
-    blind = [process for process, seen in enumerate(hosts.gather(_read(file) == written)) if not seen]
-    if blind:
+    visible = hosts.gather(_digest_file(file) == written)
+    if not all(visible):
+        blind = [process for process, sees in enumerate(visible) if not sees]
         raise UserError(
-            f"{file.parent}: what host 0 writes is not seen by {_listed(hosts, blind)}; output_dir must be on a file "
-            "system that all hosts share"
+            f"{file.parent}: what host 0 writes is not seen by {_list_hosts(hosts, blind)}; output_dir must be on a "
+            "file system that all hosts share"
         )
 
 
-def _read(file: Path) -> str | None:
-    return digest(file.read_text(encoding="utf-8")) if file.exists() else None
+def _digest_file(file: Path) -> str | None:
+    return hex_digest(file.read_text(encoding="utf-8"), length=16) if file.exists() else None

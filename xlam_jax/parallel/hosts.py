@@ -1,4 +1,4 @@
-"""What the hosts of a run tell each other outside the step."""
+"""Exchange of small values between hosts over the devices' own network."""
 
 import json
 from typing import Any
@@ -8,11 +8,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 
-def merged(mine: dict[str, Any]) -> dict[str, Any]:
+def merged(own: dict[str, Any]) -> dict[str, Any]:
     """Returns the union of every host's JSON object, on every host. All hosts must call it together."""
     if jax.process_count() == 1:
-        return mine
-    text = np.frombuffer(json.dumps(mine).encode(), np.uint8)
+        return own
+    text = np.frombuffer(json.dumps(own).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.array(len(text), np.int32))
     texts = multihost_utils.process_allgather(np.pad(text, (0, int(sizes.max()) - len(text))))
     whole: dict[str, Any] = {}

@@ -23,7 +23,7 @@ from xlam_jax.evaluate.suite import AgentSuite, Options, Outcome, Step, Task
 from xlam_jax.evaluate.suites._rows import read_rows, wanted
 
 if TYPE_CHECKING:
-    import httpx
+    import httpx2
 
     from xlam_jax.evaluate.agents import Agent
 
@@ -148,15 +148,15 @@ class Tools:
     def __init__(self, server: str, key: str):
         self._server, self._key = server, key
         self._apis: dict[str, Api] = {}
-        self._client: httpx.AsyncClient | None = None
+        self._client: httpx2.AsyncClient | None = None
         self._answer: str | None = None
         self._gave_up = False
         self._done: list[dict[str, Any]] = []
 
     async def reset(self, task: Task) -> tuple[str, list[dict[str, Any]]]:
-        import httpx
+        import httpx2
 
-        self._client = httpx.AsyncClient(timeout=120.0, headers={"toolbench_key": self._key})
+        self._client = httpx2.AsyncClient(timeout=120.0, headers={"toolbench_key": self._key})
         tools, self._apis = _functions(task.data)
         return INSTRUCTION + task.data["query"], tools
 
@@ -184,7 +184,7 @@ class Tools:
         return Step("The final answer was given.", done=True)
 
     async def _call(self, api: Api, arguments: dict[str, Any]) -> str:
-        import httpx
+        import httpx2
 
         assert self._client
         asked = {
@@ -205,10 +205,10 @@ class Tools:
                     response.raise_for_status()
                     return json.dumps(response.json(), ensure_ascii=False)
                 fault = f"answered {response.status_code}"
-            except httpx.HTTPStatusError as error:
+            except httpx2.HTTPStatusError as error:
                 fault = f"answered {error.response.status_code}; is that the address of its `virtual`?"
                 break
-            except (httpx.HTTPError, httpx.InvalidURL) as error:
+            except (httpx2.HTTPError, httpx2.InvalidURL) as error:
                 fault = f"cannot be reached ({error or type(error).__name__})"
             except ValueError:
                 fault = "answered what is no JSON"
