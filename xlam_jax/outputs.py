@@ -79,9 +79,13 @@ def new_file(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]]:
     Text is UTF-8; half a surrogate pair, which JSON can hold and UTF-8 can't, is written \\ud800. Raises `UserError`
     when the file can't be written.
     """
-    encoding = {"encoding": "utf-8", "errors": "backslashreplace", "newline": "\n"} if mode == "w" else {}
-    with new_path(path) as part, open(part, mode, **encoding) as file:
-        yield file
+    with new_path(path) as part:
+        if mode == "wb":
+            with part.open("wb") as file:
+                yield file
+        else:
+            with part.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as text:
+                yield text
 
 
 def write_text(path: Path, text: str) -> None:

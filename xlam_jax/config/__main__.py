@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from xlam_jax import errors
+from xlam_jax import cli
 from xlam_jax.config import json_schema
 
 
@@ -15,4 +15,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return options.command(options)
 
 
-def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+def _parsers() -> tuple[Parser, dict[str, Parser]]:
     """The parser of the whole command line, and each command's."""
     parser = Parser(prog="python -m xlam_jax.data", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

@@ -281,7 +281,7 @@ async def _ask_all(
                 failures.add(error)
                 row |= {"failed": error.kind, "detail": str(error)}
             ratings.write(name, row, rating)
-            answers.add(**{"without a rating": f"{failures.counts.total():,}"})
+            answers.add(unrated=f"{failures.counts.total():,}")
             enough = max(FAILURES, 2 * concurrency)
             if answers.done == failures.counts.total() >= enough:
                 raise UserError(f"not one rating in {answers.done} answers: {failures}")

@@ -41,7 +41,7 @@ def read_base(resolved: Resolved, *, exporting: bool = False) -> Params | None:
         return checkpoint.open_params(step)
     opened = HFWeights(named)
     params = opened.params()
-    checkpoint.same_shapes(named, params, like)
+    checkpoint.check_shapes(named, params, like)
     if not exporting:
         check_same_config(resolved, opened.hf_config)
     return params
