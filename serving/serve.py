@@ -22,13 +22,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from serving.vllm_cli import package
 from xlam_jax.cli import Parser, positive, run
 from xlam_jax.client.completion import API_KEY
 from xlam_jax.errors import UserError
 from xlam_jax.outputs import write_text
+
+if TYPE_CHECKING:
+    import httpx2
 
 ROOT = Path(__file__).parent.parent
 LONGEST = 32768
@@ -155,6 +158,9 @@ def serve(command: Sequence[str], host: str, port: int, name: str, timeout: floa
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "VLLM_NO_USAGE_STATS": os.environ.get("VLLM_NO_USAGE_STATS", "1"),
     }
+    import httpx2
+
+    client = httpx2.Client(timeout=5, trust_env=False)  # no proxy between this machine and itself
     # a session of its own: vLLM starts processes that must end with it
     server = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
@@ -171,7 +177,7 @@ def serve(command: Sequence[str], host: str, port: int, name: str, timeout: floa
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
-        if _wait(server, reachable(host), port, timeout, lambda: bool(stopped)):
+        if _wait(client, server, f"http://{reachable(host)}:{port}/health", timeout, lambda: bool(stopped)):
             where = f"http://{reachable(host)}:{port}/v1"
             with _tell_ready(where, name, key) if ready is None else ready(where):
                 while server.poll() is None and not stopped:
@@ -410,15 +416,21 @@ def reachable(host: str) -> str:
     return {"0.0.0.0": "127.0.0.1", "::": "[::1]", "": "127.0.0.1"}.get(host, host)
 
 
-def _wait(server: "subprocess.Popen[bytes]", host: str, port: int, timeout: float, stopped: Callable[[], bool]) -> bool:
-    """Whether the server became healthy in time."""
+def _wait(
+    client: "httpx2.Client",
+    server: "subprocess.Popen[bytes]",
+    url: str,
+    timeout: float,
+    stopped: Callable[[], bool],
+) -> bool:
+    """Returns whether the server became healthy in time."""
     until = time.monotonic() + timeout
     import httpx2
 
-    with httpx2.Client(timeout=5, trust_env=False) as client:  # no proxy between this machine and itself
+    with client:
         while time.monotonic() < until and server.poll() is None and not stopped():
             try:
-                if client.get(f"http://{host}:{port}/health").status_code == 200:
+                if client.get(url).status_code == 200:
                     return True
             except httpx2.HTTPError:
                 pass
