@@ -40,9 +40,10 @@ test: $(VENV)/.test
 test-slow: $(VENV)/.slow
 	$(PYTEST) -m "slow and not browser and not serve"
 
-# Real deadlines, for a machine that does nothing else.
+# Real deadlines, for a machine that does nothing else; then all tests with XLA's optimizations, as users run it.
 test-nightly: $(VENV)/.test
 	REAL_DEADLINES=1 $(PY) -m pytest -m "(nightly or deadlines) and not browser and not serve"
+	XLA_OPTIMIZED=1 $(PYTEST) -m "not slow and not nightly and not browser and not serve"
 
 test-browser: $(VENV)/.test
 	$(PY) -m pytest -m browser tests/browser
@@ -58,6 +59,7 @@ lint: $(VENV)/.dev
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m pyright --pythonpath $(PY)
+	$(PY) tools/layers.py
 
 bench: $(VENV)/.test
 	$(PY) benchmarks/train_step.py

@@ -13,7 +13,8 @@ from support import ROOT, Commands
 
 COMPILED = "JAX_COMPILATION_CACHE_DIR"
 HASTILY = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false"}
-"""Tiny models take far longer to compile than to run: four times less without the expensive passes."""
+"""Tiny models take far longer to compile than to run: four times less without the expensive passes. The variable
+XLA_OPTIMIZED, which the nightly tests set, keeps these passes."""
 Once = Callable[[str, Callable[[Path], str]], tuple[Path, str]]
 
 
@@ -30,7 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
         COMPILED: compiled,
         "JAX_COMPILATION_CACHE_MAX_SIZE": str(10**10),  # with a limit, processes lock the folder when they write to it
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-        **HASTILY,
+        **({} if os.environ.get("XLA_OPTIMIZED") else HASTILY),
         "HF_HUB_OFFLINE": "1",
     }
 

@@ -3,8 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from xlam_jax.data.codec import to_json
-from xlam_jax.data.schemas import compiled
 from xlam_jax.data.trajectory import ToolCall
 
 
@@ -107,5 +105,8 @@ class Episode:
         self.unreadable += 1
 
     def _problem(self, action: ToolCall) -> str:
+        from xlam_jax.data.codec import to_json  # imports NumPy, which --help should not wait for
+        from xlam_jax.data.schemas import compiled
+
         parameters = compiled(to_json(self.tools[action.name].get("parameters")))
         return next((problem.detail for problem in parameters.check(action.arguments)), "")
