@@ -1,5 +1,6 @@
 """The import contract holds, its diagram is the documented one, and the checker finds each kind of violation."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,3 +47,10 @@ def test_each_kind_of_violation_is_found(tmp_path: Path, file: str, text: str, r
     (tmp_path / "xlam_jax/training/b.py").write_text("import xlam_jax.training.a\n" if rule == "cycle" else "")
     (tmp_path / file).write_text(text)
     assert [violation.rule for violation in layers.violations(tmp_path)] == [rule] * (rule is not None)
+
+
+@pytest.mark.parametrize("page", ["ARCHITECTURE.md", "README.md", "CONTRIBUTING.md"])
+def test_named_files_exist(page: str):
+    named = re.findall(r"`((?:[\w.-]+/)+[\w.-]*|\w+\.(?:py|md))`", (ROOT / page).read_text(encoding="utf-8"))
+    paths = [name for name in named if "NAME" not in name and not name.startswith(("runs/", "hf/", "tensorboard/"))]
+    assert [name for name in paths if not any((ROOT / top / name).exists() for top in ("", "xlam_jax"))] == []
