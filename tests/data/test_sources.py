@@ -15,6 +15,7 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from strategies import JSON, broken
 
 from xlam_jax.config import Source
@@ -267,10 +268,20 @@ def test_the_limit_counts_what_passes_the_filters(row, write_jsonl):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ({}, "give one of files, dataset and tfds"),
-        ({"files": ["FILE"], "tfds": "x/y"}, r"files \(\[.*\]\) and tfds \('x/y'\) are both given"),
-        ({"files": ["FILE"], "subset": "x"}, "subset is 'x', which only a dataset has; it has files"),
-        ({"tfds": "x/y", "streaming": True}, "streaming is True, which only a dataset has; it has tfds"),
+        ({}, "source made gives no place; give one of files, dataset and tfds"),
+        ({"files": ["a.jsonl"], "tfds": "x/y"}, "source made gives files and tfds; give one of"),
+        ({"files": ["a.jsonl"], "subset": "x"}, "subset is for a dataset, and the source is files"),
+        ({"tfds": "x/y", "streaming": True}, "streaming is for a dataset, and the source is tfds"),
+    ],
+)
+def test_one_place_per_source(source, message):
+    with pytest.raises(ValidationError, match=message):
+        Source(name="made", **source)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
         ({"files": ["FILE"], "split": "test"}, "split is 'test', and files have no splits"),
         ({"files": ["FILE"], "format": "hamer"}, "format 'hamer' is not known.*did you mean 'hammer'"),
         ({"files": ["FILE.txt"]}, r"rows\.jsonl\.txt: .*known are \.jsonl, .*\.parquet, \.array_record"),
@@ -385,8 +396,7 @@ import sys
 from xlam_jax.config import Source
 from xlam_jax.data import sources, tfds_builder
 from pathlib import Path
-config = tfds_builder.Trajectories(name="made", source=Source(name="made", files=[sys.argv[1]]))
-tfds_builder.build(config, Path(sys.argv[2]))
+tfds_builder.build(Source(name="made", files=[sys.argv[1]]), Path(sys.argv[2]))
 for kind in ({"tfds": "unified_trajectories/made"}, {"files": [sys.argv[3]]}, {"files": [sys.argv[4]]}):
     assert sum(1 for _ in sources.read(Source(name="made", **kind))) == 24, kind
 print([name for name in ("tensorflow", "torch", "jax") if name in sys.modules])

@@ -64,7 +64,7 @@ def test_a_controller_without_http_is_an_os_error():
 
         thread = Thread(target=answer)
         thread.start()
-        with pytest.raises(OSError, match="no HTTP: BadStatusLine"):
+        with pytest.raises(OSError, match="RemoteProtocolError: illegal status line"):
             post(f"http://127.0.0.1:{listening.getsockname()[1]}/list_models", {})
         thread.join()
 
