@@ -160,9 +160,10 @@ def private_names(module: str, tree: ast.Module, known: dict[str, Path]) -> Iter
                 elif alias.name.startswith("_"):
                     yield Violation("private name", f"{module}:{node.lineno}", f"imports {node.module}.{alias.name}")
     for node in ast.walk(tree):
-        of_module = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in aliases
-        if of_module and node.attr.startswith("_") and not node.attr.startswith("__"):
-            yield Violation("private name", f"{module}:{node.lineno}", f"uses {node.value.id}.{node.attr}")
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            name = node.attr
+            if node.value.id in aliases and name.startswith("_") and not name.startswith("__"):
+                yield Violation("private name", f"{module}:{node.lineno}", f"uses {node.value.id}.{name}")
 
 
 def redefined(module: str, tree: ast.Module) -> Iterator[Violation]:
