@@ -204,7 +204,9 @@ def open_whole(step_dir: Path) -> Params:
         return checkpoint.open_params(step_dir)
     base = read_base(resolved, exporting=True)
     if base is None:
-        base = jax.device_get(trainable(resolved.model, initialize(resolved.model, resolved.config.seed))[1])
+        base = jax.device_get(
+            jax.jit(lambda: trainable(resolved.model, initialize(resolved.model, resolved.config.seed))[1])()
+        )
     dtype = jnp.dtype(resolved.config.model.compute_dtype)
     leads = _leads(resolved.model)
 
