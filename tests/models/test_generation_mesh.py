@@ -86,18 +86,18 @@ def likeliest(tree: str, both: tuple[Params, Params], texts: list[list[int]]) ->
 def answers(tree: str, layouts: list[str]) -> dict[str, Any]:
     """What each mesh answers: greedily, with an end token, and (lora only) drawn; and what a forward pass expects."""
     both = parts(tree)
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for layout in layouts:
         generate = on_a_mesh(tree, layout, both)
         whole = generate(PROMPTS, eos_id=NEVER)
-        found.setdefault("eos", max(range(96), key=lambda token: sum(token in row for row in whole)))
+        results.setdefault("eos", max(range(96), key=lambda token: sum(token in row for row in whole)))
         drawn = generate(PROMPTS[:9], eos_id=NEVER, temperature=1.0) if "alone" in layouts and tree == "lora" else []
-        found[layout] = [whole, generate(PROMPTS, eos_id=found["eos"]), drawn]
-    texts = [prompt + new for prompt, new in zip(PROMPTS, found[layouts[0]][0], strict=True)]
-    found["expected"] = [
+        results[layout] = [whole, generate(PROMPTS, eos_id=results["eos"]), drawn]
+    texts = [prompt + new for prompt, new in zip(PROMPTS, results[layouts[0]][0], strict=True)]
+    results["expected"] = [
         row[len(prompt) - 1 :][:NEW] for row, prompt in zip(likeliest(tree, both, texts), PROMPTS, strict=True)
     ]
-    return found
+    return results
 
 
 if __name__ == "__main__":
@@ -118,13 +118,13 @@ def test_sharded_answers_are_those_of_one_device(eight_devices: dict[str, str], 
     command = [sys.executable, str(Path(__file__)), tree, *layouts]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    eos, expected = found["eos"], found["expected"]
-    whole, ended, drawn = found[layouts[0]]
+    results = json.loads(done.stdout.splitlines()[-1])
+    eos, expected = results["eos"], results["expected"]
+    whole, ended, drawn = results[layouts[0]]
     assert whole == expected
     assert ended == [row[: row.index(eos) + 1] if eos in row else row for row in whole]
     assert len({len(row) for row in ended}) > 3  # rows end at different times
     assert all(len(row) == NEW for row in drawn)
     assert drawn != whole[:9]
     for layout in layouts[1:]:
-        assert found[layout] == [whole, ended, drawn], layout
+        assert results[layout] == [whole, ended, drawn], layout

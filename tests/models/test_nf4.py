@@ -1,4 +1,4 @@
-"""NF4: the code book and the rounding, made again from the paper; the size of a frozen model; its products."""
+"""NF4: the code book and the rounding, computed again from the paper; the size of a frozen model; its products."""
 
 import json
 from dataclasses import replace
@@ -50,9 +50,9 @@ def test_each_weight_is_the_nearest_code_times_its_blocks_largest(shape: tuple[i
     np.testing.assert_array_equal(packed.rows, row)
     scales = (np.asarray(packed.scales) / 255) ** 2 * row[..., None]
     assert np.abs(np.sqrt(scales.reshape(-1)) - np.sqrt(largest)).max() <= np.sqrt(row.max()) / 255 / 2 * (1 + 1e-5)
-    made = np.asarray(nf4.dequantize(packed, jnp.float32))
+    dequantized = np.asarray(nf4.dequantize(packed, jnp.float32))
     np.testing.assert_allclose(
-        made.reshape(-1, block), code_book()[nearest] * scales.reshape(-1, 1), rtol=1e-6, atol=1e-6
+        dequantized.reshape(-1, block), code_book()[nearest] * scales.reshape(-1, 1), rtol=1e-6, atol=1e-6
     )
 
 
@@ -60,7 +60,7 @@ def test_each_weight_is_the_nearest_code_times_its_blocks_largest(shape: tuple[i
 @pytest.mark.parametrize("outlier", [0.0, 0.6])
 def test_bits_are_those_of_bitsandbytes(outlier: float):
     """The code book, every code and the scales before they are quantized; after that we are about as near. An outlier
-    makes a row's other scales small beside its largest: thirty times here, as in some rows of real models."""
+    makes a row's other scales small next to its largest: thirty times here, as in some rows of real models."""
     import bitsandbytes.functional as functional  # of the extra `slow`
 
     assert np.array_equal(
@@ -70,15 +70,15 @@ def test_bits_are_those_of_bitsandbytes(outlier: float):
     weight = rng.normal(scale=0.02, size=(256, 4096)).astype(np.float32)
     weight[np.arange(256), rng.integers(0, 4096, 256)] += outlier
     ours = nf4.quantize(jnp.asarray(weight))
-    theirs, how = functional.quantize_4bit(torch.from_numpy(weight), blocksize=nf4.BLOCK, quant_type="nf4")
+    packed_codes, state = functional.quantize_4bit(torch.from_numpy(weight), blocksize=nf4.BLOCK, quant_type="nf4")
     # they pack neighbours into a byte, we the halves of a block
-    their_codes = np.stack([theirs.numpy() >> 4, theirs.numpy() & 15], axis=1).reshape(-1, nf4.BLOCK)
+    their_codes = np.stack([packed_codes.numpy() >> 4, packed_codes.numpy() & 15], axis=1).reshape(-1, nf4.BLOCK)
     codes = np.asarray(ours.codes).reshape(-1, nf4.BLOCK // 2)
     assert np.array_equal(np.concatenate([codes & 15, codes >> 4], axis=1), their_codes)
-    assert np.array_equal(np.abs(weight.reshape(-1, nf4.BLOCK)).max(axis=1), how.absmax.numpy())
+    assert np.array_equal(np.abs(weight.reshape(-1, nf4.BLOCK)).max(axis=1), state.absmax.numpy())
 
-    def error(made: np.ndarray) -> float:
-        return float(np.sqrt(np.mean((made - weight) ** 2)))
+    def error(dequantized: np.ndarray) -> float:
+        return float(np.sqrt(np.mean((dequantized - weight) ** 2)))
 
     twice = functional.quantize_4bit(
         torch.from_numpy(weight), blocksize=nf4.BLOCK, quant_type="nf4", compress_statistics=True
@@ -115,7 +115,7 @@ def test_products_and_their_gradients_are_those_of_the_dense_weight():
 
 @pytest.mark.slow
 def test_qlora_learns_as_lora_does(commands: Commands, tmp_path: Path):
-    """A hundred steps of adapters in bf16 beside the same trained weights, in sixteen bits and in four."""
+    """A hundred steps of adapters in bf16 on the same trained weights, in sixteen bits and in four."""
     common = ("xlam_jax.train", "--config", ROOT / "configs/quickstart.yaml")
     commands.run(
         *common, f"output_dir={tmp_path / 'base'}", "train.steps=300", "eval.every=300", "checkpoint.every=300"

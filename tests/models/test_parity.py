@@ -99,10 +99,10 @@ def by_key(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:
     return out
 
 
-def assert_close(ours: np.ndarray, theirs: np.ndarray, what: str, floor: float = 0.0) -> None:
-    """Their difference is within the tolerance relative to the scale of theirs (or to `floor`, when that is larger)."""
-    scale = max(float(np.abs(theirs).max()), floor)
-    error = float(np.abs(ours - theirs).max())
+def assert_close(ours: np.ndarray, expected: np.ndarray, what: str, floor: float = 0.0) -> None:
+    """Their difference is within the tolerance relative to the scale of `expected`, or to a larger `floor`."""
+    scale = max(float(np.abs(expected).max()), floor)
+    error = float(np.abs(ours - expected).max())
     assert error <= TOLERANCE * scale, f"{what}: off by {error:.3g} at a scale of {scale:.3g}"
 
 
@@ -111,10 +111,10 @@ def assert_parity(model: Any, tokens: np.ndarray, mask: np.ndarray) -> Any:
     config = tiny_models.model_config(model)
     weight = np.random.default_rng(1).normal(size=(*tokens.shape, config.vocab_size)).astype(np.float32)
     weight *= mask[:, :, None]
-    theirs, their_gradients = hf_side(model, tokens, mask, weight)
+    expected, their_gradients = hf_side(model, tokens, mask, weight)
     ours, our_gradients, sums = our_side(model, tokens, mask, weight)
     real = mask > 0
-    assert_close(ours[real], theirs[real], "logits")
+    assert_close(ours[real], expected[real], "logits")
     assert our_gradients.keys() == their_gradients.keys()
     largest = max(float(np.abs(value).max()) for value in their_gradients.values())
     for key, value in their_gradients.items():
@@ -182,10 +182,10 @@ def test_packed_segments_equal_sequences_alone(family: str, overrides: dict[str,
         real = (np.arange(total)[None] < row.shape[1]).astype(np.int32)
         ours, _ = our_logits(model, alone, positions(real), real)
         with torch.no_grad():
-            theirs = model(torch.from_numpy(row).long()).logits.numpy()
+            expected = model(torch.from_numpy(row).long()).logits.numpy()
         segment_of_row = together[:, start : start + row.shape[1]]
         assert_close(segment_of_row, ours[:, : row.shape[1]], "packed against alone")
-        assert_close(segment_of_row, theirs, "packed against transformers")
+        assert_close(segment_of_row, expected, "packed against transformers")
         start += row.shape[1]
 
 
@@ -197,7 +197,7 @@ def test_load_balancing_loss():
     mask[1, 12:] = 0
     mask[2, :7] = 0
     with torch.no_grad():
-        theirs = model(
+        expected = model(
             torch.from_numpy(tokens).long(),
             attention_mask=torch.from_numpy(mask),
             position_ids=torch.from_numpy(positions(mask)).long(),
@@ -207,7 +207,7 @@ def test_load_balancing_loss():
     rows = config.layers * mask.sum()
     assert float(sums.assigned_E.sum()) == rows * config.experts_per_token
     ours = config.experts * float(jnp.sum(sums.assigned_E / rows * sums.probability_E / rows))
-    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert ours == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ UP_OF_8X7B = Shape(rows=0, inner=4096, outer=14336, experts=8, width=2, result=2
 """Its rows are those of a test."""
 
 
-@settings(deadline=None)  # a busy machine is no failure
+@settings(deadline=None)  # a busy machine is not a failure
 @given(shape=SHAPES, limit=st.sampled_from(LIMITS))
 def test_every_shape_has_a_tile_that_fits(shape: Shape, limit: int):
     shape = shape._replace(rows=-(-shape.rows // (tile := tiles.row_tile(shape.rows, shape.experts))) * tile)
@@ -138,8 +138,8 @@ def test_the_compiler_takes_the_tile_for_two_rows_of_mixtral():
 
 
 def kernels_of_presets(limit: int) -> list[Kernel]:
-    """All grouped products of all presets, at 1, 2, 4 and 8 rows a chip, of 4096 tokens and of as many as the preset
-    has: one for each tile, result and pair of sides. Where weights are frozen, their gradients are left out."""
+    """All grouped products of all presets, at 1, 2, 4 and 8 rows per chip, of 4096 tokens and of as many as the preset
+    has: one for each tile, result and pair of sides. Where weights are frozen, their gradients are skipped."""
     kernels: dict[object, Kernel] = {}
     for path in sorted((ROOT / "configs").glob("mixtral*.yaml")):
         resolved = configs.load(path)

@@ -1,11 +1,11 @@
-"""Text from a model: a prefill in chunks, then one token at a time until every row has ended.
+"""Generation of text: a prefill in chunks, then one token at a time until every row has ended.
 
-It runs inside one `shard_map` on parameters as they lie in training. Rows are split over the batch axes, heads and
-vocabulary over `tensor`: a device caches keys and values of its own rows and heads. Every device takes the same number
-of steps, those of the longest answer of all rows, because each step gathers weights from all of them.
+It runs inside one `shard_map`, on parameters sharded as in training. Rows are split over the batch axes, heads and
+vocabulary over `tensor`: a device caches keys and values of its own rows and heads. Every device executes the same
+number of steps, those of the longest answer, because each step gathers weights from all devices.
 
 Axes: B rows (in the `shard_map`, those of one device), T tokens of a chunk, P slots of the prompt, N new tokens,
-D model, V vocabulary.
+E end tokens, D model width, V vocabulary.
 """
 
 import math
@@ -26,29 +26,29 @@ from xlam_jax.models.params import Params, binder, frozen_specs, join, param_spe
 from xlam_jax.parallel import mesh as meshes
 
 CHUNK = 256
-"""Prompt tokens that are read at a time: bounds the memory of their attention scores."""
+"""Prompt tokens that are processed together: bounds the memory of their attention scores."""
 
 SHORTEST = 64
-"""Prompts, and room for new tokens, are rounded up to a power of two from here on, so that few shapes compile."""
+"""Lengths of prompts and answers are rounded up to a power of two of at least this, so that few shapes compile."""
 
 
 class _Rows(NamedTuple):
-    """The prompts of a batch; a row without a prompt has length and limit 0."""
+    """The prompts of a batch; an unused row has length and limit 0."""
 
     tokens_BP: Any
     """Padded on the left."""
     length_B: Any
     limit_B: Any
-    """New tokens at most."""
+    """Maximum number of new tokens."""
     prompt_B: Any
-    """Which of all prompts it is."""
+    """The index of the prompt among all prompts."""
 
 
 class _Options(NamedTuple):
-    """What is the same for all rows, scalars."""
+    """Options that are the same for all rows."""
 
     first: Any
-    """The first chunk that holds a token of any prompt."""
+    """The first chunk that contains a token of any prompt."""
     stops_E: Any
     """The tokens that end a row."""
     temperature: Any
@@ -57,10 +57,10 @@ class _Options(NamedTuple):
 
 
 class Generate:
-    """Continues prompts on a mesh; compiles once for each size of batch, prompts and room for new tokens."""
+    """Continues prompts on a mesh; compiles once per size of batch, prompts and answers."""
 
     def __init__(self, model: ModelConfig, mesh: Mesh, *, dtype: Any, quantized: bool = False):
-        """Of a model that computes in `dtype`; `quantized` says that what does not train is kept in four bits."""
+        """The model computes in `dtype`. `quantized`: the frozen parameters are stored in four bits."""
         self._model, self._mesh = model, mesh
         self._by_row = meshes.row_spec(mesh)
         bind = binder(model, dtype=dtype)
@@ -72,7 +72,7 @@ class Generate:
             meshes.EVERYWHERE,
         )
 
-        # Whole answers on every device, and so on every host.
+        # Every device, and so every host, receives all answers.
         @partial(jax.jit, static_argnames=("room", "sample"), out_shardings=NamedSharding(mesh, meshes.EVERYWHERE))
         def run(params: Params, frozen: Params, rows: _Rows, options: _Options, *, room: int, sample: bool):
             def of_a_device(params: Params, frozen: Params, rows: _Rows, options: _Options):
@@ -96,17 +96,17 @@ class Generate:
         top_p: float = 1.0,
         seed: int = 0,
     ) -> list[list[int]]:
-        """Continues each prompt by up to `max_new_tokens` tokens; a row that ends by itself ends with `eos_id`
-        (one of them, where they are several).
+        """Continues each prompt by up to `max_new_tokens` tokens; an answer that ends earlier ends with (one of)
+        `eos_id`.
 
-        `params` and `frozen` are what trains and what does not, sharded as in training; `frozen` may be {}. At most
-        `rows` prompts, rounded up to a multiple of the devices that split a batch, are answered at a time (default:
-        all); each holds keys and values for the longest prompt and answer. Several hosts call it together, with the
-        same prompts, and get the same answers.
+        `params` and `frozen` are the trainable and the frozen parameters, sharded as in training; `frozen` may be {}.
+        Up to `rows` prompts, rounded up to a multiple of the devices that split a batch, are answered at a time
+        (default: all); each needs a cache for the longest prompt and answer. In a run with several hosts, all of them
+        call it with the same prompts, and get the same answers.
 
-        Rows stop at the model's `max_positions` too. `temperature` 0 takes the likeliest token; else tokens are drawn
-        among the likeliest whose probabilities add up to `top_p` (Holtzman et al., 1904.09751), the same ones for the
-        same seed and place in `prompts`. Raises `ValueError` for a prompt that is empty or too long for the model.
+        Answers also stop at the model's `max_positions`. `temperature` 0 selects the likeliest token; otherwise tokens
+        are drawn from the likeliest whose probabilities add up to `top_p` (Holtzman et al., 1904.09751), the same for
+        the same seed and index in `prompts`. Raises `ValueError` for a prompt that is empty or too long for the model.
         """
         if not prompts or max_new_tokens < 1:
             return [[] for _ in prompts]
@@ -136,7 +136,7 @@ class Generate:
             )
             placed = self._place(padded, self._by_row), self._place(options, meshes.EVERYWHERE)
             new_BN, count_B = self._run(params, frozen, *placed, room=room, sample=temperature > 0)
-            each = zip(np.asarray(new_BN), np.asarray(count_B), batch, strict=False)  # there may be more rows
+            each = zip(np.asarray(new_BN), np.asarray(count_B), batch, strict=False)  # there may be unused rows
             answers += [row[:count].tolist() for row, count, _ in each]
         return answers
 
@@ -146,7 +146,7 @@ class Generate:
 
 
 def generate(model: Decoder, prompts: Sequence[Sequence[int]], **options: Any) -> list[list[int]]:
-    """The same for a model that lies whole on one device; `options` are those of `Generate`."""
+    """Continues prompts with a model that is on one device; `options` are those of `Generate.__call__`."""
     params, frozen = trainable(model.config, nnx.to_pure_dict(nnx.split(model)[1]))
     return _on_one_device(model.config, model.dtype)(params, frozen, prompts, **options)
 
@@ -167,8 +167,8 @@ def _width(slots: int) -> int:
 def _continue(
     model: Decoder, split: Sequence[str], rows: _Rows, options: _Options, *, room: int, sample: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """New tokens [B, room] of this device's rows, and how many of them each has. `split` are the axes of the mesh that
-    have more than one device, but for context, along which everything is the same."""
+    """Returns the new tokens [B, room] of this device's rows, and the number of them in each row [B]. `split`: the axes
+    of the mesh with more than one device, without context, along which everything is the same."""
     height, slots = rows.tokens_BP.shape
     width = _width(slots)
     by_row = [axis for axis in split if axis in meshes.BATCH_AXES]
@@ -209,7 +209,7 @@ def _continue(
 
 
 def _empty_cache(model: Decoder, rows: int, slots: int, by_row: Sequence[str], split: Sequence[str]) -> Cache:
-    """A cache of this device's rows and heads."""
+    """An empty cache for this device's rows and heads."""
     devices = jax.sharding.get_abstract_mesh().shape["tensor"]
     config = replace(model.config, kv_heads=model.config.kv_heads // devices)
     empty = Cache.empty(config, rows, slots, model.dtype)
@@ -222,12 +222,12 @@ def _empty_cache(model: Decoder, rows: int, slots: int, by_row: Sequence[str], s
 
 
 def _vary(array: jax.Array, axes: Sequence[str]) -> jax.Array:
-    """Marks zeros as what a loop makes of them: different on each device along `axes`."""
+    """Marks an array as different on each device along `axes`, as a loop's carry must be before the loop."""
     return meshes.vary(array, tuple(axes))
 
 
 def _whole(logits_BV: jax.Array, vocabulary: int) -> jax.Array:
-    """Every device's share of the vocabulary, side by side on each of them."""
+    """Gathers the logits of the whole vocabulary on each device."""
     at = meshes.index("tensor") * logits_BV.shape[1]
     alone_BV = jax.lax.dynamic_update_slice(jnp.zeros((len(logits_BV), vocabulary)), logits_BV, (0, at))
     return meshes.psum(alone_BV, "tensor")
@@ -238,7 +238,7 @@ def _likeliest(logits_BV: jax.Array, _: jax.Array) -> jax.Array:
 
 
 def _chooser(rows: _Rows, options: _Options) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """Returns what draws each row's next token; a row's draws depend on the seed, its prompt's place and the step."""
+    """Returns a function that draws each row's next token, from the seed, the index of its prompt and the step."""
     keys_B = jax.vmap(partial(jax.random.fold_in, jax.random.key(options.seed)))(rows.prompt_B)
 
     def choose(logits_BV: jax.Array, at: jax.Array) -> jax.Array:
@@ -249,7 +249,7 @@ def _chooser(rows: _Rows, options: _Options) -> Callable[[jax.Array, jax.Array],
 
 
 def _draw(key: jax.Array, logits_V: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Draws one token among the likeliest that together reach `top_p`."""
+    """Draws one token from the likeliest that together reach `top_p`."""
     order_V = jnp.argsort(-logits_V)
     sorted_V = logits_V[order_V]
     probability_V = jax.nn.softmax(sorted_V)

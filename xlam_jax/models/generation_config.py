@@ -9,13 +9,13 @@ from xlam_jax.errors import UserError
 
 GENERATION_CONFIG = "generation_config.json"
 FROM_MODEL = "_from_model_config"
-"""transformers marks a file with it that only repeats the token ids of config.json."""
+"""The key with which transformers marks a file that only repeats the token ids of config.json."""
 
 
 def read_generation_config(path: Path) -> dict[str, Any] | None:
-    """Reads a `generation_config.json`; None where the file is missing.
+    """Reads a `generation_config.json`; None if the file is missing.
 
-    Raises `UserError` where it is not a JSON object, or its token ids are not ids.
+    Raises `UserError` if it is not a JSON object, or its token ids are invalid.
     """
     if not path.exists():
         return None
@@ -31,23 +31,21 @@ def read_generation_config(path: Path) -> dict[str, Any] | None:
 
 
 def copy_generation_config(folder: Path, to: Path) -> None:
-    """Copies a model's `generation_config.json`, where it has one, byte for byte. Raises `UserError` if invalid."""
+    """Copies a model's `generation_config.json`, if it has one, byte for byte. Raises `UserError` if it is invalid."""
     if read_generation_config(folder / GENERATION_CONFIG) is not None:
         (to / GENERATION_CONFIG).write_bytes((folder / GENERATION_CONFIG).read_bytes())
 
 
 def stop_ids(ends: Sequence[int], generation: Mapping[str, Any] | None) -> list[int]:
-    """The tokens that end generation: those that end trained turns, then those that the file of the source adds.
-
-    A file that only repeats the ids of config.json adds none: they need not be those that were trained.
-    """
+    """The tokens that end generation: those that end trained turns (`ends`), then those that the source's generation
+    config adds. One that only repeats the ids of config.json adds none: they may differ from the trained ones."""
     added: Any = None if generation is None or generation.get(FROM_MODEL) else generation.get("eos_token_id")
     added = added if isinstance(added, list) else [] if added is None else [added]
     return list(dict.fromkeys([*ends, *(token for token in added if token is not None)]))
 
 
 def derived(hf_config: Mapping[str, Any]) -> dict[str, Any]:
-    """What transformers writes for a model without a generation config of its own."""
+    """The generation config that transformers writes for a model without one."""
     tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {FROM_MODEL: True} | {key: hf_config[key] for key in tokens if hf_config.get(key) is not None}
 
@@ -55,10 +53,10 @@ def derived(hf_config: Mapping[str, Any]) -> dict[str, Any]:
 def align(
     hf_config: Mapping[str, Any], generation: Mapping[str, Any] | None, ends: Sequence[int], tokenizer: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """config.json and generation_config.json of a trained model: both stop at the tokens that ended trained turns.
+    """Returns config.json and generation_config.json of a trained model, with the tokens that end trained turns.
 
-    Beginning and padding are the tokenizer's, where it has them. Stop ids and sampling defaults of the source's
-    generation config are kept.
+    The ids of the begin and padding tokens are the tokenizer's, if it has them. Stop ids and sampling defaults of the
+    source's generation config are kept.
     """
     ours = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
     tokens = {key: token for key, token in ours.items() if token is not None}

@@ -1,7 +1,7 @@
-"""Matrix products with one rule for numerics: operands in the compute dtype, sums in f32, gradients likewise.
+"""Matrix products: operands in the compute dtype, sums in f32, in the forward and the backward pass.
 
-A product's gradient takes its cotangent in the compute dtype too, so that all three products of a layer run on the
-fast path of the hardware; the weight's gradient leaves in f32, never rounded on the way to the optimizer.
+The backward pass rounds the cotangent to the compute dtype too, so that all three products of a layer run on the fast
+path of the hardware. The weight's gradient is returned in f32 and is not rounded on the way to the optimizer.
 """
 
 from functools import cache, partial
@@ -19,14 +19,14 @@ from xlam_jax.parallel import mesh
 def project(equation: str, x: jax.Array, weight: jax.Array | NF4, dtype: Any, out: Any = None) -> jax.Array:
     """`einsum(equation, x, weight)` with both cast to `dtype`, summed in f32, returned as `out` (default `dtype`).
 
-    A quantized weight is kept as it is for the backward pass, and has no gradient.
+    A quantized weight is saved in four bits for the backward pass, and has no gradient.
     """
     return _project(equation, dtype, out or dtype, *mesh.alike(x, weight))
 
 
 class Adapter(NamedTuple):
-    """A low-rank addition to a weight, A·B (Hu et al., 2106.09685): `a` takes the weight's input axes to the rank, `b`
-    the rank to its output axes. The scale is already in `b`."""
+    """A low-rank addition to a weight, A·B (Hu et al., 2106.09685): `a` maps the weight's input axes to the rank, `b`
+    the rank to its output axes. `b` includes the scale."""
 
     a: jax.Array
     b: jax.Array
@@ -35,7 +35,7 @@ class Adapter(NamedTuple):
 def adapted(
     equation: str, x: jax.Array, weight: jax.Array | NF4, adapter: Adapter | None, dtype: Any, x_a: jax.Array | None
 ) -> jax.Array:
-    """`project` with the adapter's product added; `x_a` is what the adapter sees in place of `x` (after dropout)."""
+    """`project` with the adapter's product added. `x_a`: the adapter's input after dropout; None if it is `x`."""
     if adapter is None:
         return project(equation, x, weight, dtype)
     to_rank, from_rank = low_rank(equation)
@@ -45,13 +45,13 @@ def adapted(
 
 
 def low_rank(equation: str) -> tuple[str, str]:
-    """The two equations of an adapter: "BTD,DNK->BTNK" gives "BTD,Dr->BTr" and "BTr,rNK->BTNK"."""
+    """Returns the two equations of an adapter: for "BTD,DNK->BTNK", "BTD,Dr->BTr" and "BTr,rNK->BTNK"."""
     operands, result = equation.split("->")
     of_x, of_weight = operands.split(",")
     summed = "".join(axis for axis in of_weight if axis in of_x and axis not in result)
-    made = "".join(axis for axis in of_weight if axis not in summed)
-    kept = "".join(axis for axis in result if axis not in made)
-    return f"{of_x},{summed}r->{kept}r", f"{kept}r,r{made}->{result}"
+    outputs = "".join(axis for axis in of_weight if axis not in summed)
+    batch = "".join(axis for axis in result if axis not in outputs)
+    return f"{of_x},{summed}r->{batch}r", f"{batch}r,r{outputs}->{result}"
 
 
 def dot(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -61,8 +61,8 @@ def dot(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
         return einsum(x, y)
     if _bf16_instructions():
         return jax.lax.platform_dependent(x, y, cpu=partial(_row_major_dot, equation), default=einsum)
-    # A CPU that has no bf16 products converts anyway, and slower. The result is the same: those of two bf16 numbers
-    # are exact in f32.
+    # A CPU without bf16 products converts anyway, and slower. The result is the same: products of two bf16 numbers are
+    # exact in f32.
     return jax.lax.platform_dependent(
         x, y, cpu=lambda x, y: einsum(x.astype(jnp.float32), y.astype(jnp.float32)), default=einsum
     )
@@ -73,9 +73,9 @@ def _row_major_dot(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
     multiplies bf16 numbers.
 
     XLA keeps the operands of a product in bf16 when the library takes it, and only later merges the transposes around
-    it into the product. Then the library no longer takes it, and nothing else computes it: the run ends with
+    it into the product. Then the library no longer takes it, and nothing else can compute it: the run ends with
     "Unsupported element type for DotThunk::Execute: BF16 x BF16 = F32". The layout constraints and the barrier keep
-    the transposes out; the constraints also keep XLA from converting a transposed operand to f32 first.
+    XLA from merging the transposes, and from converting a transposed operand to f32 first.
     """
     operands, result = equation.split("->")
     of_x, of_y = operands.split(",")
@@ -100,7 +100,7 @@ def _row_major(array: jax.Array) -> jax.Array:
 
 @cache
 def _bf16_instructions() -> bool:
-    """Whether this machine's CPU multiplies bf16 numbers."""
+    """Whether this machine's CPU has instructions for products of bf16 numbers."""
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="ignore")
     except OSError:
@@ -121,7 +121,7 @@ def _backward(equation: str, dtype: Any, _: Any, saved: tuple[jax.Array, jax.Arr
     x, weight = saved
     operands, result = equation.split("->")
     of_x, of_weight = operands.split(",")
-    dy = _made_once(dy.astype(dtype))
+    dy = _compute_once(dy.astype(dtype))
     dx = dot(f"{result},{of_weight}->{of_x}", dy, dense(weight, dtype)).astype(x.dtype)
     if isinstance(weight, NF4):
         return dx, None
@@ -129,8 +129,8 @@ def _backward(equation: str, dtype: Any, _: Any, saved: tuple[jax.Array, jax.Arr
     return dx, dw
 
 
-def _made_once(array: jax.Array) -> jax.Array:
-    """On a CPU, what feeds two products is computed once; a fused copy for each would compute it twice."""
+def _compute_once(array: jax.Array) -> jax.Array:
+    """On a CPU, keeps XLA from fusing a copy of an operand into each of two products, which would compute it twice."""
     return jax.lax.platform_dependent(array, cpu=jax.lax.optimization_barrier, default=lambda same: same)
 
 

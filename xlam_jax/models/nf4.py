@@ -2,9 +2,9 @@
 
 A block of weights along the last axis shares one scale, its largest magnitude; each weight is the nearest of 16
 quantiles of the normal distribution times that scale. The scales are quantized once more, to eight bits of their root
-relative to the largest scale of their row: the root keeps the small scales of a row that has an outlier. A quantized
-weight shards, gathers and stacks like the weight itself: blocks and rows lie along the last axis, and never straddle
-the shards of another.
+relative to the largest scale of their row: the root preserves the small scales of a row that has an outlier. A
+quantized weight shards, gathers and stacks like the weight itself: blocks and rows are along the last axis, so the
+shards of another axis never cut them.
 """
 
 from itertools import pairwise
@@ -31,10 +31,10 @@ CODEBOOK = (
     0.7229568362236023,
     1.0,
 )
-"""The paper's appendix E: quantiles of the normal distribution scaled to [-1, 1], zero among them exactly."""
+"""The paper's appendix E: quantiles of the normal distribution scaled to [-1, 1]; exactly zero is one of them."""
 
 BLOCK = 64
-"""Weights that share a scale; fewer where the last axis is not a multiple of it."""
+"""Weights that share a scale; fewer if the last axis is not a multiple of it."""
 
 
 class NF4(NamedTuple):
@@ -43,13 +43,13 @@ class NF4(NamedTuple):
     codes: Any
     """uint8 [..., N/2]: the first half of each block in the low four bits, the second half in the high ones."""
     scales: Any
-    """uint8 [..., N/b]: the root of each block's scale, in 255ths of that of its row's."""
+    """uint8 [..., N/b]: 255 × √(scale of the block / scale of the row)."""
     rows: Any
     """f32 [...]: the largest scale of the row."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight."""
+        """The shape of the weight."""
         return (*self.codes.shape[:-1], 2 * self.codes.shape[-1])
 
 
@@ -59,7 +59,7 @@ def block_size(size: int) -> int:
 
 
 def quantize(weight: jax.Array) -> NF4:
-    """Rounds a weight [..., N], N even."""
+    """Quantizes a weight [..., N], N even."""
     size = weight.shape[-1]
     block = block_size(size)
     blocks = weight.astype(jnp.float32).reshape(*weight.shape[:-1], size // block, block)
@@ -67,7 +67,7 @@ def quantize(weight: jax.Array) -> NF4:
     row = jnp.max(scale, axis=-1)
     midpoints = jnp.array([(low + high) / 2 for low, high in pairwise(CODEBOOK)], jnp.float32)
     unit = blocks / jnp.where(scale > 0, scale, 1.0)[..., None]
-    # Counting the midpoints below keeps the temporary as large as the weight; a search would not be smaller.
+    # Counting the midpoints below each weight needs one temporary of the size of the weight; a search needs no less.
     code = sum((unit > midpoint).astype(jnp.uint8) for midpoint in midpoints)
     low, high = jnp.split(code, 2, axis=-1)
     packed = (low | (high << 4)).reshape(*weight.shape[:-1], size // 2)
@@ -76,7 +76,7 @@ def quantize(weight: jax.Array) -> NF4:
 
 
 def dequantize(weight: NF4, dtype: Any) -> jax.Array:
-    """The weights that the codes stand for, [..., N]."""
+    """Computes the weights from their codes, [..., N] in `dtype`."""
     blocks = weight.scales.shape[-1]
     half = weight.codes.shape[-1] // blocks
     packed = weight.codes.reshape(*weight.codes.shape[:-1], blocks, half)
@@ -86,7 +86,7 @@ def dequantize(weight: NF4, dtype: Any) -> jax.Array:
 
 
 def _value(code: jax.Array) -> jax.Array:
-    """The codebook's entries: a tree of selections, which fuses into what follows; accelerators gather slowly."""
+    """Looks codes up in the codebook by a tree of selections, which XLA fuses; gathers are slow on accelerators."""
     values = [jnp.float32(value) for value in CODEBOOK]
     for bit in range(4):
         one = (code >> bit) & 1 == 1
@@ -95,5 +95,5 @@ def _value(code: jax.Array) -> jax.Array:
 
 
 def dense(weight: jax.Array | NF4, dtype: Any) -> jax.Array:
-    """A weight, quantized or not, in `dtype`."""
+    """A weight in `dtype`, dequantized if needed."""
     return dequantize(weight, dtype) if isinstance(weight, NF4) else weight.astype(dtype)

@@ -1,7 +1,7 @@
-"""Tile sizes of the megablox kernels: those that fit a TPU core's scoped VMEM and move the fewest bytes.
+"""Tile sizes of the megablox kernels: those that fit into a TPU core's scoped VMEM and move the fewest bytes.
 
-A kernel keeps two copies of each operand's and result's block (one is computed on while the other is moved), an
-accumulator, and what its registers do not hold. A tile that needs more than the compiler's limit does not compile.
+A kernel keeps two copies of each operand's and result's block (one is used while the other is moved), an accumulator,
+and spilled registers. A tile that needs more than the compiler's limit does not compile.
 
 Sizes: `rows` of the left operand, `inner` (contracted) and `outer` sides of the weight, `experts`; bytes throughout.
 """
@@ -10,28 +10,28 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 LANES = 128
-"""Elements that the shortest side of a block is padded to; sides of tiles are multiples of it, or whole axes."""
+"""The last side of a block is padded to a multiple of it; sides of tiles are multiples of it, or whole axes."""
 ROWS = (512, 256, 128)
-"""Rows of a tile. A tile in which an expert's rows end is computed once for each expert in it: shorter tiles waste
-less, longer ones read the weights less often. The longest is the one of which each expert has 4 when balanced."""
+"""Possible rows of a tile. A tile with rows of several experts is computed once for each of them: shorter tiles waste
+less, longer ones read the weights less often. The longest that is used gives each expert 4 tiles if balanced."""
 MIB = 2**20
 SCOPED_VMEM = 16 * MIB
-"""The compiler's limit for one kernel, on TPU v4, v5e and v5p; also taken for a device that is not in this module."""
+"""The compiler's limit for one kernel, on TPU v4, v5e and v5p; also used for devices that are not in this module."""
 SCOPED_VMEM_BY_KIND = {"TPU v6": 32 * MIB}
-"""Where the limit is another: by the beginning of the device's kind."""
+"""Beginning of the device's kind → a different limit."""
 SPARE = MIB // 2
-"""For spilled registers beyond those of the left operand's block: at most 0.4 MiB in modules that were compiled."""
+"""For spilled registers beyond those of the left operand's block: at most 0.4 MiB in the modules that we compiled."""
 
 CONTRACTED = (512, 8192)
-"""Shortest and longest contracted side: the accumulator is read and written once for each of these."""
+"""Minimum and maximum contracted side: the accumulator is read and written once per contracted tile."""
 OUTER = 2048
-"""Longest side of a tile's result."""
+"""Maximum side of a tile's result."""
 STEP = MIB // 2
-"""Bytes that a chip moves in about the time that one step of a kernel's grid takes besides its work, 0.35 µs."""
+"""Bytes that a chip moves in about the fixed time of one step of a kernel's grid, 0.35 µs."""
 INTENSITY = 200
-"""FLOPs that a chip computes in about the time in which it moves one byte: 166 (v5p) to 560 (v6e)."""
+"""FLOPs that a chip computes in about the time that it takes to move one byte: 166 (v5p) to 560 (v6e)."""
 MATRIX_UNIT = 256
-"""Rows that a matrix unit multiplies in the time in which it loads the next weights: fewer take as long."""
+"""Rows that a matrix unit multiplies while it loads the next weights: fewer rows take as long."""
 
 
 class Tile(NamedTuple):
@@ -43,7 +43,7 @@ class Tile(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What a kernel multiplies."""
+    """The sizes of a product."""
 
     rows: int
     inner: int
@@ -56,13 +56,13 @@ class Shape(NamedTuple):
 
 
 def scoped_vmem(device_kind: str) -> int:
-    """The compiler's limit of VMEM for one kernel, in bytes."""
+    """The compiler's limit of VMEM per kernel, in bytes."""
     limits = (limit for kind, limit in SCOPED_VMEM_BY_KIND.items() if device_kind.startswith(kind))
     return next(limits, SCOPED_VMEM)
 
 
 def row_tile(rows: int, experts: int) -> int:
-    """The longest row side of a tile for so many assignments; rows are padded to a multiple of it."""
+    """The maximum rows of a tile for a number of assignments (`rows`); rows are padded to a multiple of it."""
     fitting = (side for side in ROWS if side * 4 * experts <= rows)
     return min(next(fitting, ROWS[-1]), _up(rows, 8))
 
@@ -86,10 +86,10 @@ def outer_tile(shape: Shape, limit: int) -> Tile:
 
 
 def product_vmem(shape: Shape, tile: Tile) -> int:
-    """Bytes of VMEM that `gmm` needs. The accumulator disappears where the whole contracted side is one tile."""
+    """Bytes of VMEM that `gmm` needs. There is no accumulator if the whole contracted side is one tile."""
     accumulated = 4 if tile.inner < shape.inner else 0
     left, result = _block(tile.rows, tile.inner, shape.width), _block(tile.rows, tile.outer, 1)
-    # Which side of the weight is padded to lanes depends on whether it is transposed: the larger of both.
+    # Which side of the weight is padded to lanes depends on whether it is transposed: take the larger block.
     weight = max(_block(tile.inner, tile.outer, shape.width), _block(tile.outer, tile.inner, shape.width))
     return 3 * left + 2 * weight + (2 * shape.result + accumulated) * result + SPARE
 
@@ -101,8 +101,8 @@ def outer_vmem(shape: Shape, tile: Tile) -> int:
 
 
 def _product_cost(shape: Shape, tile: Tile) -> float:
-    """Bytes that `gmm` moves, and what else it takes, in the time of as many. For each column of tiles all rows are
-    read; the weights once, or once for each tile of rows where the contracted side is cut."""
+    """The cost of `gmm`: bytes that it moves, with its other work as the bytes that take as long. All rows are read
+    once per column of tiles; the weights are read once, or once per tile of rows if the contracted side is cut."""
     columns, cuts = _count(shape.outer, tile.outer), _count(shape.inner, tile.inner)
     visits = shape.rows // tile.rows + shape.experts
     readings = shape.experts if cuts == 1 else visits
@@ -111,7 +111,7 @@ def _product_cost(shape: Shape, tile: Tile) -> float:
 
 
 def _outer_cost(shape: Shape, tile: Tile) -> float:
-    """The same of `tgmm`, which reads either operand once for each tile of the other's side."""
+    """The cost of `tgmm`, which reads each operand once per tile of the other operand's side."""
     columns, lines = _count(shape.outer, tile.outer), _count(shape.inner, tile.inner)
     visits = shape.rows // tile.rows + shape.experts
     moved = shape.rows * (shape.inner * columns + shape.outer * lines) * shape.width
@@ -127,7 +127,7 @@ def _cost(moved: int, columns: int, others: int, visits: int, tile: Tile) -> flo
 
 
 def _cheapest(tiles: Iterator[Tile], fits: Callable[[Tile], bool], cost: Callable[[Tile], float]) -> Tile:
-    """The cheapest tile that fits; some always does, as the smallest needs less than 2 MiB."""
+    """The cheapest tile that fits; one always does, as the smallest needs less than 2 MiB."""
     return min((tile for tile in tiles if fits(tile)), key=cost)
 
 
@@ -140,8 +140,8 @@ def _tiles(shape: Shape, inner: tuple[int, int], outer: tuple[int, int]) -> Iter
 
 
 def _axis_sides(size: int, least: int, most: int) -> list[int]:
-    """Sides that an axis may be cut into: whole, or multiples of the lanes that divide it. Where none divides it, the
-    last tile is filled up."""
+    """The sides into which an axis may be cut: the whole axis, or multiples of the lanes that divide it. If none
+    divides it, the last tile is padded."""
     whole = [size] if size <= most else []
     cut = [side for side in range(LANES, min(size, most + 1), LANES) if size % side == 0]
     if not cut:

@@ -1,4 +1,4 @@
-"""Grouped matrix products on a GPU, in Pallas for Triton: rows in tiles, each of one expert.
+"""Grouped matrix products on a GPU, in Pallas for Triton: each tile of rows belongs to one expert.
 
 Axes: A rows (whole tiles), E experts, I inputs, O outputs.
 """
@@ -25,7 +25,7 @@ def product(
 ) -> jax.Array:
     """x [A, I] times the weight of each row's expert, [E, I, O], or [E, O, I] when transposed: [A, O] in `out`.
 
-    `rows_E` are whole tiles. What is in the rows after those of the last expert is not defined.
+    `rows_E` are whole tiles. Rows after those of the last expert are undefined.
     """
     rows, inputs = x_AI.shape
     outputs = weight.shape[1 if transposed else 2]
@@ -68,7 +68,7 @@ def _product(expert_ref, x_ref, weight_ref, out_ref, *, block_in: int, block_out
 
 
 def outer(x_AI: jax.Array, dy_AO: jax.Array, rows_E: jax.Array, *, interpret: bool) -> jax.Array:
-    """For each expert its rows' xᵀ dy, [E, I, O] in f32; zeros for an expert without rows. `rows_E` are whole tiles."""
+    """xᵀ dy over each expert's rows, [E, I, O] in f32; zeros for an expert without rows. `rows_E` are whole tiles."""
     (rows, inputs), outputs, experts = x_AI.shape, dy_AO.shape[1], len(rows_E)
     block_in, block_out = side(inputs, 64), side(outputs, 128)
     last_E = (jnp.cumsum(rows_E) // ROWS).astype(jnp.int32)
@@ -101,7 +101,7 @@ def _outer(first_ref, last_ref, x_ref, dy_ref, out_ref) -> None:
 
 
 def _dot(one: jax.Array, other: jax.Array) -> jax.Array:
-    """f32 operands are multiplied as such, not rounded for the tensor cores."""
+    """A product in f32; f32 operands are not rounded for the tensor cores."""
     precision = jax.lax.Precision.HIGHEST if one.dtype == jnp.float32 else None
     return jax.lax.dot(one, other, precision=precision, preferred_element_type=jnp.float32)
 
