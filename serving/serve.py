@@ -133,7 +133,7 @@ def vllm_command(
     if adapters:
         if cpu and _hf_config(Path(model)).get("model_type") == "mixtral":
             raise UserError("vLLM cannot serve adapters of a Mixtral on a CPU; export the merged weights instead")
-        from xlam_jax.weights.peft import read_config
+        from xlam_jax.weights.peft_config import read_config
 
         ranks = [read_config(folder).rank for folder in adapters.values()]
         rank = next((known for known in LORA_RANKS if known >= max(ranks)), max(ranks))
@@ -242,7 +242,7 @@ def _adapters(given: Sequence[str], values: bool) -> dict[str, Path]:
 
 
 def _check_adapter(folder: Path, values: bool) -> None:
-    from xlam_jax.weights.peft import WEIGHTS, read_config
+    from xlam_jax.weights.peft_config import WEIGHTS, read_config
     from xlam_jax.weights.shards import Shard
     from xlam_jax.weights.transfer import check_values
 
@@ -321,7 +321,7 @@ def model_folder(given: str, exported: Path | None, export: bool, values: bool =
 def _check_folder(folder: Path, values: bool) -> None:
     """Reports at once what vLLM would report after minutes, or never: weights cut off, missing or of another shape,
     values that are not numbers, a config.json of another model, a tokenizer with more tokens than the embedding."""
-    from xlam_jax.models import hf_keys
+    from xlam_jax.models import families, hf_keys
     from xlam_jax.weights.hf import HFWeights
     from xlam_jax.weights.locate import quantized_tensor
     from xlam_jax.weights.shards import Shard
@@ -330,13 +330,13 @@ def _check_folder(folder: Path, values: bool) -> None:
     config = _hf_config(folder)
     shards = [Shard(str(path)) for path in sorted(folder.glob("*.safetensors"))]
     method = hf_keys.quantization_method(config)
-    if hf_keys.family_of(config) and method is None:
+    if families.family_of(config) and method is None:
         if renamed := HFWeights(folder).renamed:
             raise UserError(
                 f"{folder}: {next(iter(renamed))} has the name of a wrapper, which vLLM does not read; convert the "
                 "folder with converters.hf_to_orbax, and serve the result"
             )
-    elif hf_keys.family_of(config) and not quantized_tensor({shard.url: shard for shard in shards}):
+    elif families.family_of(config) and not quantized_tensor({shard.url: shard for shard in shards}):
         raise UserError(
             f"{folder / 'config.json'}: has a quantization_config ({method}), and the weights are not quantized; "
             "remove it from config.json, or vLLM serves other weights than these"

@@ -21,9 +21,11 @@ from safetensors.numpy import load_file, save_file
 from xlam_jax.errors import UserError
 from xlam_jax.models.config import Lora, ModelConfig
 from xlam_jax.models.params import Params, binder, join, shapes, trainable
-from xlam_jax.weights import peft as ours_peft
+from xlam_jax.weights import peft_config
 from xlam_jax.weights.hf_map import parameter, tensors
-from xlam_jax.weights.peft import merge, read_config, read_peft, write_peft
+from xlam_jax.weights.merge import merge
+from xlam_jax.weights.peft import read_peft, write_peft
+from xlam_jax.weights.peft_config import read_config
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -72,8 +74,8 @@ def test_peft_loads_what_we_write(tmp_path: Path, family: str, targets: tuple[st
     ours = logits(config, join(base, adapters), tokens_BT)
     assert not np.allclose(ours, peft_logits(model, tokens_BT), atol=1e-2)
     write_peft(tmp_path / "adapter", config, adapters, base="tiny")
-    theirs = peft_logits(peft.PeftModel.from_pretrained(model, str(tmp_path / "adapter")), tokens_BT)
-    np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
+    reference = peft_logits(peft.PeftModel.from_pretrained(model, str(tmp_path / "adapter")), tokens_BT)
+    np.testing.assert_allclose(ours, reference, atol=1e-4 * np.abs(reference).max())
     again = read_peft(tmp_path / "adapter", config)
     jax.tree.map(np.testing.assert_array_equal, again, adapters)
 
@@ -83,10 +85,10 @@ def test_we_load_what_peft_writes(tmp_path: Path):
     settings = peft.LoraConfig(
         r=4, lora_alpha=12, target_modules=["q_proj", "v_proj", "gate_proj"], init_lora_weights=False
     )
-    theirs = peft.get_peft_model(model, settings)
-    theirs.save_pretrained(str(tmp_path))
+    reference = peft.get_peft_model(model, settings)
+    reference.save_pretrained(str(tmp_path))
     tokens_BT = tiny_models.tokens(2, 20)
-    expected = peft_logits(theirs, tokens_BT)
+    expected = peft_logits(reference, tokens_BT)
     np.testing.assert_allclose(
         logits(config, join(base, read_peft(tmp_path, config)), tokens_BT),
         expected,
@@ -101,16 +103,16 @@ def test_experts_are_refused(tmp_path: Path):
     assert not (tmp_path / "adapter").exists()
 
 
-def test_other_adapters_are_told(tmp_path: Path):
+def test_other_adapters_are_reported(tmp_path: Path):
     _, config, _, adapters = tiny("mistral", ("q", "v"))
     write_peft(tmp_path / "adapter", config, adapters, base=None)
-    for change, told in (
+    for change, message in (
         ({"rank": 8}, "the rank is 4 there and 8"),
         ({"alpha": 1.0}, r"alpha is 12\.0 there and 1\.0"),
         ({"targets": ("q",)}, r"not of lora\.targets: .*v_proj"),
         ({"targets": ("q", "v", "o")}, "missing: .*o_proj"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             read_peft(tmp_path / "adapter", replace(config, lora=replace(config.lora, **change)))
     other = replace(config, hidden_size=16, head_dim=4)
     with pytest.raises(UserError, match="the adapter of another base model"):
@@ -136,15 +138,15 @@ def save_with_peft(folder: Path, model: Any = None, **settings: Any) -> Any:
     plain = {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
     torch.manual_seed(1)
     model = tiny_models.hf_model("mistral") if model is None else model
-    theirs = peft.get_peft_model(model, peft.LoraConfig(**(plain | settings)))
+    reference = peft.get_peft_model(model, peft.LoraConfig(**(plain | settings)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that embeddings are saved too
-        theirs.save_pretrained(str(folder))
-    return theirs
+        reference.save_pretrained(str(folder))
+    return reference
 
 
 def changed(
-    plain: Path, folder: Path, config: dict[str, Any] | None = None, tensors: Any = lambda found: found
+    plain: Path, folder: Path, config: dict[str, Any] | None = None, tensors: Any = lambda stored: stored
 ) -> Path:
     """A copy of a folder with fields of its config and its tensors changed."""
     folder.mkdir(exist_ok=True)
@@ -159,11 +161,11 @@ def lora_of(**changes: Any) -> ModelConfig:
     return replace(config, lora=Lora(**({"targets": ("q", "v"), "rank": 4, "alpha": 12.0} | changes)))
 
 
-def assert_merges_as_in_peft(folder: Path, theirs: Any, config: ModelConfig, model: Any) -> None:
+def assert_merges_as_in_peft(folder: Path, reference: Any, config: ModelConfig, model: Any) -> None:
     """The weights of a model with the adapters of a folder added are those of peft's merged model."""
     base = tiny_models.params_of(model)
     ours = merge(config, base, read_peft(folder, config, base))
-    merged = tiny_models.file_tensors(dict(theirs.merge_and_unload().named_parameters()))
+    merged = tiny_models.file_tensors(dict(reference.merge_and_unload().named_parameters()))
     for tensor in tensors(config):
         np.testing.assert_allclose(
             tensor.to_hf(parameter(ours, tensor.path)), merged[tensor.key], rtol=1e-5, atol=1e-6, err_msg=tensor.key
@@ -172,11 +174,11 @@ def assert_merges_as_in_peft(folder: Path, theirs: Any, config: ModelConfig, mod
 
 def test_every_field_of_peft_is_classified():
     """A field that a new version of peft adds fails here: decide what it does to the result."""
-    classes = [ours_peft.HONOURED, tuple(ours_peft.NEUTRAL), ours_peft.VARIANTS, ours_peft.IRRELEVANT]
+    classes = [peft_config.HONOURED, tuple(peft_config.NEUTRAL), peft_config.VARIANTS, peft_config.IRRELEVANT]
     named = [field for fields in classes for field in fields]
     assert len(named) == len(set(named))
-    theirs = {field.name for field in dataclasses.fields(peft.LoraConfig)}
-    assert theirs == set(named)
+    reference = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+    assert reference == set(named)
 
 
 def test_the_defaults_of_peft_are_read(tmp_path: Path):
@@ -206,28 +208,28 @@ def test_the_defaults_of_peft_are_read(tmp_path: Path):
     ids=str,
 )  # fmt: skip
 def test_patterns_are_honoured(tmp_path: Path, settings: dict[str, Any], lora: dict[str, Any]):
-    theirs = save_with_peft(tmp_path, **settings)
-    assert_merges_as_in_peft(tmp_path, theirs, lora_of(**lora), tiny_models.hf_model("mistral"))
+    reference = save_with_peft(tmp_path, **settings)
+    assert_merges_as_in_peft(tmp_path, reference, lora_of(**lora), tiny_models.hf_model("mistral"))
 
 
 def test_adapters_on_embedding_and_head_are_read(tmp_path: Path):
     """peft saves the base's embeddings along with them: they must be those of the base."""
-    theirs = save_with_peft(tmp_path / "peft", target_modules=["q_proj", "embed_tokens", "lm_head"])
+    reference = save_with_peft(tmp_path / "peft", target_modules=["q_proj", "embed_tokens", "lm_head"])
     model, config = tiny_models.hf_model("mistral"), lora_of(targets=("q", "embedding", "head"))
     copies = {key for key in load_file(tmp_path / "peft/adapter_model.safetensors") if ".lora_" not in key}
     assert copies, "peft saves copies"
-    expected = peft_logits(theirs, tiny_models.tokens(2, 20))
+    expected = peft_logits(reference, tiny_models.tokens(2, 20))
     base = tiny_models.params_of(model)
     ours = logits(config, join(base, read_peft(tmp_path / "peft", config, base)), tiny_models.tokens(2, 20))
     np.testing.assert_allclose(ours, expected, atol=1e-4 * np.abs(expected).max())
-    assert_merges_as_in_peft(tmp_path / "peft", theirs, config, model)
+    assert_merges_as_in_peft(tmp_path / "peft", reference, config, model)
     with pytest.raises(UserError, match=r"weights of its base; name the base in model\.init_from"):
         read_peft(tmp_path / "peft", config)
     with pytest.raises(UserError, match="differs from that of the base"):
         read_peft(tmp_path / "peft", config, base | {"head": base["head"] + 0.01, "embedding": base["embedding"] + 1})
     halved = changed(
-        tmp_path / "peft", tmp_path / "half", tensors=lambda found: {
-            key: value.astype(ml_dtypes.bfloat16) if key in copies else value for key, value in found.items()
+        tmp_path / "peft", tmp_path / "half", tensors=lambda stored: {
+            key: value.astype(ml_dtypes.bfloat16) if key in copies else value for key, value in stored.items()
         }
     )  # fmt: skip
     read_peft(halved, config, base)
@@ -254,14 +256,14 @@ def test_adapters_on_embedding_and_head_are_read(tmp_path: Path):
     ],
 )
 def test_ways_to_begin_are_neutral_or_refused(tmp_path: Path, plain: Path, kind: Any):
-    """Those that change the base weights as peft loads the adapters must not be read beside unchanged ones."""
+    """Those that change the base weights as peft loads the adapters must not be used with unchanged ones."""
     changed(plain, tmp_path, {"init_lora_weights": kind})
     config, model = lora_of(), tiny_models.hf_model("mistral")
-    if kind in ours_peft.NEUTRAL["init_lora_weights"]:
+    if kind in peft_config.NEUTRAL["init_lora_weights"]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            theirs = peft.PeftModel.from_pretrained(tiny_models.hf_model("mistral"), str(tmp_path))
-        assert_merges_as_in_peft(tmp_path, theirs, config, model)
+            reference = peft.PeftModel.from_pretrained(tiny_models.hf_model("mistral"), str(tmp_path))
+        assert_merges_as_in_peft(tmp_path, reference, config, model)
         return
     with pytest.raises(UserError, match=f"init_lora_weights is '{kind}'; only plain LoRA .*merge_and_unload"):
         read_peft(tmp_path, config)
@@ -278,9 +280,9 @@ def test_ways_to_begin_are_neutral_or_refused(tmp_path: Path, plain: Path, kind:
         ({"trainable_token_indices": [3]}, r"trainable_token_indices is \[3\]"),
         ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication is"),
         ({"a_field_of_tomorrow": {"on": 1}}, "a_field_of_tomorrow is {'on': 1}"),
-        ({"layers_to_transform": [0]}, r"leaves model\.layers\.1\.self_attn\.q_proj out \(layers_to_transform \[0\]\)"),
-        ({"exclude_modules": ["v_proj"]}, r"v_proj out \(exclude_modules \['v_proj'\]\)"),
-        ({"target_modules": ["q_proj"]}, r"v_proj out \(target_modules \['q_proj'\]\)"),
+        ({"layers_to_transform": [0]}, r"excludes model\.layers\.1\.self_attn\.q_proj \(layers_to_transform \[0\]\)"),
+        ({"exclude_modules": ["v_proj"]}, r"v_proj \(exclude_modules \['v_proj'\]\)"),
+        ({"target_modules": ["q_proj"]}, r"v_proj \(target_modules \['q_proj'\]\)"),
         ({"target_modules": None}, "target_modules is None; a list of module names"),
         ({"r": 0}, "r is 0; a positive whole number"),
         ({"r": 4.0}, r"r is 4\.0; a positive whole number"),
@@ -325,10 +327,10 @@ KEY = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_values_that_are_not_finite_are_refused(tmp_path: Path, plain: Path, value: float, dtype: Any):
-    def spoil(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        found = {key: array.astype(dtype) for key, array in found.items()}
-        found[KEY][3, 1] = value
-        return found
+    def spoil(stored: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        stored = {key: array.astype(dtype) for key, array in stored.items()}
+        stored[KEY][3, 1] = value
+        return stored
 
     with pytest.raises(UserError, match=rf"{KEY} holds 1 of 64 values that are infinite or no numbers"):
         read_peft(changed(plain, tmp_path, tensors=spoil), lora_of())
@@ -341,7 +343,7 @@ def test_other_names_of_the_same_tensors(tmp_path: Path, plain: Path):
         lambda key: key.replace(".weight", ".default.weight"),
     ):
         renamed = changed(
-            plain, tmp_path, tensors=lambda found, to=rename: {to(key): one for key, one in found.items()}
+            plain, tmp_path, tensors=lambda stored, to=rename: {to(key): one for key, one in stored.items()}
         )
         jax.tree.map(np.testing.assert_array_equal, read_peft(renamed, lora_of()), expected)
 
@@ -360,7 +362,7 @@ def test_other_names_of_the_same_tensors(tmp_path: Path, plain: Path):
 )
 def test_tensors_that_are_not_expected_are_refused(tmp_path: Path, plain: Path, change: Any, expected: str):
     with pytest.raises(UserError, match=expected):
-        read_peft(changed(plain, tmp_path, tensors=lambda found: found | change), lora_of())
+        read_peft(changed(plain, tmp_path, tensors=lambda stored: stored | change), lora_of())
 
 
 def test_adapters_that_are_not_finite_are_not_written(tmp_path: Path):
@@ -394,7 +396,7 @@ NAMES = st.sampled_from(
 def test_patterns_match_as_in_peft(pattern: dict[str, int], module: str):
     from peft.utils.other import get_pattern_key
 
-    assert ours_peft._by_pattern(pattern, module, 0) == pattern.get(get_pattern_key(pattern.keys(), module), 0)
+    assert peft_config.by_pattern(pattern, module, 0) == pattern.get(get_pattern_key(pattern.keys(), module), 0)
 
 
 @settings(deadline=None, derandomize=True, max_examples=100)
@@ -409,7 +411,7 @@ def test_modules_are_targeted_as_in_peft(targets: Any, excluded: Any, layers: An
 
     if isinstance(targets, str) or module in targets:
         layers = None  # not possible together in peft, or ignored
-    theirs = peft.LoraConfig(target_modules=targets, exclude_modules=excluded, layers_to_transform=layers)
+    reference = peft.LoraConfig(target_modules=targets, exclude_modules=excluded, layers_to_transform=layers)
     described = {"target_modules": targets, "exclude_modules": excluded, "layers_to_transform": layers}
-    ours = ours_peft._Fields("there", described).config()
-    assert (ours.ignores(module) is None) == bool(check_target_module_exists(theirs, module))
+    ours = peft_config.check_config("there", described)
+    assert (ours.ignores(module) is None) == bool(check_target_module_exists(reference, module))

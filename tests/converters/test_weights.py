@@ -1,4 +1,4 @@
-"""Weights go from Hugging Face to Orbax and back bit for bit; whatever does not fit is told in one message."""
+"""Weights go from Hugging Face to Orbax and back bit for bit; whatever does not fit is reported in one message."""
 
 import json
 import shutil
@@ -47,15 +47,15 @@ def convert(monkeypatch: pytest.MonkeyPatch) -> Command:
 
 def stored(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     """Dtype, shape and bytes of every tensor of a folder's safetensors."""
-    found = {}
+    contents = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="np") as opened:
             assert opened.metadata() == {"format": "pt"}
             for key in opened.keys():  # noqa: SIM118 (safe_open has no iterator)
-                assert key not in found
+                assert key not in contents
                 value = opened.get_tensor(key)
-                found[key] = (str(value.dtype), value.shape, value.tobytes())
-    return found
+                contents[key] = (str(value.dtype), value.shape, value.tobytes())
+    return contents
 
 
 def saved(path: Path, name: str, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
@@ -85,11 +85,11 @@ def test_round_trip(name: str, dtype: torch.dtype, tmp_path: Path, convert: Comm
         assert (back / file).read_bytes() == (original / file).read_bytes()
     assert not list(tmp_path.glob(".*")), "no temporary folder stays"
 
-    theirs, ours = (AutoModelForCausalLM.from_pretrained(folder) for folder in (original, back))
+    reference, ours = (AutoModelForCausalLM.from_pretrained(folder) for folder in (original, back))
     tokens = torch.from_numpy(tiny_models.tokens(2, 9)).long()
     with torch.no_grad():
         assert ours.dtype == dtype
-        assert torch.equal(ours(tokens).logits, theirs(tokens).logits)
+        assert torch.equal(ours(tokens).logits, reference(tokens).logits)
 
 
 def test_one_file_when_it_fits(tmp_path: Path, convert: Command):
@@ -322,10 +322,10 @@ def test_a_tied_model_with_its_head_in_the_files(tmp_path: Path, monkeypatch: py
     save_file(values | {"lm_head.weight": values["model.embed_tokens.weight"].copy()}, file)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs = AutoModelForCausalLM.from_pretrained(folder)
+        reference = AutoModelForCausalLM.from_pretrained(folder)
     _, params = load_hf(folder)
     assert "head" not in params
-    np.testing.assert_array_equal(params["embedding"], theirs.lm_head.weight.detach().numpy())
+    np.testing.assert_array_equal(params["embedding"], reference.lm_head.weight.detach().numpy())
 
     other = values["model.embed_tokens.weight"].copy()
     other[-1, -1] += 1
@@ -399,8 +399,10 @@ def test_layers_of_several_dtypes_are_read_in_the_wider_one(tmp_path: Path, conv
     save_file(values | {key: values[key].astype(np.float16)}, folder / "model.safetensors")
     q = load_hf(folder)[1]["blocks"]["q"]
     assert q.dtype == np.float32
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).model.layers[0].self_attn.q_proj.weight
-    np.testing.assert_array_equal(q[0].reshape(q.shape[1], -1).T, theirs.detach().numpy())
+    reference = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).model.layers[0].self_attn.q_proj.weight
+    )
+    np.testing.assert_array_equal(q[0].reshape(q.shape[1], -1).T, reference.detach().numpy())
     convert(hf_to_orbax, "--hf", folder, "--out", tmp_path / "orbax", "--verify")
 
 
@@ -434,7 +436,7 @@ def test_parts_are_kept_where_the_source_cannot_be_read(
     monkeypatch.setattr(Shard, "read", failing)
     with pytest.raises(UserError, match=r"model\.safetensors: .* can't be read \(Input/output error\); run again"):
         convert(hf_to_orbax, "--hf", folder, "--out", tmp_path / "orbax", "--workers", "1")
-    monkeypatch.setattr(Shard, "read", lambda *given: (done.append(given[1]), read(*given))[1])
+    monkeypatch.setattr(Shard, "read", lambda *arguments: (done.append(arguments[1]), read(*arguments))[1])
     done.clear()
     convert(hf_to_orbax, "--hf", folder, "--out", tmp_path / "orbax")
     assert done

@@ -28,7 +28,7 @@ from xlam_jax.models.generation_config import read_generation_config
 from xlam_jax.report import page, runs, samples
 from xlam_jax.report.figures import Report
 from xlam_jax.training import run_folder
-from xlam_jax.weights import checkpoint, peft
+from xlam_jax.weights import checkpoint, peft_config
 from xlam_jax.weights import run as weights
 from xlam_jax.weights.hf import HFWeights
 from xlam_jax.weights.shards import DTYPES, Place, header_of
@@ -123,8 +123,8 @@ def hf_config(folder: Path) -> Read:
             (folder / "generation_config.json").write_bytes(mutate_json(draw, generation))
             read_generation_config(folder / "generation_config.json")
         elif kind < 0.3:
-            (folder / peft.CONFIG).write_bytes(mutate_json(draw, ADAPTER))
-            peft.read_config(folder).refuse_patterns()
+            (folder / peft_config.CONFIG).write_bytes(mutate_json(draw, ADAPTER))
+            peft_config.read_config(folder).refuse_patterns()
         else:
             path = folder / "config.json"
             path.write_bytes(mutate_json(draw, draw.choice((*models, *full))))

@@ -60,6 +60,6 @@ def test_a_kernel_gives_what_xla_gives(
     kernel: str, tokens: int, size: int, window: int | None, dtype: str, tolerance: float
 ):
     expected = results(Kernels(), tokens, size, window, jnp.dtype(dtype))
-    given = results(Kernels(attention=kernel, interpret=True), tokens, size, window, jnp.dtype(dtype))
-    for mine, like in zip(given, expected, strict=True):
-        np.testing.assert_allclose(mine, like, rtol=0, atol=tolerance * np.abs(like).max())
+    computed = results(Kernels(attention=kernel, interpret=True), tokens, size, window, jnp.dtype(dtype))
+    for array, like in zip(computed, expected, strict=True):
+        np.testing.assert_allclose(array, like, rtol=0, atol=tolerance * np.abs(like).max())

@@ -50,8 +50,8 @@ def results(kernel: str, kind: str, dtype: Any, *, lora: bool) -> Any:
                 y_SKD = experts_mlp(x_SD, *weights, route(expert_SK, EXPERTS), dtype, frozen=False)
                 y_SD = jnp.einsum("SKD,SK->SD", y_SKD.astype(jnp.float32), gate_SK)
             else:
-                how = grouped.How(kernel, dtype, frozen=False, interpret=True)
-                y_SD = grouped.experts_sum(x_SD, gate_SK, *weights, grouped.group(expert_SK, EXPERTS, kernel), how)
+                options = grouped.KernelOptions(kernel, dtype, frozen=False, interpret=True)
+                y_SD = grouped.experts_sum(x_SD, gate_SK, *weights, grouped.group(expert_SK, EXPERTS, kernel), options)
             return jnp.sum(y_SD * wanted_SD), y_SD
 
         return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(x_SD, gate_SK, weights)
@@ -73,6 +73,6 @@ def results(kernel: str, kind: str, dtype: Any, *, lora: bool) -> Any:
 )
 def test_a_kernel_gives_what_xla_gives(kernel: str, kind: str, dtype: str, lora: bool, tolerance: float):
     expected = results("xla", kind, jnp.dtype(dtype), lora=lora)
-    given = results(kernel, kind, jnp.dtype(dtype), lora=lora)
-    for mine, like in zip(given, expected, strict=True):
-        np.testing.assert_allclose(mine, like, rtol=0, atol=tolerance * np.abs(like).max())
+    computed = results(kernel, kind, jnp.dtype(dtype), lora=lora)
+    for array, like in zip(computed, expected, strict=True):
+        np.testing.assert_allclose(array, like, rtol=0, atol=tolerance * np.abs(like).max())

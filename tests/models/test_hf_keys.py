@@ -21,9 +21,10 @@ from xlam_jax.errors import UserError
 from xlam_jax.models import hf_keys
 from xlam_jax.models.attention import rope_frequencies
 from xlam_jax.models.config import ModelConfig, read_hf_config
+from xlam_jax.models.families import FAMILIES, family_named
 from xlam_jax.outputs import ResumableFolder
 
-ARCHITECTURES = {family: name for name, family in hf_keys.FAMILIES.items()}
+ARCHITECTURES = {family.name: family.architecture for family in FAMILIES}
 ODD: list[Any] = [
     None, True, False, 0, 1, 2, 3, 7, -1, -5, 10**30, 0.0, -0.0, 1.0, 0.5, -0.5, 4.0, 1e-5, 1e39, float("nan"),
     float("inf"), float("-inf"), "", "false", "4096", "linear", [], [1], ["full_attention"] * 2,
@@ -64,7 +65,7 @@ def assert_same_reading(values: dict[str, Any]) -> bool:
     config = ours(values)
     if config is None:
         return False
-    theirs = tiny_models.CONFIGS[config.family](**deepcopy(values))
+    expected = tiny_models.CONFIGS[config.family](**deepcopy(values))
     pairs = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -82,15 +83,15 @@ def assert_same_reading(values: dict[str, Any]) -> bool:
         pairs["sliding_window"] = config.sliding_window
     if config.experts:
         pairs |= {"num_local_experts": config.experts, "num_experts_per_tok": config.experts_per_token}
-    assert {key: getattr(theirs, key) for key in pairs} == pairs, values
-    assert (theirs.head_dim or theirs.hidden_size // theirs.num_attention_heads) == config.head_dim
-    np.testing.assert_allclose(rope_frequencies(config), frequencies(theirs), rtol=2e-6, err_msg=str(values))
+    assert {key: getattr(expected, key) for key in pairs} == pairs, values
+    assert (expected.head_dim or expected.hidden_size // expected.num_attention_heads) == config.head_dim
+    np.testing.assert_allclose(rope_frequencies(config), frequencies(expected), rtol=2e-6, err_msg=str(values))
     return True
 
 
 @pytest.mark.parametrize("family", tiny_models.CONFIGS)
 def test_each_key_with_odd_values(family: str):
-    keys = hf_keys.HONOURED[family] | hf_keys.NEUTRAL.keys() | hf_keys.IN_TRAINING
+    keys = family_named(family).keys | hf_keys.NEUTRAL.keys() | hf_keys.IN_TRAINING
     read = sum(
         assert_same_reading({**base(family), key: value})
         for key in sorted(keys - {"architectures", "model_type"})
@@ -105,9 +106,9 @@ def test_each_key_with_odd_values(family: str):
 @pytest.mark.parametrize("family", ["mistral", "llama"])
 def test_rotary_positions_with_odd_values(family: str):
     spelled = [{"rope_parameters": THETA}, {"rope_parameters": LINEAR}, {"rope_parameters": LLAMA3}]
-    for given in (LINEAR, LLAMA3):
-        old = {("type" if key == "rope_type" else key): value for key, value in given.items() if key != "rope_theta"}
-        spelled.append({"rope_theta": given["rope_theta"], "rope_scaling": old})
+    for scaling in (LINEAR, LLAMA3):
+        old = {("type" if key == "rope_type" else key): value for key, value in scaling.items() if key != "rope_theta"}
+        spelled.append({"rope_theta": scaling["rope_theta"], "rope_scaling": old})
     read = 0
     for rope in spelled:
         name = next(key for key in rope if key != "rope_theta")
@@ -150,9 +151,9 @@ def test_every_field_of_transformers_is_in_one_group(family: str):
     fields = set(tiny_models.CONFIGS[family]().to_dict()) | {
         field.name for field in dataclasses.fields(tiny_models.CONFIGS[family])
     }
-    groups = (hf_keys.HONOURED[family], hf_keys.NEUTRAL.keys(), hf_keys.IN_TRAINING, hf_keys.WITHOUT_EFFECT)
+    groups = (family_named(family).keys, hf_keys.NEUTRAL.keys(), hf_keys.IN_TRAINING, hf_keys.WITHOUT_EFFECT)
     assert {field: sum(field in group for group in groups) for field in fields} == dict.fromkeys(fields, 1)
-    assert fields - hf_keys.known_keys(family) == set(), "and may be overridden"
+    assert fields - hf_keys.known_keys(family_named(family)) == set(), "and may be overridden"
     saved = json.loads(tiny_models.CONFIGS[family](architectures=[ARCHITECTURES[family]]).to_json_string(False))
     assert hf_keys.warnings_of(saved, family, "here") == []
 
@@ -290,8 +291,8 @@ def test_an_override_takes_effect_in_every_spelling(file: Any, overrides: Any, t
     assert assert_same_reading(values)
     config = ModelConfig.from_hf(values)
     assert config.rope_theta == theta
-    found = config.rope_scaling and (config.rope_scaling.kind, config.rope_scaling.factor)
-    assert found == scaling
+    read = config.rope_scaling and (config.rope_scaling.kind, config.rope_scaling.factor)
+    assert read == scaling
 
 
 @pytest.mark.parametrize(
@@ -347,8 +348,8 @@ def test_an_override_is_exported(tmp_path: Path, file: dict[str, Any]):
     mask = np.ones_like(tokens)
     logits, _ = our_logits(exported, tokens, positions(mask), mask)
     with torch.no_grad():
-        theirs = exported(torch.from_numpy(tokens).long()).logits.numpy()
-    assert_close(logits, theirs, "logits of the export")
+        expected = exported(torch.from_numpy(tokens).long()).logits.numpy()
+    assert_close(logits, expected, "logits of the export")
     config = ModelConfig.from_hf(json.loads((tmp_path / "config.json").read_text()))
     assert config == ModelConfig.from_hf(values) == tiny_models.model_config(exported)
     assert (config.rope_theta, config.rope_scaling.factor if config.rope_scaling else None) == (5e5, 4.0)

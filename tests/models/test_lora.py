@@ -10,7 +10,7 @@ import tiny_models
 
 from xlam_jax.models.config import Lora, ModelConfig
 from xlam_jax.models.params import Params, binder, initialize, join, shapes, trainable
-from xlam_jax.weights.peft import merge
+from xlam_jax.weights.merge import merge
 from xlam_jax.weights.run import read_layers
 
 EVERY = ("q", "k", "v", "o", "w1", "w3", "w2", "embedding")
@@ -47,8 +47,8 @@ def flat(tree: Params) -> dict[str, np.ndarray]:
     return {**tree.get("blocks", {}), **{name: leaf for name, leaf in tree.items() if name != "blocks"}}
 
 
-def close(ours: np.ndarray, theirs: np.ndarray, what: str, tolerance: float = 1e-5) -> None:
-    error, scale = np.abs(ours - theirs).max(), np.abs(theirs).max()
+def close(ours: np.ndarray, expected: np.ndarray, what: str, tolerance: float = 1e-5) -> None:
+    error, scale = np.abs(ours - expected).max(), np.abs(expected).max()
     assert error <= tolerance * scale, f"{what}: off by {error:.3g} at a scale of {scale:.3g}"
 
 

@@ -80,12 +80,12 @@ def test_values_and_gradients(kind: str, dtype, tolerance: float):
     expert_SK = routing(kind)
     (_, y_SKD), gradients = computed(weight_SKD, expert_SK, *inputs)
     (_, expected_SKD), expected_gradients = expected(weight_SKD, expert_SK, *inputs)
-    for name, ours, theirs in [
+    for name, ours, target in [
         ("y", y_SKD, expected_SKD),
         *zip(("x", "w1", "w3", "w2"), gradients, expected_gradients, strict=True),
     ]:
-        ours, theirs = np.asarray(ours, np.float32), np.asarray(theirs, np.float32)
-        assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max(), name
+        ours, target = np.asarray(ours, np.float32), np.asarray(target, np.float32)
+        assert np.abs(ours - target).max() <= tolerance * np.abs(target).max(), name
 
 
 def test_the_overflow_of_one_expert_fills_tiles():

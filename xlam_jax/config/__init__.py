@@ -11,7 +11,7 @@ config are relative to the working directory.
 """
 
 from xlam_jax.config.base import CHANGEABLE, Section
-from xlam_jax.config.checks import HF_TARGETS, check_divisible, model_of
+from xlam_jax.config.checks import check_divisible, model_of
 from xlam_jax.config.data_sections import Augment, Data, Filters, Loss, Source
 from xlam_jax.config.describe import describe, differences, field_help, flatten, json_schema
 from xlam_jax.config.load import Resolved, load, with_steps
@@ -34,7 +34,6 @@ from xlam_jax.enums import PAIRS
 
 __all__ = [
     "CHANGEABLE",
-    "HF_TARGETS",
     "PAIRS",
     "SCHEMA",
     "Augment",

@@ -7,20 +7,6 @@ from xlam_jax.config.schema import Config
 from xlam_jax.errors import UserError, nearest
 from xlam_jax.models.config import Lora, ModelConfig
 
-HF_TARGETS = {
-    "q_proj": "q",
-    "k_proj": "k",
-    "v_proj": "v",
-    "o_proj": "o",
-    "gate_proj": "w1",
-    "up_proj": "w3",
-    "down_proj": "w2",
-    "gate": "router",
-    "embed_tokens": "embedding",
-    "lm_head": "head",
-}
-"""Names of weights in Hugging Face models → names in this project."""
-
 
 def model_of(config: Config, hf_config: dict[str, Any], origin: str = "config.json") -> ModelConfig:
     """Returns the model that a run trains, with its adapters. Raises `UserError` where the model lacks a weight that
@@ -31,15 +17,14 @@ def model_of(config: Config, hf_config: dict[str, Any], origin: str = "config.js
 
 def _adapters(config: Config, model: ModelConfig) -> Lora:
     section = config.lora
-    known = ["q", "k", "v", "o", "w1", "w2", "w3", "embedding"]
-    known += ["router"] if model.experts else []
-    known += [] if model.tie_embeddings else ["head"]
+    matrices = sorted((weight for weight in model.weights if weight.is_matrix), key=lambda weight: not weight.in_block)
+    names = [weight.name for weight in matrices]
     for at, target in enumerate(section.targets):
-        if target not in known:
-            meant = HF_TARGETS.get(target)
-            hint = f"; this project's name for it is {meant}" if meant in known else nearest(target, known)
-            raise UserError(f"lora.targets.{at}: the model has no weight '{target}'{hint} (known: {', '.join(known)})")
-    with_dropout = ("q", "k", "v", "o") + (() if model.experts else ("w1", "w2", "w3"))
+        if target not in names:
+            meant = next((row.name for row in matrices if target in (row.short_module, *row.aliases)), None)
+            hint = f"; this project's name for it is {meant}" if meant else nearest(target, names)
+            raise UserError(f"lora.targets.{at}: the model has no weight '{target}'{hint} (known: {', '.join(names)})")
+    with_dropout = [weight.name for weight in matrices if weight.dropout_id is not None]
     without = [target for target in section.targets if target not in with_dropout]
     if section.dropout and without:
         raise UserError(

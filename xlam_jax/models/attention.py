@@ -1,6 +1,6 @@
 """Grouped-query attention over packed rows, and rotary positions.
 
-Axes: B rows, T queries, S keys, N key/value heads, G queries a key/value head, K head size.
+Axes: B rows, T queries, S keys, N key/value heads, G queries per key/value head, K head size.
 """
 
 from functools import partial
@@ -18,7 +18,7 @@ from xlam_jax.models.linear import dot
 from xlam_jax.parallel import mesh
 
 QUERY_CHUNK = 256
-"""Queries that are scored at a time: keys after a chunk, and before its window, are never computed."""
+"""Queries whose scores are computed together: scores of keys after the chunk, or before its window, are skipped."""
 
 
 def rope_frequencies(config: ModelConfig) -> np.ndarray:
@@ -31,7 +31,7 @@ def rope_frequencies(config: ModelConfig) -> np.ndarray:
     slow = frequency / np.float32(scaling.factor)
     if scaling.kind == "linear":
         return slow
-    # llama3: wavelengths over original/low are slowed, those under original/high kept, between them blended.
+    # llama3: wavelengths over original/low are slowed, those under original/high stay, those between are blended.
     turns = scaling.original_max_positions * frequency / (2 * np.pi)
     blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     blend = np.clip(blend, 0.0, 1.0)
@@ -48,7 +48,7 @@ def rotate(x_BTNGK: jax.Array, positions_BT: jax.Array, frequency: np.ndarray) -
 
 
 class Places(NamedTuple):
-    """Where queries and keys stand: position in their segment, and segment; segment 0 is padding."""
+    """The positions of queries and keys in their segments, and the segments; segment 0 is padding."""
 
     q_positions_BT: jax.Array
     q_segments_BT: jax.Array
@@ -65,16 +65,17 @@ def attend(
     window: int | None,
     kernels: Kernels = XLA,
 ) -> jax.Array:
-    """Softmax attention: a query sees keys of its own segment, at or before its position, within `window`.
+    """Softmax attention, [B, T, N, G, K]: a query attends to keys of its own segment, at or before its position, within
+    `window`.
 
-    Weights are not kept for the backward pass but made again from each row's log-sum, so that memory grows with T and
-    not with T × S (Dao et al., 2205.14135). When T equals S, queries and keys are the same row, in order, and keys
-    that no query of a chunk can see are skipped: a distance in a row is one in positions within a segment. The Pallas
-    kernels need that too; what they give for a query of padding is not what XLA gives, and no one reads it.
+    The backward pass recomputes the attention weights from each row's log-sum, so memory grows with T and not with
+    T × S (Dao et al., 2205.14135). If T equals S, queries and keys must be the same rows, in order; keys that no query
+    of a chunk attends to are then skipped, as distances in a row are distances of positions within a segment. The
+    Pallas kernels require this order too. Their outputs for queries of padding differ from XLA's, and are not used.
     """
     if kernels.attention != "xla":
-        how = flash.How(kernels.attention, window, kernels.interpret)
-        return flash.attend(q_BTNGK, k_BSNK, v_BSNK, places.q_segments_BT, places.k_segments_BS, how)
+        options = flash.KernelOptions(kernels.attention, window, kernels.interpret)
+        return flash.attend(q_BTNGK, k_BSNK, v_BSNK, places.q_segments_BT, places.k_segments_BS, options)
     q_BNGTK = q_BTNGK.transpose(0, 2, 3, 1, 4)
     k_BNSK, v_BNSK = k_BSNK.transpose(0, 2, 1, 3), v_BSNK.transpose(0, 2, 1, 3)
     q_BNGTK, k_BNSK, v_BNSK = mesh.alike(q_BNGTK, k_BNSK, v_BNSK)
@@ -94,9 +95,9 @@ def _chunks(tokens: int, keys: int, window: int | None) -> list[tuple[slice, sli
 
 
 def computed_pairs(tokens: int, keys: int, window: int | None) -> int:
-    """Query and key pairs that are computed of a row, for one head."""
+    """The number of query and key pairs that are computed per row, for one head."""
     return sum(
-        (queries.stop - queries.start) * (seen.stop - seen.start) for queries, seen in _chunks(tokens, keys, window)
+        (queries.stop - queries.start) * (part.stop - part.start) for queries, part in _chunks(tokens, keys, window)
     )
 
 
@@ -128,7 +129,7 @@ def _attend_forward(window, q_BNGTK, k_BNSK, v_BNSK, places: Places):
         out_BNGTK = dot("BNGTS,BNSK->BNGTK", weights_BNGTS.astype(v_BNSK.dtype), v_BNSK[:, :, keys])
         outs.append((out_BNGTK / total_BNGT1).astype(q_BNGTK.dtype))
         logs.append(peak_BNGT1 + jnp.log(total_BNGT1))
-    # Named, so that a remat policy can keep both and spare the backward pass a second forward.
+    # Named, so that a remat policy can keep both: the backward pass then needs no second forward pass.
     out_BNGTK = checkpoint_name(jnp.concatenate(outs, axis=3), "attention")
     log_BNGT1 = checkpoint_name(jnp.concatenate(logs, axis=3), "attention")
     return out_BNGTK, (q_BNGTK, k_BNSK, v_BNSK, places, out_BNGTK, log_BNGT1)
@@ -148,7 +149,7 @@ def _attend_backward(window, saved, dout_BNGTK: jax.Array):
         dweights_BNGTS = dot("BNGTK,BNSK->BNGTS", dout, v_BNSK[:, :, keys])
         dscores_BNGTS = (weights_BNGTS * (dweights_BNGTS - shift_BNGT1[:, :, :, queries]) * scale).astype(dtype)
         dqs.append(dot("BNGTS,BNSK->BNGTK", dscores_BNGTS, k_BNSK[:, :, keys]).astype(dtype))
-        # Keys last until the end: then a CPU has the narrow operand to transpose, not the scores.
+        # Keys stay the last axis until the end, so that a CPU transposes the narrow operand, not the scores.
         dk_BNKS = dk_BNKS.at[:, :, :, keys].add(dot("BNGTK,BNGTS->BNKS", q, dscores_BNGTS))
         dv_BNKS = dv_BNKS.at[:, :, :, keys].add(dot("BNGTK,BNGTS->BNKS", dout, weights_BNGTS.astype(dtype)))
     dk_BNSK, dv_BNSK = dk_BNKS.swapaxes(2, 3), dv_BNKS.swapaxes(2, 3)

@@ -1,12 +1,12 @@
-"""The decoder: Mistral, Mixtral and the Llama architecture, in one file.
+"""The decoder: attention and a gated MLP, or a mixture of experts, in each block. Its parameters are the rows of the
+model's weight table (`ModelConfig.weights`).
 
-Axes: B rows, T tokens, D model, N key/value heads, G queries a key/value head, K head size, F MLP width, E experts,
-V vocabulary, L layers. Blocks are stacked along L and scanned, so that depth costs no compile time. Inside a
-`shard_map`, sizes are those of one device's shard.
+Axes: B rows, T tokens, D model width, N key/value heads, G queries per key/value head, K head size, F MLP width,
+E experts, V vocabulary, L layers, r rank of an adapter. Blocks are stacked along L and scanned, so that compile time
+does not grow with depth. Inside a `shard_map`, sizes are those of one device's shard.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +20,7 @@ from xlam_jax.models.config import ModelConfig
 from xlam_jax.models.kernels import XLA, Kernels
 from xlam_jax.models.linear import Adapter, adapted, dot, project
 from xlam_jax.models.moe import Linear, experts_mlp, route, route_rounds
+from xlam_jax.models.weights_table import EMBEDDING, FINAL_NORM, HEAD, LOGICAL_AXES, Weight
 from xlam_jax.parallel import mesh
 
 REMAT = {
@@ -34,30 +35,27 @@ REMAT = {
         offload_dst="pinned_host",
     ),
 }
-"""What a block keeps for its backward pass: everything, the results of its matrix products, the attention's result,
-only its input, or its input and the attention's result in the host's memory."""
-
-
-MATRICES = ("q", "k", "v", "o", "router", "w1", "w3", "w2")
-"""The weights of a block that an adapter may stand beside."""
+"""Activation checkpointing: which values of a block are kept for its backward pass. none: all; dots: outputs of matrix
+products; minimal: the attention's output; full: only the block's input; offload: the block's input and the attention's
+output, in host memory."""
 
 UNROLLED = 4
-"""Models of at most so many layers are compiled without a loop."""
+"""Models of at most this many layers are compiled without a loop."""
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens so far, for generation; a slot whose segment is 0 is empty."""
+    """Keys and values of the previous tokens, for generation; a slot with segment 0 is empty."""
 
     k_LBSNK: jax.Array
     v_LBSNK: jax.Array
     positions_BS: jax.Array
     segments_BS: jax.Array
     length: jax.Array
-    """Slots in use; the same for each row, rows are padded on the left."""
+    """Slots in use, the same for each row: rows are padded on the left."""
 
     @classmethod
     def empty(cls, config: ModelConfig, rows: int, slots: int, dtype: Any) -> "Cache":
-        """A cache of `slots` tokens a row."""
+        """A cache of `slots` tokens per row."""
         shape = (config.layers, rows, slots, config.kv_heads, config.head_dim)
         return cls(
             jnp.zeros(shape, dtype),
@@ -69,7 +67,7 @@ class Cache(NamedTuple):
 
 
 class RouterSums(NamedTuple):
-    """Sums over this shard's tokens from which the load-balancing loss is made."""
+    """Sums over this shard's tokens, from which the load-balancing loss is computed."""
 
     assigned_E: jax.Array
     """Assignments to each expert."""
@@ -77,61 +75,55 @@ class RouterSums(NamedTuple):
     """Router probability of each expert."""
 
 
-Axis = tuple[str, int]
-"""A logical axis and its size."""
-
-
 class _Parameters:
-    """Draws the stacked parameters; each carries its logical axes, from which its sharding follows."""
+    """Creates a module's parameters; each has its logical axes as metadata, from which its sharding follows."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.config, self.rngs = config, rngs
+        self.config, self.rngs, self.sizes = config, rngs, config.axis_sizes
 
-    def ones(self, *axes: Axis) -> nnx.Param:
-        logical, shape = zip(*axes, strict=True)
-        return nnx.Param(jnp.ones(shape, jnp.float32), logical=logical, matrix=None)
-
-    def matrix(
-        self, of: nnx.Module, name: str, stacked: Sequence[Axis], inputs: Sequence[Axis], outputs: Sequence[Axis]
-    ) -> None:
-        """Gives a module the weight `name`, from `inputs` to `outputs`, and the two factors of its adapter.
-
-        The head is kept like an embedding, outputs first; its adapter's A is on the model's axis all the same.
-        """
-        logical, shape = zip(*stacked, *inputs, *outputs, strict=True)
-        value = self.config.initializer_range * jax.random.normal(self.rngs.params(), shape, jnp.float32)
-        setattr(of, name, nnx.Param(value, logical=logical, matrix=_axes(stacked, inputs, outputs)))
+    def add(self, module: nnx.Module, weight: Weight) -> None:
+        """Adds a weight to a module, and the two factors of its adapter if it has one."""
+        shape = weight.shape(self.sizes)
+        if weight.is_matrix:
+            value = self.config.initializer_range * jax.random.normal(self.rngs.params(), shape, jnp.float32)
+        else:
+            value = jnp.full(shape, weight.start, jnp.float32)
+        matrix = _matrix_axes(weight.axes, weight.inputs, weight.outputs) if weight.is_matrix else None
+        setattr(module, weight.name, nnx.Param(value, logical=_logical(weight.axes), matrix=matrix))
         lora = self.config.lora
-        if lora is None or name not in lora.targets:
+        if lora is None or weight.name not in lora.targets:
             return
-        rank: Axis = ("rank", lora.rank)
-        inputs, outputs = (outputs, inputs) if name == "head" else (inputs, outputs)
-        for factor, ins, outs in (("A", inputs, [rank]), ("B", [rank], outputs)):
-            fan_in = math.prod(size for _, size in ins)
-            logical, shape = zip(*stacked, *ins, *outs, strict=True)
-            value = jax.random.uniform(self.rngs.lora(), shape, jnp.float32, -(fan_in**-0.5), fan_in**-0.5)
-            value = jnp.zeros_like(value) if factor == lora.zero else value
-            setattr(
-                of,
-                f"{name}_{factor.lower()}",
-                nnx.LoRAParam(value, logical=logical, matrix=_axes(stacked, ins, outs)),
-            )
+        self._add_factor(module, weight, "A", weight.inputs, "r")
+        self._add_factor(module, weight, "B", "r", weight.outputs)
+
+    def _add_factor(self, module: nnx.Module, weight: Weight, factor: str, inputs: str, outputs: str) -> None:
+        """Adds a factor of an adapter, uniform in ±1/√(inputs), or zero."""
+        lora = self.config.lora
+        assert lora is not None
+        axes, sizes = weight.stacked + inputs + outputs, self.sizes | {"r": lora.rank}
+        bound = math.prod(sizes[axis] for axis in inputs) ** -0.5
+        shape = tuple(sizes[axis] for axis in axes)
+        value = jax.random.uniform(self.rngs.lora(), shape, jnp.float32, -bound, bound)
+        value = jnp.zeros_like(value) if factor == lora.zero else value
+        matrix = _matrix_axes(axes, inputs, outputs)
+        setattr(module, f"{weight.name}_{factor.lower()}", nnx.LoRAParam(value, logical=_logical(axes), matrix=matrix))
 
 
-def _axes(
-    stacked: Sequence[Axis], inputs: Sequence[Axis], outputs: Sequence[Axis]
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The places of a weight's input and output axes."""
-    first, last = len(stacked), len(stacked) + len(inputs)
-    return tuple(range(first, last)), tuple(range(last, last + len(outputs)))
+def _logical(axes: str) -> tuple[str, ...]:
+    return tuple("rank" if axis == "r" else LOGICAL_AXES[axis] for axis in axes)
 
 
-def _adapter(of: nnx.Module, name: str, config: ModelConfig, stacked: int, dtype: Any) -> Adapter | None:
-    """The factors of a weight's adapter, whole along fsdp; the first `stacked` axes are gone already."""
+def _matrix_axes(axes: str, inputs: str, outputs: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The indices of a matrix's input and output axes."""
+    return tuple(map(axes.index, inputs)), tuple(map(axes.index, outputs))
+
+
+def _adapter(module: nnx.Module, name: str, config: ModelConfig, stacked: int, dtype: Any) -> Adapter | None:
+    """The factors of a weight's adapter, gathered along fsdp. Their first `stacked` axes were removed by the scan."""
     if config.lora is None or name not in config.lora.targets:
         return None
-    a, b = getattr(of, f"{name}_a"), getattr(of, f"{name}_b")
-    whole_a, whole_b = (mesh.gather(one[...], one.logical[stacked:], dtype) for one in (a, b))
+    factors = (getattr(module, f"{name}_{factor}") for factor in "ab")
+    whole_a, whole_b = (mesh.gather(factor[...], factor.logical[stacked:], dtype) for factor in factors)
     return Adapter(whole_a, whole_b * config.lora.scale)
 
 
@@ -142,36 +134,23 @@ def _dropped(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
 
 
 def _of_shard(key: jax.Array) -> jax.Array:
-    """Another key on each shard of the batch, the same along the other axes."""
+    """A different key on each shard of the batch; the same along the other axes of the mesh."""
     for axis in mesh.TOKEN_AXES:
         key = jax.random.fold_in(key, mesh.index(axis))
     return key
 
 
 class Block(nnx.Module):
-    """One transformer block, or a stack of them: the parameters carry a leading layer axis until the scan takes it."""
+    """A transformer block, or a stack of them: the parameters have a leading layer axis, which the scan removes."""
 
     router: nnx.Param
 
     def __init__(self, config: ModelConfig, dtype: Any, kernels: Kernels, rngs: nnx.Rngs):
-        new = _Parameters(config, rngs)
         self.config, self.dtype, self.kernels = config, dtype, kernels
-        layers, embed = ("layers", config.layers), ("embed", config.hidden_size)
-        kv_heads, head_dim = ("kv_heads", config.kv_heads), ("head_dim", config.head_dim)
-        q_group, mlp = ("q_group", config.heads // config.kv_heads), ("mlp", config.mlp_size)
-        norm, experts = ("norm", config.hidden_size), ("experts", config.experts)
-        self.attention_norm = new.ones(layers, norm)
-        new.matrix(self, "q", [layers], [embed], [kv_heads, q_group, head_dim])
-        new.matrix(self, "k", [layers], [embed], [kv_heads, head_dim])
-        new.matrix(self, "v", [layers], [embed], [kv_heads, head_dim])
-        new.matrix(self, "o", [layers], [kv_heads, q_group, head_dim], [embed])
-        self.mlp_norm = new.ones(layers, norm)
-        if config.experts:
-            new.matrix(self, "router", [layers], [embed], [("routes", config.experts)])
-        stacked = [layers, experts] if config.experts else [layers]
-        new.matrix(self, "w1", stacked, [embed], [mlp])
-        new.matrix(self, "w3", stacked, [embed], [mlp])
-        new.matrix(self, "w2", stacked, [mlp], [embed])
+        new = _Parameters(config, rngs)
+        for weight in config.weights:
+            if weight.in_block:
+                new.add(self, weight)
 
     def _weight(self, name: str) -> Any:
         param = getattr(self, name)
@@ -182,7 +161,9 @@ class Block(nnx.Module):
         adapter = _adapter(self, name, self.config, 1, self.dtype)
         x_a = None
         if adapter is not None and key is not None and self.config.lora and self.config.lora.dropout:
-            x_a = _dropped(x, self.config.lora.dropout, jax.random.fold_in(key, MATRICES.index(name)))
+            dropout_id = self.config.weight(name).dropout_id
+            assert dropout_id is not None  # the config refuses dropout on other weights
+            x_a = _dropped(x, self.config.lora.dropout, jax.random.fold_in(key, dropout_id))
         return adapted(equation, x, self._weight(name), adapter, self.dtype, x_a)
 
     def __call__(
@@ -193,9 +174,9 @@ class Block(nnx.Module):
         cache: Cache | None = None,
         key: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[RouterSums | None, tuple[jax.Array, jax.Array] | None]]:
-        """The block's output, its router sums (experts only), and with a cache its new keys and values.
+        """Returns the block's output, its router sums (experts only), and with a cache its new keys and values.
 
-        `key` draws the dropout; without one there is none.
+        `key`: of the dropout's random masks; None for no dropout.
         """
         x_BTD = checkpoint_name(x_BTD, "input")
         attention, kv = self._attention(self._norm("attention_norm", x_BTD), positions_BT, segments_BT, cache, key)
@@ -207,8 +188,8 @@ class Block(nnx.Module):
             y_BTD, sums = self._mlp(y_BTD, key), None
         return x_BTD + checkpoint_name(y_BTD, "output"), (sums, kv)
 
-    def _norm(self, name: str, x_BTD: jax.Array) -> jax.Array:
-        return rms_norm(x_BTD, getattr(self, name)[...], self.config.norm_eps)
+    def _norm(self, name: str, x: jax.Array) -> jax.Array:
+        return rms_norm(x, getattr(self, name)[...], self.config.norm_eps)
 
     def _attention(
         self,
@@ -218,9 +199,9 @@ class Block(nnx.Module):
         cache: Cache | None,
         key: jax.Array | None,
     ):
-        q_BTNGK = self._linear("q", "BTD,DNGK->BTNGK", x_BTD, key)
-        k_BTNK = self._linear("k", "BTD,DNK->BTNK", x_BTD, key)
-        v_BTNK = self._linear("v", "BTD,DNK->BTNK", x_BTD, key)
+        q_BTNGK = self._heads("q", "BTD,DNGK->BTNGK", x_BTD, key)
+        k_BTNK = self._heads("k", "BTD,DNK->BTNK", x_BTD, key)
+        v_BTNK = self._heads("v", "BTD,DNK->BTNK", x_BTD, key)
         frequency = rope_frequencies(self.config)
         q_BTNGK = checkpoint_name(rotate(q_BTNGK, positions_BT, frequency), "qkv")
         k_BTNK = checkpoint_name(rotate(k_BTNK[:, :, :, None], positions_BT, frequency)[:, :, :, 0], "qkv")
@@ -239,6 +220,14 @@ class Block(nnx.Module):
         y_BTD = mesh.psum(self._linear("o", "BTNGK,NGKD->BTD", out_BTNGK, key), "tensor")
         return y_BTD, None if cache is None else (k_BSNK, v_BSNK)
 
+    def _heads(self, name: str, equation: str, x_BTD: jax.Array, key: jax.Array | None) -> jax.Array:
+        """Queries, keys or values [B, T, N, …, K]; with a bias, and a norm over each head, if the weight table has
+        them."""
+        heads = self._linear(name, equation, x_BTD, key)
+        if hasattr(self, f"{name}_bias"):
+            heads += getattr(self, f"{name}_bias")[...].astype(self.dtype)
+        return self._norm(f"{name}_norm", heads) if hasattr(self, f"{name}_norm") else heads
+
     def _mlp(self, x_BTD: jax.Array, key: jax.Array | None) -> jax.Array:
         gate_BTF = checkpoint_name(self._linear("w1", "BTD,DF->BTF", x_BTD, key), "hidden")
         up_BTF = checkpoint_name(self._linear("w3", "BTD,DF->BTF", x_BTD, key), "hidden")
@@ -248,7 +237,7 @@ class Block(nnx.Module):
     def _experts(self, x_BTD: jax.Array, segments_BT: jax.Array) -> tuple[jax.Array, RouterSums]:
         experts = self.config.experts
         x_SD, real_S = x_BTD.reshape(-1, x_BTD.shape[-1]), segments_BT.reshape(-1) > 0
-        # The router decides in f32: a rounded tie would send a token elsewhere.
+        # The router computes in f32: a rounded tie would send a token to another expert.
         router_DE = mesh.gather(self.router[...], self.router.logical[1:], jnp.float32, self.kernels.wire)
         adapter = _adapter(self, "router", self.config, 1, jnp.float32)
         logits_SE = adapted("SD,DE->SE", x_SD.astype(jnp.float32), router_DE, adapter, jnp.float32, None)
@@ -261,8 +250,12 @@ class Block(nnx.Module):
         )
         frozen = self.config.lora is not None
         if self.kernels.experts != "xla" and not mesh.splits("expert"):
-            how = grouped.How(self.kernels.experts, self.dtype, frozen, self.kernels.interpret, vmem=self.kernels.vmem)
-            y_SD = grouped.experts_sum(x_SD, gate_SK, w1, w3, w2, grouped.group(expert_SK, experts, how.kernel), how)
+            options = grouped.KernelOptions(
+                self.kernels.experts, self.dtype, frozen, self.kernels.interpret, vmem=self.kernels.vmem
+            )
+            y_SD = grouped.experts_sum(
+                x_SD, gate_SK, w1, w3, w2, grouped.group(expert_SK, experts, options.kernel), options
+            )
         else:
             where = (route_rounds if mesh.splits("expert") else route)(expert_SK, experts)
             y_SKD = experts_mlp(x_SD, w1, w3, w2, where, self.dtype, frozen=frozen)
@@ -276,9 +269,10 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Token ids in, final hidden states out; `logits` and the losses apply the head."""
+    """From token ids to final hidden states; `logits` and the losses apply the head."""
 
     embedding: nnx.Param
+    final_norm: nnx.Param
 
     def __init__(
         self,
@@ -290,18 +284,17 @@ class Decoder(nnx.Module):
         kernels: Kernels = XLA,
         rngs: nnx.Rngs,
     ):
-        new = _Parameters(config, rngs)
         self.config, self.dtype, self.remat, self.neftune, self.kernels = config, dtype, remat, neftune, kernels
-        vocab, embed = ("vocab", config.vocab_size), ("embed", config.hidden_size)
-        new.matrix(self, "embedding", [], [vocab], [embed])
+        new = _Parameters(config, rngs)
+        new.add(self, EMBEDDING)
         self.blocks = Block(config, dtype, kernels, rngs)
-        self.final_norm = new.ones(("norm", config.hidden_size))
+        new.add(self, FINAL_NORM)
         if not config.tie_embeddings:
-            new.matrix(self, "head", [], [vocab], [embed])
+            new.add(self, HEAD)
 
     def head_VD(self) -> jax.Array:
-        """The output embedding of this device's share of the vocabulary, its adapter added."""
-        name = "embedding" if self.config.tie_embeddings else "head"
+        """The output embedding of this device's share of the vocabulary, with its adapter added."""
+        name = EMBEDDING.name if self.config.tie_embeddings else HEAD.name
         head = getattr(self, name)
         head_VD = mesh.gather(head[...], head.logical, self.dtype, self.kernels.wire)
         adapter = _adapter(self, name, self.config, 0, self.dtype)
@@ -318,9 +311,10 @@ class Decoder(nnx.Module):
         cache: Cache | None = None,
         key: jax.Array | None = None,
     ) -> tuple[jax.Array, RouterSums | None, Cache | None]:
-        """Hidden states after the final norm [B, T, D], router sums over all layers, and the cache grown by T.
+        """Returns hidden states after the final norm [B, T, D], router sums over all layers, and the cache with T more
+        tokens.
 
-        `key` draws the dropout of adapters and the noise on embeddings; without one there is none.
+        `key`: of the random dropout of adapters and the noise on embeddings; None for neither.
         """
         x_BTD = self._embed(tokens_BT)
         if self.neftune and key is not None:
@@ -342,7 +336,7 @@ class Decoder(nnx.Module):
         if self.remat != "none":
             block = jax.checkpoint(block, policy=REMAT[self.remat], prevent_cse=False)
         kv = None if cache is None else (cache.k_LBSNK, cache.v_LBSNK)
-        # A few layers are not worth a loop: it copies each layer's weights, residuals and gradients in and out.
+        # A loop copies each layer's weights, residuals and gradients in and out, which a few layers are not worth.
         unroll = self.config.layers <= UNROLLED
         keys = None if key is None else jax.random.split(key, self.config.layers)
         x_BTD, (sums, kv) = jax.lax.scan(block, x_BTD, (stacked, kv, keys), unroll=unroll)
@@ -368,20 +362,20 @@ class Decoder(nnx.Module):
         return mesh.psum(x_BTD, "tensor")
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
-        """Logits in f32, [B, T, V]; for generation and tests: the losses never hold them for a whole batch."""
+        """Logits in f32, [B, T, V]; for generation and tests: losses never compute them for a whole batch at once."""
         return dot("BTD,VD->BTV", hidden_BTD, self.head_VD().astype(self.dtype))
 
 
 def _noise(alpha: float, x_BTD: jax.Array, segments_BT: jax.Array, key: jax.Array) -> jax.Array:
-    """NEFTune (Jain et al., 2310.05914): uniform noise, smaller the longer a sequence is; none on padding."""
+    """NEFTune (Jain et al., 2310.05914): uniform noise, scaled by 1/√(sequence length × D); none on padding."""
     length_BT = jnp.sum(segments_BT[:, :, None] == mesh.gather_tokens(segments_BT)[:, None, :], axis=-1)
     size_BT = jnp.where(segments_BT > 0, alpha * jax.lax.rsqrt((length_BT * x_BTD.shape[-1]).astype(jnp.float32)), 0.0)
     noise_BTD = jax.random.uniform(_of_shard(key), x_BTD.shape, jnp.float32, -1.0, 1.0)
     return (noise_BTD * size_BT[:, :, None]).astype(x_BTD.dtype)
 
 
-def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
-    """Root-mean-square norm in f32 (Zhang & Sennrich, 1910.07467)."""
-    x32 = x_BTD.astype(jnp.float32)
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square norm over the last axis, in f32 (Zhang & Sennrich, 1910.07467)."""
+    x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return (scale_D * normed).astype(x_BTD.dtype)
+    return (scale * normed).astype(x.dtype)

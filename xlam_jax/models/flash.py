@@ -1,9 +1,10 @@
 """Attention by the kernels that come with JAX: splash attention on a TPU, a Triton kernel on a GPU.
 
-Both see packed rows: a query sees keys of its own segment that stand at or before it in the row. Their results and
-log-sums carry the name "attention", as those of `attention.attend` do, so that a remat policy can keep them.
+Both work on packed rows: a query attends to keys of its own segment, at or before its position in the row. Their
+outputs and log-sums have the checkpoint name "attention", as those of `attention.attend` do, so that a remat policy can
+keep them.
 
-Axes: B rows, T queries, S keys, N key/value heads, H query heads (N × G), G queries a key/value head, K head size.
+Axes: B rows, T queries, S keys, N key/value heads, H query heads (N × G), G queries per key/value head, K head size.
 """
 
 from functools import cache, partial
@@ -17,50 +18,53 @@ from jax.ad_checkpoint import checkpoint_name
 from xlam_jax.parallel import mesh, opaque
 
 LANES = 128
-"""Places that a block of either kernel is a multiple of."""
+"""The size of a block of either kernel, in tokens, is a multiple of it."""
 FUSED_BLOCKS = 8
-"""Blocks of keys up to which one kernel makes all three gradients: it writes the queries' once for each block."""
+"""Maximum number of key blocks for the fused backward kernel, which computes all three gradients: it writes the
+queries' gradient once per key block."""
 
 
-class How(NamedTuple):
-    """Which kernel, and what it must know beforehand."""
+class KernelOptions(NamedTuple):
+    """The static options of an attention kernel."""
 
     kernel: str
     """splash or pallas."""
     window: int | None
     interpret: bool
-    """Run by the interpreter: for tests, on any machine."""
+    """Run by the interpreter of Pallas, on any machine: for tests."""
 
 
-def attend(q_BTNGK: jax.Array, k_BSNK: jax.Array, v_BSNK: jax.Array, q_segments_BT, k_segments_BS, how: How):
-    """[B, T, N, G, K], as `attention.attend`; the row's places must be in order. Queries of a context shard are the two
-    pieces that `mesh.dealt` gives it; keys are whole rows."""
+def attend(
+    q_BTNGK: jax.Array, k_BSNK: jax.Array, v_BSNK: jax.Array, q_segments_BT, k_segments_BS, options: KernelOptions
+):
+    """Attention as in `attention.attend`, [B, T, N, G, K]; queries must be in the order of the row. The queries of a
+    context shard are the two pieces that `mesh.dealt` assigns to it; keys are whole rows."""
     rows, tokens, kv_heads, group, size = q_BTNGK.shape
     q_BHTK = q_BTNGK.transpose(0, 2, 3, 1, 4).reshape(rows, kv_heads * group, tokens, size)
     k_BNSK, v_BNSK = k_BSNK.transpose(0, 2, 1, 3), v_BSNK.transpose(0, 2, 1, 3)
     q_BHTK, k_BNSK, v_BNSK = mesh.alike(q_BHTK, k_BNSK, v_BNSK)
     segments = (q_segments_BT, k_segments_BS)
-    masks = _masks_here(tokens, k_BNSK.shape[2], kv_heads * group, how) if how.kernel == "splash" else None
-    out_BHTK: Any = _attend(how, q_BHTK, k_BNSK, v_BNSK, segments, masks)
+    masks = _masks_here(tokens, k_BNSK.shape[2], kv_heads * group, options) if options.kernel == "splash" else None
+    out_BHTK: Any = _attend(options, q_BHTK, k_BNSK, v_BNSK, segments, masks)
     return out_BHTK.reshape(rows, kv_heads, group, tokens, size).transpose(0, 3, 1, 2, 4)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(how: How, q_BHTK, k_BNSK, v_BNSK, segments, masks) -> jax.Array:
-    return _forward(how, q_BHTK, k_BNSK, v_BNSK, segments, masks)[0]
+def _attend(options: KernelOptions, q_BHTK, k_BNSK, v_BNSK, segments, masks) -> jax.Array:
+    return _forward(options, q_BHTK, k_BNSK, v_BNSK, segments, masks)[0]
 
 
-def _forward(how: How, q_BHTK, k_BNSK, v_BNSK, segments, masks):
-    forward = {"splash": _splash_forward, "pallas": _triton_forward}[how.kernel]
-    out_BHTK, log_BHT = opaque.call(partial(forward, how), q_BHTK, k_BNSK, v_BNSK, segments, masks)
-    # Named, so that a remat policy can keep both and spare the backward pass a second forward.
+def _forward(options: KernelOptions, q_BHTK, k_BNSK, v_BNSK, segments, masks):
+    forward = {"splash": _splash_forward, "pallas": _triton_forward}[options.kernel]
+    out_BHTK, log_BHT = opaque.call(partial(forward, options), q_BHTK, k_BNSK, v_BNSK, segments, masks)
+    # Named, so that a remat policy can keep both: the backward pass then needs no second forward pass.
     out_BHTK, log_BHT = checkpoint_name(out_BHTK, "attention"), checkpoint_name(log_BHT, "attention")
     return out_BHTK, (q_BHTK, k_BNSK, v_BNSK, segments, masks, out_BHTK, log_BHT)
 
 
-def _backward(how: How, saved, dout_BHTK: jax.Array):
-    backward = {"splash": _splash_backward, "pallas": _triton_backward}[how.kernel]
-    return *opaque.call(partial(backward, how), saved, dout_BHTK), None, None
+def _backward(options: KernelOptions, saved, dout_BHTK: jax.Array):
+    backward = {"splash": _splash_backward, "pallas": _triton_backward}[options.kernel]
+    return *opaque.call(partial(backward, options), saved, dout_BHTK), None, None
 
 
 _attend.defvjp(_forward, _backward)
@@ -70,13 +74,13 @@ _attend.defvjp(_forward, _backward)
 
 
 @cache
-def _splash(tokens: int, keys: int, heads: int, how: How) -> Any:
-    """The kernel for all context shards, its masks as NumPy arrays."""
+def _splash(tokens: int, keys: int, heads: int, options: KernelOptions) -> Any:
+    """The arguments of the kernel for all context shards, and its masks as NumPy arrays."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     class Mask(masks.LocalMask):
-        """Tells blocks of which all or nothing is seen from their corners, so that long rows take no minutes."""
+        """Classifies fully masked and fully visible blocks from their corners: O(blocks), not O(tokens²)."""
 
         def __getitem__(self, at: Any) -> np.ndarray:
             places, first, last = self.q_sequence[at[0]], at[1].start, at[1].stop - 1
@@ -90,7 +94,7 @@ def _splash(tokens: int, keys: int, heads: int, how: How) -> Any:
         __hash__ = masks.LocalMask.__hash__
 
     shards = keys // tokens
-    mask = Mask((keys, keys), (how.window - 1 if how.window else None, 0), 0)
+    mask = Mask((keys, keys), (options.window - 1 if options.window else None, 0), 0)
     if shards > 1:
         mask.q_sequence = mask.q_sequence.reshape(2 * shards, -1)[mesh.dealt(shards)].reshape(-1)
     block_q, block_kv, compute = _block(tokens, 512), _block(keys, 1024), _block(keys, 512)
@@ -106,22 +110,22 @@ def _splash(tokens: int, keys: int, heads: int, how: How) -> Any:
         block_kv_dkv_compute=compute,
         **backward,
     )
-    made = splash.make_splash_mha(
+    kernel = splash.make_splash_mha(
         masks.MultiHeadMask([mask] * heads),
         block_sizes=blocks,
         save_residuals=True,
         head_shards=1,
         q_seq_shards=shards,
-        interpret=how.interpret,
+        interpret=options.interpret,
     )
-    infos = (made.fwd_mask_info, made.dq_mask_info, made.dkv_mask_info)
-    return made.kwargs, jax.tree.map(np.asarray, infos)
+    infos = (kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info)
+    return kernel.kwargs, jax.tree.map(np.asarray, infos)
 
 
 def computed_pairs(tokens: int, keys: int, window: int | None) -> dict[str, float]:
-    """Query and key pairs that splash attention computes of a row, for one head and the mean context shard, in each of
-    its kernels, by a part of its name."""
-    kwargs, infos = _splash(tokens, keys, 1, How("splash", window, False))
+    """The number of query and key pairs that splash attention computes per row, for one head and averaged over context
+    shards: kernel (a part of its name) → pairs."""
+    kwargs, infos = _splash(tokens, keys, 1, KernelOptions("splash", window, False))
     blocks = kwargs["block_sizes"]
     sides = (
         ("splash_mha_fwd", infos[0], blocks.block_q * blocks.block_kv),
@@ -132,18 +136,20 @@ def computed_pairs(tokens: int, keys: int, window: int | None) -> dict[str, floa
     return {name: int((info.block_mask > 0).sum()) * side / shards for name, info, side in sides if info is not None}
 
 
-def _block(places: int, most: int) -> int:
-    """The largest block up to `most` of which so many places are a multiple."""
-    return next(size for size in (1024, 512, 256, LANES) if size <= most and places % size == 0)
+def _block(tokens: int, most: int) -> int:
+    """The largest block up to `most` that divides a number of tokens."""
+    return next(size for size in (1024, 512, 256, LANES) if size <= most and tokens % size == 0)
 
 
-def _masks_here(tokens: int, keys: int, heads: int, how: How) -> Any:
-    """What this context shard's queries see: the kernel's three tables, each cut along its queries."""
-    _, infos = opaque.outside(_splash, tokens, keys, heads, how)
+def _masks_here(tokens: int, keys: int, heads: int, options: KernelOptions) -> Any:
+    """The masks of this context shard's queries: the kernel's three tables, each cut along its queries."""
+    _, infos = opaque.outside(_splash, tokens, keys, heads, options)
     shards = keys // tokens
 
     def cut(table: np.ndarray) -> jax.Array:
-        axis = 0 if table.ndim == 1 else 1  # the places of the queries, or [heads, blocks of queries, blocks of keys]
+        axis = (
+            0 if table.ndim == 1 else 1
+        )  # the positions of the queries, or [heads, blocks of queries, blocks of keys]
         size = table.shape[axis] // shards
         return jax.lax.dynamic_slice_in_dim(jnp.asarray(table), mesh.index("context") * size, size, axis)
 
@@ -154,20 +160,20 @@ def _scaled(q_BHTK: jax.Array) -> jax.Array:
     return (q_BHTK.astype(jnp.float32) * q_BHTK.shape[-1] ** -0.5).astype(q_BHTK.dtype)
 
 
-def _splash_forward(how: How, q_BHTK, k_BNSK, v_BNSK, segments, masks):
+def _splash_forward(options: KernelOptions, q_BHTK, k_BNSK, v_BNSK, segments, masks):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
-    kwargs, _ = _splash(q_BHTK.shape[2], k_BNSK.shape[2], q_BHTK.shape[1], how)
+    kwargs, _ = _splash(q_BHTK.shape[2], k_BNSK.shape[2], q_BHTK.shape[1], options)
     kernel = splash.SplashAttentionKernel(*masks, **kwargs)
     out_BHTK, (log_BHT,) = jax.vmap(kernel)(_scaled(q_BHTK), k_BNSK, v_BNSK, splash.SegmentIds(*segments))
     return out_BHTK, log_BHT
 
 
-def _splash_backward(how: How, saved, dout_BHTK):
+def _splash_backward(options: KernelOptions, saved, dout_BHTK):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
     q_BHTK, k_BNSK, v_BNSK, segments, (_, dq_mask, dkv_mask), out_BHTK, log_BHT = saved
-    kwargs, _ = _splash(q_BHTK.shape[2], k_BNSK.shape[2], q_BHTK.shape[1], how)
+    kwargs, _ = _splash(q_BHTK.shape[2], k_BNSK.shape[2], q_BHTK.shape[1], options)
 
     def of_row(q, k, v, segments, out, log, dout):
         residuals = (q, k, v, splash.SegmentIds(*segments), None, out, log, dq_mask, dkv_mask)
@@ -181,7 +187,7 @@ def _splash_backward(how: How, saved, dout_BHTK):
 # ---- GPU ------------------------------------------------------------------------------------------------------------
 
 
-def _triton_options(how: How, q_BTHK: jax.Array) -> dict[str, Any]:
+def _triton_options(options: KernelOptions, q_BTHK: jax.Array) -> dict[str, Any]:
     from jax.experimental.pallas.ops.gpu import attention as triton
 
     blocks = triton.BlockSizes(128, 64, block_q_dkv=64, block_kv_dkv=64, block_q_dq=64, block_kv_dq=64)
@@ -193,36 +199,38 @@ def _triton_options(how: How, q_BTHK: jax.Array) -> dict[str, Any]:
         "num_warps": None,
         "num_stages": 2,
         "grid": None,
-        "interpret": how.interpret,
+        "interpret": options.interpret,
         "debug": False,
     }
 
 
 def _triton_operands(q_BHTK: jax.Array, *others_BNSK: jax.Array) -> tuple[jax.Array, ...]:
-    """[B, T, H, K]; a key/value head is repeated for each of its queries, as the kernel knows no groups."""
+    """Transposes to [B, T, H, K] and repeats each key/value head for its queries, as the kernel does not group them."""
     group = q_BHTK.shape[1] // others_BNSK[0].shape[1]
     others = (jnp.repeat(one, group, axis=1).swapaxes(1, 2) for one in others_BNSK)
     return q_BHTK.swapaxes(1, 2), *others
 
 
-def _triton_forward(how: How, q_BHTK, k_BNSK, v_BNSK, segments, _):
+def _triton_forward(options: KernelOptions, q_BHTK, k_BNSK, v_BNSK, segments, _):
     from jax.experimental.pallas.ops.gpu import attention as triton
 
     operands = _triton_operands(q_BHTK, k_BNSK, v_BNSK)
-    options = _triton_options(how, operands[0])
-    both: Any = triton.mha(*operands, segments[0], return_residuals=True, **options)
+    arguments = _triton_options(options, operands[0])
+    both: Any = triton.mha(*operands, segments[0], return_residuals=True, **arguments)
     out_BTHK, log_BHT = both
     return out_BTHK.swapaxes(1, 2), log_BHT
 
 
-def _triton_backward(how: How, saved, dout_BHTK):
+def _triton_backward(options: KernelOptions, saved, dout_BHTK):
     from jax.experimental.pallas.ops.gpu import attention as triton
 
     q_BHTK, k_BNSK, v_BNSK, segments, _, out_BHTK, log_BHT = saved
     operands = _triton_operands(q_BHTK, k_BNSK, v_BNSK)
     residuals = (*operands, segments[0], out_BHTK.swapaxes(1, 2), log_BHT)
-    options = _triton_options(how, operands[0])
-    dq, dk, dv, _ = triton._mha_backward(res=residuals, do=dout_BHTK.swapaxes(1, 2), return_residuals=False, **options)
+    arguments = _triton_options(options, operands[0])
+    dq, dk, dv, _ = triton._mha_backward(
+        res=residuals, do=dout_BHTK.swapaxes(1, 2), return_residuals=False, **arguments
+    )
 
     def of_heads(dkv_BSHK: jax.Array) -> jax.Array:
         """Summed over the queries of each key/value head, in f32."""

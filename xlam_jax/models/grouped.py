@@ -1,11 +1,12 @@
-"""The mixture of experts by a grouped matrix product: megablox, which comes with JAX, on a TPU, our own on a GPU.
+"""Mixture of experts by a grouped matrix product: megablox, which comes with JAX, on a TPU; `triton` on a GPU.
 
-Assignments lie in the order of their experts, and one kernel multiplies each expert's rows with its weights, however
-many there are: no token is dropped, none is computed twice, and no weight gradient is ever made of all experts' rows.
-The sum over a token's experts is an ordered gather. It is part of the function here, because then the gates' gradient
-follows from what the backward pass has at hand, dy·(h W) = (dy Wᵀ)·h, and nobody needs the experts' results again.
+Assignments (token, expert) are sorted by expert, and one kernel multiplies each expert's rows with its weights, for any
+number of rows: no token is dropped, and none is computed twice. The sum over a token's experts is an ordered gather. It
+is part of the function here so that the gradient of the gates follows from values that the backward pass computes
+anyway, dy·(h W) = (dy Wᵀ)·h, and the experts' outputs are not computed again.
 
-Axes: S tokens, k experts of a token, A rows (S × k, in whole tiles), E experts, D model, F expert width, r rank.
+Axes: S tokens, K experts per token, A rows (S × K, in whole tiles), E experts, D model width, F expert width, I inputs,
+O outputs, r rank.
 """
 
 from functools import partial
@@ -17,40 +18,40 @@ from jax.ad_checkpoint import checkpoint_name
 
 from xlam_jax.models import tiles, triton
 from xlam_jax.models.linear import Adapter
-from xlam_jax.models.moe import Linear, as_given, ready, swiglu
+from xlam_jax.models.moe import Linear, as_inputs, ready, swiglu
 from xlam_jax.parallel import mesh, opaque
 
 
-class How(NamedTuple):
-    """What the products must know beforehand."""
+class KernelOptions(NamedTuple):
+    """The static options of the products."""
 
     kernel: str
     """megablox or triton."""
     dtype: Any
-    """Of the operands."""
+    """The dtype of the operands."""
     frozen: bool
-    """Only adapters have gradients: those of the weights are never made."""
+    """Only adapters have gradients; those of the weights are not computed."""
     interpret: bool
-    """Run by the interpreter: for tests, on any machine."""
+    """Run by the interpreter of Pallas, on any machine: for tests."""
     vmem: int = tiles.SCOPED_VMEM
     """Bytes of VMEM that a megablox kernel may use."""
 
 
 class Groups(NamedTuple):
-    """Which rows there are. Integers only: no gradient flows here."""
+    """The layout of the rows. Integers only: they have no gradient."""
 
     assignment_A: jax.Array
-    """The assignment of each row; their number in a row that is no one's."""
+    """The assignment of each row; the number of assignments in padding rows."""
     rows_E: jax.Array
-    """Rows of each expert, one after the other."""
+    """The number of rows of each expert; experts follow each other."""
     row_SK: jax.Array
-    """The row of each assignment; -1 for one that goes nowhere."""
+    """The row of each assignment; -1 for assignments to no expert."""
 
 
 def group(expert_SK: jax.Array, experts: int, kernel: str) -> Groups:
-    """Sorts assignments by expert, those of an expert by token; `expert_SK` equal to `experts` goes nowhere.
+    """Sorts assignments by expert, then by token; `expert_SK` equal to `experts` means no expert (padding tokens).
 
-    For triton each expert's rows fill whole tiles, the last with rows that are no one's: a tile has one expert then.
+    For triton, padding rows fill each expert's last tile, so that a tile has only one expert.
     """
     expert_A = expert_SK.reshape(-1)
     count = expert_A.size
@@ -62,7 +63,7 @@ def group(expert_SK: jax.Array, experts: int, kernel: str) -> Groups:
         size_E = -(-rows_E // triton.ROWS) * triton.ROWS
     order_A = jnp.argsort(expert_A, stable=True).astype(jnp.int32)
     sorted_A = expert_A[order_A]
-    # An expert's rows begin later than its assignments do in their order, by the rows that earlier experts leave empty.
+    # The padding rows of earlier experts shift an expert's rows relative to the order of its assignments.
     shift_E = jnp.cumsum(size_E - rows_E) - (size_E - rows_E)
     place_A = jnp.arange(count, dtype=jnp.int32) + shift_E.at[sorted_A].get(mode="fill", fill_value=0)
     place_A = jnp.where(sorted_A < experts, place_A, rows)
@@ -73,52 +74,61 @@ def group(expert_SK: jax.Array, experts: int, kernel: str) -> Groups:
 
 
 def experts_sum(
-    x_SD: jax.Array, gate_SK: jax.Array, w1_EDF: Linear, w3_EDF: Linear, w2_EFD: Linear, where: Groups, how: How
+    x_SD: jax.Array,
+    gate_SK: jax.Array,
+    w1_EDF: Linear,
+    w3_EDF: Linear,
+    w2_EFD: Linear,
+    where: Groups,
+    options: KernelOptions,
 ) -> jax.Array:
-    """Sum over a token's experts of gate × `w2(silu(w1 x) * w3 x)`, [S, D] in f32."""
-    return _experts_sum(how, *mesh.alike(x_SD, gate_SK, w1_EDF, w3_EDF, w2_EFD), where)
+    """Sum over a token's experts of gate × `w2(silu(w1 x) * w3 x)`, [S, D] in f32. w1, w3 and w2 are gate_proj, up_proj
+    and down_proj."""
+    return _experts_sum(options, *mesh.alike(x_SD, gate_SK, w1_EDF, w3_EDF, w2_EFD), where)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _experts_sum(how: How, x_SD, gate_SK, w1_EDF, w3_EDF, w2_EFD, where: Groups) -> jax.Array:
-    return _forward(how, x_SD, gate_SK, w1_EDF, w3_EDF, w2_EFD, where)[0]
+def _experts_sum(options: KernelOptions, x_SD, gate_SK, w1_EDF, w3_EDF, w2_EFD, where: Groups) -> jax.Array:
+    return _forward(options, x_SD, gate_SK, w1_EDF, w3_EDF, w2_EFD, where)[0]
 
 
-def _forward(how: How, x_SD, gate_SK, w1_EDF, w3_EDF, w2_EFD, where: Groups):
-    x_SD = x_SD.astype(how.dtype)
-    w1, w3, w2 = ready(how.dtype, w1_EDF, w3_EDF, w2_EFD)
+def _forward(options: KernelOptions, x_SD, gate_SK, w1_EDF, w3_EDF, w2_EFD, where: Groups):
+    x_SD = x_SD.astype(options.dtype)
+    w1, w3, w2 = ready(options.dtype, w1_EDF, w3_EDF, w2_EFD)
     x_AD = _rows(x_SD, where.assignment_A // gate_SK.shape[1])
-    gate_AF = checkpoint_name(_apply(how, x_AD, w1, where), "hidden")
-    up_AF = checkpoint_name(_apply(how, x_AD, w3, where), "hidden")
-    y_AD = _apply(how, swiglu(gate_AF, up_AF, how.dtype), w2, where)
+    gate_AF = checkpoint_name(_apply(options, x_AD, w1, where), "hidden")
+    up_AF = checkpoint_name(_apply(options, x_AD, w3, where), "hidden")
+    y_AD = _apply(options, swiglu(gate_AF, up_AF, options.dtype), w2, where)
     y_SD = jnp.einsum("SKD,SK->SD", _rows(y_AD, where.row_SK).astype(jnp.float32), gate_SK.astype(jnp.float32))
     return y_SD, (x_SD, gate_SK, w1_EDF, w3_EDF, w2_EFD, where, gate_AF, up_AF)
 
 
-def _backward(how: How, saved, dy_SD: jax.Array):
+def _backward(options: KernelOptions, saved, dy_SD: jax.Array):
     x_SD, gate_SK, w1_EDF, w3_EDF, w2_EFD, where, gate_AF, up_AF = saved
-    w1, w3, w2 = ready(how.dtype, w1_EDF, w3_EDF, w2_EFD)
+    w1, w3, w2 = ready(options.dtype, w1_EDF, w3_EDF, w2_EFD)
     token_A = where.assignment_A // gate_SK.shape[1]
-    x_AD, dy_AD = _rows(x_SD, token_A), _rows(dy_SD.astype(how.dtype), token_A)
+    x_AD, dy_AD = _rows(x_SD, token_A), _rows(dy_SD.astype(options.dtype), token_A)
     weight_A1 = _rows(gate_SK.reshape(-1, 1), where.assignment_A).astype(jnp.float32)
 
     gate, up = gate_AF.astype(jnp.float32), up_AF.astype(jnp.float32)
     sigmoid = jax.nn.sigmoid(gate)
     silu = gate * sigmoid
     hidden = silu * up
-    # Of the result before its gate; the gate's own gradient is its product with what the gate was multiplied with.
-    dhidden = _apply_transposed(how, dy_AD, w2, where)
+    # The gradient of the hidden state before the gate; its product with the hidden state is the gate's gradient.
+    dhidden = _apply_transposed(options, dy_AD, w2, where)
     dgate_A1 = jnp.sum(dhidden * hidden, axis=1, keepdims=True)
     dgate_SK = _rows(dgate_A1, where.row_SK)[..., 0]
     dhidden *= weight_A1
-    dw2 = _weight_gradients(how, (hidden * weight_A1).astype(how.dtype), dy_AD, w2, where)
-    dgate_AF = (dhidden * up * (sigmoid + silu * (1 - sigmoid))).astype(how.dtype)
-    dup_AF = (dhidden * silu).astype(how.dtype)
-    dx_AD = (_apply_transposed(how, dgate_AF, w1, where) + _apply_transposed(how, dup_AF, w3, where)).astype(how.dtype)
+    dw2 = _weight_gradients(options, (hidden * weight_A1).astype(options.dtype), dy_AD, w2, where)
+    dgate_AF = (dhidden * up * (sigmoid + silu * (1 - sigmoid))).astype(options.dtype)
+    dup_AF = (dhidden * silu).astype(options.dtype)
+    dx_AD = (_apply_transposed(options, dgate_AF, w1, where) + _apply_transposed(options, dup_AF, w3, where)).astype(
+        options.dtype
+    )
     dx_SD = jnp.sum(_rows(dx_AD, where.row_SK).astype(jnp.float32), axis=1)
-    dw1 = _weight_gradients(how, x_AD, dgate_AF, w1, where)
-    dw3 = _weight_gradients(how, x_AD, dup_AF, w3, where)
-    dws = as_given(how.frozen, (dw1, dw3, dw2), (w1_EDF, w3_EDF, w2_EFD))
+    dw1 = _weight_gradients(options, x_AD, dgate_AF, w1, where)
+    dw3 = _weight_gradients(options, x_AD, dup_AF, w3, where)
+    dws = as_inputs(options.frozen, (dw1, dw3, dw2), (w1_EDF, w3_EDF, w2_EFD))
     return dx_SD.astype(x_SD.dtype), dgate_SK.astype(gate_SK.dtype), *dws, None
 
 
@@ -126,67 +136,69 @@ _experts_sum.defvjp(_forward, _backward)
 
 
 def _rows(rows: jax.Array, at: jax.Array) -> jax.Array:
-    """Rows by their index; zeros for an index that none has."""
+    """Rows by their index; zeros for an index out of range."""
     return rows.at[at].get(mode="fill", fill_value=0, wrap_negative_indices=False)
 
 
-def _apply(how: How, x_AI: jax.Array, linear: Linear, where: Groups) -> jax.Array:
-    """Each row times the weight of its expert, [A, O]. What is in a row that is no one's is not defined."""
+def _apply(options: KernelOptions, x_AI: jax.Array, linear: Linear, where: Groups) -> jax.Array:
+    """Each row times the weight of its expert, [A, O]. Padding rows are undefined."""
     if linear.adapter is None:
-        return _product(how, x_AI, linear.weight, where, how.dtype)
-    rank_Ar = _product(how, x_AI, linear.adapter.a, where, how.dtype)
-    y_AO = _product(how, x_AI, linear.weight, where, jnp.float32)
-    return (y_AO + _product(how, rank_Ar, linear.adapter.b, where, jnp.float32)).astype(how.dtype)
+        return _product(options, x_AI, linear.weight, where, options.dtype)
+    rank_Ar = _product(options, x_AI, linear.adapter.a, where, options.dtype)
+    y_AO = _product(options, x_AI, linear.weight, where, jnp.float32)
+    return (y_AO + _product(options, rank_Ar, linear.adapter.b, where, jnp.float32)).astype(options.dtype)
 
 
-def _apply_transposed(how: How, dy_AO: jax.Array, linear: Linear, where: Groups) -> jax.Array:
-    """The gradient of what `_apply` multiplies, [A, I] in f32."""
-    dx_AI = _product(how, dy_AO, linear.weight, where, jnp.float32, transposed=True)
+def _apply_transposed(options: KernelOptions, dy_AO: jax.Array, linear: Linear, where: Groups) -> jax.Array:
+    """The gradient of `_apply`'s input, [A, I] in f32."""
+    dx_AI = _product(options, dy_AO, linear.weight, where, jnp.float32, transposed=True)
     if linear.adapter is None:
         return dx_AI
-    drank_Ar = _product(how, dy_AO, linear.adapter.b, where, how.dtype, transposed=True)
-    return dx_AI + _product(how, drank_Ar, linear.adapter.a, where, jnp.float32, transposed=True)
+    drank_Ar = _product(options, dy_AO, linear.adapter.b, where, options.dtype, transposed=True)
+    return dx_AI + _product(options, drank_Ar, linear.adapter.a, where, jnp.float32, transposed=True)
 
 
-def _weight_gradients(how: How, x_AI: jax.Array, dy_AO: jax.Array, linear: Linear, where: Groups) -> Linear:
-    """Of what trains, in f32."""
-    dweight = None if how.frozen else _outer(how, x_AI, dy_AO, where)
+def _weight_gradients(
+    options: KernelOptions, x_AI: jax.Array, dy_AO: jax.Array, linear: Linear, where: Groups
+) -> Linear:
+    """The gradients of the trainable arrays, in f32."""
+    dweight = None if options.frozen else _outer(options, x_AI, dy_AO, where)
     if linear.adapter is None:
         return Linear(dweight)
     a, b = linear.adapter
-    drank_Ar = _product(how, dy_AO, b, where, how.dtype, transposed=True)
-    rank_Ar = _product(how, x_AI, a, where, how.dtype)
-    return Linear(dweight, Adapter(_outer(how, x_AI, drank_Ar, where), _outer(how, rank_Ar, dy_AO, where)))
+    drank_Ar = _product(options, dy_AO, b, where, options.dtype, transposed=True)
+    rank_Ar = _product(options, x_AI, a, where, options.dtype)
+    return Linear(dweight, Adapter(_outer(options, x_AI, drank_Ar, where), _outer(options, rank_Ar, dy_AO, where)))
 
 
-def _product(how: How, x_AI, weight, where: Groups, out: Any, *, transposed: bool = False) -> jax.Array:
+def _product(options: KernelOptions, x_AI, weight, where: Groups, out: Any, *, transposed: bool = False) -> jax.Array:
     """x [A, I] times weight [E, I, O], or [E, O, I] when transposed."""
 
     def product(x_AI, weight, rows_E):
-        if how.kernel == "triton":
-            return triton.product(x_AI, weight, rows_E, out, transposed=transposed, interpret=how.interpret)
+        if options.kernel == "triton":
+            return triton.product(x_AI, weight, rows_E, out, transposed=transposed, interpret=options.interpret)
         from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
 
         outputs = weight.shape[1 if transposed else 2]
         (rows, inner), width = x_AI.shape, x_AI.dtype.itemsize
         shape = tiles.Shape(rows, inner, outputs, len(rows_E), width, jnp.dtype(out).itemsize)
-        tiling = tiles.product_tile(shape, how.vmem)
-        return gmm(x_AI, weight, rows_E, out, tiling, transpose_rhs=transposed, interpret=how.interpret)
+        tiling = tiles.product_tile(shape, options.vmem)
+        return gmm(x_AI, weight, rows_E, out, tiling, transpose_rhs=transposed, interpret=options.interpret)
 
     return opaque.call(product, x_AI, weight, where.rows_E)
 
 
-def _outer(how: How, x_AI, dy_AO, where: Groups) -> jax.Array:
-    """For each expert its rows' xᵀ dy, [E, I, O] in f32; zeros for an expert without rows."""
+def _outer(options: KernelOptions, x_AI, dy_AO, where: Groups) -> jax.Array:
+    """xᵀ dy over each expert's rows, [E, I, O] in f32; zeros for an expert without rows."""
 
     def outer(x_AI, dy_AO, rows_E):
-        if how.kernel == "triton":
-            return triton.outer(x_AI, dy_AO, rows_E, interpret=how.interpret)
+        if options.kernel == "triton":
+            return triton.outer(x_AI, dy_AO, rows_E, interpret=options.interpret)
         from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
         (rows, inner), width = x_AI.shape, x_AI.dtype.itemsize
         shape = tiles.Shape(rows, inner, dy_AO.shape[1], len(rows_E), width, 4)
-        tiling = tiles.outer_tile(shape, how.vmem)
-        return tgmm(x_AI.T, dy_AO, rows_E, jnp.float32, tiling, interpret=how.interpret)
+        tiling = tiles.outer_tile(shape, options.vmem)
+        return tgmm(x_AI.T, dy_AO, rows_E, jnp.float32, tiling, interpret=options.interpret)
 
     return opaque.call(outer, x_AI, dy_AO, where.rows_E)

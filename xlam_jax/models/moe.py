@@ -1,15 +1,16 @@
-"""Dropless mixture of experts: every token reaches its top-k experts, whatever the balance (Mixtral, 2401.04088).
+"""Dropless mixture of experts: every token reaches its top-k experts, for any imbalance (Jiang et al., 2401.04088).
 
-Assignments (token, expert) are sorted by expert. The first `capacity` of each expert run as one batched product, sized
-so that a balanced batch fits; what is left over runs in tiles, in a loop that is as long as the imbalance needs. No
-token is dropped and no expert computes a token that was not sent to it. The combine is an ordered gather, never a
-scatter-add, so that it is the same bits each time on every backend.
+Assignments (token, expert) are sorted by expert. The first `capacity` of each expert are computed as one batched
+product, sized so that a balanced batch fits; the others are computed in tiles, in a loop that is as long as the
+imbalance needs. No token is dropped, and no expert computes a token that was not assigned to it. The results are
+combined by an ordered gather, not a scatter-add, so that they are deterministic on every backend.
 
-With experts on several devices the batched product's slots are exchanged: each device sends every expert the same
-number of them, so that the exchange has a fixed shape, and what does not fit goes in further, smaller rounds, as many
-as the fullest expert needs.
+With experts on several devices the slots of the batched product are exchanged: each device sends the same number of
+them to every expert, so that the exchange has a fixed shape. The others are sent in further, smaller rounds, as many as
+the expert with the most assignments needs.
 
-Axes: S tokens, A assignments (S × k), E experts, C capacity, R rows of a tile, D model, F expert width.
+Axes: S tokens, K experts per token, A assignments (S × K), E experts, C capacity, R rows of a tile, D model width,
+F expert width, I inputs, O outputs, r rank.
 """
 
 from collections.abc import Sequence
@@ -24,40 +25,40 @@ from xlam_jax.models.nf4 import dense
 from xlam_jax.parallel import mesh
 
 TILE = 128
-"""Rows of an overflow tile at most."""
+"""Maximum rows of an overflow tile."""
 ROUNDS = 8
-"""A further exchange is so many times smaller than the first."""
+"""Size of the first exchange, relative to that of each further one."""
 
 
 class Route(NamedTuple):
-    """Where each assignment goes. Integers only: no gradient flows here."""
+    """The layout of the assignments. Integers only: they have no gradient."""
 
     token_EC: jax.Array
-    """Token in each slot of the batched product; the token count itself in an unused slot."""
+    """Token in each slot of the batched product; the number of tokens in an unused slot."""
     tile_token_AR: jax.Array
-    """Token of each row of each overflow tile; the token count in an unused row. Only `tiles` of them are real."""
+    """Token of each row of each overflow tile; the number of tokens in an unused row. The first `tiles` are used."""
     tile_expert_A: jax.Array
     tiles: jax.Array
     """Number of overflow tiles."""
     row_SK: jax.Array
-    """Row of the slots, then tiles, laid end to end, that holds each assignment's result; -1 for no result."""
+    """Row of each assignment's result, in the slots followed by the tiles; -1 for no result."""
 
 
 class _Sorted(NamedTuple):
-    """Assignments in the order of their experts; those of an expert in the order of tokens."""
+    """Assignments sorted by expert, then by token."""
 
     order_A: jax.Array
-    """The assignment at each place."""
+    """The assignment at each position."""
     start_E: jax.Array
-    """The place of each expert's first assignment."""
+    """The position of each expert's first assignment."""
     count_E: jax.Array
     rank_A: jax.Array
-    """Of each assignment, its rank among those of its expert."""
+    """The rank of each assignment among those of its expert."""
     expert_A: jax.Array
-    """Of each assignment; `experts` where it goes nowhere."""
+    """The expert of each assignment; `experts` for none."""
 
     def at(self, expert: jax.Array, rank: jax.Array) -> jax.Array:
-        """An expert's assignment of this rank; the number of assignments where there is none."""
+        """An expert's assignment of this rank; the number of assignments if there is none."""
         last = self.order_A.size - 1
         place = jnp.minimum(self.start_E[expert] + rank, last)
         return jnp.where(rank < self.count_E[expert], self.order_A[place], last + 1)
@@ -77,21 +78,21 @@ def _sort(expert_SK: jax.Array, experts: int) -> _Sorted:
 
 
 def _capacity(assignments: int, experts: int) -> int:
-    """Slots of an expert: those that a balanced batch fills, in whole eights."""
+    """Slots per expert: as many as a balanced batch fills, rounded up to a multiple of 8."""
     return -(-assignments // experts // 8) * 8
 
 
 def route(expert_SK: jax.Array, experts: int) -> Route:
-    """Lays assignments out; `expert_SK` equal to `experts` means that the token goes nowhere (padding)."""
+    """Lays out the assignments; `expert_SK` equal to `experts` means no expert (padding tokens)."""
     tokens, per_token = expert_SK.shape
     assignments = tokens * per_token
     capacity = _capacity(assignments, experts)
     rows = min(TILE, capacity)
-    tile_slots = assignments // rows + experts  # the most that any imbalance can need
+    tile_slots = assignments // rows + experts  # the maximum for any imbalance
     by_expert = _sort(expert_SK, experts)
 
     def token_at(expert: jax.Array, rank: jax.Array) -> jax.Array:
-        return by_expert.at(expert, rank) // per_token  # the number of tokens where there is none
+        return by_expert.at(expert, rank) // per_token  # the number of tokens if there is none
 
     token_EC = token_at(jnp.arange(experts)[:, None], jnp.arange(capacity)[None, :])
     over_E = jnp.maximum(by_expert.count_E - capacity, 0)
@@ -103,27 +104,27 @@ def route(expert_SK: jax.Array, experts: int) -> Route:
     tile_token_AR = token_at(tile_expert_A[:, None], tile_rank_A[:, None] + jnp.arange(rows)[None, :])
     tile_token_AR = jnp.where((tile_A < tile_end_E[-1])[:, None], tile_token_AR, tokens)
 
-    known_A, rank_A = jnp.minimum(by_expert.expert_A, experts - 1), by_expert.rank_A
-    first_tile_row = experts * capacity + (tile_end_E - tiles_E)[known_A] * rows
-    row_A = jnp.where(rank_A < capacity, known_A * capacity + rank_A, first_tile_row + rank_A - capacity)
+    clipped_A, rank_A = jnp.minimum(by_expert.expert_A, experts - 1), by_expert.rank_A
+    first_tile_row = experts * capacity + (tile_end_E - tiles_E)[clipped_A] * rows
+    row_A = jnp.where(rank_A < capacity, clipped_A * capacity + rank_A, first_tile_row + rank_A - capacity)
     row_A = jnp.where(by_expert.expert_A < experts, row_A, -1)
     return Route(token_EC, tile_token_AR, tile_expert_A, tile_end_E[-1], row_A.reshape(tokens, per_token))
 
 
 class Rounds(NamedTuple):
-    """Where each assignment goes when the experts are on several devices. Integers only."""
+    """The layout of the assignments if the experts are on several devices. Integers only."""
 
     assignment_EC: jax.Array
-    """The assignment in each slot of the first exchange; their number in an unused slot."""
+    """The assignment in each slot of the first exchange; the number of assignments in an unused slot."""
     sorted: _Sorted
     rounds: jax.Array
-    """Further exchanges; the same number on all devices that share the experts."""
+    """The number of further exchanges, the same on all devices that share the experts."""
     row_SK: jax.Array
     """The slot of each assignment in the first exchange; -1 for none."""
 
     @property
     def height(self) -> int:
-        """Slots of an expert in a further exchange."""
+        """Slots per expert in a further exchange."""
         return -(-self.assignment_EC.shape[1] // ROUNDS // 8) * 8
 
     def later(self, turn: jax.Array) -> jax.Array:
@@ -141,9 +142,9 @@ def route_rounds(expert_SK: jax.Array, experts: int) -> Rounds:
     assignment_EC = by_expert.at(jnp.arange(experts)[:, None], jnp.arange(capacity)[None, :])
     row_A = jnp.where(by_expert.rank_A < capacity, by_expert.expert_A * capacity + by_expert.rank_A, -1)
     row_A = jnp.where(by_expert.expert_A < experts, row_A, -1)
-    made = Rounds(assignment_EC, by_expert, jnp.zeros((), jnp.int32), row_A.reshape(tokens, per_token))
+    layout = Rounds(assignment_EC, by_expert, jnp.zeros((), jnp.int32), row_A.reshape(tokens, per_token))
     over = jnp.max(jnp.maximum(by_expert.count_E - capacity, 0))
-    return made._replace(rounds=mesh.pmax(-(-over // made.height), "expert"))
+    return layout._replace(rounds=mesh.pmax(-(-over // layout.height), "expert"))
 
 
 class Linear(NamedTuple):
@@ -175,7 +176,7 @@ def experts_mlp(
 
 
 def ready(dtype: jnp.dtype, *linears: Linear) -> tuple[Linear, ...]:
-    """The same in the compute dtype."""
+    """Converts weights and adapters to the compute dtype; quantized weights become dense."""
     return tuple(
         Linear(dense(one.weight, dtype), jax.tree.map(lambda factor: factor.astype(dtype), one.adapter))
         for one in linears
@@ -183,7 +184,7 @@ def ready(dtype: jnp.dtype, *linears: Linear) -> tuple[Linear, ...]:
 
 
 def _apply(x: jax.Array, linear: Linear, e: str) -> jax.Array:
-    """x [C, I] → [C, O] in f32; `e` is "E" for the batched product and "" for a tile."""
+    """Computes [C, O] in f32 from x [C, I]; `e` is "E" for the batched product and "" for a tile."""
     y = dot(f"{e}CI,{e}IO->{e}CO", x, linear.weight)
     if linear.adapter is not None:
         rank = dot(f"{e}CI,{e}Ir->{e}Cr", x, linear.adapter.a).astype(x.dtype)
@@ -192,7 +193,7 @@ def _apply(x: jax.Array, linear: Linear, e: str) -> jax.Array:
 
 
 def _apply_backward(x: jax.Array, dy: jax.Array, linear: Linear, frozen: bool, e: str) -> tuple[jax.Array, Linear]:
-    """Gradients of x and of what trains, in f32."""
+    """Gradients of x and of the trainable arrays, in f32."""
     dx = dot(f"{e}CO,{e}IO->{e}CI", dy, linear.weight)
     dweight = None if frozen else dot(f"{e}CI,{e}CO->{e}IO", x, dy)
     if linear.adapter is None:
@@ -205,7 +206,8 @@ def _apply_backward(x: jax.Array, dy: jax.Array, linear: Linear, frozen: bool, e
 
 
 def swiglu(gate: jax.Array, up: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    # f32 inside whatever the compute dtype: one rounding, and faster on a CPU than bf16 arithmetic.
+    """silu(gate) × up, in `dtype` (Shazeer, 2002.05202)."""
+    # In f32 for any compute dtype: one rounding, and faster on a CPU than bf16 arithmetic.
     return (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(dtype)
 
 
@@ -219,7 +221,7 @@ def _tile(x_SD: jax.Array, where: Route, tile: jax.Array) -> tuple[jax.Array, ja
 
 
 def _loop(tiles: jax.Array, body, init):
-    """A loop over the real tiles only; its carry is marked as varying wherever its inputs are."""
+    """A loop over the used tiles only; its carry varies along the mesh axes along which its inputs vary."""
     axes = frozenset().union(*(mesh.varying(leaf) for leaf in jax.tree.leaves((init, tiles))))
     init = jax.tree.map(lambda leaf: mesh.vary(leaf, axes), init)
     return jax.lax.fori_loop(jnp.zeros_like(tiles), tiles, body, init)
@@ -258,7 +260,7 @@ def _experts_forward(dtype, frozen, x_SD, w1_EDF, w3_EDF, w2_EFD, where: Route):
 
 
 def _slot_gradients(dtype, frozen, x, dy, gate, up, w1, w3, w2, e: str):
-    """Gradients of one product through the gated MLP: of x, in the compute dtype, and of the three weights, in f32."""
+    """Gradients of one product through the gated MLP: of x in the compute dtype, and of the three weights in f32."""
     gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
     sigmoid = jax.nn.sigmoid(gate)
     silu = gate * sigmoid
@@ -277,7 +279,7 @@ def _experts_backward(dtype, frozen, saved, dy_SKD: jax.Array):
     experts, capacity = where.token_EC.shape
     slots, width = experts * capacity, x_SD.shape[1]
 
-    # Which assignment each row holds: the inverse of row_SK.
+    # The assignment of each row: the inverse of row_SK.
     row_A = where.row_SK.reshape(-1)
     rows = slots + where.tile_token_AR.size
     assignment_A = jnp.full((rows,), tokens * per_token, row_A.dtype)
@@ -305,11 +307,11 @@ def _experts_backward(dtype, frozen, saved, dy_SKD: jax.Array):
     dx_AD, dws = _loop(where.tiles, overflow, (dx_AD, dws))
     dx_SKD = dx_AD.at[where.row_SK].get(mode="fill", fill_value=0, wrap_negative_indices=False)
     dx_SD = jnp.sum(dx_SKD.astype(jnp.float32), axis=1)
-    return dx_SD.astype(x_SD.dtype), *as_given(frozen, dws, (w1_EDF, w3_EDF, w2_EFD)), None
+    return dx_SD.astype(x_SD.dtype), *as_inputs(frozen, dws, (w1_EDF, w3_EDF, w2_EFD)), None
 
 
-def as_given(frozen: bool, dws: Sequence[Linear], linears: Sequence[Linear]) -> tuple[Linear, ...]:
-    """Gradients of what trains, in the dtype that it came in; None where nothing trains."""
+def as_inputs(frozen: bool, dws: Sequence[Linear], linears: Sequence[Linear]) -> tuple[Linear, ...]:
+    """Converts gradients to the dtypes of the arrays that they belong to; None for frozen ones."""
     return tuple(
         Linear(
             None if frozen else dw.weight.astype(linear.weight.dtype),
@@ -331,7 +333,7 @@ def _exchanged_mlp(dtype, frozen, x_SD, w1_EDF, w3_EDF, w2_EFD, where: Rounds) -
 
 
 def _sent(rows_AD: jax.Array, assignment_EC: jax.Array, per_row: int) -> jax.Array:
-    """The rows of these assignments, `per_row` of which share one, at the devices that have their experts."""
+    """Sends the rows of these assignments to the devices that have their experts; `per_row` assignments share a row."""
     return mesh.exchange(_rows(rows_AD, assignment_EC // per_row))
 
 
@@ -340,7 +342,7 @@ def _hidden(x_ECD: jax.Array, w1: Linear, w3: Linear, dtype: jnp.dtype) -> tuple
 
 
 def _put(rows_AD: jax.Array, assignment_EC: jax.Array, slots_ECD: jax.Array) -> jax.Array:
-    """Writes each slot where its assignment's row is; no two slots have the same."""
+    """Writes each slot to the row of its assignment; no two slots have the same assignment."""
     flat = slots_ECD.reshape(-1, slots_ECD.shape[-1])
     return rows_AD.at[assignment_EC.reshape(-1)].set(flat, mode="drop")
 
@@ -392,7 +394,7 @@ def _exchanged_backward(dtype, frozen, saved, dy_SKD: jax.Array):
 
     dx_AD, dws = _loop(where.rounds, further, (dx_SKD.reshape(tokens * per_token, -1), dws))
     dx_SD = jnp.sum(dx_AD.reshape(dx_SKD.shape).astype(jnp.float32), axis=1)
-    return dx_SD.astype(x_SD.dtype), *as_given(frozen, dws, (w1_EDF, w3_EDF, w2_EFD)), None
+    return dx_SD.astype(x_SD.dtype), *as_inputs(frozen, dws, (w1_EDF, w3_EDF, w2_EFD)), None
 
 
 _exchanged_mlp.defvjp(_exchanged_forward, _exchanged_backward)

@@ -1,8 +1,8 @@
-"""A model taken apart: its parameters as a plain tree of arrays, and the function that puts them back.
+"""The parameters of a model as a plain tree of arrays, and the function that builds a `Decoder` around them.
 
-The tree is what steps, checkpoints and converters pass around:
-`{"embedding", "final_norm", "head"?, "blocks": {"q", "k", "v", "o", "w1", "w2", "w3", "router"?, …}}`.
-With adapters each named weight `w` has two factors beside it, `w_a` and `w_b`.
+Steps, checkpoints and converters pass this tree around:
+`{"embedding", "final_norm", "head"?, "blocks": {"q", "k", "v", "o", "w1", "w2", "w3", "router"?, …}}`, one leaf per row
+of the weight table. An adapter on the weight `w` adds two factors next to it, `w_a` and `w_b`.
 """
 
 from collections.abc import Callable
@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from xlam_jax.models.config import ModelConfig
 from xlam_jax.models.decoder import Decoder
+from xlam_jax.models.families import frozen_storage
 from xlam_jax.models.kernels import XLA, Kernels
 from xlam_jax.models.nf4 import NF4, quantize
 from xlam_jax.parallel import mesh as meshes
@@ -25,25 +26,25 @@ Params = dict[str, Any]
 
 
 @cache
-def _abstract(config: ModelConfig, **how: Any) -> tuple[Any, nnx.State]:
-    model = nnx.eval_shape(lambda: Decoder(config, **how, rngs=nnx.Rngs(params=0, lora=0)))
+def _abstract(config: ModelConfig, **options: Any) -> tuple[Any, nnx.State]:
+    model = nnx.eval_shape(lambda: Decoder(config, **options, rngs=nnx.Rngs(params=0, lora=0)))
     graphdef, state = nnx.split(model)
     return graphdef, state
 
 
 def shapes(config: ModelConfig) -> Params:
-    """The parameters as `jax.ShapeDtypeStruct`s in f32."""
+    """Returns the parameters as `jax.ShapeDtypeStruct`s in f32."""
     return nnx.to_pure_dict(_abstract(config)[1])
 
 
 def logical_axes(config: ModelConfig) -> Params:
-    """The logical axes of each parameter, a tuple of names."""
+    """Returns the logical axes of each parameter, a tuple of names."""
     return _metadata(config, "logical")
 
 
 def matrix_axes(config: ModelConfig) -> Params:
-    """Of each parameter that trains, the axes that a matrix product sums over and those that it makes; None for what
-    is no matrix of a block. The other axes stack matrices."""
+    """Returns the input and output axes of each trainable parameter, as indices; None for parameters that are not
+    matrices of a block, and for routers. The other axes stack matrices."""
 
     def marked(tree: Params, block: bool) -> Params:
         return {
@@ -69,7 +70,7 @@ def _metadata(config: ModelConfig, key: str) -> Params:
 
 
 def initialize(config: ModelConfig, seed: int) -> Params:
-    """Random parameters in f32. Traceable: jit it with output shardings and nothing is built twice."""
+    """Draws random parameters in f32. Traceable: jit it with output shardings, and each device creates its own part."""
     model = Decoder(config, rngs=nnx.Rngs(params=seed, lora=seed))
     return nnx.to_pure_dict(nnx.split(model)[1])
 
@@ -77,7 +78,7 @@ def initialize(config: ModelConfig, seed: int) -> Params:
 def binder(
     config: ModelConfig, *, dtype: Any, remat: str = "none", neftune: float = 0.0, kernels: Kernels = XLA
 ) -> Callable[[Params], Decoder]:
-    """Returns the function that makes a `Decoder`, computing in `dtype`, around a tree of parameters."""
+    """Returns a function from a tree of parameters to a `Decoder` that computes in `dtype`."""
     return partial(_bind, *_abstract(config, dtype=dtype, remat=remat, neftune=neftune, kernels=kernels))
 
 
@@ -87,82 +88,79 @@ def _bind(graphdef: Any, abstract: nnx.State, params: Params) -> Decoder:
     return nnx.merge(graphdef, state)
 
 
-# ---- what trains, and what does not ---------------------------------------------------------------------------------
-
-QUANTIZED = ("q", "k", "v", "o", "w1", "w2", "w3")
-"""The weights that QLoRA quantizes; embeddings, norms and routers are small and stay as they are."""
-KEPT_F32 = ("attention_norm", "mlp_norm", "final_norm", "router")
-"""Frozen parameters that are used in f32."""
+# ---- trainable and frozen parameters --------------------------------------------------------------------------------
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter is a factor of an adapter."""
+    """Whether the parameter of this name is a factor of an adapter."""
     return name.endswith(("_a", "_b"))
 
 
-def split(params: Params, trains: Callable[[str], bool]) -> tuple[Params, Params]:
-    """The tree in two, by the last name of each path; a level that is empty in one of them is left out there."""
-    yes: Params = {}
-    no: Params = {}
+def split(params: Params, belongs: Callable[[str], bool]) -> tuple[Params, Params]:
+    """Splits a tree in two by the last name of each path: leaves that belong, and the others. Branches that would be
+    empty are dropped."""
+    first: Params = {}
+    second: Params = {}
     for name, value in params.items():
         if isinstance(value, dict):
-            inner_yes, inner_no = split(value, trains)
-            yes |= {name: inner_yes} if inner_yes else {}
-            no |= {name: inner_no} if inner_no else {}
-        elif trains(name):
-            yes[name] = value
+            inner_first, inner_second = split(value, belongs)
+            first |= {name: inner_first} if inner_first else {}
+            second |= {name: inner_second} if inner_second else {}
+        elif belongs(name):
+            first[name] = value
         else:
-            no[name] = value
-    return yes, no
+            second[name] = value
+    return first, second
 
 
-def join(one: Params, other: Params) -> Params:
-    """The tree of two that `split` made."""
-    both = dict(one)
-    for name, value in other.items():
+def join(first: Params, second: Params) -> Params:
+    """The inverse of `split`."""
+    both = dict(first)
+    for name, value in second.items():
         both[name] = join(both[name], value) if name in both else value
     return both
 
 
 def trainable(config: ModelConfig, params: Params) -> tuple[Params, Params]:
-    """What is trained of a model's tree, and what stays as it is: adapters and the rest, or everything and nothing."""
+    """Splits a model's tree into trainable and frozen parameters: adapters and the rest, or all and none."""
     return split(params, is_adapter) if config.lora else (params, {})
 
 
 def freeze(frozen: Params, dtype: Any, *, quantized: bool) -> Params:
-    """Frozen parameters as they are kept: in the compute dtype or in four bits, norms and routers in f32."""
+    """Converts frozen parameters to the form in which they are stored (`Weight.frozen`): the compute dtype `dtype`,
+    f32, or four bits if `quantized`."""
     return {
         name: freeze(value, dtype, quantized=quantized)
         if isinstance(value, dict)
         else quantize(value)
-        if quantized and name in QUANTIZED
-        else value.astype(jnp.float32 if name in KEPT_F32 else dtype)
+        if quantized and frozen_storage(name) == "nf4"
+        else value.astype(jnp.float32 if frozen_storage(name) == "float32" else dtype)
         for name, value in frozen.items()
     }
 
 
 def frozen_axes(frozen: Params, *, quantized: bool) -> Params:
-    """The logical axes of what `freeze` gives, from those of the parameters."""
+    """The logical axes of `freeze`'s result, from those of the parameters."""
     return {
         name: frozen_axes(value, quantized=quantized)
         if isinstance(value, dict)
         else NF4(value, value, value[:-1])
-        if quantized and name in QUANTIZED
+        if quantized and frozen_storage(name) == "nf4"
         else value
         for name, value in frozen.items()
     }
 
 
-# ---- where they lie -------------------------------------------------------------------------------------------------
+# ---- shardings ------------------------------------------------------------------------------------------------------
 
 
 def param_specs(model: ModelConfig, mesh: Mesh) -> Any:
-    """The partition of each parameter that trains."""
+    """The `PartitionSpec` of each trainable parameter."""
     return _specs(trainable(model, logical_axes(model))[0], mesh)
 
 
 def frozen_specs(model: ModelConfig, mesh: Mesh, *, quantized: bool) -> Any:
-    """The partition of each parameter that does not train, as `freeze` keeps it."""
+    """The `PartitionSpec` of each frozen parameter, in the form that `freeze` returns."""
     return _specs(frozen_axes(trainable(model, logical_axes(model))[1], quantized=quantized), mesh)
 
 

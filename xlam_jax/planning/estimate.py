@@ -1,6 +1,6 @@
-"""What a step costs, computed from the config alone: exact where it is a count, close where a compiler decides.
+"""The costs of a step, computed from the config alone: exact if they are counts, approximate if a compiler decides.
 
-Axes: B rows, T tokens, D model, V vocabulary, E experts.
+Axes: B rows, T tokens, D model width, V vocabulary, E experts.
 """
 
 from math import prod
@@ -9,29 +9,73 @@ from typing import Any, NamedTuple
 from xlam_jax.config import Resolved
 from xlam_jax.models.attention import computed_pairs as xla_pairs
 from xlam_jax.models.flash import computed_pairs as splash_pairs
+from xlam_jax.models.weights_table import LOGICAL_AXES
+from xlam_jax.parallel.mesh import RULES
 from xlam_jax.planning.hlo import Collective, Instruction
+from xlam_jax.training.cost import adapter_elements_per_token, used_elements
 from xlam_jax.training.setup import Layout
 
 MATMULS = {"splash_mha_fwd": 2, "splash_mha_dkv": 5, "splash_mha_dq": 3}
-"""Matrix products over each pair that a splash kernel computes; dkv has one less where dq is a kernel of its own."""
+"""Matrix products per pair of a query and a key in each splash kernel; dkv has one less if dq is a separate kernel."""
+
+QKV, HIDDEN = ("q", "k", "v"), ("w1", "w3")
+"""Weights whose products a remat policy keeps under the names "qkv" and "hidden"."""
 
 
 class Estimate(NamedTuple):
-    """Of one device and one step."""
+    """The costs of one step on one device."""
 
     arguments: float
     """Bytes of state, frozen weights and batch."""
     temporaries: float
-    """Bytes, roughly."""
+    """Bytes, approximately."""
     flops: float
     collectives: list[Collective]
-    """The fewest that the layout needs; those of a few numbers are left out."""
+    """The minimum that the layout needs, without those of a few numbers."""
     bytes: float
-    """Of memory traffic, at the least: weights, activations and state once for each use."""
+    """Minimum memory traffic: weights, activations and state once per use."""
+
+
+class _Step(NamedTuple):
+    """The sizes from which the costs are computed, on one device."""
+
+    resolved: Resolved
+    layout: Layout
+    rows: float
+    """Rows of the batch."""
+    tokens: float
+    """Tokens of the batch."""
+    trained: int
+    """Elements of the trainable parameters that this device stores."""
+    blocks: int
+    """Elements of the blocks' weights without adapters, gathered along fsdp."""
+
+    @property
+    def keeps_hidden(self) -> bool:
+        """Whether the MLP's hidden activations are kept for the backward pass."""
+        remat = self.resolved.config.model.remat
+        by_name = not self.resolved.model.experts or self.layout.kernels.experts != "xla"
+        return remat == "none" or (remat == "dots" and by_name)
+
+    @property
+    def hidden(self) -> float:
+        """Elements of the MLP's hidden activations per token."""
+        model = self.resolved.model
+        return 2 * model.mlp_size * (model.experts_per_token or 1) / self.layout.mesh.shape["tensor"]
+
+    @property
+    def reduced_bytes(self) -> int:
+        """Bytes per element of a gradient that is summed over devices."""
+        return 2 if self.resolved.config.model.reduce_dtype == "bfloat16" else 4
+
+    @property
+    def gathers(self) -> int:
+        """How often a block's weights are gathered per microbatch."""
+        return 1 if self.resolved.config.model.remat == "none" else 2
 
 
 def arguments(layout: Layout, batch: Any) -> float:
-    """Bytes of what a step is given, on one device."""
+    """Bytes of a step's arguments on one device."""
     import jax
 
     leaves = jax.tree.leaves((layout.state, layout.frozen, batch))
@@ -39,111 +83,137 @@ def arguments(layout: Layout, batch: Any) -> float:
 
 
 def estimate(resolved: Resolved, layout: Layout, batch: Any) -> Estimate:
-    """Computes it."""
-    import jax
-
+    """Estimates the costs of a step. `layout` and `batch` are abstract."""
     from xlam_jax.models.params import is_adapter
 
-    config, model, mesh = resolved.config, resolved.model, layout.mesh.shape
-    remat, kernels = config.model.remat, layout.kernels
+    config, mesh = resolved.config, layout.mesh.shape
     rows = config.train.batch_size / (mesh["data"] * mesh["fsdp"] * mesh["expert"])
-    tokens = rows * config.data.sequence_length / mesh["context"]
-    parts, heads = config.train.microbatches, model.heads / mesh["tensor"]
-    width = layout.dtype.itemsize
+    weights = _parameters(layout)
+    step = _Step(
+        resolved,
+        layout,
+        rows=rows,
+        tokens=rows * config.data.sequence_length / mesh["context"],
+        trained=sum(prod(leaf.sharding.shard_shape(leaf.shape)) for path, leaf in weights if path[0].idx == 0),
+        blocks=sum(
+            prod(leaf.sharding.shard_shape(leaf.shape)) * mesh["fsdp"]
+            for path, leaf in weights
+            if _in_blocks(path) and not is_adapter(str(getattr(path[-1], "key", "")))
+        ),
+    )
+    temporaries, traffic = _temporaries(step), _traffic(step)
+    return Estimate(arguments(layout, batch), temporaries, _flops(step), _collectives(step), traffic)
 
-    # ---- operations ------------------------------------------------------------------------------------------------
-    chosen = model.experts_per_token or 1
-    qkv = 2 * model.hidden_size * model.head_dim * (model.heads + 2 * model.kv_heads) / mesh["tensor"]
-    out = 2 * model.hidden_size * model.head_dim * heads
-    up, down = (n * 2 * model.hidden_size * model.mlp_size * chosen / mesh["tensor"] for n in (2, 1))
-    router = 2 * model.hidden_size * model.experts
-    head = 2 * model.hidden_size * model.vocab_size / mesh["tensor"]
+
+def _parameters(layout: Layout) -> list[Any]:
+    """Paths and leaves of the trainable and frozen parameters; a path starts with 0 or 1."""
+    import jax
+
+    return jax.tree_util.tree_leaves_with_path((layout.state.params, layout.frozen))
+
+
+def _in_blocks(path: Any) -> bool:
+    import jax
+
+    return "blocks" in jax.tree_util.keystr(path)
+
+
+def _flops(step: _Step) -> float:
+    """Floating-point operations, with those that the backward pass repeats."""
+    resolved, layout = step.resolved, step.layout
+    model, remat, tensor = resolved.model, resolved.config.model.remat, layout.mesh.shape["tensor"]
+    products = _products(step)
+    of_layer = sum(flops for name, flops in products.items() if model.weight(name).in_block)
+    head = products["embedding" if model.tie_embeddings else "head"]
     pairs = attention_pairs(resolved, layout)
-    per_pair = 2 * model.head_dim * heads * rows / tokens if tokens else 0.0
+    per_pair = 2 * model.head_dim * (model.heads / tensor) * step.rows / step.tokens if step.tokens else 0.0
     forward = 2 * pairs["forward"] * per_pair
-    backward = (pairs["backward_products"]) * pairs["backward"] * per_pair
-    kept_hidden = remat == "none" or (remat == "dots" and (not model.experts or kernels.experts != "xla"))
-    again = 0.0 if kept_hidden else up
-    again += 0.0 if remat == "none" else out + router
-    again += 0.0 if remat in ("none", "dots") else qkv
+    backward = pairs["backward_products"] * pairs["backward"] * per_pair
+    again = 0.0 if step.keeps_hidden else sum(products[name] for name in HIDDEN)
+    again += 0.0 if remat == "none" else products["o"] + products.get("router", 0.0)
+    again += 0.0 if remat in ("none", "dots") else sum(products[name] for name in QKV)
     again += forward if remat == "full" else 0.0
-    products = qkv + out + router + up + down
     passes = 3 if model.lora is None else 2
-    layer = passes * products + forward + backward + again
-    flops = model.layers * layer + (passes + 1) * head
+    flops = model.layers * (passes * of_layer + forward + backward + again) + (passes + 1) * head
     if model.lora:
-        flops += 3 * _adapter_flops(resolved, mesh["tensor"])
+        flops += 3 * 2 * adapter_elements_per_token(model) / tensor
     if layout.objective.adapters_off:
-        flops += model.layers * (products + forward) + head
-    flops *= tokens
+        flops += model.layers * (of_layer + forward) + head
+    return flops * step.tokens
 
-    # ---- exchanges -------------------------------------------------------------------------------------------------
-    exchanged: list[Collective] = []
+
+def _products(step: _Step) -> dict[str, float]:
+    """Operations per token of the product with each weight, forward, on one device; of a block's weights, per layer."""
+    model, mesh = step.resolved.model, step.layout.mesh.shape
+    products: dict[str, float] = {}
+    for weight in model.weights:
+        elements = used_elements(model, weight) / (model.layers if weight.in_block else 1)
+        is_split = "tensor" in {RULES[LOGICAL_AXES[axis]] for axis in weight.axes}
+        products[weight.name] = 2 * elements / (mesh["tensor"] if is_split else 1)
+    return products
+
+
+def _collectives(step: _Step) -> list[Collective]:
+    """The minimum exchange between devices, one element per kind of exchange and parameter."""
+    import jax
+
+    config, model, mesh = step.resolved.config, step.resolved.model, step.layout.mesh.shape
+    remat, parts, width = config.model.remat, config.train.microbatches, step.layout.dtype.itemsize
+    collectives: list[Collective] = []
 
     def add(kind: str, axis: str, size: float, times: int) -> None:
         share = (mesh[axis] - 1) / mesh[axis]
         if share and size:
-            exchanged.append(Collective(kind, (axis,), int(size * share), times, ()))
+            collectives.append(Collective(kind, (axis,), int(size * share), times, ()))
 
-    weights = jax.tree_util.tree_leaves_with_path((layout.state.params, layout.frozen))
-    gathers = 1 if remat == "none" else 2
-    rounded = 2 if config.model.reduce_dtype == "bfloat16" else 4
-    for path, leaf in weights:
+    for path, leaf in _parameters(step.layout):
         if "fsdp" not in jax.tree.leaves(tuple(leaf.sharding.spec)):
             continue
         name = jax.tree_util.keystr(path, simple=True, separator=".")
-        here = prod(leaf.sharding.shard_shape(leaf.shape)) * mesh["fsdp"]
-        turns = parts * (gathers if "blocks" in name else 1)
-        add("all-gather", "fsdp", here * min(leaf.dtype.itemsize, 4 if "router" in name else width), turns)
+        gathered = prod(leaf.sharding.shard_shape(leaf.shape)) * mesh["fsdp"]
+        times = parts * (step.gathers if "blocks" in name else 1)
+        add("all-gather", "fsdp", gathered * min(leaf.dtype.itemsize, 4 if "router" in name else width), times)
         if name.startswith("0."):
-            add("reduce-scatter", "fsdp", here * rounded, parts)
-    activations = tokens / parts * model.hidden_size
-    passes_over = 2 + (remat not in ("none", "dots"))
-    add("all-reduce", "tensor", 2 * activations * width, 2 * model.layers * parts * passes_over)
-    kv = 2 * tokens / parts * mesh["context"] * model.head_dim * model.kv_heads / mesh["tensor"]
-    add("all-gather", "context", kv * 4, model.layers * parts * (1 + (remat not in ("none", "dots"))))
+            add("reduce-scatter", "fsdp", gathered * step.reduced_bytes, parts)
+    activations = step.tokens / parts * model.hidden_size
+    repeated = remat not in ("none", "dots")
+    add("all-reduce", "tensor", 2 * activations * width, 2 * model.layers * parts * (2 + repeated))
+    kv = 2 * step.tokens / parts * mesh["context"] * model.head_dim * model.kv_heads / mesh["tensor"]
+    add("all-gather", "context", kv * 4, model.layers * parts * (1 + repeated))
     add("reduce-scatter", "context", kv * 4, model.layers * parts)
     if model.experts:
-        add("all-to-all", "expert", activations * chosen * width, model.layers * parts * (5 if remat == "none" else 6))
-    trained = sum(prod(leaf.sharding.shard_shape(leaf.shape)) for path, leaf in weights if path[0].idx == 0)
-    add("all-reduce", "data", 2.0 * 4 * trained, 1)
+        size = activations * model.experts_per_token * width
+        add("all-to-all", "expert", size, model.layers * parts * (5 if remat == "none" else 6))
+    add("all-reduce", "data", 2.0 * 4 * step.trained, 1)
+    return collectives
 
-    # ---- memory ----------------------------------------------------------------------------------------------------
-    local = sum(
-        prod(leaf.sharding.shard_shape(leaf.shape)) * mesh["fsdp"]
-        for path, leaf in weights
-        if "blocks" in jax.tree_util.keystr(path) and not is_adapter(str(getattr(path[-1], "key", "")))
-    )
-    one_layer = local / model.layers
-    hidden = 2 * model.mlp_size * chosen / mesh["tensor"]
-    attended = (model.heads + 2 * model.kv_heads) * model.head_dim / mesh["tensor"]
+
+def _temporaries(step: _Step) -> float:
+    """Bytes of activations, gradients and gathered weights, approximately."""
+    config, model, tensor = step.resolved.config, step.resolved.model, step.layout.mesh.shape["tensor"]
+    remat, parts, width = config.model.remat, config.train.microbatches, step.layout.dtype.itemsize
+    attention = (model.heads + 2 * model.kv_heads) * model.head_dim / tensor
     kept = model.hidden_size * (remat != "offload")
-    kept += {"full": 0, "offload": 0, "minimal": heads * model.head_dim}.get(remat, attended + model.hidden_size)
-    kept += hidden if kept_hidden else 0
-    temporaries = model.layers * kept * tokens / parts * width
-    temporaries += 4 * trained * (2 if parts > 1 else 1)
-    temporaries += one_layer * (2 * width + (0 if model.lora else rounded))
-    temporaries += 3 * hidden * tokens / parts * width + 8 * activations * 4
-    traffic = 3 * parts * gathers * local * width + 8 * 4 * trained
-    traffic += model.layers * tokens * (12 * model.hidden_size + 4 * hidden) * width
-    return Estimate(arguments(layout, batch), temporaries, flops, exchanged, traffic)
+    named = {"full": 0, "offload": 0, "minimal": model.heads / tensor * model.head_dim}
+    kept += named.get(remat, attention + model.hidden_size)
+    kept += step.hidden if step.keeps_hidden else 0
+    temporaries = model.layers * kept * step.tokens / parts * width
+    temporaries += 4 * step.trained * (2 if parts > 1 else 1)
+    temporaries += step.blocks / model.layers * (2 * width + (0 if model.lora else step.reduced_bytes))
+    activations = step.tokens / parts * model.hidden_size
+    return temporaries + 3 * step.hidden * step.tokens / parts * width + 8 * activations * 4
 
 
-def _adapter_flops(resolved: Resolved, tensor: int) -> float:
-    """Of one token, forward: 2 for each weight of an adapter."""
-    from xlam_jax.training.cost import trainable_sizes
-
-    model = resolved.model
-    share = model.experts_per_token / model.experts if model.experts else 1.0
-    return sum(
-        2 * size * (share if {"w1", "w2", "w3"} & {name.split(".")[-1][:2]} else 1.0) / tensor
-        for name, size in trainable_sizes(model).items()
-    )
+def _traffic(step: _Step) -> float:
+    """Bytes that move between the device's memory and its processors."""
+    model, parts, width = step.resolved.model, step.resolved.config.train.microbatches, step.layout.dtype.itemsize
+    traffic = 3 * parts * step.gathers * step.blocks * width + 8 * 4 * step.trained
+    return traffic + model.layers * step.tokens * (12 * model.hidden_size + 4 * step.hidden) * width
 
 
 def attention_pairs(resolved: Resolved, layout: Layout) -> dict[str, float]:
-    """Pairs of a query and a key that are computed for a row, on one device and for one head: in a forward and in a
-    backward pass, and the matrix products of the latter."""
+    """Returns the number of pairs of a query and a key that are computed per row, on one device and for one head: in a
+    forward and in a backward pass, and the matrix products per pair of the latter."""
     keys = resolved.config.data.sequence_length
     tokens, window = keys // layout.mesh.shape["context"], resolved.model.sliding_window
     if layout.kernels.attention == "splash":
@@ -156,9 +226,9 @@ def attention_pairs(resolved: Resolved, layout: Layout) -> dict[str, float]:
     return {"forward": computed, "backward": computed, "backward_products": 5}
 
 
-def kernel_flops(resolved: Resolved, layout: Layout, one: Instruction) -> float | None:
-    """What a splash kernel computes, which its own text does not tell; None for another one."""
-    name = next((name for name in MATMULS if one.name.startswith(name)), None)
+def kernel_flops(resolved: Resolved, layout: Layout, instruction: Instruction) -> float | None:
+    """Operations of a splash kernel, which its own text does not contain; None for other instructions."""
+    name = next((name for name in MATMULS if instruction.name.startswith(name)), None)
     if name is None:
         return None
     keys = resolved.config.data.sequence_length

@@ -1,8 +1,9 @@
-"""Costs of a step: floating-point operations, peak rate of the device, memory."""
+"""The costs of a step: floating-point operations, peak rate of the device, memory."""
 
 from typing import Any, NamedTuple
 
 from xlam_jax.models.config import ModelConfig
+from xlam_jax.models.weights_table import EMBEDDING, Weight
 
 PEAK_FLOPS = {
     "A100": 312e12,
@@ -35,23 +36,33 @@ def flops_per_token(model: ModelConfig, sequence_length: int) -> float:
     frozen weight has only one of these (Chowdhery et al., 2204.02311, appendix B). Attention: half of the scores of a
     row with one segment, as they are causal; fewer with a sliding window.
     """
-    from xlam_jax.models.params import is_adapter
-
-    mlp = 3 * model.hidden_size * model.mlp_size * (model.experts_per_token or 1)
-    attention = 2 * model.hidden_size * model.head_dim * (model.heads + model.kv_heads)
-    weights = model.layers * (attention + mlp + model.hidden_size * model.experts)
-    weights += model.hidden_size * model.vocab_size
-    seen = sequence_length / 2 if model.sliding_window is None else min(sequence_length / 2, model.sliding_window)
-    scores = 2 * 2 * model.layers * model.heads * model.head_dim * seen
+    weights = sum(used_elements(model, weight) for weight in model.weights)
+    window = model.sliding_window
+    attended = sequence_length / 2 if window is None else min(sequence_length / 2, window)
+    scores = 2 * 2 * model.layers * model.heads * model.head_dim * attended
     if model.lora is None:
         return 6.0 * weights + 3 * scores
-    share = (model.experts_per_token / model.experts) if model.experts else 1.0
-    adapters = sum(
-        size * (share if {"w1", "w2", "w3"} & {name.split(".")[-1][:2]} else 1.0)
-        for name, size in trainable_sizes(model).items()
-        if is_adapter(name)
+    return 4.0 * weights + 6.0 * adapter_elements_per_token(model) + 3 * scores
+
+
+def used_elements(model: ModelConfig, weight: Weight) -> int:
+    """The number of a weight's elements that one token is multiplied with: of experts, only those of the token's; none
+    of vectors, nor of an embedding that is only looked up."""
+    if not weight.is_matrix or (weight.name == EMBEDDING.name and not model.tie_embeddings):
+        return 0
+    elements = weight.elements(model.axis_sizes)
+    return elements * model.experts_per_token // model.experts if weight.per_expert else elements
+
+
+def adapter_elements_per_token(model: ModelConfig) -> float:
+    """The number of elements of adapters that one token is multiplied with."""
+    from xlam_jax.models.params import is_adapter
+
+    sizes = {path.split(".")[-1]: size for path, size in trainable_sizes(model).items()}
+    share = model.experts_per_token / model.experts if model.experts else 1.0
+    return sum(
+        size * (share if model.weight(name).per_expert else 1.0) for name, size in sizes.items() if is_adapter(name)
     )
-    return 4.0 * weights + 6.0 * adapters + 3 * scores
 
 
 def trainable_sizes(model: ModelConfig) -> dict[str, int]:
@@ -65,17 +76,17 @@ def trainable_sizes(model: ModelConfig) -> dict[str, int]:
 
 
 class Memory(NamedTuple):
-    """Bytes that a compiled step needs on one device."""
+    """Memory of a compiled step on one device, in bytes."""
 
     arguments: int
     """State, frozen weights and batch."""
     temporaries: int
     outputs: int
-    """Results that are not written in place."""
+    """Results that do not reuse the memory of an argument."""
 
     @property
     def peak(self) -> int:
-        """The sum: all are needed at the same time."""
+        """The sum: all exist at the same time."""
         return self.arguments + self.temporaries + self.outputs
 
 

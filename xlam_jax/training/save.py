@@ -16,6 +16,7 @@ import numpy as np
 
 from xlam_jax import errors
 from xlam_jax.errors import UserError
+from xlam_jax.models.families import stacked_axes
 from xlam_jax.outputs import write_text
 from xlam_jax.weights.checkpoint import (
     ARRAYS,
@@ -255,7 +256,7 @@ def _by_layers(key: Any, value: Any) -> Any:
     names = [str(getattr(part, "key", getattr(part, "name", ""))) for part in key]
     if "blocks" not in names or value.nbytes < LARGE:
         return None
-    lead = 2 if value.ndim == 4 and names[-1] in ("w1", "w2", "w3") else 1
+    lead = stacked_axes(names[-1], value.ndim)
     return ocp.options.ArrayOptions.Saving.StorageOptions(shard_axes=tuple(range(lead)))
 
 

@@ -196,7 +196,7 @@ def open_whole(step_dir: Path) -> Params:
     The weights of a QLoRA run are those that its four-bit codes stand for. Raises `UserError` when the base is no
     longer what it was: all of it is read once for that.
     """
-    from xlam_jax.weights.peft import merge
+    from xlam_jax.weights.merge import merge
 
     resolved = saved_run(step_dir)
     if resolved is None:

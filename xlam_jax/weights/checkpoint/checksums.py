@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from xlam_jax.models.families import stacked_axes
+
 PIECE = 2**16
 """Words that NumPy mixes at a time, few enough that its temporaries stay in the cache."""
 
@@ -25,7 +27,7 @@ def leading_axes(name: str, ndim: int) -> int:
     names = name.split(".")
     if "blocks" not in names:
         return 0
-    return min(ndim, 2 if ndim == 4 and names[-1] in ("w1", "w2", "w3") else 1)
+    return min(ndim, stacked_axes(names[-1], ndim))
 
 
 def of_unit(values: np.ndarray) -> str:
