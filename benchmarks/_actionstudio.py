@@ -1,19 +1,19 @@
-"""The other side of the data benchmark: ActionStudio's way from unified trajectories to batches, re-created.
+"""The other side of the data benchmark: a re-creation of ActionStudio's pipeline from unified trajectories to batches.
 
-What the public repository does (SalesforceAIResearch/xLAM at a88aa3a, in actionstudio/src:
-data_pipeline/data_converters.py, foundation_modeling/data_handlers, foundation_modeling/train/train_sft.py), with its
-defaults and those of its published scripts:
+The public repository (SalesforceAIResearch/xLAM at a88aa3a, in actionstudio/src: data_pipeline/data_converters.py,
+foundation_modeling/data_handlers, foundation_modeling/train/train_sft.py) works as follows, with its defaults and those
+of its published scripts:
 
-1. Beforehand, every assistant turn becomes a row of its own that repeats the whole context. Of a turn with calls only
-   the calls are kept, and the system text gets a format instruction. A source's rows are one indented JSON array.
-2. Rows stream through `datasets`: the array is read whole, lists become strings by `str`, a shuffle buffer of 500,000
-   rows; sources are interleaved with probabilities ∝ size × epochs until all are exhausted, then from the start.
-3. 256 rows at a time: `ast.literal_eval`, the chat template, another shuffle; prompt and answer are tokenized apart,
-   cut on the left, and skipped when together they are not shorter than the length; else padded to it.
-4. torch's DataLoader stacks them, in the main process.
+1. Preparation turns every assistant turn into a separate row that repeats the whole context. Of a turn with calls, only
+   the calls are kept, and the system text gets a format instruction. The rows of a source are one indented JSON array.
+2. Rows stream through `datasets`: the array is read as a whole, lists become strings by `str`, and a buffer of 500,000
+   rows is shuffled. Sources are interleaved with probabilities ∝ size × epochs until all are exhausted, then restarted.
+3. For 256 rows at a time: `ast.literal_eval`, the chat template, another shuffle. Prompt and answer are tokenized
+   separately and truncated on the left. A row that is not shorter than the length is skipped, others are padded to it.
+4. torch's DataLoader stacks the rows in the main process.
 
-Different here: `datasets` runs no loading scripts any more, so a generator with the same features stands for theirs;
-the format instruction is in other words, of like length; the shuffle of 256 rows is seeded.
+Differences here: `datasets` no longer runs loading scripts, so a generator with the same features replaces theirs; the
+format instruction is worded differently, with a similar length; the shuffle of 256 rows is seeded.
 """
 
 import ast
@@ -38,7 +38,7 @@ As an assistant with access to tools you may call one or several of them. Write 
 [TOOL_CALLS][{"name": "name_of_the_tool", "arguments": {"argument1": "value1", "argument2": "value2"}}, ... (more calls that run in parallel, where they are needed)]
 ```
 
-Until the results of the calls are there, give no answer and no interpretation; after that, work with them for the user or go on to call other tools.
+Until the results of the calls are there, give no answer and no interpretation; after that, work with them for the user or continue with calls of other tools.
 
 Where no call is needed (a question back to the user, general advice or an explanation, small talk, a task that is finished), answer in plain text.
 """.strip()  # noqa: E501
@@ -51,7 +51,7 @@ FEATURES = datasets.Features(
 
 
 class Batch(NamedTuple):
-    """What the trainer gets, each int64 [B, T]."""
+    """A batch of the trainer, each int64 [B, T]."""
 
     input_ids: torch.Tensor
     labels: torch.Tensor
@@ -59,17 +59,17 @@ class Batch(NamedTuple):
 
 
 class Sources(NamedTuple):
-    """Train-ready data: source → its JSON file, and source → its rows, which is the size in the mixture."""
+    """Prepared data: source → JSON file, and source → number of rows, which is its size in the mixture."""
 
     files: dict[str, Path]
     rows: dict[str, int]
 
 
 def prepare(files: dict[str, list[Path]], folder: Path, *, keep_thoughts: bool, prefix: str) -> Sources:
-    """Writes the train-ready rows of every source's JSONL files to `folder`/SOURCE/train/train.json.
+    """Writes the rows of every source's JSONL files to `folder`/SOURCE/train/train.json.
 
-    `prefix` goes before calls: "[TOOL_CALLS]", or nothing for tokenizers without it. `keep_thoughts`, which they do not
-    have, keeps the text beside calls.
+    `prefix`: text before calls, "[TOOL_CALLS]", or nothing for tokenizers without it. `keep_thoughts`: keep the text
+    next to calls, which ActionStudio does not do.
     """
     written, sizes = {}, {}
     for name, paths in files.items():
@@ -89,7 +89,7 @@ def _rows(trajectory: dict[str, Any], keep_thoughts: bool, prefix: str) -> list[
     system = f"{trajectory.get('task_instruction', '')}\n{FORMAT_INSTRUCTION}"
     messages = [{"role": "system", "content": system}, *trajectory["conversation"]]
     rows = []
-    for at, message in enumerate(messages):
+    for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         text = message.get("content") or ""
@@ -101,8 +101,8 @@ def _rows(trajectory: dict[str, Any], keep_thoughts: bool, prefix: str) -> list[
             chosen = text
         rows.append(
             {
-                "id": f"{trajectory['unique_trajectory_id']}---{at}",
-                "messages": messages[:at],
+                "id": f"{trajectory['unique_trajectory_id']}---{turn}",
+                "messages": messages[:turn],
                 "tools": trajectory.get("tools", []),
                 "chosen": chosen,
                 "output_message": message,
@@ -116,7 +116,7 @@ def _generate(path: str) -> Iterator[dict[str, Any]]:
 
 
 class PaddedRows(torch.utils.data.IterableDataset):
-    """Endless rows padded to `length`; `skipped` counts those that were too long."""
+    """An infinite stream of rows padded to `length`; `skipped` counts rows that were too long."""
 
     def __init__(
         self, sources: Sources, tokenizer: transformers.PreTrainedTokenizerBase, length: int, seed: int
@@ -148,7 +148,7 @@ class PaddedRows(torch.utils.data.IterableDataset):
             padded = [row for prompt, answer in formatted if (row := self._pad(prompt, answer))]
             self.skipped += len(formatted) - len(padded)
             if self.skipped > FORMATTED_AT_ONCE * 40 and not padded:
-                raise UserError(f"hardly a row has fewer than {self._length} tokens; compare at a greater length")
+                raise UserError(f"almost no row has fewer than {self._length} tokens; use a greater length")
             yield from padded
 
     def _endless(self) -> Iterator[dict[str, Any]]:
@@ -185,14 +185,14 @@ def _concatenated(*parts: Sequence[int]) -> torch.Tensor:
 
 
 def load_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerBase:
-    """The tokenizer as train_sft.py sets it up: no BOS of its own, right padding, cut on the left."""
+    """Loads the tokenizer as train_sft.py: no BOS token, padding on the right, truncation on the left."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), add_bos_token=False)
     tokenizer.padding_side, tokenizer.truncation_side = "right", "left"
     return tokenizer
 
 
 def batches(rows: PaddedRows, batch_size: int) -> Iterator[Batch]:
-    """Endless batches, as the trainer's DataLoader gives them."""
+    """Returns an infinite iterator of batches from the trainer's DataLoader."""
     return iter(torch.utils.data.DataLoader(rows, batch_size, collate_fn=_stack, drop_last=True))
 
 

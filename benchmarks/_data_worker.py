@@ -1,7 +1,7 @@
-"""One side of the data benchmark, in a process of its own on one core.
+"""One side of the data benchmark, in a separate process on one core.
 
-`python _data_worker.py SIDE` answers jobs: a `Job` as a JSON line on stdin, an `Answer` as a JSON line on stdout. Every
-job starts from files and a fresh tokenizer; only imported libraries stay.
+`python _data_worker.py SIDE` reads each `Job` as a JSON line from stdin, and prints its `Answer` as a JSON line. Every
+job starts from the files and a new tokenizer; only imported libraries are reused.
 """
 
 import gc
@@ -21,70 +21,75 @@ from xlam_jax.cli import run
 from xlam_jax.config import Data
 
 PEER_BATCH = 8
-"""Rows a batch in ActionStudio's published scripts for 4096 tokens."""
+"""Rows per batch in ActionStudio's published scripts for 4096 tokens."""
 
 
 class Job(TypedDict):
-    """What to do: read the sources of `data`, and go on until each number of `passes` over them is emitted."""
+    """A measurement: read the sources of `data`, and emit batches until the last of `passes` is complete."""
 
     data: dict[str, Any]
-    """A `config.Data`; its `sequence_length` is the length of both sides."""
+    """Fields of a `config.Data`; `sequence_length` is the row length of both sides."""
     tokenizer: str
-    """Its folder."""
+    """Folder of the tokenizer."""
     passes: list[float]
+    """Increasing numbers of passes over the data, each of which gives a `Mark`."""
     seed: int
     folder: str
-    """An empty folder, for what is made beforehand; removed afterwards."""
+    """Empty folder for prepared data; removed afterwards."""
 
 
 class Mark(NamedTuple):
-    """How far it got, and what that took from the first read on: CPU seconds, and how long it was under way."""
+    """Progress after a number of passes, since the first read of the files."""
 
     passes: float
     trained: int
+    """Labels that contribute to the loss."""
     processed: int
+    """All tokens of the batches, padding included."""
     seconds: float
+    """CPU time."""
     wall: float
+    """Wall time in seconds."""
 
 
 class Answer(TypedDict):
-    """What a job gave."""
+    """The result of a job."""
 
     beforehand: float
-    """CPU seconds of what is made once, before training."""
+    """CPU seconds of one-time preparation."""
     notes: dict[str, int]
-    """Reason → trajectories (on their side rows) left out, cut or split."""
+    """Reason → number of dropped, cut or split trajectories (rows of the other side)."""
     marks: list[dict[str, Any]]
-    """A `Mark` for each number of passes asked for."""
+    """A `Mark` for each number of passes."""
 
 
 class Side(Protocol):
-    """Reads sources and gives batches."""
+    """A data loader: reads sources and emits batches."""
 
     notes: Counter[str]
 
     def __init__(self, data: Data, tokenizer: Path, seed: int, folder: Path) -> None: ...
 
     def prepare(self) -> None:
-        """Makes what is made once, before training."""
+        """Prepares the data once, before training."""
 
     def start(self) -> None:
-        """Reads what has to be read before the first batch."""
+        """Reads the data that the first batch needs."""
 
     def batch(self) -> Any:
-        """The next batch."""
+        """Returns the next batch."""
 
     def count(self, batch: Any) -> tuple[int, int]:
-        """Labels of the batch that carry loss, and all of its tokens, padding and all."""
+        """Returns the number of labels that contribute to the loss, and of all tokens, padding included."""
         ...
 
     def passes(self) -> float:
-        """Passes over the data that the batches so far make up."""
+        """Returns the number of passes over the data that the batches so far amount to."""
         ...
 
 
 class Ours:
-    """xlam_jax's loader as the trainer uses it: files to batches."""
+    """The loader of xlam_jax as the trainer uses it, from files to batches."""
 
     def __init__(self, data: Data, tokenizer: Path, seed: int, folder: Path) -> None:
         from xlam_jax.data import corpus, examples, pipeline, render_sources
@@ -117,14 +122,14 @@ class Ours:
 
     def passes(self) -> float:
         if self._pass is None:
-            self._pass = sum(int(self._examples.trained(one.train).sum()) for one in self._loaded)
-            for one in self._loaded:
-                self.notes.update(one.dropped + one.changed)
+            self._pass = sum(int(self._examples.trained(source.train).sum()) for source in self._loaded)
+            for source in self._loaded:
+                self.notes.update(source.dropped + source.changed)
         return self._emitted / self._pass
 
 
 class OursPrepared(Ours):
-    """The same with a cache, which `python -m xlam_jax.data prepare` makes beforehand."""
+    """The same loader with a cache, as `python -m xlam_jax.data prepare` writes it."""
 
     def prepare(self) -> None:
 
@@ -133,7 +138,7 @@ class OursPrepared(Ours):
 
 
 class ActionStudio:
-    """ActionStudio's pipeline; see `_actionstudio.py`."""
+    """The re-creation of ActionStudio's pipeline in `_actionstudio.py`."""
 
     keep_thoughts = False
 
@@ -168,7 +173,7 @@ class ActionStudio:
 
 
 class ActionStudioWithThoughts(ActionStudio):
-    """The same, if it kept the text beside calls: it trains the tokens that we train."""
+    """The same pipeline, which also keeps the text next to calls, so that it trains the same tokens as ours."""
 
     keep_thoughts = True
 
@@ -182,27 +187,27 @@ SIDES: dict[str, Callable[[Data, Path, int, Path], Side]] = {
 
 
 class Clock:
-    """Adds up the time spent inside it."""
+    """Context manager that accumulates the time spent in it."""
 
     def __init__(self) -> None:
         self.seconds = self.wall = 0.0
-        """CPU time of this process, all threads; and what passed meanwhile."""
+        """CPU time of all threads of this process, and wall time, in seconds."""
 
     def __enter__(self) -> "Clock":
-        self._began = process_time(), perf_counter()
+        self._start = process_time(), perf_counter()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.seconds += process_time() - self._began[0]
-        self.wall += perf_counter() - self._began[1]
+        self.seconds += process_time() - self._start[0]
+        self.wall += perf_counter() - self._start[1]
 
 
 def work(name: str, job: Job) -> Answer:
-    """Does one job. Counting is left out of the time."""
+    """Runs a job on one side. The time of counting is excluded."""
     folder = Path(job["folder"])
     side = SIDES[name](Data.model_validate(job["data"]), Path(job["tokenizer"]), job["seed"], folder)
     gc.collect()
-    with Clock() as before:
+    with Clock() as preparation:
         side.prepare()
     clock, marks = Clock(), []
     trained = processed = 0
@@ -212,19 +217,19 @@ def work(name: str, job: Job) -> Answer:
         while not processed or side.passes() < goal:
             with clock:
                 batch = side.batch()
-            counted = side.count(batch)
-            trained, processed = trained + counted[0], processed + counted[1]
+            new_trained, new_processed = side.count(batch)
+            trained, processed = trained + new_trained, processed + new_processed
         marks.append(Mark(side.passes(), trained, processed, clock.seconds, clock.wall))
     shutil.rmtree(folder)
-    return {"beforehand": before.seconds, "notes": side.notes, "marks": [mark._asdict() for mark in marks]}
+    return {"beforehand": preparation.seconds, "notes": side.notes, "marks": [mark._asdict() for mark in marks]}
 
 
 def serve(name: str) -> None:
-    """Does jobs until stdin closes."""
+    """Runs jobs until stdin closes."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints goes to stderr, not among the answers
+    os.dup2(2, 1)  # redirects output of libraries to stderr
     for line in sys.stdin:
         print(json.dumps(work(name, json.loads(line))), file=answers, flush=True)
 

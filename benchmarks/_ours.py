@@ -1,4 +1,4 @@
-"""Our side of the benchmark: the very step that `xlam_jax.train` compiles."""
+"""This project's side of the training-step benchmark: the same step as `xlam_jax.train` compiles."""
 
 import time
 
@@ -61,13 +61,13 @@ class Worker:
         )
 
     def steps(self, count: int) -> list[float]:
-        """Runs `count` steps; seconds of each, from the batch in hand to the loss and the new parameters."""
+        """Runs `count` steps. Returns the seconds of each, from a ready batch to the loss and the new parameters."""
         seconds = []
         for _ in range(count):
             batch = next(self._batches)
-            began = time.perf_counter()
+            start = time.perf_counter()
             self._state, metrics = self._step(self._state, {}, batch)
             jax.block_until_ready(self._state)
             self.loss = float(metrics["loss"])
-            seconds.append(time.perf_counter() - began)
+            seconds.append(time.perf_counter() - start)
         return seconds

@@ -1,4 +1,4 @@
-"""The other side of the training-step benchmark: `transformers`' Mixtral trained by torch, in each way worth trying."""
+"""The PyTorch side of the training-step benchmark: the Mixtral of `transformers`, in several variants."""
 
 from contextlib import nullcontext
 from time import perf_counter
@@ -9,7 +9,7 @@ from _worker import CLIP_NORM, LEARNING_RATE, MODEL, WEIGHT_DECAY, batches
 
 
 class Eager:
-    """Eager experts, one after the other; f32 parameters, and in bf16 autocast over them."""
+    """Experts run one after the other, without torch.compile. Parameters are float32; bf16 uses autocast."""
 
     experts = "eager"
     compiled = False
@@ -62,7 +62,7 @@ class EagerCompiled(Eager):
 
 
 class Grouped(Eager):
-    """Grouped matrix products; autocast does not reach them, so their products stay in f32 there."""
+    """Experts run as grouped matrix products, which stay in float32 because autocast does not apply to them."""
 
     experts = "grouped_mm"
 

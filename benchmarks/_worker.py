@@ -1,8 +1,8 @@
-"""What both sides of the training-step benchmark share, and the process one side runs in.
+"""Settings of both sides of the training-step benchmark, and the process that runs one side.
 
-`python _worker.py MODULE:CLASS PRECISION` builds `CLASS(PRECISION)`, which compiles and warms up, answers a JSON line,
-and then times steps on request: a line holding a number of steps on stdin, a line `{"seconds": […], "loss": …}` on
-stdout. Between requests it is blocked on a read, so it leaves the cores to the side whose turn it is.
+`python _worker.py MODULE:CLASS PRECISION` builds `CLASS(PRECISION)`, which compiles and warms up, prints a JSON line
+with versions, and then times steps on request: it reads a number of steps from stdin, and prints
+`{"seconds": […], "loss": …}`. Between requests it blocks on a read, so that the other side has all cores.
 """
 
 import importlib
@@ -33,33 +33,33 @@ LEARNING_RATE, WEIGHT_DECAY, CLIP_NORM = 1e-4, 0.01, 1.0  # AdamW: betas 0.9 and
 
 
 class Worker(Protocol):
-    """One side of the benchmark, in one precision: compiled and warm once built."""
+    """One side of the benchmark in one precision; construction compiles it and warms it up."""
 
-    versions: dict[str, str]  # of the libraries it runs on
-    loss: float  # of the latest step
+    versions: dict[str, str]  # versions of its libraries
+    loss: float  # loss of the latest step
 
     def __init__(self, precision: str) -> None: ...
 
     def steps(self, count: int) -> list[float]:
-        """Takes `count` whole training steps, each to its end, and returns the seconds each took."""
+        """Runs `count` training steps, each to completion. Returns the seconds of each."""
         ...
 
 
 def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields inputs and their next tokens, each [BATCH, LENGTH]: eight seeded batches, over and over."""
+    """Yields inputs and their next tokens, each int64 [BATCH, LENGTH]; repeats eight seeded batches."""
     tokens = np.random.default_rng(0).integers(0, MODEL["vocab_size"], (8, BATCH, LENGTH + 1))
     return cycle([(np.ascontiguousarray(t[:, :-1]), np.ascontiguousarray(t[:, 1:])) for t in tokens])
 
 
 def serve(target: str, precision: str) -> None:
-    """Builds the worker named by `target` and answers requests until stdin closes."""
+    """Builds the worker of `target`, MODULE:CLASS, and answers requests until stdin closes."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints goes to stderr, not among the answers
+    os.dup2(2, 1)  # redirects output of libraries to stderr
     module, name = target.split(":")
     worker: Worker = getattr(importlib.import_module(module), name)(precision)
     print(json.dumps(worker.versions), file=answers, flush=True)
     for line in sys.stdin:
-        worker.steps(1)  # the other side had the caches
+        worker.steps(1)  # refills the caches, which the other side used
         seconds = worker.steps(int(line))
         print(json.dumps({"seconds": seconds, "loss": worker.loss}), file=answers, flush=True)
 

@@ -1,16 +1,16 @@
-"""Compares our data loader with ActionStudio's, re-created, on the same files and tokenizer, on one core, in turn.
+"""Compares our data loader with a re-creation of ActionStudio's, on the same files, tokenizer and core.
 
-Two figures, for all sources mixed and for each alone, at each length:
+Two figures per sequence length, for the mixture of all sources and for each source:
 
-- trained tokens per processed token: labels that carry loss in the batches given out, over all tokens of those
-  batches, padding too. In one pass over the data either side gives out each assistant turn once.
-- trained tokens per second of one core: the same labels over the CPU time of the side's process, which is pinned to
-  one core, from the first read of the files to the batch that completes the pass. Imports, loading the tokenizer and
-  what a side makes once beforehand are left out; the last is printed on its own. Each round starts from the files.
+- trained tokens per processed token: labels that contribute to the loss, divided by all tokens of the batches, padding
+  included. In one pass over the data, either side emits each assistant turn once.
+- trained tokens per CPU second: the same labels, divided by the CPU time of the side's process, which is pinned to one
+  core, from the first read of the files to the batch that completes the pass. Imports, loading the tokenizer and
+  one-time preparation are excluded; the last is printed separately. Each round starts from the files.
 
-Every source has its natural size in the mixture (1 epoch), as in ActionStudio's own recipe; nothing is held out.
-`with-thoughts` is ActionStudio's pipeline as it would be if it kept the text beside calls, which it drops: only that
-one trains the same tokens as we do, but for turns with `loss: false`, which it trains too.
+Every source has its natural size in the mixture (1 epoch), as in ActionStudio's recipe; nothing is held out.
+`with-thoughts` is a variant of ActionStudio's pipeline that keeps the text next to calls, which the original drops. It
+trains the same tokens as ours, and also turns with `loss: false`.
 """
 
 import argparse
@@ -40,7 +40,7 @@ MIXTURE = "mixture"
 
 
 class Process:
-    """A side's process."""
+    """The process of one side."""
 
     def __init__(self, name: str, scratch: Path, stack: ExitStack) -> None:
         self.name = name
@@ -57,7 +57,7 @@ class Process:
         )
 
     def work(self, data: Data, passes: list[float], seed: int) -> Answer:
-        """Has the side do a job."""
+        """Sends a job to the side. Returns its answer."""
         job = Job(
             data=data.model_dump(),
             tokenizer=str(self._scratch / "tokenizer"),
@@ -70,12 +70,12 @@ class Process:
         print(json.dumps(job), file=self._popen.stdin, flush=True)
         line = self._popen.stdout.readline()
         if not line:
-            raise UserError(f"the process of '{self.name}' stopped; its own message is above")
+            raise UserError(f"the process of '{self.name}' stopped; its message is above")
         return json.loads(line)
 
 
 class Line(NamedTuple):
-    """A line of a table: one side's figures after a number of passes, over the rounds."""
+    """One line of a table: figures of one side after a number of passes, over all rounds."""
 
     mix: str
     length: int
@@ -83,17 +83,19 @@ class Line(NamedTuple):
     passes: float
     trained: int
     density: float
-    """Trained tokens per processed token; of the first round, whose batches the others repeat."""
+    """Trained tokens per processed token in the first round; the other rounds repeat its batches."""
     speeds: list[float]
-    """Trained tokens per CPU second, a figure a round."""
+    """Trained tokens per CPU second, one figure per round."""
     walls: list[float]
-    """The same per second that passed: on a quiet machine no less than a few percent of `speeds`."""
+    """Trained tokens per second of wall time; on an idle machine a few percent below `speeds`."""
     beforehand: float
+    """CPU seconds of one-time preparation, median."""
     notes: dict[str, int]
+    """Reason → number of dropped, cut or split trajectories (rows of the other side)."""
 
 
 def environment(scratch: Path) -> dict[str, str]:
-    """Returns the environment variables every side gets: one thread, and no caches left behind."""
+    """Returns the environment variables of every side: one thread, and caches in the temporary folder."""
     return {
         "TOKENIZERS_PARALLELISM": "false",  # as in ActionStudio's train_sft.py
         "OMP_NUM_THREADS": "1",
@@ -103,10 +105,10 @@ def environment(scratch: Path) -> dict[str, str]:
     }
 
 
-def natural(data: Data, files: Iterable[Path]) -> Data:
-    """The config's data, or these files instead of its sources, each once a pass, none held out.
+def natural_mixture(data: Data, files: Iterable[Path]) -> Data:
+    """Returns the config's data with every source at one epoch per pass, and nothing held out.
 
-    Raises `UserError` for a source that the other side cannot read.
+    `files`: replace the config's sources. Raises `UserError` for a source that the other side cannot read.
     """
     sources = [Source(name=file.stem, files=[str(file)]) for file in files] or data.sources
     for source in sources:
@@ -114,11 +116,13 @@ def natural(data: Data, files: Iterable[Path]) -> Data:
         if not plain or not all(file.endswith(".jsonl") for file in source.files):
             raise UserError(
                 f"source {source.name}: ActionStudio's side reads only whole .jsonl files of unified trajectories; "
-                "convert the source, and give the file with --files"
+                "convert the source, and pass the file with --files"
             )
         for file in source.files:
             if not Path(file).is_file():
-                raise UserError(f"source {source.name}: no file {file}; start this where its path holds")
+                raise UserError(
+                    f"source {source.name}: no file {file}; run this in the folder that the path is relative to"
+                )
     if len({source.name for source in sources}) < len(sources):
         raise UserError("two sources have the same name; rename one of the files")
     sources = [Source(name=source.name, files=source.files, epochs=1) for source in sources]
@@ -126,10 +130,11 @@ def natural(data: Data, files: Iterable[Path]) -> Data:
 
 
 def measure(processes: list[Process], mix: str, data: Data, args: argparse.Namespace) -> list[Line]:
-    """Has all sides do one mix at one length, in turn."""
+    """Lets all sides take turns with one mixture at one length. Returns a line per number of passes and side."""
     answers: dict[str, list[Answer]] = {process.name: [] for process in processes}
-    for at in range(args.rounds):
-        for process in processes[at % len(processes) :] + processes[: at % len(processes)]:
+    for number in range(args.rounds):
+        first_side = number % len(processes)
+        for process in processes[first_side:] + processes[:first_side]:
             answers[process.name].append(process.work(data, args.passes, args.seed))
     return [
         Line(
@@ -151,9 +156,9 @@ def measure(processes: list[Process], mix: str, data: Data, args: argparse.Names
 
 
 def report(lines: list[Line]) -> None:
-    """Prints the table of one mix at one length after one number of passes."""
+    """Prints the table of one mixture at one length after one number of passes."""
     ours = lines[0] if lines[0].side == "ours" else None
-    print(f"\n{lines[0].mix}, {lines[0].length} tokens a row")
+    print(f"\n{lines[0].mix}, {lines[0].length} tokens per row")
     print(
         f"{'':14} {'passes':>6} {'trained':>8} {'/processed':>10} {'ours is':>8} "
         f"{'/core·s':>8} {'min':>7} {'max':>7} {'ours is':>8} {'beforehand':>10}"
@@ -172,7 +177,10 @@ def report(lines: list[Line]) -> None:
 
 
 def resume(data: Data, positions: list[int], seed: int) -> list[dict[str, Any]]:
-    """Prints what it takes our loader to go on after so many trajectories, saved data in hand."""
+    """Measures how long our loader takes to resume after each number of trajectories, with the data already loaded.
+
+    Prints a table, and returns its rows.
+    """
     from xlam_jax.data import corpus, pipeline
 
     tokenizer = tokenizers.load_tokenizer(data.tokenizer)
@@ -184,67 +192,77 @@ def resume(data: Data, positions: list[int], seed: int) -> list[dict[str, Any]]:
     def count(batch: pipeline.Row) -> int:
         return int(batch.segments.max(axis=-1).sum())
 
-    loader, trajectories, batches, found = make(), 0, 0, []
+    loader, trajectories, batches, rows = make(), 0, 0, []
     print(f"\n{'resume after':>14} {'batches':>8} {'state':>8} {'next batch after':>17}")
     for position in positions:
         while trajectories < position:
             trajectories += count(next(loader))
             batches += 1
         state = json.dumps(loader.state())
-        began = process_time()
+        start = process_time()
         restored = make()
         restored.restore(json.loads(state))
         batch = next(restored)
-        seconds = process_time() - began
+        seconds = process_time() - start
         expected = next(loader)
-        assert all((one == other).all() for one, other in zip(batch[:6], expected[:6], strict=True))
+        assert all((array == original).all() for array, original in zip(batch[:6], expected[:6], strict=True))
         print(f"{trajectories:14} {batches:8} {len(state):6} B {seconds:15.3f} s")
-        found.append({"trajectories": trajectories, "batches": batches, "state": len(state), "seconds": seconds})
+        rows.append({"trajectories": trajectories, "batches": batches, "state": len(state), "seconds": seconds})
         trajectories, batches = trajectories + count(batch), batches + 1
-    return found
+    return rows
 
 
-def main() -> None:
-    """Runs the benchmark."""
-    parser = argparse.ArgumentParser(
-        description="Compares our data loader with ActionStudio's, re-created, on one core.",
+def parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command line."""
+    result = argparse.ArgumentParser(
+        description="Compare our data loader with a re-creation of ActionStudio's on one core.",
         epilog=(__doc__ or "").partition("\n\n")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", type=Path, default=Path("configs/quickstart.yaml"), metavar="FILE.yaml")
-    parser.add_argument(
+    result.add_argument(
+        "--config", type=Path, default=Path("configs/quickstart.yaml"), metavar="FILE.yaml", help="config of the data"
+    )
+    result.add_argument(
         "--files",
         type=Path,
         nargs="+",
         default=[],
         metavar="FILE.jsonl",
-        help="of unified trajectories, a source each, in place of the config's; overrides go before this option",
+        help="files of unified trajectories, one source each, instead of the config's; write overrides before this "
+        "option",
     )
-    parser.add_argument("--rounds", type=positive, default=5, help="turns each side gets (default 5)")
-    parser.add_argument(
+    result.add_argument("--rounds", type=positive, default=5, help="number of turns per side (default: 5)")
+    result.add_argument(
         "--lengths", type=positive, nargs="+", default=[4096], metavar="TOKENS",
-        help="of a row, on both sides (default 4096; ActionStudio's scripts: 4096 for LoRA, 16384 for all parameters)",
+        help="row lengths of both sides (default: 4096; ActionStudio uses 4096 for LoRA, and 16384 for all parameters)",
     )  # fmt: skip
-    parser.add_argument(
+    result.add_argument(
         "--passes", type=positive, nargs="+", default=[1, 3], metavar="N",
-        help="report after so many passes over the data (default 1 3: we tokenize once, they in every pass)",
+        help="numbers of passes after which to report (default: 1 3; we tokenize once, ActionStudio in every pass)",
     )  # fmt: skip
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), metavar="SIDE", help=", ".join(SIDES))
-    parser.add_argument("--only", nargs="+", metavar="NAME", help=f"sources to take alone, or {MIXTURE}; default: all")
-    parser.add_argument(
+    result.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), metavar="SIDE", help=", ".join(SIDES))
+    result.add_argument(
+        "--only", nargs="+", metavar="NAME", help=f"measure only these sources, or {MIXTURE} (default: all)"
+    )
+    result.add_argument(
         "--resume", type=positive, nargs="+", default=[100, 3000], metavar="N",
-        help="say how long ours takes to go on after so many trajectories (default 100 3000)",
+        help="numbers of trajectories after which to measure how long our loader takes to resume (default: 100 3000)",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure to FILE")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="fields of the config to set")
-    args = parser.parse_intermixed_args()
+    result.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
+    result.add_argument("--json", type=Path, metavar="FILE", help="write every figure to FILE")
+    result.add_argument("overrides", nargs="*", metavar="section.key=value", help="config fields to set")
+    return result
+
+
+def main() -> None:
+    """The command line."""
+    args = parser().parse_intermixed_args()
     args.passes.sort()
     missing = [name for name in ("torch", "datasets") if not find_spec(name)]
     if missing and args.sides != ["ours"]:
         raise UserError(f"{' and '.join(missing)} not installed; the other side needs it: pip install '.[test]'")
 
-    data = natural(configs.load(args.config, args.overrides).config.data, args.files)
+    data = natural_mixture(configs.load(args.config, args.overrides).config.data, args.files)
     mixes = {MIXTURE: data.sources} | {source.name: [source] for source in data.sources}
     if unknown := set(args.only or []) - mixes.keys():
         raise UserError(f"--only: no source is named {', '.join(sorted(unknown))}; there are {', '.join(mixes)}")
@@ -253,15 +271,15 @@ def main() -> None:
         tokenizers.save(tokenizers.load_tokenizer(data.tokenizer), Path(scratch) / "tokenizer", data.format)
         processes = [Process(name, Path(scratch), stack) for name in SIDES if name in args.sides]
         smallest = min(data.sources, key=lambda source: sum(Path(file).stat().st_size for file in source.files))
-        for process in processes:  # pays for what a library does only once
+        for process in processes:  # warms up libraries
             process.work(data.model_copy(update={"sources": [smallest], "sequence_length": args.lengths[0]}), [0], 0)
         for length in args.lengths:
             for mix in args.only or mixes:
                 job = data.model_copy(update={"sources": mixes[mix], "sequence_length": length})
                 lines = measure(processes, mix, job, args)
                 record["lines"] += [line._asdict() for line in lines]
-                for at in range(len(args.passes)):
-                    report(lines[at * len(processes) : (at + 1) * len(processes)])
+                for start in range(0, len(lines), len(processes)):
+                    report(lines[start : start + len(processes)])
     if "ours" in args.sides:
         longest = data.model_copy(update={"sequence_length": max(args.lengths)})
         record["resume"] = resume(longest, sorted(args.resume), args.seed)

@@ -1,7 +1,7 @@
-"""What an evaluation costs beside the model: a whole command against an endpoint that answers after a fixed time.
+"""Measures the overhead of an evaluation: runs the whole command against an endpoint with a fixed latency.
 
-The endpoint is a process of its own. The least time is that of so many answers, `concurrency` at once; all that the
-command takes beyond it (start and imports, requests, records, the summary) is overhead.
+The endpoint is a separate process. The minimum time is that of all answers, `concurrency` at a time. Any further time
+(start and imports, requests, records, the summary) is overhead.
 """
 
 import argparse
@@ -33,9 +33,13 @@ HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Time an evaluation against an endpoint of known speed.")
-    parser.add_argument("--examples", type=int, default=500, metavar="N")
-    parser.add_argument("--concurrency", type=int, default=64, metavar="K")
-    parser.add_argument("--latency", type=float, default=0.2, metavar="SECONDS", help="of an answer (default: 0.2)")
+    parser.add_argument("--examples", type=int, default=500, metavar="N", help="number of examples (default: 500)")
+    parser.add_argument(
+        "--concurrency", type=int, default=64, metavar="K", help="number of concurrent requests (default: 64)"
+    )
+    parser.add_argument(
+        "--latency", type=float, default=0.2, metavar="SECONDS", help="latency of an answer (default: 0.2)"
+    )
     options = parser.parse_args()
     receiver, sender = multiprocessing.Pipe(duplex=False)
     endpoint = multiprocessing.Process(target=serve, args=(options.latency, sender), daemon=True)
@@ -43,8 +47,8 @@ def main() -> None:
     port = receiver.recv()
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data.jsonl"
-        data.write_text("".join(row(at) for at in range(options.examples)), encoding="utf-8")
-        began = time.perf_counter()
+        data.write_text("".join(make_row(number) for number in range(options.examples)), encoding="utf-8")
+        start = time.perf_counter()
         subprocess.run(
             [
                 sys.executable, "-m", "xlam_jax.evaluate", "--suite", "trajectories", "--data", data, "--model", "any",
@@ -53,30 +57,30 @@ def main() -> None:
             ],
             cwd=ROOT, check=True,
         )  # fmt: skip
-        took = time.perf_counter() - began
-        used = resource.getrusage(resource.RUSAGE_CHILDREN)  # the endpoint's is not among it: it has not ended
+        seconds = time.perf_counter() - start
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)  # without the endpoint, which has not ended
         scored = json.loads((Path(folder) / "out/summary.json").read_text(encoding="utf-8"))["scored"]
     endpoint.terminate()
-    least = math.ceil(options.examples / options.concurrency) * options.latency
-    print(f"{scored} of {options.examples} scored, {options.concurrency} at once, {options.latency:g} s an answer")
-    print(f"{took:.2f} s, of which at least {least:.2f} s are the endpoint's: {took - least:.2f} s overhead")
-    print(f"{used.ru_utime + used.ru_stime:.2f} s of processor time")
+    minimum = math.ceil(options.examples / options.concurrency) * options.latency
+    print(f"{scored} of {options.examples} scored, {options.concurrency} concurrent, {options.latency:g} s per answer")
+    print(f"{seconds:.2f} s, of which the endpoint takes at least {minimum:.2f} s: {seconds - minimum:.2f} s overhead")
+    print(f"{usage.ru_utime + usage.ru_stime:.2f} s of CPU time")
 
 
-def row(at: int) -> str:
-    """A held-out trajectory with one call."""
+def make_row(number: int) -> str:
+    """Returns a JSON line with a held-out trajectory that contains one call."""
     parameters = {"type": "object", "properties": {"query": {"type": "string"}}, "required": ["query"]}
     tool = {"type": "function", "function": {"name": "search", "description": "Searches.", "parameters": parameters}}
     call = {"type": "function", "id": "call_1", "function": {"name": "search", "arguments": {"query": "Oslo"}}}
     conversation = [
-        {"role": "user", "content": f"Question {at}: where is Oslo?"},
+        {"role": "user", "content": f"Question {number}: where is Oslo?"},
         {"role": "assistant", "content": "", "tool_calls": [call]},
     ]
-    return json.dumps({"unique_trajectory_id": str(at), "tools": [tool], "conversation": conversation}) + "\n"
+    return json.dumps({"unique_trajectory_id": str(number), "tools": [tool], "conversation": conversation}) + "\n"
 
 
 def serve(latency: float, port: Any) -> None:
-    """Answers every request after `latency` seconds; sends its port."""
+    """Answers every request after `latency` seconds. Sends its port through the pipe `port`."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:

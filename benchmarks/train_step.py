@@ -1,7 +1,7 @@
-"""Times our training step against `transformers` + torch on one tiny Mixtral, on the CPU, in turn in one run.
+"""Compares the time of our training step with `transformers` + torch for one tiny Mixtral on the CPU.
 
-Every variant has its own process (in a shared one, the thread pools of one slow the other down), with the same threads,
-the same allocator setting, the same seeded batches and the same step: loss, gradients, clipping, AdamW.
+The variants take turns in one run. Each has its own process (in a shared process, thread pools slow each other down),
+with the same threads, allocator setting, seeded batches and step: loss, gradients, clipping, AdamW.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from xlam_jax.errors import UserError
 
 
 class Variant(NamedTuple):
-    """A way to take the step: its worker's `module:class`, and the precisions it is for."""
+    """An implementation of the step: its worker's `module:class`, and its precisions."""
 
     worker: str
     precisions: tuple[str, ...] = ("f32", "bf16")
@@ -42,7 +42,7 @@ VARIANTS = {
 
 
 class Process:
-    """A worker's process, and the seconds of the steps it has taken."""
+    """A worker's process, and the seconds of its steps."""
 
     def __init__(self, name: str, precision: str, stack: ExitStack) -> None:
         self.name, self.precision = name, precision
@@ -60,11 +60,11 @@ class Process:
         assert self.popen.stdout
         line = self.popen.stdout.readline()
         if not line:
-            raise UserError(f"the worker of '{self.name}' in {self.precision} stopped; its own message is above")
+            raise UserError(f"the worker of '{self.name}' in {self.precision} stopped; its message is above")
         return json.loads(line)
 
     def steps(self, count: int) -> None:
-        """Has the worker take `count` timed steps."""
+        """Lets the worker run `count` timed steps."""
         print(count, file=self.popen.stdin, flush=True)
         answer = self.answer()
         self.seconds += answer["seconds"]
@@ -85,23 +85,23 @@ class Process:
 
 
 def cores() -> int:
-    """Returns the number of cores this process may run on (`taskset` narrows it)."""
+    """Returns the number of cores that this process may use, as limited by `taskset`."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def environment() -> dict[str, str]:
-    """Returns the environment variables every worker gets."""
+    """Returns the environment variables of every worker."""
     return {
-        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # XLA takes fresh buffers each step; torch gains or loses nothing
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # XLA allocates new buffers in each step; no effect on torch
         "OMP_NUM_THREADS": str(cores()),
         "JAX_PLATFORMS": "cpu",
         "CUDA_VISIBLE_DEVICES": "",
-        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # no pool of compilers that stays around
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # no pool of compiler processes that stays alive
     }
 
 
 def machine() -> dict[str, str]:
-    """Returns what the timings depend on, beyond the libraries."""
+    """Returns properties of the machine that affect the timings."""
     cpuinfo = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in cpuinfo.splitlines())}
     flags = [flag for flag in fields.get("flags", "").split() if "bf16" in flag]
@@ -124,7 +124,7 @@ def measure(names: list[str], precision: str, rounds: int, steps: int) -> tuple[
             except UserError as error:
                 if name == "ours":
                     raise
-                print(f"{error}; going on without it", file=sys.stderr)
+                print(f"{error}; continuing without it", file=sys.stderr)
         for _ in range(rounds):
             for process in processes:
                 process.steps(steps)
@@ -133,7 +133,10 @@ def measure(names: list[str], precision: str, rounds: int, steps: int) -> tuple[
 
 
 def report(results: list[dict[str, Any]], precision: str) -> dict[str, float]:
-    """Prints one precision's table, and returns our speed over the best of the others, by the parameters they keep."""
+    """Prints the table of one precision.
+
+    Returns the ratio of our speed to the fastest torch variant's: among those with float32 parameters, and among all.
+    """
     medians = {result["variant"]: result["median"] for result in results}
     ours = medians.pop("ours", None)
     print(f"\n{precision:22} {'tokens/s':>9} {'min':>7} {'max':>7} {'loss':>7}  ours is")
@@ -152,23 +155,27 @@ def report(results: list[dict[str, Any]], precision: str) -> dict[str, float]:
 
 
 def positive(text: str) -> int:
-    """Returns a count of at least one."""
+    """Parses a positive count. Raises `ValueError`."""
     if (number := int(text)) < 1:
         raise ValueError
     return number
 
 
 def main() -> None:
-    """Runs the benchmark."""
-    parser = argparse.ArgumentParser(description="Times our training step against transformers + torch.")
-    parser.add_argument("--rounds", type=positive, default=5, help="turns each variant gets (default 5)")
-    parser.add_argument("--steps", type=positive, default=4, help="timed steps in a turn (default 4)")
-    parser.add_argument("--precision", choices=["f32", "bf16", "both"], default="both", help="of the computation")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Compare the time of our training step with transformers + torch.")
+    parser.add_argument("--rounds", type=positive, default=5, help="number of turns per variant (default: 5)")
+    parser.add_argument("--steps", type=positive, default=4, help="timed steps per turn (default: 4)")
+    parser.add_argument(
+        "--precision", choices=["f32", "bf16", "both"], default="both", help="precision of the computation"
+    )
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME", help=", ".join(VARIANTS)
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every timing to FILE")
     args = parser.parse_args()
     if args.variants != ["ours"] and not (find_spec("torch") and find_spec("transformers")):
-        raise UserError("torch is not installed, and the other side runs on it; install it with: pip install '.[test]'")
+        raise UserError("torch is not installed, and the other variants need it; install it: pip install '.[test]'")
 
     record: dict[str, Any] = {"machine": machine(), "results": [], "ratios": {}}
     precisions = ["f32", "bf16"] if args.precision == "both" else [args.precision]

@@ -1,4 +1,4 @@
-"""Hugging Face weights → Orbax: `python -m converters.hf_to_orbax --hf DIR --out DIR`."""
+"""Converts Hugging Face weights to Orbax: `python -m converters.hf_to_orbax --hf DIR --out DIR`."""
 
 import sys
 from math import prod
@@ -14,21 +14,21 @@ from xlam_jax.progress import BYTES, Throughput
 from xlam_jax.weights.hf import HFWeights, copy_tokenizer
 from xlam_jax.weights.hf_map import Tensor, parameter
 from xlam_jax.weights.locate import Source
-from xlam_jax.weights.shards import ahead
-from xlam_jax.weights.transfer import check_finite, compare, dtype_of
+from xlam_jax.weights.shards import map_ordered
+from xlam_jax.weights.transfer import check_finite, check_tensors, parse_dtype
 
 
 def main() -> None:
     """The command line."""
     parser = Parser(
-        prog="python -m converters.hf_to_orbax", description="Converts a Hugging Face folder to an Orbax checkpoint."
+        prog="python -m converters.hf_to_orbax", description="Convert a Hugging Face folder to an Orbax checkpoint."
     )
     parser.add_argument(
         "--hf",
         required=True,
-        help="folder with config.json and safetensors, an address that fsspec opens, or a hub name",
+        help="folder with config.json and safetensors, a URL that fsspec opens, or a name on the hub",
     )
-    parser.add_argument("--out", required=True, help="folder to make; it must not exist")
+    parser.add_argument("--out", required=True, help="folder to write; it must not exist")
     add_arguments(parser)
     args = parser.parse_args()
     refuse_address(args.out)
@@ -37,7 +37,7 @@ def main() -> None:
     for line in opened.warnings:
         print(f"warning: {line}", file=sys.stderr)
 
-    dtype = dtype_of(args.dtype)
+    dtype = parse_dtype(args.dtype)
     source = {"hf": opened.name, "dtype": args.dtype, "files": opened.stamps()}
     with resumable_folder(Path(args.out), source) as work:
         _convert(opened, dtype, work, args.workers)
@@ -58,37 +58,36 @@ def _convert(opened: HFWeights, dtype: np.dtype | None, work: ResumableFolder, w
     for path in leading:
         model.open(path)
 
-    def move(item: tuple[Tensor, Source]) -> None:
-        tensor, where = item
-        value = tensor.from_hf(where.read()).astype(parameter(params, tensor.path).dtype, copy=False)
+    def convert(item: tuple[Tensor, Source]) -> None:
+        tensor, source = item
+        value = tensor.from_hf(source.read()).astype(parameter(params, tensor.path).dtype, copy=False)
         check_finite(opened.name, tensor.key, value)
         model.write(tensor.path, tensor.at, value)
 
     sizes = {
         tensor.key: prod(tensor.shape) * parameter(params, tensor.path).dtype.itemsize for tensor, _ in opened.sources
     }
-    left = [pair for pair in opened.sources if pair[0].key not in work.done]
+    remaining = [pair for pair in opened.sources if pair[0].key not in work.done]
     with Throughput("converting", sum(sizes.values()), unit=BYTES) as progress:
         progress.skip(sum(sizes[key] for key in work.done))
-        for (tensor, _), _ in ahead(move, left, workers):
+        for (tensor, _), _ in map_ordered(convert, remaining, workers):
             work.finish(tensor.key)
             progress.add(sizes[tensor.key])
 
 
 def _verify(opened: HFWeights, dtype: np.dtype | None, folder: Path, workers: int) -> None:
-    """Raises `UserError` naming the tensors that can't be got back from a converted folder bit for bit, and where a
-    small model's logits differ."""
+    """Raises `UserError` for tensors that differ from the source in any bit, and if a small model's logits differ."""
     from xlam_jax.weights.checkpoint import STEPS, open_params
     from xlam_jax.weights.logits import compare_logits
 
     params = open_params(folder / STEPS / "0")
 
-    def same(item: tuple[Tensor, Source]) -> bool:
-        tensor, where = item
-        kept = parameter(params, tensor.path)
-        return where.read().astype(kept.dtype, copy=False).tobytes() == tensor.to_hf(kept).tobytes()
+    def is_equal(item: tuple[Tensor, Source]) -> bool:
+        tensor, source = item
+        converted = parameter(params, tensor.path)
+        return source.read().astype(converted.dtype, copy=False).tobytes() == tensor.to_hf(converted).tobytes()
 
-    compare(opened.name, same, opened.sources, workers)
+    check_tensors(opened.name, is_equal, opened.sources, workers)
     if "://" not in opened.name and dtype is None:
         compare_logits(opened.files, opened.hf_config, params, folder)
 

@@ -1,4 +1,4 @@
-"""What a checkpoint is: `python -m converters.inspect DIR`."""
+"""Prints what a checkpoint contains: `python -m converters.inspect DIR`."""
 
 from collections import Counter
 from math import prod
@@ -14,41 +14,43 @@ def main() -> None:
     """The command line."""
     parser = Parser(
         prog="python -m converters.inspect",
-        description="Tells what a checkpoint holds: its family, size, dtypes, layout, step and config.",
+        description="Print a checkpoint's model family, size, dtypes, layout, step and config.",
     )
-    parser.add_argument("folder", metavar="DIR", help="Hugging Face folder, its address or hub name, run, or step")
+    parser.add_argument(
+        "folder", metavar="DIR", help="Hugging Face folder, its URL or name on the hub, run folder, or step folder"
+    )
     folder = parser.parse_args().folder
 
     from xlam_jax.weights import checkpoint
 
-    facts = stored(Path(folder)) if checkpoint.is_checkpoint(Path(folder)) else foreign(folder)
+    facts = inspect_run(Path(folder)) if checkpoint.is_checkpoint(Path(folder)) else inspect_hf(folder)
     width = max(map(len, facts))
     for name, fact in facts.items():
         print(f"{name:{width}}  {fact}")
 
 
-def foreign(folder: str) -> dict[str, str]:
-    """Of a Hugging Face folder. Raises `UserError` where it is none, or its weights do not fit its config."""
+def inspect_hf(folder: str) -> dict[str, str]:
+    """Returns name → fact for a Hugging Face folder. Raises `UserError` for an invalid folder, or unfitting weights."""
     from xlam_jax.weights.hf import TOKENIZER_FILES, HFWeights
 
     opened = HFWeights(folder)
     files = opened.sizes()
-    held = Counter({where.dtype.name: 0 for _, where in opened.sources})
-    for tensor, where in opened.sources:
-        held[where.dtype.name] += prod(tensor.shape)
-    fused = any(where.part for _, where in opened.sources)
+    values = Counter({source.dtype.name: 0 for _, source in opened.sources})
+    for tensor, source in opened.sources:
+        values[source.dtype.name] += prod(tensor.shape)
+    fused = any(source.part for _, source in opened.sources)
     return {
         "folder": f"{folder}: Hugging Face, {len(files)} safetensors file(s), {_gb(sum(files.values()))}",
         **_model(opened.hf_config, opened.config),
-        "dtype": _dtypes(held),
-        "layout": "experts of a layer fused in one tensor" if fused else "one tensor for each matrix",
+        "dtype": _dtypes(values),
+        "layout": "experts of a layer fused in one tensor" if fused else "one tensor per matrix",
         "tokenizer": _tokenizer(opened.files, TOKENIZER_FILES),
         **({"warnings": "\n".join(opened.warnings)} if opened.warnings else {}),
     }
 
 
-def stored(folder: Path) -> dict[str, str]:
-    """Of a run folder or a step of one. Raises `UserError` where it is damaged."""
+def inspect_run(folder: Path) -> dict[str, str]:
+    """Returns name → fact for a run folder or a step folder. Raises `UserError` if it is damaged."""
     import jax
 
     from xlam_jax.models.params import shapes
@@ -58,18 +60,18 @@ def stored(folder: Path) -> dict[str, str]:
     step = checkpoint.resolve(folder)
     hf_config = checkpoint.load_hf_config(step)
     leaves: list[Any] = jax.tree.leaves(checkpoint.open_params(step))
-    held = Counter({leaf.dtype.name: 0 for leaf in leaves})
+    values = Counter({leaf.dtype.name: 0 for leaf in leaves})
     for leaf in leaves:
-        held[leaf.dtype.name] += leaf.size
+        values[leaf.dtype.name] += leaf.size
     items = sorted(entry.name for entry in step.iterdir() if entry.is_dir() and (entry / "_METADATA").exists())
     size = sum(path.stat().st_size for path in step.rglob("*") if path.is_file())
-    others = [one for one in checkpoint.whole_steps(step.parent.parent) if one != int(step.name)]
-    also = f"; also there: {', '.join(map(str, others))}" if others else ""
+    others = [number for number in checkpoint.whole_steps(step.parent.parent) if number != int(step.name)]
+    also = f"; other steps: {', '.join(map(str, others))}" if others else ""
     facts = {
         "folder": f"{folder}: Orbax, items {', '.join(items)}, {_gb(size)}",
         "step": f"{step.name}{also}",
         **_model(hf_config, ModelConfig.from_hf(hf_config)),
-        "dtype": _dtypes(held),
+        "dtype": _dtypes(values),
         "tokenizer": _tokenizer(checkpoint.tokenizer_dir(step), TOKENIZER_FILES),
     }
     saved = checkpoint.load_metadata(step).get("config")
@@ -79,31 +81,31 @@ def stored(folder: Path) -> dict[str, str]:
     if run_config is None:
         return facts | {"config": "none: a converted model"}
     train, lora, kind = run_config.train, run_config.lora, run_config.objective.kind
-    what: str = train.trainable
-    if what != "full":
-        what += f" (rank {lora.rank} on {', '.join(lora.targets)}): the step holds the adapters alone"
+    trainable: str = train.trainable
+    if trainable != "full":
+        trainable += f" (rank {lora.rank} on {', '.join(lora.targets)}): the step contains only the adapters"
     start = run_config.model.init_from or "random weights"
-    return facts | {"config": f"{kind}, {what}, from {start}, {train.steps:,} steps of {train.batch_size} rows"}
+    return facts | {"config": f"{kind}, {trainable}, from {start}, {train.steps:,} steps of {train.batch_size} rows"}
 
 
 def _model(hf_config: dict[str, Any], model: ModelConfig) -> dict[str, str]:
-    experts = f", {model.experts} experts of which {model.experts_per_token} see a token" if model.experts else ""
+    experts = f", {model.experts} experts, {model.experts_per_token} per token" if model.experts else ""
     window = f", window {model.sliding_window:,}" if model.sliding_window else ""
     return {
         "family": f"{hf_config['architectures'][0]}, {model.parameters():,} parameters",
         "sizes": f"{model.layers} layers, hidden size {model.hidden_size:,}, MLP {model.mlp_size:,}, "
-        f"{model.heads} heads over {model.kv_heads} of keys, head size {model.head_dim}, "
+        f"{model.heads} query heads, {model.kv_heads} key-value heads, head size {model.head_dim}, "
         f"vocabulary {model.vocab_size:,}{experts}{window}",
     }
 
 
-def _dtypes(held: Counter[str]) -> str:
-    return ", ".join(f"{name} ({count:,} values)" for name, count in held.most_common())
+def _dtypes(values: Counter[str]) -> str:
+    return ", ".join(f"{name} ({count:,} values)" for name, count in values.most_common())
 
 
 def _tokenizer(folder: Path | None, patterns: tuple[str, ...]) -> str:
-    found = sorted({path.name for pattern in patterns for path in folder.glob(pattern)}) if folder else []
-    return ", ".join(found) or "none"
+    names = sorted({path.name for pattern in patterns for path in folder.glob(pattern)}) if folder else []
+    return ", ".join(names) or "none"
 
 
 def _gb(size: int) -> str:

@@ -1,1 +1,1 @@
-"""Serving: vLLM's launch and its tool parser, the client, and a chat in the terminal."""
+"""Serves models with vLLM: launch command, tool parser, parity check, FastChat worker, and a terminal chat."""

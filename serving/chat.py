@@ -1,7 +1,7 @@
-"""A chat in the terminal with a served model: `python -m serving.chat --base-url http://localhost:8000/v1`.
+"""Terminal chat with a served model: `python -m serving.chat --base-url http://localhost:8000/v1`.
 
-With tools of a Python file (each public function is one) the model's calls are run; of tools that are only schemas
-(JSON) the results are asked for. Reads requests from a pipe as well, one a line.
+Tools from a Python file (each public function is a tool) are run when the model calls them. For tools from a JSON file
+of schemas, the user types the results. Requests may also come from a pipe, one per line.
 """
 
 import json
@@ -14,11 +14,11 @@ from xlam_jax.cli import Parser, add_server, positive, run
 from xlam_jax.client import xLAMChatCompletion, xLAMConfig
 from xlam_jax.errors import UserError
 
-HELP = "/tools lists the tools, /reset begins anew, /quit (or Ctrl-D) ends"
+HELP = "/tools lists the tools, /reset starts a new conversation, /quit (or Ctrl-D) ends"
 
 
 class Chat:
-    """A conversation and what it needs."""
+    """A conversation with a served model and its tools."""
 
     def __init__(self, llm: xLAMChatCompletion, tools: list[Tool], system: str | None, max_turns: int):
         self._llm = llm
@@ -28,42 +28,42 @@ class Chat:
         self.messages: list[dict[str, Any]] = list(self._system)
 
     def reset(self) -> None:
-        """Forgets the conversation."""
+        """Discards the conversation except for the system message."""
         self.messages = list(self._system)
 
     def ask(self, text: str) -> None:
-        """Asks, shows the answer as it comes, and runs the tools that it calls until it calls none.
+        """Sends a request, prints the answer as it streams, and runs tools until the model calls none.
 
-        Where that fails the conversation is as before.
+        If an error is raised, the conversation is unchanged.
         """
-        done = run_tools(
+        result = run_tools(
             self._llm,
             [*self.messages, {"role": "user", "content": text}],
             self._tools,
             max_turns=self._max_turns,
-            told=_show,
-            written=lambda piece: print(piece, end="", flush=True),
-            missing=lambda name, _: input(f"  result of {name}: "),
+            on_message=_print_message,
+            on_text=lambda piece: print(piece, end="", flush=True),
+            missing_result=lambda name, _: input(f"  result of {name}: "),
         )
-        self.messages = done.messages
-        if done.ended == "refused":
+        self.messages = result.messages
+        if result.ended == "refused":
             print("(the model refused)")
-        elif done.ended == "length":
-            print("(cut off at --max-tokens, or at the model's limit)")
-        elif done.ended == "max_turns":
+        elif result.ended == "length":
+            print("(cut off at --max-tokens, or at the model's context length)")
+        elif result.ended == "max_turns":
             print(f"(stopped after {self._max_turns} answers that all called tools, --max-turns)")
 
-    def show_tools(self) -> None:
-        """Lists the tools."""
+    def print_tools(self) -> None:
+        """Prints the tools with their parameters and descriptions."""
         for tool in self._tools:
             function = tool.schema["function"]
             names = ", ".join((function.get("parameters") or {}).get("properties") or ())
             print(f"  {tool.name}({names})  {(function.get('description') or '').partition(chr(10))[0]}")
         if not self._tools:
-            print("  none; --tools FILE gives some")
+            print("  none; add tools with --tools FILE")
 
 
-def _show(message: dict[str, Any]) -> None:
+def _print_message(message: dict[str, Any]) -> None:
     if message["role"] == "tool":
         print(f"← {message['content']}")
         return
@@ -76,24 +76,33 @@ def _show(message: dict[str, Any]) -> None:
 def main() -> None:
     """The command line."""
     parser = Parser(
-        prog="python -m serving.chat", description="Chats with a served model.", epilog=f"In the chat: {HELP}."
+        prog="python -m serving.chat", description="Chat with a served model.", epilog=f"In the chat: {HELP}."
     )
     add_server(parser, model="optional")
-    parser.add_argument("--tools", type=Path, help="JSON: tool schemas; Python: functions")
-    parser.add_argument("--system", help="the system message")
-    parser.add_argument("--format", choices=("tools", "xlam_v1"), default="tools", help="how the server wants requests")
-    parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--max-tokens", type=positive, metavar="N")
+    parser.add_argument("--tools", type=Path, help="JSON file of tool schemas, or Python file of functions")
+    parser.add_argument("--system", help="system message")
     parser.add_argument(
-        "--max-turns", type=positive, default=8, metavar="N", help="answers to a request, with calls between"
+        "--format",
+        choices=("tools", "xlam_v1"),
+        default="tools",
+        help="request format: messages and tools, or xLAM v1's single message (default: tools)",
+    )
+    parser.add_argument("--temperature", type=float, default=0.0, help="sampling temperature (default: 0)")
+    parser.add_argument("--max-tokens", type=positive, metavar="N", help="maximum number of tokens of an answer")
+    parser.add_argument(
+        "--max-turns",
+        type=positive,
+        default=8,
+        metavar="N",
+        help="maximum number of answers to one request, with tool calls in between (default: 8)",
     )
     args = parser.parse_args()
     tools = load_tools(args.tools) if args.tools else []
     connection = {"api_key": args.api_key, "timeout": args.timeout}
     model = args.model
     if model is None:
-        with xLAMChatCompletion(args.base_url, "", **connection) as asked:
-            model = asked.models()[0]
+        with xLAMChatCompletion(args.base_url, "", **connection) as client:
+            model = client.models()[0]
     llm = xLAMChatCompletion.from_config(
         xLAMConfig(
             base_url=args.base_url,
@@ -109,7 +118,7 @@ def main() -> None:
 
 
 def talk(chat: Chat, greeting: str) -> None:
-    """Reads what is typed until it ends."""
+    """Reads requests and commands from stdin until it ends or the user quits."""
     terminal = sys.stdin.isatty()
     if terminal:
         print(greeting)
@@ -125,18 +134,18 @@ def talk(chat: Chat, greeting: str) -> None:
         if text == "/reset":
             chat.reset()
         elif text == "/tools":
-            chat.show_tools()
+            chat.print_tools()
         elif text.startswith("/"):
             print(HELP)
         elif text:
             try:
                 chat.ask(text)
             except KeyboardInterrupt:
-                print("\n(interrupted; the request is forgotten)")
+                print("\n(interrupted; the request is discarded)")
             except UserError as error:
-                if not terminal:  # nobody could ask otherwise
+                if not terminal:  # nobody could retry
                     raise
-                print(f"\nerror: {error}\n(the request is forgotten)")
+                print(f"\nerror: {error}\n(the request is discarded)")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The client under its older address; it is `xlam_jax.client`."""
+"""Former import path of the client, which is now `xlam_jax.client`."""
 
 from xlam_jax.client import BadOutput, ServerError, to_openai, xLAMChatCompletion, xLAMConfig
 

@@ -1,8 +1,9 @@
-"""A served model behind FastChat's controller: `python -m serving.fastchat_worker --model DIR [-- <vLLM flags>]`.
+"""FastChat worker for a served model: `python -m serving.fastchat_worker --model DIR [-- <vLLM flags>]`.
 
-FastChat (https://github.com/lm-sys/FastChat) joins a conversation into one text by rules of its own, which are not
-those of training. This worker gives it rules that only keep the turns apart, reads them back, and has vLLM render them
-with the model's chat template. It speaks FastChat's protocol over HTTP and needs nothing of it.
+FastChat (https://github.com/lm-sys/FastChat) joins a conversation into one prompt with its own templates, which differ
+from the trained chat template. This worker gives it a template that only marks the turns, splits the prompt into turns
+again, and lets vLLM render them with the model's chat template. It implements FastChat's HTTP protocol and does not
+import FastChat.
 """
 
 import json
@@ -18,39 +19,43 @@ from typing import Any
 
 from serving.serve import (
     add_model_arguments,
+    build_command,
     check_port,
-    command_of,
     reachable,
     serve,
     server_key,
     split,
-    warn_of_strangers,
+    warn_if_exposed,
 )
 from xlam_jax.cli import Parser, add_server, run
 from xlam_jax.digest import hex_digest
 from xlam_jax.errors import UserError
 
 HEART_BEAT = 45.0
-"""Seconds; the controller forgets a worker of which it has heard nothing for 90."""
+"""Interval of heartbeats in seconds. The controller removes a worker after 90 s without one."""
 ADD_COLON_TWO = 2
-"""FastChat's style of joining turns: `role: text`, the one that also takes a text given as a list of parts."""
+"""FastChat's separator style `role: text`, the only one that also accepts content as a list of parts."""
 ROLES = ("system", "user", "assistant")
 CONTEXT_OVERFLOW, OVERLOADED, INTERNAL = 40303, 42903, 50001
-"""FastChat's codes of errors."""
+"""FastChat's error codes."""
 
 
 class Worker:
-    """What FastChat asks of a worker, answered by an OpenAI-compatible server of vLLM."""
+    """Answers FastChat's requests with a vLLM server."""
 
     def __init__(
         self, base_url: str, address: str, controller: str, beat: float = HEART_BEAT, api_key: str | None = None
     ):
-        """`address`: where FastChat reaches the worker. Raises `UserError` where the server does not answer."""
+        """Connects to the vLLM server.
+
+        `address`: URL under which FastChat reaches the worker. `controller`: URL of FastChat's controller. `beat`:
+        interval of heartbeats in seconds. Raises `UserError` if the server does not answer, or is not vLLM.
+        """
         from openai import OpenAI
 
-        from xlam_jax.client.completion import checked_key, xLAMChatCompletion
+        from xlam_jax.client.completion import resolve_key, xLAMChatCompletion
 
-        key = checked_key(api_key)
+        key = resolve_key(api_key)
         self._headers = {"Authorization": f"Bearer {key}"}
         self._llm = OpenAI(base_url=base_url, api_key=key, max_retries=0)
         self._root = base_url.rstrip("/").removesuffix("/v1")
@@ -59,14 +64,14 @@ class Worker:
             self.names = client.models()
         lengths = [getattr(model, "max_model_len", None) for model in self._llm.models.list().data]
         if not isinstance(lengths[0], int):
-            raise UserError(f"{base_url}: does not tell its max_model_len; a server of vLLM is expected")
+            raise UserError(f"{base_url}: does not report max_model_len; a vLLM server is expected")
         self.context_length = lengths[0]
-        # FastChat keeps a worker's rules for as long as it runs, so a restarted one must have the same; and a text
-        # that somebody quotes must not look like a turn
+        # FastChat caches a worker's template while it runs, so a restarted worker must have the same mark; and the mark
+        # must not occur in users' texts
         mark = "\x1e" + hex_digest(f"{socket.gethostname()} {address} {self.names}", length=16)
         self._turn = re.compile(f"{mark} ({'|'.join(ROLES)}):(?: |(?={mark})|$)")
         system, user, assistant = (f"{mark} {role}" for role in ROLES)
-        self.rules = {
+        self.template = {
             "name": "xlam_jax",
             "system_template": system + ": {system_message}",
             "system_message": "",
@@ -83,46 +88,44 @@ class Worker:
         self._stop = threading.Event()
 
     def conversation(self, prompt: str) -> list[Any] | None:
-        """The turns that FastChat joined; None for a text that is no conversation."""
-        before, *turns = self._turn.split(prompt)
-        if before or not turns:
+        """Splits a prompt of FastChat into messages. Returns None for a text that is not a conversation."""
+        prefix, *turns = self._turn.split(prompt)
+        if prefix or not turns:
             return None
         messages = [{"role": role, "content": text} for role, text in zip(turns[::2], turns[1::2], strict=True)]
-        if messages[-1] == {"role": "assistant", "content": ""}:  # the answer's place
+        if messages[-1] == {"role": "assistant", "content": ""}:  # the turn to be generated
             messages.pop()
-        return [one for one in messages if one["role"] != "system" or one["content"]]
+        return [message for message in messages if message["role"] != "system" or message["content"]]
 
     def count_token(self, params: dict[str, Any]) -> dict[str, Any]:
-        """Tokens of a prompt, as the model reads it."""
+        """Returns the number of tokens of a prompt after the chat template."""
         messages = self.conversation(params["prompt"])
-        asked = {"prompt": params["prompt"]} if messages is None else {"messages": messages}
+        text = {"prompt": params["prompt"]} if messages is None else {"messages": messages}
         try:
-            counted = post(
-                f"{self._root}/tokenize", {"model": params.get("model", self.names[0])} | asked, self._headers
-            )
+            answer = post(f"{self._root}/tokenize", {"model": params.get("model", self.names[0])} | text, self._headers)
         except OSError as error:
             return {"count": 0, **self._failure(error)}
-        return {"count": counted["count"], "error_code": 0}
+        return {"count": answer["count"], "error_code": 0}
 
-    def generate(self, params: dict[str, Any], *, grows: bool = True) -> Generator[dict[str, Any], None, None]:
-        """The answer again and again as it grows, the last one with its end; or one that reports an error.
+    def generate(self, params: dict[str, Any], *, stream: bool = True) -> Generator[dict[str, Any], None, None]:
+        """Yields the answer: with `stream`, the whole text so far for each chunk, as FastChat's protocol requires.
 
-        Without `grows` only the last one: FastChat's protocol repeats the text with each piece.
+        The last item has the finish reason and the usage. An error is yielded as one item with its code.
         """
         import openai
 
-        with self._counted():
+        with self._count_active():
             pieces: list[str] = []
             usage, finish, logprobs = None, None, None
             try:
-                with self._asked(params) as chunks:
+                with self._stream(params) as chunks:
                     for chunk in chunks:
                         usage = chunk.usage or usage
                         for choice in chunk.choices:
                             pieces.append((choice.delta.content if hasattr(choice, "delta") else choice.text) or "")
                             finish = choice.finish_reason or finish
-                            logprobs = _joined(logprobs, getattr(choice, "logprobs", None))
-                        if grows and chunk.choices and finish is None:
+                            logprobs = _join_logprobs(logprobs, getattr(choice, "logprobs", None))
+                        if stream and chunk.choices and finish is None:
                             pieces = ["".join(pieces)]
                             yield {"text": pieces[0], "error_code": 0, "finish_reason": None}
             except (openai.OpenAIError, OSError) as error:
@@ -133,19 +136,19 @@ class Worker:
                 broken = ConnectionError(f"its answer broke off after {len(text)} characters")
                 yield {"text": "", **self._failure(broken)}
                 return
-            counted = {} if usage is None else {"usage": usage.model_dump(include=set(USAGE))}
-            last = {"text": text, "error_code": 0, "logprobs": logprobs} | counted
-            if grows:
-                yield last | {"finish_reason": None}  # FastChat tells of the end in a piece of its own
+            usage_entry = {} if usage is None else {"usage": usage.model_dump(include=set(USAGE))}
+            last = {"text": text, "error_code": 0, "logprobs": logprobs} | usage_entry
+            if stream:
+                yield last | {"finish_reason": None}  # FastChat expects the finish reason in a separate item
             yield last | {"finish_reason": finish}
 
-    def _asked(self, params: dict[str, Any]) -> Any:
-        """The stream of the server's answer."""
-        same = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "stop")
-        given = {name: params.get(name) for name in same} | {"max_tokens": params.get("max_new_tokens")}
-        request: dict[str, Any] = {name: value for name, value in given.items() if value not in (None, [])}
-        others = {name: params[name] for name in ("top_k", "stop_token_ids") if params.get(name)}
-        request |= {"model": params.get("model", self.names[0]), "extra_body": others, "stream": True}
+    def _stream(self, params: dict[str, Any]) -> Any:
+        """Sends the request to the server. Returns the stream of its answer."""
+        same_name = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "stop")
+        options = {name: params.get(name) for name in same_name} | {"max_tokens": params.get("max_new_tokens")}
+        request: dict[str, Any] = {name: value for name, value in options.items() if value not in (None, [])}
+        vllm_options = {name: params[name] for name in ("top_k", "stop_token_ids") if params.get(name)}
+        request |= {"model": params.get("model", self.names[0]), "extra_body": vllm_options, "stream": True}
         request |= {"stream_options": {"include_usage": True}}
         messages = self.conversation(params["prompt"])
         if messages is not None:
@@ -154,20 +157,21 @@ class Worker:
         return self._llm.completions.create(prompt=params["prompt"], **request)
 
     def _failure(self, error: Exception) -> dict[str, Any]:
+        """Returns FastChat's text and error code for an error."""
         import openai
 
-        said = str(error)
+        message = str(error)
         if isinstance(error, openai.APIStatusError):
             body = error.body if isinstance(error.body, dict) else {}
-            said = str(body.get("message") or said)
+            message = str(body.get("message") or message)
             if error.status_code == 429:
-                return {"text": said, "error_code": OVERLOADED}
-            if error.status_code == 400 and "context length" in said:
-                return {"text": said, "error_code": CONTEXT_OVERFLOW}
-        return {"text": f"the model's server failed: {said}", "error_code": INTERNAL}
+                return {"text": message, "error_code": OVERLOADED}
+            if error.status_code == 400 and "context length" in message:
+                return {"text": message, "error_code": CONTEXT_OVERFLOW}
+        return {"text": f"the model's server failed: {message}", "error_code": INTERNAL}
 
     @contextmanager
-    def _counted(self) -> Iterator[None]:
+    def _count_active(self) -> Iterator[None]:
         with self._lock:
             self._active += 1
         try:
@@ -177,19 +181,22 @@ class Worker:
                 self._active -= 1
 
     def status(self) -> dict[str, Any]:
-        """What the controller wants to know."""
+        """Returns the worker's status for the controller."""
         return {"model_names": self.names, "speed": 1, "queue_length": self._active}
 
     def register(self) -> None:
-        """Tells the controller of this worker. Raises `UserError` where there is none, or none that can reach it."""
+        """Registers this worker with the controller.
+
+        Raises `UserError` if no controller answers, or if the worker's address does not lead to this worker.
+        """
         try:
             answer = post(f"{self._address}/worker_get_status", {})
         except (OSError, ValueError) as error:
             answer = error
         if answer != self.status():
             raise UserError(
-                f"--worker-address {self._address} does not lead to this worker ({answer}); give the address under "
-                "which FastChat reaches the --port that it listens on"
+                f"--worker-address {self._address} does not lead to this worker ({answer}); set it to the address "
+                "under which FastChat reaches the --port that the worker listens on"
             )
         body = {
             "worker_name": self._address,
@@ -202,8 +209,8 @@ class Worker:
         except (OSError, ValueError) as error:
             raise no_controller(self._controller, error) from None
 
-    def live(self) -> None:
-        """Sends a heart beat now and then, until `end`; a controller that was started anew is told of the worker."""
+    def send_heartbeats(self) -> None:
+        """Sends heartbeats until `stop` is called, and registers again with a controller that was restarted."""
         while not self._stop.wait(self._beat):
             body = {"worker_name": self._address, "queue_length": self._active}
             try:
@@ -211,10 +218,10 @@ class Worker:
                     self.register()
                     print(f"{self._controller}: registered again", file=sys.stderr, flush=True)
             except (OSError, ValueError, KeyError, UserError) as error:
-                print(f"{self._controller}: no heart beat ({error}); trying again", file=sys.stderr, flush=True)
+                print(f"{self._controller}: heartbeat failed ({error}); trying again", file=sys.stderr, flush=True)
 
-    def end(self) -> None:
-        """Ends `live`."""
+    def stop(self) -> None:
+        """Makes `send_heartbeats` return."""
         self._stop.set()
 
 
@@ -222,28 +229,28 @@ USAGE = ("prompt_tokens", "completion_tokens", "total_tokens")
 
 
 def no_controller(address: str, error: Exception) -> UserError:
-    """Tells how one is started."""
+    """Returns the error for a controller that does not answer, with the command that starts one."""
     return UserError(
         f"--controller-address {address}: no controller of FastChat answers there ({error}); start one with "
         "`python -m fastchat.serve.controller`"
     )
 
 
-def _joined(before: dict[str, Any] | None, new: Any) -> dict[str, Any] | None:
-    """Log-probabilities of the tokens so far, in the form of OpenAI's completions; adds to `before`."""
+def _join_logprobs(previous: dict[str, Any] | None, new: Any) -> dict[str, Any] | None:
+    """Appends the log-probabilities of a chunk, in the format of OpenAI's completions, to `previous` in place."""
     if new is None or not hasattr(new, "token_logprobs"):
-        return before
-    joined = before or {}
+        return previous
+    joined = previous or {}
     for name, values in new.model_dump().items():
         joined.setdefault(name, []).extend(values or [])
     return joined
 
 
 def post(url: str, body: Any, headers: Mapping[str, str] | None = None) -> Any:
-    """Posts JSON, and returns the JSON of the response, None for an empty one. Uses no proxy.
+    """Posts JSON without a proxy. Returns the JSON of the response, None if it is empty.
 
-    Raises `OSError` where nothing answers, or with an error or not in HTTP, and `ValueError` for an invalid address and
-    for a response that is not JSON.
+    Raises `OSError` if there is no answer, an HTTP error status, or a response that is not HTTP; `ValueError` for an
+    invalid URL or a response that is not JSON.
     """
     import httpx2
 
@@ -260,14 +267,14 @@ def post(url: str, body: Any, headers: Mapping[str, str] | None = None) -> Any:
     return json.loads(response.content or b"null")
 
 
-def handler_of(worker: Worker) -> type[BaseHTTPRequestHandler]:
-    """The worker's pages."""
-    pages: dict[str, Callable[[dict[str, Any]], Any]] = {
+def make_handler(worker: Worker) -> type[BaseHTTPRequestHandler]:
+    """Returns the HTTP handler class with the worker's endpoints."""
+    endpoints: dict[str, Callable[[dict[str, Any]], Any]] = {
         "/worker_get_status": lambda params: worker.status(),
-        "/worker_get_conv_template": lambda params: {"conv": worker.rules},
+        "/worker_get_conv_template": lambda params: {"conv": worker.template},
         "/model_details": lambda params: {"context_length": worker.context_length},
         "/count_token": worker.count_token,
-        "/worker_generate": lambda params: list(worker.generate(params, grows=False))[-1],
+        "/worker_generate": lambda params: list(worker.generate(params, stream=False))[-1],
     }
 
     class Handler(BaseHTTPRequestHandler):
@@ -279,8 +286,8 @@ def handler_of(worker: Worker) -> type[BaseHTTPRequestHandler]:
                 params = json.loads(text) if text else {}
                 if self.path == "/worker_generate_stream":
                     answers = worker.generate(params)
-                elif page := pages.get(self.path):
-                    body = json.dumps(page(params)).encode()
+                elif endpoint := endpoints.get(self.path):
+                    body = json.dumps(endpoint(params)).encode()
                 else:
                     self.send_error(404)
                     return
@@ -294,7 +301,7 @@ def handler_of(worker: Worker) -> type[BaseHTTPRequestHandler]:
             try:
                 for answer in answers or ():
                     self.wfile.write(json.dumps(answer).encode() + b"\0")
-            except OSError:  # whoever asked has gone
+            except OSError:  # the client has disconnected
                 if answers is not None:
                     answers.close()
 
@@ -306,16 +313,16 @@ def handler_of(worker: Worker) -> type[BaseHTTPRequestHandler]:
 
 @contextmanager
 def running(worker: Worker, host: str, port: int) -> Iterator[None]:
-    """The worker listens and is registered, for as long as the context lasts."""
-    server = ThreadingHTTPServer((host, port), handler_of(worker))
-    threads = [threading.Thread(target=work, daemon=True) for work in (server.serve_forever, worker.live)]
+    """Context manager in which the worker listens, is registered, and sends heartbeats. Raises as `register`."""
+    server = ThreadingHTTPServer((host, port), make_handler(worker))
+    threads = [threading.Thread(target=work, daemon=True) for work in (server.serve_forever, worker.send_heartbeats)]
     threads[0].start()
     try:
         worker.register()
         threads[1].start()
         yield
     finally:
-        worker.end()
+        worker.stop()
         server.shutdown()
         server.server_close()
 
@@ -326,18 +333,25 @@ def main() -> int:
     parser = Parser(
         prog="python -m serving.fastchat_worker",
         description="Registers a model, served by vLLM, with FastChat's controller.",
-        epilog="Flags behind -- go to `vllm serve`.",
+        epilog="Flags after -- are passed to `vllm serve`.",
     )
-    which = parser.add_mutually_exclusive_group(required=True)
-    add_server(parser, required=False, model="none", timeout=None, group=which)
-    add_model_arguments(parser, which)
-    parser.add_argument("--host", default="127.0.0.1", help="where the worker listens (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, default=21002)
-    parser.add_argument("--worker-address", metavar="URL", help="how FastChat reaches it (default: from host and port)")
-    parser.add_argument("--controller-address", metavar="URL", default="http://localhost:21001")
+    source = parser.add_mutually_exclusive_group(required=True)
+    add_server(parser, required=False, model="none", timeout=None, group=source)
+    add_model_arguments(parser, source)
+    parser.add_argument("--host", default="127.0.0.1", help="address that the worker listens on (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, default=21002, help="port that the worker listens on (default: 21002)")
+    parser.add_argument(
+        "--worker-address", metavar="URL", help="URL under which FastChat reaches the worker (default: host and port)"
+    )
+    parser.add_argument(
+        "--controller-address",
+        metavar="URL",
+        default="http://localhost:21001",
+        help="URL of FastChat's controller (default: %(default)s)",
+    )
     args = parser.parse_args(own)
     check_port(args.host, args.port)
-    warn_of_strangers(args.host, args.port, "FastChat has none: keep the port within a network that you trust")
+    warn_if_exposed(args.host, args.port, "FastChat has no keys: keep the port within a trusted network")
     key = args.api_key if args.base_url else args.api_key or server_key(extra)
     try:
         post(f"{args.controller_address.rstrip('/')}/list_models", {})
@@ -358,7 +372,7 @@ def main() -> int:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        command, name = command_of(args, "127.0.0.1", port, extra)
+        command, name = build_command(args, "127.0.0.1", port, extra)
         return serve(command, "127.0.0.1", port, name, args.timeout, ready)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -1,7 +1,7 @@
 """Starts vLLM with a trained model: `python -m serving.serve --model DIR [--port N] [-- <vLLM flags>]`.
 
-The server gets the project's tool parser, the chat template that was trained, the dtype of the weights, and limits
-that fit; what stands behind `--` goes to vLLM and comes last, so that it wins. A checkpoint of a run is exported first.
+Sets the project's tool parser, the trained chat template, the dtype of the weights, and a maximum length that the model
+supports. Flags after `--` are passed to vLLM last, and override these. The checkpoint of a run is exported first.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from serving.checks import check_adapter, check_folder, load_config
 from serving.vllm_cli import package
 from xlam_jax.cli import Parser, positive, run
 from xlam_jax.client.completion import API_KEY
@@ -35,17 +36,19 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 LONGEST = 32768
-"""Tokens of prompt and answer, where the model would take more: what lies beyond costs memory on every start."""
+"""Default maximum number of tokens of prompt and answer, if the model supports more: longer ones cost memory on every
+start."""
 LAST_LINES = 20
+"""Number of vLLM's last lines in an error message."""
 EXPORTED = ".exported-from"
-"""In an export: which step it was made of."""
+"""File in an export that names the step it was made from."""
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""vLLM's."""
+"""Values that vLLM accepts for --max-lora-rank."""
 _ERROR = re.compile(r"(?:^|ERROR .*\] )([\w.]+(?:Error|Exception): .+)")
 INSTALL = (
     "vLLM is not installed here; install it with\n"
     "  pip install -e '.[serve]'    (NVIDIA GPUs)\n"
-    "  make serve-cpu               (CPU: an environment of its own, .venv-serve)\n"
+    "  make serve-cpu               (CPU: a separate environment, .venv-serve)\n"
     "  pip install vllm-tpu         (TPUs)"
 )
 
@@ -55,46 +58,60 @@ def main() -> int:
     own, extra = split(sys.argv[1:])
     parser = Parser(
         prog="python -m serving.serve",
-        description="Serves a trained model with vLLM, behind OpenAI's API.",
-        epilog="Flags behind -- go to `vllm serve`.",
+        description="Serve a trained model with vLLM and OpenAI's API.",
+        epilog="Flags after -- are passed to `vllm serve`.",
     )
     add_model_arguments(parser, parser)
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--print-command", action="store_true", help="print vLLM's command, and start nothing")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all interfaces (default: 127.0.0.1)"
+    )
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000)")
+    parser.add_argument("--print-command", action="store_true", help="print vLLM's command and exit")
     args = parser.parse_args(own)
     if not args.print_command:
         check_port(args.host, args.port)
-    command, name = command_of(args, args.host, args.port, extra, start=not args.print_command)
+    command, name = build_command(args, args.host, args.port, extra, start=not args.print_command)
     if args.print_command:
         print(shlex.join(command))
         return 0
     return serve(command, args.host, args.port, name, args.timeout)
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, which: "argparse._ActionsContainer") -> None:
-    """Adds what says which model vLLM is to serve, and how; `--model` to `which`."""
-    which.add_argument(
-        "--model", required=which is parser, help="Hugging Face folder, run or step folder, or a name on the hub"
+def add_model_arguments(parser: argparse.ArgumentParser, source: "argparse._ActionsContainer") -> None:
+    """Adds the options for the model that vLLM serves.
+
+    `source`: receives `--model`; either `parser`, or its group of mutually exclusive options.
+    """
+    source.add_argument(
+        "--model", required=source is parser, help="Hugging Face folder, run or step folder, or a name on the hub"
     )
-    parser.add_argument("--served-model-name", metavar="NAME", help="default: the folder's name")
     parser.add_argument(
-        "--tensor-parallel-size", type=positive, default=1, metavar="N", help="GPUs to split the model over"
+        "--served-model-name", metavar="NAME", help="name of the model on the server (default: the folder's name)"
     )
-    parser.add_argument("--lora", action="append", default=[], metavar="NAME=DIR", help="an adapter, served as NAME")
-    parser.add_argument("--exported", type=Path, metavar="DIR", help="where a checkpoint is exported to")
     parser.add_argument(
-        "--no-value-check", action="store_true", help="don't look for weights that are infinite or no numbers first"
+        "--tensor-parallel-size", type=positive, default=1, metavar="N", help="number of GPUs to shard the model over"
     )
-    parser.add_argument("--timeout", type=float, default=1800, metavar="S", help="seconds to start in (default: 1800)")
+    parser.add_argument(
+        "--lora", action="append", default=[], metavar="NAME=DIR", help="adapter to serve as NAME (repeatable)"
+    )
+    parser.add_argument(
+        "--exported",
+        type=Path,
+        metavar="DIR",
+        help="folder for the export of a checkpoint (default: in the run folder)",
+    )
+    parser.add_argument("--no-value-check", action="store_true", help="don't check the weights for NaN and infinity")
+    parser.add_argument(
+        "--timeout", type=float, default=1800, metavar="S", help="maximum start-up time (default: 1800)"
+    )
 
 
-def command_of(
+def build_command(
     args: argparse.Namespace, host: str, port: int, extra: Sequence[str], start: bool = True
 ) -> tuple[list[str], str]:
-    """vLLM's command for the arguments of `add_model_arguments`, and the name under which it serves the model.
+    """Builds vLLM's command from the options of `add_model_arguments`. Returns it, and the model's name on the server.
 
-    Without `start` nothing is exported, and vLLM may be missing.
+    Without `start`, nothing is exported, and vLLM need not be installed. Raises `UserError` for an unusable model.
     """
     if package() is None and start:
         raise UserError(INSTALL)
@@ -118,56 +135,57 @@ def vllm_command(
     extra: Sequence[str],
     cpu: bool,
 ) -> list[str]:
-    """The command that starts vLLM with a model folder or a name on the hub."""
+    """Returns the command that serves a model folder, or a model of the hub. `extra`: further flags for vLLM."""
     command = [sys.executable, "-m", "serving.vllm_cli", "serve", model]
     command += ["--host", host, "--port", str(port), "--served-model-name", name]
     command += ["--tensor-parallel-size", str(tensor_parallel_size)]
     command += ["--enable-auto-tool-choice", "--tool-parser-plugin", "serving.tool_parser"]
     command += ["--tool-call-parser", "xlam_jax"]
-    # white space is legal JSON without an end: a model that is made to write calls could write it forever
+    # JSON allows unlimited white space: a constrained model could write it forever
     command += ["--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}']
     if Path(model).is_dir():
         command += _limits(Path(model), extra)
     if cpu:
-        command += ["--enforce-eager"]  # compiling takes minutes, and a compiler
+        command += ["--enforce-eager"]  # compilation takes minutes, and needs a C++ compiler
     if adapters:
-        if cpu and _hf_config(Path(model)).get("model_type") == "mixtral":
+        if cpu and load_config(Path(model)).get("model_type") == "mixtral":
             raise UserError("vLLM cannot serve adapters of a Mixtral on a CPU; export the merged weights instead")
         from xlam_jax.weights.peft_config import read_config
 
         ranks = [read_config(folder).rank for folder in adapters.values()]
-        rank = next((known for known in LORA_RANKS if known >= max(ranks)), max(ranks))
+        rank = next((allowed for allowed in LORA_RANKS if allowed >= max(ranks)), max(ranks))
         command += ["--enable-lora", "--max-lora-rank", str(rank)]
         command += ["--lora-modules", *(f"{name}={folder}" for name, folder in adapters.items())]
     return command + list(extra)
 
 
 Ready = Callable[[str], AbstractContextManager[None]]
-"""What is done with a server, by its address up to /v1, for as long as it runs."""
+"""Context manager that is entered with the server's URL up to /v1, for as long as the server runs."""
 
 
 def serve(command: Sequence[str], host: str, port: int, name: str, timeout: float, ready: Ready | None = None) -> int:
-    """Runs vLLM until a signal ends it; returns its exit code. `UserError` has its last lines where it fails.
+    """Runs vLLM until a signal stops it. Returns the exit code.
 
-    Once it is healthy `ready` is entered; without it a line and a sample request are printed.
+    `timeout`: maximum start-up time in seconds. `ready` is entered once the server is healthy; the default prints the
+    URL and a sample request. Raises `UserError` with the server's last lines if it fails or does not start in time.
     """
     key = server_key(command)
     if key is None:
-        warn_of_strangers(host, port, "set VLLM_API_KEY, or keep the port within a network that you trust")
+        warn_if_exposed(host, port, "set VLLM_API_KEY, or keep the port within a trusted network")
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "VLLM_NO_USAGE_STATS": os.environ.get("VLLM_NO_USAGE_STATS", "1"),
     }
     import httpx2
 
-    client = httpx2.Client(timeout=5, trust_env=False)  # no proxy between this machine and itself
-    # a session of its own: vLLM starts processes that must end with it
+    client = httpx2.Client(timeout=5, trust_env=False)  # no proxy for local connections
+    # a new session, so that all processes that vLLM starts can be ended together
     server = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     )
     last: deque[str] = deque(maxlen=LAST_LINES)
     errors: list[str] = []
-    reader = threading.Thread(target=_pass_on, args=(server, last, errors), daemon=True)
+    reader = threading.Thread(target=_forward_output, args=(server, last, errors), daemon=True)
     reader.start()
     stopped: list[int] = []
 
@@ -175,93 +193,85 @@ def serve(command: Sequence[str], host: str, port: int, name: str, timeout: floa
         stopped.append(number)
         _signal(server, signal.SIGTERM)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         if _wait(client, server, f"http://{reachable(host)}:{port}/health", timeout, lambda: bool(stopped)):
-            where = f"http://{reachable(host)}:{port}/v1"
-            with _tell_ready(where, name, key) if ready is None else ready(where):
+            url = f"http://{reachable(host)}:{port}/v1"
+            with _print_ready(url, name, key) if ready is None else ready(url):
                 while server.poll() is None and not stopped:
                     time.sleep(0.2)
     finally:
-        died = server.poll()
+        exit_code = server.poll()
         _end(server)
         reader.join(timeout=5)
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
     if stopped:
         return 0
     lines = "".join(f"  {line}\n" for line in last) or "  (nothing)\n"
-    if died is None:
+    if exit_code is None:
         raise UserError(f"vLLM was not ready within {timeout:g} seconds (--timeout); its last lines:\n{lines}".rstrip())
     cause = f" ({errors[0]})" if errors else ""
-    raise UserError(f"vLLM ended with code {died}{cause}; its last lines:\n{lines}".rstrip())
+    raise UserError(f"vLLM ended with code {exit_code}{cause}; its last lines:\n{lines}".rstrip())
 
 
 def split(words: list[str]) -> tuple[list[str], list[str]]:
-    """What stands before `--` and behind it."""
-    at = words.index("--") if "--" in words else len(words)
-    return words[:at], words[at + 1 :]
+    """Splits command-line arguments at `--`. Returns those before it, and those after it."""
+    index = words.index("--") if "--" in words else len(words)
+    return words[:index], words[index + 1 :]
 
 
 def server_key(extra: Sequence[str]) -> str | None:
-    """The key that vLLM wants with these flags in this environment; None if it wants none."""
-    for at, word in enumerate(extra):
+    """Returns the key that vLLM requires with these flags and this environment, None if it requires none."""
+    for index, word in enumerate(extra):
         flag, equals, value = word.partition("=")
         if flag in ("--api-key", "--api_key"):
-            return value if equals else next(iter(extra[at + 1 : at + 2]), None)
+            return value if equals else next(iter(extra[index + 1 : index + 2]), None)
     return os.environ.get("VLLM_API_KEY") or None
 
 
-def warn_of_strangers(host: str, port: int, remedy: str) -> None:
-    """Prints a warning where other machines may connect without a key."""
+def warn_if_exposed(host: str, port: int, remedy: str) -> None:
+    """Prints a warning if other machines can connect without a key. `remedy`: advice for the message."""
     try:
         local = ip_address(host).is_loopback
     except ValueError:
         local = host == "localhost"
     if not local:
         where = host or "all addresses"
-        print(f"warning: port {port} on {where} takes requests without a key; {remedy}", file=sys.stderr)
+        print(f"warning: port {port} on {where} accepts requests without a key; {remedy}", file=sys.stderr)
 
 
-def _adapters(given: Sequence[str], values: bool) -> dict[str, Path]:
-    """Folders of adapters by name, each checked for what vLLM would ignore; with `values`, for values that are not
-    finite too."""
+def _adapters(options: Sequence[str], values: bool) -> dict[str, Path]:
+    """Parses NAME=DIR options. Returns the adapter folders by name.
+
+    Checks each for settings that vLLM would ignore; with `values`, also for NaN and infinity.
+    """
     adapters: dict[str, Path] = {}
-    for one in given:
-        name, equals, folder = one.partition("=")
+    for option in options:
+        name, equals, folder = option.partition("=")
         if not equals or not name or name in adapters:
-            raise UserError(f"--lora {one}: write it NAME=DIR, each name once")
+            raise UserError(f"--lora {option}: write NAME=DIR, each name once")
         if not (Path(folder) / "adapter_config.json").is_file():
             raise UserError(
-                f"--lora {one}: no adapter_config.json in {folder}; "
+                f"--lora {option}: no adapter_config.json in {folder}; "
                 "`python -m converters.orbax_to_hf --lora adapter` writes such a folder"
             )
         adapters[name] = Path(folder).resolve()
-        _check_adapter(adapters[name], values)
+        check_adapter(adapters[name], values)
     return adapters
 
 
-def _check_adapter(folder: Path, values: bool) -> None:
-    from xlam_jax.weights.peft_config import WEIGHTS, read_config
-    from xlam_jax.weights.shards import Shard
-    from xlam_jax.weights.transfer import check_values
-
-    read_config(folder).refuse_patterns()
-    if (folder / WEIGHTS).is_file():
-        shard = Shard(str(folder / WEIGHTS))
-        if values:
-            check_values([shard])
-
-
 def check_port(host: str, port: int) -> None:
-    """Raises `UserError` where the port is taken or may not be used."""
+    """Raises `UserError` if the port is in use or cannot be used."""
     if not 0 < port < 2**16:
-        raise UserError(f"port {port}: is none; choose one of 1 to 65535 with --port")
+        raise UserError(f"port {port}: not a valid port; choose one from 1 to 65535 with --port")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM)[0]
-    except (OSError, UnicodeError) as error:  # UnicodeError: of a name that is not a valid host name
+    except (OSError, UnicodeError) as error:  # UnicodeError: an invalid host name
         reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"--host {host}: not an address of this machine ({reason}); give one, or 0.0.0.0") from None
+        raise UserError(
+            f"--host {host}: not an address of this machine ({reason}); use such an address, or 0.0.0.0"
+        ) from None
     with socket.socket(family, kind, protocol) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -271,20 +281,21 @@ def check_port(host: str, port: int) -> None:
             raise UserError(f"port {port} on {host} {reason}; choose another with --port") from None
 
 
-def model_folder(given: str, exported: Path | None, export: bool, values: bool = False) -> Path | str:
-    """The Hugging Face folder to serve: the one given, or what a checkpoint is exported to. A name stays a name.
+def model_folder(model: str, exported: Path | None, export: bool, values: bool = False) -> Path | str:
+    """Returns the Hugging Face folder to serve: `model` itself, or the export of a checkpoint.
 
-    A folder is checked, its `values` too if asked for; an export checks its own.
+    A name on the hub is returned as it is. `exported`: folder for an export. `export`: whether to write it. A folder is
+    checked, with `values` also for NaN and infinity; an export checks its own values. Raises `UserError`.
     """
-    folder = Path(given)
+    folder = Path(model)
     if not folder.exists():
-        if given.startswith((".", "/", "~")) or given.count("/") != 1:
+        if model.startswith((".", "/", "~")) or model.count("/") != 1:
             raise UserError(
-                f"{given}: no such folder; give a Hugging Face folder, a run folder, or NAME/MODEL on the hub"
+                f"{model}: no such folder; use a Hugging Face folder, a run folder, or NAME/MODEL on the hub"
             )
-        return given
+        return model
     if (folder / "config.json").is_file() and not (folder / "checkpoints").is_dir():
-        _check_folder(folder, values)
+        check_folder(folder, values)
         return folder.resolve()
     from xlam_jax.weights import checkpoint
 
@@ -296,98 +307,47 @@ def model_folder(given: str, exported: Path | None, export: bool, values: bool =
     out = exported or step.parent.parent / f"served-{step.name}"
     if out.exists():
         record = out / EXPORTED
-        made = record.read_text(encoding="utf-8").strip() if record.exists() else checkpoint.stamp(step)
-        if made != checkpoint.stamp(step):
+        origin = record.read_text(encoding="utf-8").strip() if record.exists() else checkpoint.stamp(step)
+        if origin != checkpoint.stamp(step):
             raise UserError(
-                f"{out}: was exported from {made}, and not from {checkpoint.stamp(step)}; remove it, or name another "
-                "--exported"
+                f"{out}: was exported from {origin}, not from {checkpoint.stamp(step)}; remove it, or choose another "
+                "folder with --exported"
             )
-        _check_folder(out, values)
+        check_folder(out, values)
     if not export or out.exists():
         print(f"{folder}: serving {out}, exported from step {step.name}", file=sys.stderr)
         return out.resolve()
     print(f"{folder}: exporting step {step.name} to {out}", file=sys.stderr)
-    words = [sys.executable, "-m", "converters.orbax_to_hf", "--checkpoint", str(folder), "--out", str(out)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)  # its memory is freed with it
-    if done.returncode:
-        raise UserError(f"{folder}: could not be exported: {done.stderr.strip().removeprefix('error: ')}")
-    for line in done.stderr.splitlines():
+    command = [sys.executable, "-m", "converters.orbax_to_hf", "--checkpoint", str(folder), "--out", str(out)]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)  # a subprocess frees its memory
+    if process.returncode:
+        raise UserError(f"{folder}: could not be exported: {process.stderr.strip().removeprefix('error: ')}")
+    for line in process.stderr.splitlines():
         if line.startswith("warning: "):
             print(line, file=sys.stderr)
     write_text(out / EXPORTED, f"{checkpoint.stamp(step)}\n")
     return out.resolve()
 
 
-def _check_folder(folder: Path, values: bool) -> None:
-    """Reports at once what vLLM would report after minutes, or never: weights cut off, missing or of another shape,
-    values that are not numbers, a config.json of another model, a tokenizer with more tokens than the embedding."""
-    from xlam_jax.models import families, hf_keys
-    from xlam_jax.weights.hf import HFWeights
-    from xlam_jax.weights.locate import quantized_tensor
-    from xlam_jax.weights.shards import Shard
-    from xlam_jax.weights.transfer import check_values
-
-    config = _hf_config(folder)
-    shards = [Shard(str(path)) for path in sorted(folder.glob("*.safetensors"))]
-    method = hf_keys.quantization_method(config)
-    if families.family_of(config) and method is None:
-        if renamed := HFWeights(folder).renamed:
-            raise UserError(
-                f"{folder}: {next(iter(renamed))} has the name of a wrapper, which vLLM does not read; convert the "
-                "folder with converters.hf_to_orbax, and serve the result"
-            )
-    elif families.family_of(config) and not quantized_tensor({shard.url: shard for shard in shards}):
-        raise UserError(
-            f"{folder / 'config.json'}: has a quantization_config ({method}), and the weights are not quantized; "
-            "remove it from config.json, or vLLM serves other weights than these"
-        )
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        raise UserError(f"{folder}: has no tokenizer; put the model's tokenizer files there")
-    _check_tokenizer(folder / "tokenizer.json", config.get("vocab_size"))
-    if values:
-        check_values(shards)
-
-
-def _check_tokenizer(path: Path, vocab_size: object) -> None:
-    """Raises `UserError` for a token that the embedding does not have."""
-    from tokenizers import Tokenizer
-
-    if not path.is_file():
-        return
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises nothing finer
-        raise UserError(f"{path}: can't be read ({error}); put the model's own tokenizer there") from None
-    if isinstance(vocab_size, int) and (beyond := max(tokenizer.get_vocab().values(), default=0)) >= vocab_size:
-        raise UserError(
-            f"{path}: has token {beyond} ({tokenizer.id_to_token(beyond)!r}), and the embedding of config.json ends "
-            f"before {vocab_size}; they don't belong together: put the model's own tokenizer there"
-        )
-
-
-def _hf_config(folder: Path) -> dict[str, Any]:
-    from xlam_jax.models.config import read_hf_config
-
-    path = folder / "config.json"
-    return read_hf_config(path) if path.is_file() else {}
-
-
 def _limits(folder: Path, extra: Sequence[str]) -> list[str]:
-    """What vLLM is told of a folder: the dtype of its weights (vLLM's own choice halves f32), and how long rows get."""
-    config = _hf_config(folder)
-    said = {word.partition("=")[0] for word in extra}
+    """Returns vLLM's flags for the dtype of the weights (by default vLLM halves float32) and the maximum length.
+
+    Flags in `extra` are not repeated. Raises `UserError` for a folder without a chat template.
+    """
+    config = load_config(folder)
+    set_by_user = {word.partition("=")[0] for word in extra}
     words: list[str] = []
     dtype = config.get("dtype") or config.get("torch_dtype")
-    if dtype in ("bfloat16", "float16", "float32") and "--dtype" not in said:
+    if dtype in ("bfloat16", "float16", "float32") and "--dtype" not in set_by_user:
         words += ["--dtype", dtype]
     positions = config.get("max_position_embeddings")
-    if isinstance(positions, int) and "--max-model-len" not in said:
+    if isinstance(positions, int) and "--max-model-len" not in set_by_user:
         words += ["--max-model-len", str(min(positions, LONGEST))]
     template = (folder / "chat_template.jinja").is_file() or "chat_template" in _tokenizer_config(folder)
-    if not template and "--chat-template" not in said:
+    if not template and "--chat-template" not in set_by_user:
         raise UserError(
-            f"{folder}: has no chat template, so the server could not write prompts; export the model from its "
-            "run, or give one: -- --chat-template FILE"
+            f"{folder}: has no chat template, so the server cannot render prompts; export the model from its "
+            "run, or pass a template: -- --chat-template FILE"
         )
     return words
 
@@ -399,20 +359,20 @@ def _tokenizer_config(folder: Path) -> dict[str, Any]:
     return read_hf_config(path) if path.is_file() else {}
 
 
-def _pass_on(server: "subprocess.Popen[bytes]", last: "deque[str]", errors: list[str]) -> None:
-    """Shows what the server says, and keeps its last lines and the errors: the first is the cause of the others."""
+def _forward_output(server: "subprocess.Popen[bytes]", last: "deque[str]", errors: list[str]) -> None:
+    """Copies the server's output to stderr. Collects its last lines, and its errors: the first caused the others."""
     assert server.stdout
     for line in server.stdout:
         text = line.decode(errors="replace").rstrip()
         if text:
             last.append(text)
-            if found := _ERROR.search(text):
-                errors.append(found[1])
+            if match := _ERROR.search(text):
+                errors.append(match[1])
         print(text, file=sys.stderr, flush=True)
 
 
 def reachable(host: str) -> str:
-    """The address under which a server that listens on `host` is reached from here."""
+    """Returns the address under which this machine reaches a server that listens on `host`."""
     return {"0.0.0.0": "127.0.0.1", "::": "[::1]", "": "127.0.0.1"}.get(host, host)
 
 
@@ -423,7 +383,7 @@ def _wait(
     timeout: float,
     stopped: Callable[[], bool],
 ) -> bool:
-    """Returns whether the server became healthy in time."""
+    """Waits until the server is healthy. Returns False if it ends, is stopped, or exceeds the timeout in seconds."""
     until = time.monotonic() + timeout
     import httpx2
 
@@ -439,12 +399,12 @@ def _wait(
 
 
 @contextlib.contextmanager
-def _tell_ready(where: str, name: str, key: str | None) -> Iterator[None]:
+def _print_ready(url: str, name: str, key: str | None) -> Iterator[None]:
     body = json.dumps({"model": name, "messages": [{"role": "user", "content": "Weather in Oslo?"}], "tools": [SAMPLE]})
-    print(f"ready: {where} serves {name}; Ctrl-C ends it. Try{'' if key is None else f', with the key as {API_KEY}'}:")
-    header = "" if key is None else f'-H "Authorization: Bearer ${API_KEY}" '  # the key itself belongs in no log
-    print(f"  curl {where}/chat/completions {header}-H 'Content-Type: application/json' -d {shlex.quote(body)}")
-    print(f"  python -m serving.chat --base-url {where}", flush=True)
+    print(f"ready: {url} serves {name}; stop it with Ctrl-C. Try{'' if key is None else f', with {API_KEY} set'}:")
+    header = "" if key is None else f'-H "Authorization: Bearer ${API_KEY}" '  # the key must not appear in logs
+    print(f"  curl {url}/chat/completions {header}-H 'Content-Type: application/json' -d {shlex.quote(body)}")
+    print(f"  python -m serving.chat --base-url {url}", flush=True)
     yield
 
 
@@ -464,7 +424,7 @@ def _signal(server: "subprocess.Popen[bytes]", number: int) -> None:
 
 
 def _end(server: "subprocess.Popen[bytes]") -> None:
-    """Ends the server and whatever it started."""
+    """Ends the server and all processes that it started."""
     if server.poll() is None:
         _signal(server, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):

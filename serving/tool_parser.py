@@ -1,11 +1,11 @@
-"""vLLM's tool parser for what xlam_jax trains; a plugin, and the only module that needs vLLM.
+"""vLLM tool parser for models that xlam_jax trains: a plugin, and the only module that needs vLLM.
 
     vllm serve DIR --enable-auto-tool-choice --tool-parser-plugin serving.tool_parser --tool-call-parser xlam_jax
 
-Streaming or not, in pieces of any size, the calls are those that `xlam_jax.data.wire` reads. `tool_choice` "required"
-or a named function makes the model write calls of these tools in the format that it was trained on, in chat completions
-and in the Responses API. Calls that are malformed or cut off come back as content, and so does every answer to a
-request without tools or with `tool_choice` "none".
+Calls are parsed by `xlam_jax.data.wire`, with the same result whole or streamed in pieces of any size. With
+`tool_choice` "required" or a named function, the output is constrained to calls of these tools in the trained format,
+in chat completions and in the Responses API. Malformed or truncated calls are returned as content, and so is every
+answer to a request without tools or with `tool_choice` "none".
 """
 # pyright: reportMissingImports=false
 
@@ -36,11 +36,11 @@ from xlam_jax.data.wire import CompletionStream, arguments_json, may_call, parse
 
 
 class XlamJaxToolParser(ToolParser):
-    """One for each answer: the stream's state is its own."""
+    """Parses one answer; each answer has its own instance, because of the state of the stream."""
 
-    # vLLM's own way for these is an array of {"name", "parameters"}, which is not what the model was trained on
+    # vLLM's own constraint is an array of {"name", "parameters"}, which is not the trained format
     supports_required_and_named = False
-    # without it nothing tells the end of a stream
+    # makes vLLM call finish_streaming
     engine_based_streaming = True
 
     def __init__(self, tokenizer: TokenizerLike, tools: list[Tool] | None = None):
@@ -50,9 +50,9 @@ class XlamJaxToolParser(ToolParser):
     def adjust_request(
         self, request: ChatCompletionRequest | ResponsesRequest
     ) -> ChatCompletionRequest | ResponsesRequest:
-        """Keeps [TOOL_CALLS] in the text, and has the model write calls where the request requires them.
+        """Keeps [TOOL_CALLS] in the text, and constrains the output to calls if the request requires them.
 
-        Raises `VLLMValidationError`, which the server answers with status 400, for tools that cannot be enforced.
+        Raises `VLLMValidationError` (the server answers with status 400) for tools that a grammar cannot enforce.
         """
         if not may_call(request.tools, request.tool_choice):
             return request
@@ -64,7 +64,7 @@ class XlamJaxToolParser(ToolParser):
             name = _required_name(choice)
             tools = [tool for tool in _functions(request.tools) if name in (None, tool["function"]["name"])]
             if not tools:
-                raise ValueError(f"tool_choice names '{name}', which is none of the tools")
+                raise ValueError(f"tool_choice names '{name}', which is not one of the tools")
             at_most = 1 if name or request.parallel_tool_calls is False else None
             request.structured_outputs = _constraint(tools, at_most)
         except ValueError as error:
@@ -76,8 +76,8 @@ class XlamJaxToolParser(ToolParser):
         return request
 
     def extract_tool_calls(self, model_output: str, request: ChatCompletionRequest) -> ExtractedToolCallInformation:
-        """Splits a whole answer."""
-        # vLLM asks even where no call may come
+        """Splits a whole answer into content and calls."""
+        # vLLM also calls this for requests that allow no calls
         allowed = may_call(request.tools, request.tool_choice)
         content, calls = parse_completion(model_output) if allowed else (model_output, None)
         return ExtractedToolCallInformation(
@@ -102,13 +102,13 @@ class XlamJaxToolParser(ToolParser):
         delta_token_ids: Sequence[int],
         request: ChatCompletionRequest,
     ) -> DeltaMessage | None:
-        """Returns content that is certainly not part of calls."""
+        """Returns the new content that cannot become part of a call."""
         allowed = may_call(request.tools, request.tool_choice)
         content = self._stream.feed(delta_text) if allowed else delta_text
         return DeltaMessage(content=content) if content else None
 
     def finish_streaming(self) -> DeltaMessage | None:
-        """Gives out the rest: calls, or what looked like them."""
+        """Returns the rest of the answer: its calls, or text that looked like calls."""
         content, calls = self._stream.finish()
         self._stream = CompletionStream()
         if not content and not calls:
@@ -117,18 +117,18 @@ class XlamJaxToolParser(ToolParser):
             content=content or None,
             tool_calls=[
                 DeltaToolCall(
-                    index=at,
+                    index=index,
                     id=_id(call.id),
                     type="function",
                     function=DeltaFunctionCall(name=call.name, arguments=arguments_json(call)),
                 )
-                for at, call in enumerate(calls or ())
+                for index, call in enumerate(calls or ())
             ],
         )
 
 
 def _required_name(choice: Any) -> str | None:
-    """The function that a `tool_choice` other than auto requires; None for any. Raises `ValueError`."""
+    """Returns the function that a `tool_choice` other than auto requires, None for any. Raises `ValueError`."""
     if choice == "required":
         return None
     if isinstance(choice, ChatCompletionNamedToolChoiceParam):
@@ -140,20 +140,20 @@ def _required_name(choice: Any) -> str | None:
 
 
 def _functions(tools: Sequence[Any]) -> list[dict[str, Any]]:
-    """A request's tools in OpenAI form. Raises `ValueError` for one that is not a function that the model can call."""
-    functions = []
+    """Converts a request's tools to OpenAI's format. Raises `ValueError` for a tool that is not a function."""
+    converted = []
     for tool in tools:
-        known = get_function_tools([tool])
-        if not known:
+        functions = get_function_tools([tool])
+        if not functions:
             raise ValueError(f"tool of type '{tool.type}' cannot be enforced; only functions can")
-        for function in known:
-            described = getattr(function, "function", function)
-            functions.append({"function": {"name": described.name, "parameters": described.parameters}})
-    return functions
+        for function in functions:
+            definition = getattr(function, "function", function)
+            converted.append({"function": {"name": definition.name, "parameters": definition.parameters}})
+    return converted
 
 
 def _constraint(tools: Sequence[dict[str, Any]], at_most: int | None) -> StructuredOutputsParams:
-    """What makes the model write calls of tools. Raises `ValueError` that names the tool that no grammar follows."""
+    """Returns the output constraint for calls of tools. Raises `ValueError` with the name of an unsupported tool."""
     constraint = StructuredOutputsParams(json=calls_schema(tools, at_most))
     if _refusal(constraint):
         for tool in tools:
@@ -163,7 +163,7 @@ def _constraint(tools: Sequence[dict[str, Any]], at_most: int | None) -> Structu
 
 
 def _refusal(constraint: StructuredOutputsParams) -> str:
-    """Why xgrammar, which `serving.serve` chooses, would refuse a constraint; empty if it would not."""
+    """Returns why xgrammar, the backend that `serving.serve` selects, refuses a constraint; empty if it accepts it."""
     try:
         validate_xgrammar_grammar(SamplingParams(structured_outputs=constraint))
     except (ValueError, TypeError, VLLMValidationError) as error:
@@ -171,9 +171,9 @@ def _refusal(constraint: StructuredOutputsParams) -> str:
     return ""
 
 
-def _id(own: str | None) -> str:
-    """The id that the model gave a call, or a new one in vLLM's form."""
-    return own or f"chatcmpl-tool-{uuid.uuid4().hex}"
+def _id(written_id: str | None) -> str:
+    """Returns the id that the model wrote for a call, or a new one in vLLM's format."""
+    return written_id or f"chatcmpl-tool-{uuid.uuid4().hex}"
 
 
 ToolParserManager.register_module("xlam_jax", module=XlamJaxToolParser)

@@ -1,4 +1,4 @@
-"""Tools that are Python functions, and the loop in which a served model calls them.
+"""Python functions as tools, and the loop in which a served model calls them.
 
 from xlam_jax.client.completion import xLAMChatCompletion
 from serving.tools import run_tools
@@ -7,8 +7,8 @@ def get_weather(city: str, unit: Literal["C", "F"] = "C") -> dict:
     "Current weather."
     return {"t": 3, "unit": unit}
 
-done = run_tools(xLAMChatCompletion("http://localhost:8000/v1", "xlam"), messages, [get_weather])
-done.content, done.messages
+result = run_tools(xLAMChatCompletion("http://localhost:8000/v1", "xlam"), messages, [get_weather])
+result.content, result.messages
 """
 
 import inspect
@@ -25,24 +25,25 @@ from xlam_jax.data.parse import parse_tools
 from xlam_jax.data.trajectory import InvalidTrajectory
 from xlam_jax.errors import UserError, nearest
 
-Missing = Callable[[str, dict[str, Any]], str]
-"""Gives the result of a call: (name, arguments) → text."""
+MissingResult = Callable[[str, dict[str, Any]], str]
+"""Returns the result of a call to a tool without a function: (name, arguments) → text."""
 
 
 @dataclass(frozen=True)
 class Tool:
-    """A tool schema in OpenAI form, and the function behind it; None where there is only the schema."""
+    """A tool: its schema in OpenAI's format, and its function."""
 
     schema: dict[str, Any]
     function: Callable[..., Any] | None = None
+    """None if there is only the schema."""
 
     @property
     def name(self) -> str:
-        """The name by which models call it."""
+        """The name by which models call the tool."""
         return self.schema["function"]["name"]
 
     def check(self, arguments: dict[str, Any]) -> str:
-        """What is wrong with arguments under the tool's JSON Schema, in words; empty where nothing is."""
+        """Validates arguments against the tool's JSON Schema. Returns the problems as text, empty if there are none."""
         from xlam_jax.data.schemas import compiled
 
         problems = compiled(json.dumps(self.schema["function"].get("parameters"))).check(arguments)
@@ -50,34 +51,36 @@ class Tool:
 
 
 @dataclass(frozen=True)
-class Loop:
-    """How a conversation with tools ended."""
+class LoopResult:
+    """The result of a conversation with tools."""
 
     messages: list[dict[str, Any]]
-    """The whole conversation, to be continued."""
+    """The whole conversation, which can be continued."""
     content: str
-    """What the model said last."""
+    """Content of the model's last answer."""
     ended: Literal["answered", "refused", "max_turns", "length", "bad_output"]
-    """answered: in words; refused: the server marked the answer as a refusal; max_turns: it would still have called
-    tools; length: cut off at max_tokens; bad_output: the answer is empty or its calls cannot be read, and `llm` is to
-    mark that instead of raising it."""
+    """answered: an answer without calls; refused: the server marked the answer as a refusal; max_turns: the last
+    allowed answer still called tools; length: cut off at max_tokens; bad_output: the answer is empty or its calls
+    cannot be read, and `llm` marks such answers instead of raising."""
 
 
 def as_tool(function: Callable[..., Any]) -> Tool:
-    """A tool from a function: its name, its docstring, and the JSON Schema of its annotated parameters.
+    """Makes a tool of a function: its name, its docstring, and the JSON Schema of its annotated parameters.
 
-    Raises `UserError` for parameters that cannot be told by name, or whose type has no JSON Schema.
+    Raises `UserError` for coroutine functions, parameters that can't be passed by name, and types without JSON Schema.
     """
     from pydantic import ConfigDict, create_model
     from pydantic.errors import PydanticUserError
 
     name = getattr(function, "__name__", repr(function))
     if inspect.iscoroutinefunction(function):
-        raise UserError(f"tool {name}: is a coroutine function; give one that returns its result")
+        raise UserError(f"tool {name}: is a coroutine function; use a function that returns its result")
     fields: dict[str, Any] = {}
     for parameter in inspect.signature(function, eval_str=True).parameters.values():
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-            raise UserError(f"tool {name}: parameter '{parameter}' has no name to give it by; write it out")
+            raise UserError(
+                f"tool {name}: parameter '{parameter}' cannot be passed by name; declare each argument by name"
+            )
         annotation = Any if parameter.annotation is parameter.empty else parameter.annotation
         fields[parameter.name] = (annotation, ... if parameter.default is parameter.empty else parameter.default)
     try:
@@ -91,45 +94,46 @@ def as_tool(function: Callable[..., Any]) -> Tool:
 
 
 def load_tools(path: Path) -> list[Tool]:
-    """The tools of a file: JSON (a list of schemas, flat or in OpenAI form), or Python.
+    """Loads tools from a JSON file (a list of schemas, flat or in OpenAI's format), or from a Python file.
 
-    Of a Python file it is what `TOOLS` lists, or else each public function that it defines. Raises `UserError`.
+    From a Python file, the tools are those in its `TOOLS`, or else all public functions that it defines. Raises
+    `UserError`.
     """
     if path.suffix == ".py":
-        return [one if isinstance(one, Tool) else as_tool(one) for one in _functions(path)]
+        return [item if isinstance(item, Tool) else as_tool(item) for item in _functions(path)]
     from xlam_jax.documents import read_json
 
-    given = read_json(path)
-    if not isinstance(given, list):
-        raise UserError(f"{path}: holds a {type(given).__name__}; a list of tool schemas is expected")
+    schemas = read_json(path)
+    if not isinstance(schemas, list):
+        raise UserError(f"{path}: contains a {type(schemas).__name__}; a list of tool schemas is expected")
     try:
-        return [Tool(schema) for schema in parse_tools([openai_tool(one) for one in given])]
+        return [Tool(schema) for schema in parse_tools([openai_tool(schema) for schema in schemas])]
     except InvalidTrajectory as invalid:
         raise UserError(f"{path}: {invalid.detail}") from None
 
 
-def call_tool(tools: Iterable[Tool], name: str, arguments: Any, missing: Missing | None = None) -> str:
-    """Runs the tool that a model called; its result as text, JSON where it is none.
+def call_tool(tools: Iterable[Tool], name: str, arguments: Any, missing_result: MissingResult | None = None) -> str:
+    """Runs the tool that a model called. Returns its result: a string as it is, any other value as JSON.
 
-    What the model did wrong, and what the function raised, come back as `{"error": …}`, for the model to read.
-    `missing` gives the result of a tool that has no function; without it such a tool is a `UserError`.
+    Invalid calls, and exceptions of the function, are returned as `{"error": …}` for the model to read.
+    `missing_result` returns the result of a tool without a function. Raises `UserError` for such a tool if it is None.
     """
-    known = {tool.name: tool for tool in tools}
-    tool = known.get(name)
+    by_name = {tool.name: tool for tool in tools}
+    tool = by_name.get(name)
     if tool is None:
-        return _error(f"there is no tool '{name}'; there are: {', '.join(known)}{nearest(str(name), known)}")
+        return _error(f"there is no tool '{name}'; there are: {', '.join(by_name)}{nearest(str(name), by_name)}")
     if not isinstance(arguments, dict):
-        return _error(f"the arguments of {name} are no JSON object: {arguments!r}")
+        return _error(f"the arguments of {name} are not a JSON object: {arguments!r}")
     if problem := tool.check(arguments):
         return _error(problem)
     if tool.function is None:
-        if missing is None:
-            raise UserError(f"tool '{name}' is only a schema; give the function that it stands for")
-        return missing(name, arguments)
+        if missing_result is None:
+            raise UserError(f"tool '{name}' is only a schema; pass its function")
+        return missing_result(name, arguments)
     try:
         result = tool.function(**arguments)
         return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str)
-    except Exception as error:  # whatever a tool raises is its answer
+    except Exception as error:  # the model receives any exception as the result
         return _error(f"{type(error).__name__}: {error}")
 
 
@@ -139,63 +143,63 @@ def run_tools(
     tools: Iterable[Tool | Callable[..., Any]],
     *,
     max_turns: int = 8,
-    told: Callable[[dict[str, Any]], object] | None = None,
-    written: Callable[[str], object] | None = None,
-    missing: Missing | None = None,
+    on_message: Callable[[dict[str, Any]], object] | None = None,
+    on_text: Callable[[str], object] | None = None,
+    missing_result: MissingResult | None = None,
     **options: Any,
-) -> Loop:
-    """Lets a model call tools until it answers in words, `max_turns` answers at most.
+) -> LoopResult:
+    """Lets a model call tools until it answers without calls, or for `max_turns` answers.
 
-    Each message that is added is passed to `told`. With `written` answers are streamed, and it gets their content in
-    pieces. `missing(name, arguments)` gives the results of tools without a function. `options` go to `completion`,
-    whose errors are raised.
+    `on_message` is called with each new message. If `on_text` is given, answers are streamed, and it is called with
+    pieces of their content. `missing_result` returns the results of tools without a function. `options` are passed to
+    `completion` or `stream`. Raises their errors, and `UserError` as `call_tool`.
     """
-    known = [one if isinstance(one, Tool) else as_tool(one) for one in tools]
-    schemas = [tool.schema for tool in known]
+    loaded = [tool if isinstance(tool, Tool) else as_tool(tool) for tool in tools]
+    schemas = [tool.schema for tool in loaded]
     conversation = list(messages)
 
     def add(message: dict[str, Any]) -> None:
         conversation.append(message)
-        if told is not None:
-            told(message)
+        if on_message is not None:
+            on_message(message)
 
     content = ""
     for _ in range(max_turns):
-        choice = _answer(llm, conversation, schemas, written, options)
+        choice = _answer(llm, conversation, schemas, on_text, options)
         content = choice["message"]["content"]
         calls = choice["message"]["tool_calls"]
         ids = call_ids([call["id"] for call in calls], len(conversation))
         calls = [call | {"id": id} for call, id in zip(calls, ids, strict=True)]
-        refused = {key: text for key, text in choice["message"].items() if key == "refusal"}
-        add({"role": "assistant", "content": content} | refused | ({"tool_calls": calls} if calls else {}))
+        refusal = {key: text for key, text in choice["message"].items() if key == "refusal"}
+        add({"role": "assistant", "content": content} | refusal | ({"tool_calls": calls} if calls else {}))
         if not calls:
-            return Loop(conversation, content, _ending(choice))
+            return LoopResult(conversation, content, _ending(choice))
         for call in calls:
-            result = call_tool(known, call["name"], call["arguments"], missing)
+            result = call_tool(loaded, call["name"], call["arguments"], missing_result)
             add({"role": "tool", "tool_call_id": call["id"], "name": call["name"], "content": result})
-    return Loop(conversation, content, "max_turns")
+    return LoopResult(conversation, content, "max_turns")
 
 
 def _answer(
     llm: xLAMChatCompletion,
     messages: list[dict[str, Any]],
     schemas: list[dict[str, Any]],
-    written: Callable[[str], object] | None,
+    on_text: Callable[[str], object] | None,
     options: dict[str, Any],
 ) -> dict[str, Any]:
-    if written is None:
+    if on_text is None:
         return llm.completion(messages, schemas, **options)["choices"][0]
     answer: dict[str, Any] = {}
     for piece in llm.stream(messages, schemas, **options):
         if isinstance(piece, str):
-            written(piece)
+            on_text(piece)
         else:
             answer = piece["choices"][0]
     return answer
 
 
 def _ending(choice: dict[str, Any]) -> Literal["answered", "refused", "length", "bad_output"]:
-    """How an answer without calls ends the conversation."""
+    """Returns `LoopResult.ended` for an answer without calls."""
     if choice["finish_reason"] == "length":
         return "length"
     if "error" in choice:
@@ -209,27 +213,27 @@ def _error(text: str) -> str:
 
 def _functions(path: Path) -> list[Any]:
     module = user_code.load(path, "a Python file with functions")
-    found = getattr(module, "TOOLS", None)
-    if found is None:
-        found = [
+    functions = getattr(module, "TOOLS", None)
+    if functions is None:
+        functions = [
             value
             for name, value in vars(module).items()
             if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")
         ]
-    if not found:
-        raise UserError(f"{path}: defines no public function; each becomes a tool")
-    return list(found)
+    if not functions:
+        raise UserError(f"{path}: defines no tool; add a public function")
+    return list(functions)
 
 
 def _without_titles(schema: Any) -> Any:
-    """Pydantic's schema without the titles that it makes of names."""
+    """Returns Pydantic's schema without the titles that it derives from names."""
     if isinstance(schema, list):
-        return [_without_titles(one) for one in schema]
+        return [_without_titles(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
     kept = {key: value for key, value in schema.items() if key != "title" or not isinstance(value, str)}
     return {
-        key: {name: _without_titles(one) for name, one in value.items()}
+        key: {name: _without_titles(item) for name, item in value.items()}
         if key in ("properties", "$defs") and isinstance(value, dict)
         else value
         if key in ("default", "enum", "const", "examples")

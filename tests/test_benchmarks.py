@@ -130,7 +130,7 @@ def test_benchmark_compares_the_same_tokens(tmp_path: Path):
     assert peers_2["passes"] >= 2
     assert ours["density"] > 3 * peers["density"]
     assert all(speed > 0 for line in record["lines"] for speed in line["speeds"])
-    assert "shop, 1024 tokens a row" in result.stdout
+    assert "shop, 1024 tokens per row" in result.stdout
     assert record["resume"][0]["trajectories"] >= 10
 
 

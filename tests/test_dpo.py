@@ -126,7 +126,7 @@ def test_a_reference_whose_weights_are_gone_is_refused(config: Path, tmp_path: P
     shutil.move(base / "checkpoints" / "8", tmp_path / "8")  # the base is now an earlier step
     with pytest.raises(UserError, match=r"its reference policy has weights of fingerprint \w{16}, and") as error:
         started(config, run, named)
-    assert f"model.init_from, {base}, now gives " in str(error.value)
+    assert f"model.init_from, {base}, now has " in str(error.value)
     assert not (run / "reference").exists()
     started(config, run, named, f"objective.reference_cache={started_from}")  # its numbers are still those of the base
 

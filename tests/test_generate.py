@@ -176,8 +176,8 @@ def test_tool_calls_are_parsed(with_tokenizer: Path, monkeypatch: pytest.MonkeyP
     [
         (None, "messages.json: no such file"),
         ('[{"role": "user",\n "content": }]', "messages.json, line 2, column 13: not valid JSON"),
-        ("[]", "holds an empty list"),
-        ('"hello"', "holds a str"),
+        ("[]", "contains an empty list"),
+        ('"hello"', "contains a str"),
         ('[{"role": "system", "content": "Be brief."}]', "messages.json: the last turn is by the system"),
         ('[[{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]]', "conversation 1: "),
         (json.dumps([{"role": "user", "content": "word " * 600}]), "positions"),

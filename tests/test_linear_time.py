@@ -128,7 +128,7 @@ def fastchat(text: str) -> None:
     worker: Any = Worker.__new__(Worker)
     worker._counted = contextlib.nullcontext
     worker._asked = lambda params: contextlib.nullcontext(chunks)
-    [answer] = worker.generate({}, grows=False)
+    [answer] = worker.generate({}, stream=False)
     assert answer["text"] == text
 
 

@@ -105,7 +105,7 @@ def test_aliases_that_stand_for_billions_are_refused(tmp_path: Path):
     rows = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     rows += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
     (tmp_path / "config.yaml").write_text("\n".join(rows), encoding="utf-8")
-    with pytest.raises(UserError, match="aliases stand for more than"):
+    with pytest.raises(UserError, match="aliases expand to more than"):
         configs.load(tmp_path / "config.yaml")
 
 

@@ -1,5 +1,7 @@
-"""JSON and YAML files that users or earlier runs wrote, read with bounds on size and depth: every fault of such a file
-is one `UserError` that names it."""
+"""Reads JSON and YAML files from users or earlier runs, with limits on size and nesting.
+
+Every problem with such a file raises one `UserError` that names the file.
+"""
 
 import json
 import re
@@ -12,18 +14,23 @@ from xlam_jax.errors import UserError
 from xlam_jax.strict_json import unique_keys
 
 LARGEST_JSON = 64 << 20
-"""Bytes. The largest JSON files of a model folder, tokenizers with a large vocabulary, are smaller."""
+"""Maximum size of a JSON file in bytes. The largest ones of a model folder, tokenizers with a large vocabulary, are
+smaller."""
 LARGEST_YAML = 1 << 20
-"""Bytes. PyYAML reads less than a megabyte per second."""
+"""Maximum size of a YAML file in bytes. PyYAML reads less than a megabyte per second."""
 DEEPEST = 64
-"""Levels of nesting. Deeper values exhaust the stack of code that copies, compares or writes them."""
+"""Maximum nesting depth. Deeper values overflow the stack of code that copies, compares or writes them."""
 MOST_VALUES = 1_000_000
-"""Values of a document, an alias counted as often as it is used: a few nested aliases stand for billions."""
+"""Maximum number of values in a YAML document after its aliases are expanded: a few nested aliases can expand to
+billions of values."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def read_text(path: Path, expected: str, largest: int = LARGEST_JSON) -> str:
-    """Reads a UTF-8 file. `expected` says what belongs there, for messages. Raises `UserError`."""
+    """Reads a UTF-8 file of at most `largest` bytes.
+
+    `expected`: what the file should contain, for error messages. Raises `UserError`.
+    """
     try:
         with path.open("rb") as file:
             data = file.read(largest + 1)
@@ -46,7 +53,7 @@ def read_text(path: Path, expected: str, largest: int = LARGEST_JSON) -> str:
 
 
 def parse_json(text: str, origin: object) -> Any:
-    """Parses the JSON of a document. Raises `UserError` naming `origin`, and the line where it is malformed."""
+    """Parses JSON. Raises `UserError` with `origin`, the file it came from, and the line where it is malformed."""
     try:
         value = json.loads(text, object_pairs_hook=unique_keys)
         _check(value)
@@ -62,13 +69,15 @@ def parse_json(text: str, origin: object) -> Any:
 
 
 def read_json(path: Path, expected: str = "a JSON file is expected here") -> Any:
-    """Reads a JSON file. Raises `UserError` where it is missing, not UTF-8, malformed, has a key twice, or is larger or
-    nested more deeply than any such file."""
+    """Reads a JSON file.
+
+    Raises `UserError` if it is missing, not UTF-8, malformed, has a duplicate key, or exceeds LARGEST_JSON or DEEPEST.
+    """
     return parse_json(read_text(path, expected), path)
 
 
 def read_object(path: Path, expected: str = "a JSON object is expected here") -> dict[str, Any]:
-    """Reads a JSON object, as `read_json`."""
+    """Reads a JSON file that contains an object. Raises `UserError` as `read_json`, and if it is not an object."""
     value = read_json(path, expected)
     if not isinstance(value, dict):
         raise UserError(f"{path}: contains a {type(value).__name__}; a JSON object is expected")
@@ -76,12 +85,16 @@ def read_object(path: Path, expected: str = "a JSON object is expected here") ->
 
 
 def parse_yaml(text: str, origin: object, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
-    """Parses YAML. Raises `UserError` naming `origin`, also for aliases that expand to more than a document holds."""
+    """Parses YAML.
+
+    Raises `UserError` with `origin` if it is malformed, nested too deeply, or its aliases expand to more than
+    MOST_VALUES values.
+    """
     try:
         value = yaml.load(text, Loader=loader)
         _check(value, text=True)
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
-        # of PyYAML's constructors, too: they raise what int(), float() and datetime() raise
+        # PyYAML's constructors also raise the errors of int(), float() and datetime()
         raise UserError(f"{origin}: not valid YAML: {' '.join(str(error).split())[:500]}") from None
     except RecursionError:
         raise UserError(f"{origin}: not valid YAML: it is nested too deeply") from None
@@ -89,13 +102,15 @@ def parse_yaml(text: str, origin: object, loader: type[yaml.SafeLoader] = yaml.S
 
 
 def read_yaml(path: Path, expected: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
-    """Reads a YAML file, as `parse_yaml`."""
+    """Reads a YAML file of at most LARGEST_YAML bytes. Raises `UserError` as `read_text` and `parse_yaml`."""
     return parse_yaml(read_text(path, expected, LARGEST_YAML), path, loader)
 
 
 def _check(value: Any, text: bool = False) -> None:
-    """Raises `ValueError` for a value that is nested too deeply or too large, and for a text that can't be encoded;
-    with `text` also for one with a NUL, which no path may have."""
+    """Raises `ValueError` for nesting deeper than DEEPEST and for strings that can't be encoded as UTF-8.
+
+    With `text` also for more than MOST_VALUES values, and for strings with a NUL character, which paths can't contain.
+    """
     level, depth, count = [value], 0, 0
     while level:
         depth, count = depth + 1, count + len(level)
@@ -104,7 +119,7 @@ def _check(value: Any, text: bool = False) -> None:
         below: list[Any] = []
         for item in level:
             if text and count + len(below) > MOST_VALUES:
-                raise ValueError(f"its aliases stand for more than {MOST_VALUES:,} values")
+                raise ValueError(f"its aliases expand to more than {MOST_VALUES:,} values")
             if isinstance(item, dict):
                 below += item.keys()
                 below += item.values()

@@ -1,4 +1,4 @@
-"""Errors that a user can act on (`cli.run` prints one message and exits with code 2), and stops by a signal."""
+"""Errors that the user can fix (`cli.run` prints one message and exits with code 2), and the stop by a signal."""
 
 import difflib
 import errno
@@ -17,37 +17,39 @@ UNWRITABLE = {
     errno.EIO: ("the device reported an input/output error", "check the disk, or use another one"),
     errno.EROFS: ("the file system is read-only", "mount it writable, or use another one"),
 }
-"""Reasons for which a file can't be written although its path is right, and what to do."""
+"""errno → why a file can't be written although its path is valid, and what to do."""
 
 
 class StoppedError(BaseException):
-    """A signal ended a command that continues when it is started again. Like KeyboardInterrupt, it is not an
-    `Exception`, because code that catches errors and continues must not catch it."""
+    """A signal stopped a command that can be resumed by running it again.
+
+    Like KeyboardInterrupt, it is not an `Exception`: code that catches errors and continues must not catch it.
+    """
 
 
 class UserError(Exception):
-    """A mistake in the input: the message names the file, the line or key, both offending values, and what to do."""
+    """Invalid input. The message names the file, the line or key, both offending values, and what to do."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Returns `"; did you mean 'x'?"` for the closest known name, or an empty string when nothing is close."""
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """Returns `"; did you mean 'x'?"` for the choice closest to `name`, or an empty string when none is close."""
+    match = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
     return f"; did you mean '{match[0]}'?" if match else ""
 
 
 def check_address(name: str, url: str) -> None:
-    """Raises `UserError` when a URL is not a web address; `name` is that of the option or setting."""
+    """Raises `UserError` when `url` is not a web address. `name`: the option or setting that contains it."""
     try:
         parts = urlsplit(url)
-        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        is_valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError:
-        good = False
-    if not good:
+        is_valid = False
+    if not is_valid:
         raise UserError(f"{name} {url}: is not a web address; give one like http://localhost:8000")
 
 
 def fault(error: BaseException) -> str:
-    """Returns an unexpected error and the place where it was raised, in one line."""
-    at = traceback.extract_tb(error.__traceback__)[-1:]
-    where = f" ({at[0].filename}:{at[0].lineno})" if at else ""
+    """Returns a one-line description of an unexpected error: type, message, and the file and line that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)[-1:]
+    where = f" ({frames[0].filename}:{frames[0].lineno})" if frames else ""
     return f"{type(error).__name__}: {error}"[:500] + where

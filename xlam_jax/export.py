@@ -1,4 +1,4 @@
-"""The Hugging Face folder that a run writes after its last step."""
+"""Exports the model to a Hugging Face folder after a run's last step."""
 
 import os
 import subprocess
@@ -12,9 +12,9 @@ from xlam_jax.parallel.link import Hosts
 
 
 def check_export(config: Config, saved: Path) -> None:
-    """Raises `UserError` if a run that is not finished would export into a folder that exists.
+    """Raises `UserError` if an unfinished run would export into an existing folder.
 
-    `saved`: the config.yaml in the run's folder, which need not be there yet.
+    `saved`: path of the run's config.yaml, which may not exist yet.
     """
     folder = config.export_folder
     if folder is not None and folder.exists() and not _is_finished(saved):
@@ -29,10 +29,10 @@ def _is_finished(saved: Path) -> bool:
 
 
 def export_after(config: Config, run: Path, hosts: Hosts) -> int:
-    """Exports the newest checkpoint of a finished run as `export` says, adapters merged. Returns an exit code.
+    """Exports the newest checkpoint of a finished run as configured in `export`, adapters merged. Returns an exit code.
 
-    A process of its own does it on the CPU, as `python -m converters.orbax_to_hf` on a command line would: the devices
-    of this one are still in use, and of several hosts only the first exports.
+    Runs `python -m converters.orbax_to_hf` as a subprocess on the CPU, because this process still uses its devices. Of
+    several hosts, only the first exports.
     """
     folder = config.export_folder
     if folder is None or not hosts.first:
@@ -41,7 +41,7 @@ def export_after(config: Config, run: Path, hosts: Hosts) -> int:
         print(f"export: {folder} exists already; not written again")
         return 0
     command = [sys.executable, "-m", "converters.orbax_to_hf", "--checkpoint", str(run), "--out", str(folder)]
-    done = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, check=False)
-    if done.returncode:
+    process = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, check=False)
+    if process.returncode:
         print(f"export: failed; the run itself is finished. Export it with: {' '.join(command[1:])}", file=sys.stderr)
-    return done.returncode
+    return process.returncode

@@ -1,7 +1,7 @@
-"""Asks a model from the command line: `python -m xlam_jax.generate --model DIR --messages FILE.json`.
+"""Completes conversations from the command line: `python -m xlam_jax.generate --model DIR --messages FILE.json`.
 
-Prints one JSON object a conversation: `{"content", "tool_calls", "finish_reason"}`. The prompt is rendered, and the
-completion parsed, by the same code that renders the training data.
+Prints one JSON object per conversation: `{"content", "tool_calls", "finish_reason"}`. Prompts are rendered, and
+completions parsed, by the same code as the training data.
 """
 
 import json
@@ -22,20 +22,21 @@ if TYPE_CHECKING:
     from xlam_jax.models.params import Params
 
 
-class Found(NamedTuple):
-    """What a model folder holds; its weights are read last, so that a mistake in the request is told at once."""
+class OpenedModel(NamedTuple):
+    """Config and tokenizer of a model folder. `load` reads the weights, after the requests have been checked."""
 
     config: "ModelConfig"
     tokenizer: "PreTrainedTokenizerFast"
     load: "Callable[[], Decoder]"
     stops: list[int]
-    """Tokens that end an answer: those that ended trained turns, and those of the source's generation config."""
+    """Token ids that end an answer: those that ended trained turns, and those of the source's generation config."""
 
 
-def find_model(folder: Path) -> Found:
+def find_model(folder: Path) -> OpenedModel:
     """Opens a Hugging Face folder, a run folder (its newest step) or a step folder.
 
-    Matrices are held, and products computed, in the dtype that the model's config names; norms and routers keep theirs.
+    Matrices are loaded, and products computed, in the dtype of the model's config; norms and routers keep their stored
+    dtype. Raises `UserError` for a folder that contains no model, or no tokenizer.
     """
     from xlam_jax.data.render import end_tokens
     from xlam_jax.data.tokenizer import load_tokenizer
@@ -46,13 +47,13 @@ def find_model(folder: Path) -> Found:
     from xlam_jax.weights.hf import load_hf
 
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give a Hugging Face folder, a run folder or one of its steps")
+        raise UserError(f"{folder}: no such folder; use a Hugging Face folder, a run folder or one of its steps")
     if checkpoint.is_checkpoint(folder):
         step = checkpoint.resolve(folder)
         hf_config, tokenizer = checkpoint.load_hf_config(step), checkpoint.tokenizer_dir(step)
         if tokenizer is None:
             raise UserError(
-                f"{folder}: the checkpoint has no tokenizer beside it; put one into {checkpoint.TOKENIZER}/"
+                f"{folder}: the checkpoint has no tokenizer; put one into {checkpoint.TOKENIZER}/ of the run folder"
             )
         read = partial(weights.load_whole, step)
         generation = checkpoint.load_generation_config(step)
@@ -66,21 +67,21 @@ def find_model(folder: Path) -> Found:
     else:
         raise UserError(
             f"{folder}: neither a Hugging Face folder (config.json is missing) nor a checkpoint (checkpoints/STEP is "
-            "missing); give one of the two"
+            "missing); use a folder of one of these kinds"
         )
     config = ModelConfig.from_hf(hf_config, str(folder))
-    named = str(hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32")
+    dtype = str(hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32")
     loaded = load_tokenizer(str(tokenizer))
-    return Found(config, loaded, partial(_load, config, named, read), stop_ids(end_tokens(loaded), generation))
+    return OpenedModel(config, loaded, partial(_load, config, dtype, read), stop_ids(end_tokens(loaded), generation))
 
 
-def _load(config: "ModelConfig", named: str, read: "Callable[[], Params]") -> "Decoder":
+def _load(config: "ModelConfig", dtype_name: str, read: "Callable[[], Params]") -> "Decoder":
     import jax
     import jax.numpy as jnp
 
     from xlam_jax.models.params import binder
 
-    dtype = {"bfloat16": jnp.bfloat16, "float16": jnp.float16}.get(named, jnp.float32)
+    dtype = {"bfloat16": jnp.bfloat16, "float16": jnp.float16}.get(dtype_name, jnp.float32)
 
     def cast(path: Any, leaf: Any) -> Any:
         name = path[-1].key
@@ -90,14 +91,17 @@ def _load(config: "ModelConfig", named: str, read: "Callable[[], Params]") -> "D
 
 
 def conversations(path: Path) -> list[list[dict[str, Any]]]:
-    """Reads a messages file: a list of messages, a list of such lists, or a request object with `messages`."""
+    """Reads a messages file: a list of messages, a list of such lists, or a request object with `messages`.
+
+    Returns a list of conversations. Raises `UserError`.
+    """
     value = read_json(path)
     if isinstance(value, dict) and "messages" in value:
         value = value["messages"]
     if not isinstance(value, list) or not value:
         raise UserError(
-            f"{path}: holds {'an empty list' if value == [] else 'a ' + type(value).__name__}; a list of messages like "
-            '[{"role": "user", "content": "…"}], or a list of such lists, is expected'
+            f"{path}: contains {'an empty list' if value == [] else 'a ' + type(value).__name__}; a list of messages "
+            'like [{"role": "user", "content": "…"}], or a list of such lists, is expected'
         )
     return value if isinstance(value[0], list) else [value]
 
@@ -110,9 +114,11 @@ def complete(
     stops: "Sequence[int] | None" = None,
     **sampling: Any,
 ) -> list[dict[str, Any]]:
-    """Continues rendered prompts up to one of the tokens `stops` (as in `read_completion`).
+    """Completes rendered prompts.
 
-    Returns content, tool calls and why each ended, in the shape that is printed.
+    `prompts`: token ids of each prompt. `stops`: token ids that end an answer; None: those of the tokenizer's chat
+    template. `sampling`: options of `generate`. Returns content, tool calls and finish reason of each answer, as this
+    command prints them.
     """
     from xlam_jax.data.completion import named, read_completion
     from xlam_jax.data.render import end_tokens
@@ -122,24 +128,35 @@ def complete(
     rows = generate(model, prompts, eos_id=stops, **sampling)
     answers = [read_completion(new, tokenizer, stops) for new in rows]
     return [
-        {"content": one.content, "tool_calls": named(one.calls), "finish_reason": one.finish_reason} for one in answers
+        {"content": answer.content, "tool_calls": named(answer.calls), "finish_reason": answer.finish_reason}
+        for answer in answers
     ]
 
 
 def main() -> None:
     """The command line."""
-    parser = Parser(prog="python -m xlam_jax.generate", description="Completes conversations with a model.")
+    parser = Parser(prog="python -m xlam_jax.generate", description="Complete conversations with a model.")
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder, run folder or step folder")
     parser.add_argument("--messages", type=Path, required=True, help="JSON: a list of messages, or a list of lists")
-    parser.add_argument("--tools", type=Path, help="JSON: a list of tool schemas in OpenAI form")
-    parser.add_argument("--max-new-tokens", type=number(1, 1_000_000, int), default=256, metavar="N")
-    parser.add_argument("--temperature", type=number(0, 100), default=0.0, help="0 (default): the likeliest token")
-    parser.add_argument("--top-p", type=number(0, 1), default=1.0, help="draw among this much probability")
-    parser.add_argument("--seed", type=number(0, 2**31 - 1, int), default=0)
+    parser.add_argument("--tools", type=Path, help="JSON: a list of tool schemas in OpenAI's format")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=number(1, 1_000_000, int),
+        default=256,
+        metavar="N",
+        help="maximum number of tokens of an answer (default: 256)",
+    )
+    parser.add_argument(
+        "--temperature", type=number(0, 100), default=0.0, help="sampling temperature; 0: greedy (default: 0)"
+    )
+    parser.add_argument(
+        "--top-p", type=number(0, 1), default=1.0, help="sample among tokens of this total probability (default: 1)"
+    )
+    parser.add_argument("--seed", type=number(0, 2**31 - 1, int), default=0, help="random seed (default: 0)")
     args = parser.parse_args()
     requests = conversations(args.messages)
     tools = None if args.tools is None else read_json(args.tools)
-    found = find_model(args.model)
+    model = find_model(args.model)
 
     from xlam_jax.data.render import render_prompt
 
@@ -147,25 +164,25 @@ def main() -> None:
     for index, messages in enumerate(requests):
         where = str(args.messages) if len(requests) == 1 else f"{args.messages}, conversation {index}"
         try:
-            prompts.append(render_prompt(messages, tools, found.tokenizer))
+            prompts.append(render_prompt(messages, tools, model.tokenizer))
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-        limit = found.config.max_positions
+        limit = model.config.max_positions
         if len(prompts[-1]) >= limit:
             raise UserError(
-                f"{where}: the prompt has {len(prompts[-1])} tokens, and the model {limit} positions (its "
-                "max_position_embeddings), with none left to answer; shorten the conversation or the tools"
+                f"{where}: the prompt has {len(prompts[-1])} tokens, which leaves none of the model's {limit} "
+                "positions (max_position_embeddings) for an answer; shorten the conversation or the tools"
             )
-        if max(prompts[-1]) >= found.config.vocab_size:
+        if max(prompts[-1]) >= model.config.vocab_size:
             raise UserError(
-                f"{args.model}: the tokenizer makes token {max(prompts[-1])}, and the model has "
-                f"{found.config.vocab_size}; they don't belong together"
+                f"{args.model}: the tokenizer produces token {max(prompts[-1])}, and the model's vocabulary has "
+                f"{model.config.vocab_size}; use the model's own tokenizer"
             )
     answers = complete(
-        found.load(),
-        found.tokenizer,
+        model.load(),
+        model.tokenizer,
         prompts,
-        stops=found.stops,
+        stops=model.stops,
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         top_p=args.top_p,

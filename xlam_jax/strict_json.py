@@ -1,11 +1,11 @@
-"""JSON without the liberties that Python's parser takes."""
+"""A JSON parser that follows the standard where Python's own is lenient."""
 
 import json
 from typing import Any
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """`object_pairs_hook` that raises `ValueError` for a key that an object has twice; Python keeps the last one."""
+    """`object_pairs_hook` that raises `ValueError` for a duplicate key. By default Python keeps the last value."""
     values: dict[str, Any] = {}
     for name, value in pairs:
         if name in values:
@@ -15,8 +15,11 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def loads(data: bytes) -> Any:
-    """Parses UTF-8 JSON as strictly as the format's other parsers do. Raises `ValueError` for duplicate keys, NaN and
-    Infinity, a negative zero, half of a surrogate pair, and nesting too deep for the parser."""
+    """Parses UTF-8 JSON as strictly as the parsers of other libraries that read the same files.
+
+    Raises `ValueError` for duplicate keys, NaN and Infinity, a negative zero, half of a surrogate pair, and nesting too
+    deep for the parser.
+    """
     try:
         value = json.loads(
             data.decode("utf-8"), object_pairs_hook=unique_keys, parse_constant=_refuse, parse_int=_integer

@@ -1,4 +1,4 @@
-"""Python files that users write: suites, agents, tools."""
+"""Loads Python files that users write: suites, agents, tools."""
 
 import sys
 import traceback
@@ -9,9 +9,10 @@ from xlam_jax.errors import UserError
 
 
 def load(path: Path, what: str) -> ModuleType:
-    """The module that a file defines, run anew: no bytecode is kept beside it, which could be that of an earlier text.
+    """Runs a Python file and returns it as a module.
 
-    `what` is expected there, for messages. Raises `UserError` with the line where it cannot be read or run.
+    No bytecode is cached: a file edited within the same second would otherwise load as its earlier version. `what`: the
+    expected content, for error messages. Raises `UserError` if the file can't be read, or with the line that failed.
     """
     try:
         text = path.read_bytes()
@@ -29,8 +30,8 @@ def load(path: Path, what: str) -> ModuleType:
 
 
 def _line(error: Exception, name: str) -> str:
-    """`:12`, the last line of the file on the way to the error."""
+    """Returns `:12` for the innermost line of file `name` in the error's traceback."""
     if isinstance(error, SyntaxError):
-        return ""  # says it itself
-    lines = [at.lineno for at in traceback.extract_tb(error.__traceback__) if at.filename == name]
+        return ""  # its message contains the line
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == name]
     return f":{lines[-1]}" if lines else ""

@@ -1,1 +1,1 @@
-"""The command `python -m converters.trajectories`; the formats it converts are in `xlam_jax.data.converters`."""
+"""The command `python -m converters.trajectories`. Its formats are in `xlam_jax.data.converters`."""

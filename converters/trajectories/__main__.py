@@ -1,4 +1,4 @@
-"""`python -m converters.trajectories --format NAME --in FILE… --out FILE.jsonl`: between formats of trajectories."""
+"""Converts trajectories: `python -m converters.trajectories --format NAME --in FILE… --out FILE.jsonl`."""
 
 import json
 from collections.abc import Iterator
@@ -16,15 +16,19 @@ from xlam_jax.outputs import check_file, new_file, write_json
 from xlam_jax.progress import BYTES, Throughput
 
 LISTED = 10_000
-"""Rows listed in the report for each reason; the rest are counted."""
+"""Maximum number of rows listed in the report per reason; further rows are counted."""
 SHOWN = 3
-"""Rows shown on the terminal for each reason."""
+"""Maximum number of rows printed per reason."""
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Converts files and tells what was written, what was dropped, mended and lost, and what is wrong still."""
-    parser = Parser(prog="python -m converters.trajectories", description=main.__doc__)
-    parser.add_argument("--format", required=True, metavar="NAME", help=f"the input's: {', '.join(FORMATS)}")
+    """The command line."""
+    parser = Parser(
+        prog="python -m converters.trajectories",
+        description="Convert trajectories between formats, and report what was written, dropped, repaired and lost, "
+        "and which problems remain.",
+    )
+    parser.add_argument("--format", required=True, metavar="NAME", help=f"format of the input: {', '.join(FORMATS)}")
     parser.add_argument(
         "--in",
         dest="inputs",
@@ -32,13 +36,18 @@ def main(arguments: list[str] | None = None) -> None:
         nargs="+",
         type=Path,
         metavar="FILE",
-        help="lines (.jsonl) or a JSON document (.json), also packed (.gz, .zst), Parquet, ArrayRecord",
+        help="JSON lines (.jsonl) or a JSON document (.json), also compressed (.gz, .zst); Parquet; ArrayRecord",
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE.jsonl")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE.jsonl", help="file to write")
     parser.add_argument(
-        "--to", default="unified", metavar="NAME", help=f"the output's: unified (default), {', '.join(EXPORTERS)}"
+        "--to",
+        default="unified",
+        metavar="NAME",
+        help=f"format of the output: unified (default), {', '.join(EXPORTERS)}",
     )
-    parser.add_argument("--report", type=Path, metavar="FILE.json", help="write the counts and every row's place there")
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE.json", help="write a report with the counts and the location of each row"
+    )
     parser.add_argument("--force", action="store_true", help="overwrite the output and the report")
     options = parser.parse_args(arguments)
     size = sum(path.stat().st_size for path in options.inputs if path.is_file())
@@ -65,11 +74,11 @@ def convert(
     force: bool = False,
     progress: Throughput | None = None,
 ) -> dict[str, Any]:
-    """Converts `inputs` of format `name` to `out` in format `to`, and returns the report, which also goes to `report`.
+    """Converts `inputs` of format `name` to `out` in format `to`. Returns the report, and writes it to `report`.
 
-    `out` and `report` appear only when they are whole. `progress` counts the bytes read. Raises `UserError`
-    on an unknown format, a missing input, an output that exists (unless `force`) or that can't be written, and when not
-    one trajectory could be converted.
+    `out` and `report` are written atomically. `progress` counts the bytes read. Raises `UserError` for an unknown
+    format, a missing input, an output that exists (unless `force`) or can't be written, and if no trajectory could be
+    converted.
     """
     items = converter(name)
     export = _export_unified if to == "unified" else exporter(to)
@@ -80,16 +89,16 @@ def convert(
     for path in outputs:
         _check_output(path, inputs, force)
     if len({path.absolute() for path in outputs}) < len(outputs):
-        raise UserError(f"{out}: given as --out and as --report; give two files")
-    tally, before = _Tally(), Meter.bytes
+        raise UserError(f"{out}: set as --out and as --report; choose two different files")
+    tally, start = _Tally(), Meter.bytes
     with new_file(out) as lines:
         for item in items(inputs):
             tally.add(item)
             if progress:
                 rows = f"{tally.read:,} ({tally.read / progress.seconds:,.0f}/s)"
-                progress.add(Meter.bytes - before - progress.done, rows=rows)
+                progress.add(Meter.bytes - start - progress.done, rows=rows)
             if isinstance(item, Converted):
-                for row in _exported(item, export, tally):
+                for row in _export(item, export, tally):
                     lines.write(json.dumps(row, ensure_ascii=False) + "\n")
         if not tally.written:
             first = tally.first_drop
@@ -105,7 +114,7 @@ def convert(
 
 
 def summary(report: dict[str, Any]) -> Iterator[str]:
-    """The report in lines for a terminal."""
+    """Yields the lines of the report for the terminal."""
     rows, trajectories = report["rows"], report["trajectories"]
     yield (
         f"{report['out']}: {trajectories['written']} trajectories written, {trajectories['dropped']} dropped; "
@@ -132,8 +141,8 @@ def _export_unified(trajectory: Trajectory) -> Iterator[dict[str, Any]]:
     yield to_dict(trajectory)
 
 
-def _exported(item: Converted, export: ExportRow, tally: "_Tally") -> Iterator[dict[str, Any]]:
-    """The rows of a trajectory in the output's format; one that gives no row is dropped."""
+def _export(item: Converted, export: ExportRow, tally: "_Tally") -> Iterator[dict[str, Any]]:
+    """Yields the rows of a trajectory in the output's format. A trajectory without rows is counted as dropped."""
     lost: list[Lost] = []
     rows: list[dict[str, Any]] = []
     try:
@@ -152,7 +161,7 @@ def _exported(item: Converted, export: ExportRow, tally: "_Tally") -> Iterator[d
 
 
 class _Reasons:
-    """How often each reason occurred, where, and the first detail."""
+    """Count, locations and first detail of each reason."""
 
     def __init__(self):
         self._entries: dict[str, dict[str, Any]] = {}
@@ -161,7 +170,7 @@ class _Reasons:
     def add(self, where: str, reason: str, detail: str) -> None:
         entry = self._entries.setdefault(reason, {"count": 0, "rows": [], "more": 0, "detail": detail[:1000]})
         entry["count"] += 1
-        if self._last.get(reason) != where:  # a row is listed once, however often
+        if self._last.get(reason) != where:  # list each row once
             self._last[reason] = where
             if len(entry["rows"]) < LISTED:
                 entry["rows"].append(where)
@@ -173,7 +182,7 @@ class _Reasons:
 
 
 class _Tally:
-    """Counts what happens to rows, trajectories and steps."""
+    """Counts rows, trajectories and steps by outcome."""
 
     def __init__(self):
         from xlam_jax.data.validate import check_row
@@ -211,7 +220,7 @@ class _Tally:
             self._left.add(item.where, problem.reason, problem.detail)
         digest = key_digest(item.trajectory.id)
         if digest in self._ids:
-            self._left.add(item.where, "duplicate-trajectory-id", f"'{item.trajectory.id}' came before")
+            self._left.add(item.where, "duplicate-trajectory-id", f"'{item.trajectory.id}' occurs twice")
         self._ids.add(digest)
 
     def report(self) -> dict[str, Any]:
@@ -233,7 +242,7 @@ class _Tally:
 def _check_output(path: Path, inputs: list[Path], force: bool) -> None:
     check_file(path, force=force, inputs=inputs)
     if path.suffix in (".gz", ".zst"):
-        raise UserError(f"{path}: the output is written plain; leave {path.suffix} out of its name")
+        raise UserError(f"{path}: the output is not compressed; remove {path.suffix} from its name")
 
 
 if __name__ == "__main__":

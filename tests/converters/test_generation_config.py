@@ -1,4 +1,4 @@
-"""Generation ends with the token that ended trained turns, and a model's generation config survives conversions."""
+"""Generation stops at the token that ended trained turns, and conversions keep a model's generation config."""
 
 import json
 import logging
@@ -34,7 +34,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def load(folder: Path, caplog: pytest.LogCaptureFixture) -> GenerationConfig:
-    """As transformers reads it, without a warning."""
+    """Loads a generation config with transformers, and checks that it logs no warning."""
     with caplog.at_level(logging.WARNING):
         loaded = GenerationConfig.from_pretrained(folder)
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
@@ -43,12 +43,12 @@ def load(folder: Path, caplog: pytest.LogCaptureFixture) -> GenerationConfig:
 
 @pytest.fixture
 def run(trained: tuple[Path, str], tmp_path: Path) -> Path:
-    """A finished run whose config.json names other tokens than its tokenizer: end 7 instead of 2, and begin 5."""
+    """A finished run whose config.json has other token ids than its tokenizer: eos 7 instead of 2, and bos 5."""
     copy = tmp_path / "run"
     shutil.copytree(trained[0], copy)
     config = read(copy / "config.json") | {"eos_token_id": 7, "bos_token_id": 5}
     (copy / "config.json").write_text(json.dumps(config))
-    for step in checkpoint.whole_steps(copy):  # as if they had been saved with these files
+    for step in checkpoint.whole_steps(copy):  # as if the run had been saved with these files
         path = copy / checkpoint.STEPS / str(step) / checkpoint.METADATA
         note = read(path)
         note["custom_metadata"] |= {"model": config, checkpoint.FILES: {}}
@@ -58,10 +58,10 @@ def run(trained: tuple[Path, str], tmp_path: Path) -> Path:
 
 
 def test_a_generation_config_survives_the_round_trip(commands: Commands, tmp_path: Path, caplog: Any):
-    """A converted model keeps what its source says, whatever its tokenizer."""
+    """A converted model keeps its source's generation config, whatever its tokenizer."""
     hf = tmp_path / "hf"
     tiny_models.hf_model("mistral").save_pretrained(hf)
-    written = json.dumps(SOURCE, indent=1)  # not as we would write it
+    written = json.dumps(SOURCE, indent=1)  # a different layout than ours
     (hf / "generation_config.json").write_text(written)
     shutil.copytree(ROOT / "examples/quickstart/tokenizer", hf, dirs_exist_ok=True)
     commands.call(TO_ORBAX, "--hf", hf, "--out", tmp_path / "orbax")
@@ -75,8 +75,8 @@ def test_a_generation_config_survives_the_round_trip(commands: Commands, tmp_pat
 
 def test_exports_stop_at_the_trained_end(commands: Commands, run: Path, tmp_path: Path, caplog: Any):
     out = tmp_path / "hf"
-    said = commands.call(TO_HF, "--checkpoint", run, "--out", out).stdout
-    assert "config.json: eos_token_id 7 is now 2 (</s>), bos_token_id 5 is now 1 (<s>)" in said
+    output = commands.call(TO_HF, "--checkpoint", run, "--out", out).stdout
+    assert "config.json: eos_token_id 7 is now 2 (</s>), bos_token_id 5 is now 1 (<s>)" in output
     assert AutoConfig.from_pretrained(out).eos_token_id == 2
     loaded = load(out, caplog)
     assert (loaded.bos_token_id, loaded.eos_token_id) == (1, 2)
@@ -89,7 +89,7 @@ def test_exports_keep_stop_ids_and_sampling_of_the_source(commands: Commands, ru
     commands.call(TO_HF, "--checkpoint", run, "--out", out)
     pad = read(out / "config.json")["pad_token_id"]
     assert read(out / "generation_config.json") == SOURCE | {"eos_token_id": [2, 11, 12], "pad_token_id": pad}
-    assert read(out / "config.json")["eos_token_id"] == 2, "what was trained"
+    assert read(out / "config.json")["eos_token_id"] == 2, "the trained one"
     assert load(out, caplog).eos_token_id == [2, 11, 12]
     assert find_model(out).stops == find_model(run).stops == [2, 11, 12]
 
@@ -101,7 +101,7 @@ def test_files_that_only_repeat_the_config_add_no_stop_id(commands: Commands, ru
 
 
 def test_a_trained_template_with_its_own_end(commands: Commands, run: Path, tmp_path: Path):
-    """As with Llama 3: the tokenizer's end-of-sequence token is not what its template ends turns with."""
+    """As in Llama 3, the template ends turns with another token than the tokenizer's end-of-sequence token."""
     from xlam_jax.data.tokenizer import load_tokenizer, save
 
     tokenizer = load_tokenizer(str(run / "tokenizer"))

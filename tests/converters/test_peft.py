@@ -1,4 +1,4 @@
-"""Adapters as PEFT folders: `peft` computes our logits from what we write, and we compute its from what it writes."""
+"""Adapters in PEFT folders: `peft` and this project compute the same logits from folders that either has written."""
 
 import dataclasses
 import json
@@ -74,8 +74,8 @@ def test_peft_loads_what_we_write(tmp_path: Path, family: str, targets: tuple[st
     ours = logits(config, join(base, adapters), tokens_BT)
     assert not np.allclose(ours, peft_logits(model, tokens_BT), atol=1e-2)
     write_peft(tmp_path / "adapter", config, adapters, base="tiny")
-    reference = peft_logits(peft.PeftModel.from_pretrained(model, str(tmp_path / "adapter")), tokens_BT)
-    np.testing.assert_allclose(ours, reference, atol=1e-4 * np.abs(reference).max())
+    expected = peft_logits(peft.PeftModel.from_pretrained(model, str(tmp_path / "adapter")), tokens_BT)
+    np.testing.assert_allclose(ours, expected, atol=1e-4 * np.abs(expected).max())
     again = read_peft(tmp_path / "adapter", config)
     jax.tree.map(np.testing.assert_array_equal, again, adapters)
 
@@ -85,10 +85,10 @@ def test_we_load_what_peft_writes(tmp_path: Path):
     settings = peft.LoraConfig(
         r=4, lora_alpha=12, target_modules=["q_proj", "v_proj", "gate_proj"], init_lora_weights=False
     )
-    reference = peft.get_peft_model(model, settings)
-    reference.save_pretrained(str(tmp_path))
+    peft_model = peft.get_peft_model(model, settings)
+    peft_model.save_pretrained(str(tmp_path))
     tokens_BT = tiny_models.tokens(2, 20)
-    expected = peft_logits(reference, tokens_BT)
+    expected = peft_logits(peft_model, tokens_BT)
     np.testing.assert_allclose(
         logits(config, join(base, read_peft(tmp_path, config)), tokens_BT),
         expected,
@@ -103,7 +103,7 @@ def test_experts_are_refused(tmp_path: Path):
     assert not (tmp_path / "adapter").exists()
 
 
-def test_other_adapters_are_reported(tmp_path: Path):
+def test_adapters_of_another_config_are_refused(tmp_path: Path):
     _, config, _, adapters = tiny("mistral", ("q", "v"))
     write_peft(tmp_path / "adapter", config, adapters, base=None)
     for change, message in (
@@ -127,28 +127,28 @@ def test_other_adapters_are_reported(tmp_path: Path):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as peft saves it: random adapters on q and v, of rank 4 and alpha 12. To copy from."""
+    """A folder to copy, as peft saves it: random adapters on q and v, rank 4 and alpha 12."""
     folder = tmp_path_factory.mktemp("plain")
     save_with_peft(folder)
     return folder
 
 
 def save_with_peft(folder: Path, model: Any = None, **settings: Any) -> Any:
-    """Saves random adapters with peft; returns peft's model."""
+    """Saves random adapters with peft. Returns peft's model."""
     plain = {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
     torch.manual_seed(1)
     model = tiny_models.hf_model("mistral") if model is None else model
-    reference = peft.get_peft_model(model, peft.LoraConfig(**(plain | settings)))
+    peft_model = peft.get_peft_model(model, peft.LoraConfig(**(plain | settings)))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that embeddings are saved too
-        reference.save_pretrained(str(folder))
-    return reference
+        warnings.simplefilter("ignore")  # peft warns that it also saves embeddings
+        peft_model.save_pretrained(str(folder))
+    return peft_model
 
 
 def changed(
-    plain: Path, folder: Path, config: dict[str, Any] | None = None, tensors: Any = lambda stored: stored
+    plain: Path, folder: Path, config: dict[str, Any] | None = None, tensors: Any = lambda values: values
 ) -> Path:
-    """A copy of a folder with fields of its config and its tensors changed."""
+    """Copies a folder, and changes fields of its config and its tensors."""
     folder.mkdir(exist_ok=True)
     described = json.loads((plain / "adapter_config.json").read_text(encoding="utf-8"))
     (folder / "adapter_config.json").write_text(json.dumps(described | (config or {})), encoding="utf-8")
@@ -161,11 +161,11 @@ def lora_of(**changes: Any) -> ModelConfig:
     return replace(config, lora=Lora(**({"targets": ("q", "v"), "rank": 4, "alpha": 12.0} | changes)))
 
 
-def assert_merges_as_in_peft(folder: Path, reference: Any, config: ModelConfig, model: Any) -> None:
-    """The weights of a model with the adapters of a folder added are those of peft's merged model."""
+def assert_merges_as_in_peft(folder: Path, peft_model: Any, config: ModelConfig, model: Any) -> None:
+    """Checks that merging the adapters of a folder gives the weights of peft's merged model."""
     base = tiny_models.params_of(model)
     ours = merge(config, base, read_peft(folder, config, base))
-    merged = tiny_models.file_tensors(dict(reference.merge_and_unload().named_parameters()))
+    merged = tiny_models.file_tensors(dict(peft_model.merge_and_unload().named_parameters()))
     for tensor in tensors(config):
         np.testing.assert_allclose(
             tensor.to_hf(parameter(ours, tensor.path)), merged[tensor.key], rtol=1e-5, atol=1e-6, err_msg=tensor.key
@@ -173,12 +173,11 @@ def assert_merges_as_in_peft(folder: Path, reference: Any, config: ModelConfig, 
 
 
 def test_every_field_of_peft_is_classified():
-    """A field that a new version of peft adds fails here: decide what it does to the result."""
+    """Fails if a new version of peft adds a field: decide how it affects the result."""
     classes = [peft_config.HONOURED, tuple(peft_config.NEUTRAL), peft_config.VARIANTS, peft_config.IRRELEVANT]
     named = [field for fields in classes for field in fields]
     assert len(named) == len(set(named))
-    reference = {field.name for field in dataclasses.fields(peft.LoraConfig)}
-    assert reference == set(named)
+    assert {field.name for field in dataclasses.fields(peft.LoraConfig)} == set(named)
 
 
 def test_the_defaults_of_peft_are_read(tmp_path: Path):
@@ -208,28 +207,28 @@ def test_the_defaults_of_peft_are_read(tmp_path: Path):
     ids=str,
 )  # fmt: skip
 def test_patterns_are_honoured(tmp_path: Path, settings: dict[str, Any], lora: dict[str, Any]):
-    reference = save_with_peft(tmp_path, **settings)
-    assert_merges_as_in_peft(tmp_path, reference, lora_of(**lora), tiny_models.hf_model("mistral"))
+    peft_model = save_with_peft(tmp_path, **settings)
+    assert_merges_as_in_peft(tmp_path, peft_model, lora_of(**lora), tiny_models.hf_model("mistral"))
 
 
 def test_adapters_on_embedding_and_head_are_read(tmp_path: Path):
-    """peft saves the base's embeddings along with them: they must be those of the base."""
-    reference = save_with_peft(tmp_path / "peft", target_modules=["q_proj", "embed_tokens", "lm_head"])
+    """peft also saves the base's embeddings, which must equal those of the base."""
+    peft_model = save_with_peft(tmp_path / "peft", target_modules=["q_proj", "embed_tokens", "lm_head"])
     model, config = tiny_models.hf_model("mistral"), lora_of(targets=("q", "embedding", "head"))
     copies = {key for key in load_file(tmp_path / "peft/adapter_model.safetensors") if ".lora_" not in key}
     assert copies, "peft saves copies"
-    expected = peft_logits(reference, tiny_models.tokens(2, 20))
+    expected = peft_logits(peft_model, tiny_models.tokens(2, 20))
     base = tiny_models.params_of(model)
     ours = logits(config, join(base, read_peft(tmp_path / "peft", config, base)), tiny_models.tokens(2, 20))
     np.testing.assert_allclose(ours, expected, atol=1e-4 * np.abs(expected).max())
-    assert_merges_as_in_peft(tmp_path / "peft", reference, config, model)
+    assert_merges_as_in_peft(tmp_path / "peft", peft_model, config, model)
     with pytest.raises(UserError, match=r"weights of its base; name the base in model\.init_from"):
         read_peft(tmp_path / "peft", config)
     with pytest.raises(UserError, match="differs from that of the base"):
         read_peft(tmp_path / "peft", config, base | {"head": base["head"] + 0.01, "embedding": base["embedding"] + 1})
     halved = changed(
-        tmp_path / "peft", tmp_path / "half", tensors=lambda stored: {
-            key: value.astype(ml_dtypes.bfloat16) if key in copies else value for key, value in stored.items()
+        tmp_path / "peft", tmp_path / "half", tensors=lambda values: {
+            key: value.astype(ml_dtypes.bfloat16) if key in copies else value for key, value in values.items()
         }
     )  # fmt: skip
     read_peft(halved, config, base)
@@ -255,15 +254,15 @@ def test_adapters_on_embedding_and_head_are_read(tmp_path: Path):
         "mica",
     ],
 )
-def test_ways_to_begin_are_neutral_or_refused(tmp_path: Path, plain: Path, kind: Any):
-    """Those that change the base weights as peft loads the adapters must not be used with unchanged ones."""
+def test_initializations_are_neutral_or_refused(tmp_path: Path, plain: Path, kind: Any):
+    """Initializations that change the base weights when peft loads the adapters must not be used with the original."""
     changed(plain, tmp_path, {"init_lora_weights": kind})
     config, model = lora_of(), tiny_models.hf_model("mistral")
     if kind in peft_config.NEUTRAL["init_lora_weights"]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            reference = peft.PeftModel.from_pretrained(tiny_models.hf_model("mistral"), str(tmp_path))
-        assert_merges_as_in_peft(tmp_path, reference, config, model)
+            peft_model = peft.PeftModel.from_pretrained(tiny_models.hf_model("mistral"), str(tmp_path))
+        assert_merges_as_in_peft(tmp_path, peft_model, config, model)
         return
     with pytest.raises(UserError, match=f"init_lora_weights is '{kind}'; only plain LoRA .*merge_and_unload"):
         read_peft(tmp_path, config)
@@ -298,7 +297,9 @@ def test_ways_to_begin_are_neutral_or_refused(tmp_path: Path, plain: Path, kind:
     ],
     ids=str,
 )  # fmt: skip
-def test_what_changes_the_result_is_refused_by_name(tmp_path: Path, plain: Path, change: dict[str, Any], expected: str):
+def test_fields_that_change_the_result_are_refused_by_name(
+    tmp_path: Path, plain: Path, change: dict[str, Any], expected: str
+):
     changed(plain, tmp_path, change)
     with pytest.raises(UserError, match=f"{tmp_path}.*(?:{expected})"):
         read_peft(tmp_path, lora_of())
@@ -307,7 +308,7 @@ def test_what_changes_the_result_is_refused_by_name(tmp_path: Path, plain: Path,
 @pytest.mark.parametrize(
     "change", [{"a_field_of_tomorrow": None}, {"another": {}}, {"merge_weights": False}, {"bias": None}]
 )
-def test_what_is_off_is_accepted(tmp_path: Path, plain: Path, change: dict[str, Any]):
+def test_disabled_fields_are_accepted(tmp_path: Path, plain: Path, change: dict[str, Any]):
     read_peft(changed(plain, tmp_path, change), lora_of())
 
 
@@ -327,12 +328,12 @@ KEY = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_values_that_are_not_finite_are_refused(tmp_path: Path, plain: Path, value: float, dtype: Any):
-    def spoil(stored: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        stored = {key: array.astype(dtype) for key, array in stored.items()}
-        stored[KEY][3, 1] = value
-        return stored
+    def spoil(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        values = {key: array.astype(dtype) for key, array in values.items()}
+        values[KEY][3, 1] = value
+        return values
 
-    with pytest.raises(UserError, match=rf"{KEY} holds 1 of 64 values that are infinite or no numbers"):
+    with pytest.raises(UserError, match=rf"{KEY} contains 1 of 64 values that are infinite or NaN"):
         read_peft(changed(plain, tmp_path, tensors=spoil), lora_of())
 
 
@@ -343,7 +344,7 @@ def test_other_names_of_the_same_tensors(tmp_path: Path, plain: Path):
         lambda key: key.replace(".weight", ".default.weight"),
     ):
         renamed = changed(
-            plain, tmp_path, tensors=lambda stored, to=rename: {to(key): one for key, one in stored.items()}
+            plain, tmp_path, tensors=lambda values, to=rename: {to(key): value for key, value in values.items()}
         )
         jax.tree.map(np.testing.assert_array_equal, read_peft(renamed, lora_of()), expected)
 
@@ -362,13 +363,13 @@ def test_other_names_of_the_same_tensors(tmp_path: Path, plain: Path):
 )
 def test_tensors_that_are_not_expected_are_refused(tmp_path: Path, plain: Path, change: Any, expected: str):
     with pytest.raises(UserError, match=expected):
-        read_peft(changed(plain, tmp_path, tensors=lambda stored: stored | change), lora_of())
+        read_peft(changed(plain, tmp_path, tensors=lambda values: values | change), lora_of())
 
 
 def test_adapters_that_are_not_finite_are_not_written(tmp_path: Path):
     _, config, _, adapters = tiny("mistral", ("q",))
     adapters["blocks"]["q_a"][1] = np.nan
-    with pytest.raises(UserError, match=r"step 7: .*layers\.1\.self_attn\.q_proj\.lora_A\.weight holds 128 of 128"):
+    with pytest.raises(UserError, match=r"step 7: .*layers\.1\.self_attn\.q_proj\.lora_A\.weight contains 128 of 128"):
         write_peft(tmp_path / "adapter", config, adapters, base=None, of="step 7")
     assert not (tmp_path / "adapter").exists()
 
@@ -411,7 +412,7 @@ def test_modules_are_targeted_as_in_peft(targets: Any, excluded: Any, layers: An
 
     if isinstance(targets, str) or module in targets:
         layers = None  # not possible together in peft, or ignored
-    reference = peft.LoraConfig(target_modules=targets, exclude_modules=excluded, layers_to_transform=layers)
+    config = peft.LoraConfig(target_modules=targets, exclude_modules=excluded, layers_to_transform=layers)
     described = {"target_modules": targets, "exclude_modules": excluded, "layers_to_transform": layers}
     ours = peft_config.check_config("there", described)
-    assert (ours.ignores(module) is None) == bool(check_target_module_exists(reference, module))
+    assert (ours.ignores(module) is None) == bool(check_target_module_exists(config, module))

@@ -1,4 +1,4 @@
-"""Headers of safetensors files: what the format's own library refuses is refused, and the rest is read alike."""
+"""Headers of safetensors files: this project refuses what the format's library refuses, and reads the rest alike."""
 
 import json
 import struct
@@ -28,7 +28,7 @@ def entry(dtype: Any, shape: Any, start: Any, stop: Any) -> dict[str, Any]:
 
 
 def ours(content: bytes) -> dict[str, tuple[str, tuple[int, ...], bytes]] | None:
-    """What we read from a file; None where we refuse it."""
+    """Parses a file with this project. Returns None if it refuses the file."""
     length = int.from_bytes(content[:8], "little")
     try:
         if not 0 < length <= len(content) - 8:
@@ -37,15 +37,16 @@ def ours(content: bytes) -> dict[str, tuple[str, tuple[int, ...], bytes]] | None
         tensors = parse_header(content[8 : 8 + length], len(data))
     except ValueError:
         return None
-    return {key: (one.dtype, one.shape, data[one.start : one.stop]) for key, one in tensors.items()}
+    return {key: (tensor.dtype, tensor.shape, data[tensor.start : tensor.stop]) for key, tensor in tensors.items()}
 
 
-def theirs(content: bytes) -> dict[str, tuple[str, tuple[int, ...], bytes]] | None:
+def library(content: bytes) -> dict[str, tuple[str, tuple[int, ...], bytes]] | None:
+    """Parses a file with the format's library. Returns None if it refuses the file."""
     try:
         read = deserialize(content)
     except SafetensorError:
         return None
-    return {key: (one["dtype"], tuple(one["shape"]), bytes(one["data"])) for key, one in read}
+    return {key: (tensor["dtype"], tuple(tensor["shape"]), bytes(tensor["data"])) for key, tensor in read}
 
 
 def base() -> tuple[dict[str, Any], bytes]:
@@ -62,13 +63,13 @@ def base() -> tuple[dict[str, Any], bytes]:
 
 def test_the_base_is_read_alike():
     content = file(*base())
-    assert ours(content) == theirs(content) is not None
+    assert ours(content) == library(content) is not None
 
 
 @pytest.mark.parametrize("dtype", BITS)
 def test_every_dtype_of_the_format(dtype: str):
     content = file({"a": entry(dtype, [8], 0, BITS[dtype])}, bytes(BITS[dtype]))
-    assert ours(content) == theirs(content) is not None
+    assert ours(content) == library(content) is not None
     assert ours(file({"a": entry(dtype, [9], 0, BITS[dtype])}, bytes(BITS[dtype]))) is None
 
 
@@ -95,22 +96,22 @@ CHANGES = st.one_of(
 
 
 def change(header: dict[str, Any], data: bytes, action: tuple[Any, ...]) -> bytes:
-    what, *rest = action
+    kind, *rest = action
     target = header.get(rest[0], {}) if rest and isinstance(rest[0], str) else {}
-    if what == "set" and rest[0] in header and isinstance(target, dict):
+    if kind == "set" and rest[0] in header and isinstance(target, dict):
         target[rest[1]] = rest[2]
-    elif what == "entry":
+    elif kind == "entry":
         header[rest[0]] = rest[1]
-    elif what == "drop":
+    elif kind == "drop":
         header.pop(rest[0], None)
-    elif what == "copy" and rest[0] in header:
+    elif kind == "copy" and rest[0] in header:
         header[rest[1]] = header[rest[0]]
-    elif what == "swap" and rest[0] in header and rest[1] in header:
+    elif kind == "swap" and rest[0] in header and rest[1] in header:
         header[rest[0]], header[rest[1]] = header[rest[1]], header[rest[0]]
-    elif what == "field" and isinstance(target, dict):
+    elif kind == "field" and isinstance(target, dict):
         if target.pop(rest[1], None) is None:
             target[rest[1]] = 1
-    elif what == "data":
+    elif kind == "data":
         return data + bytes(rest[0]) if rest[0] > 0 else data[: rest[0]]
     return data
 
@@ -125,7 +126,7 @@ def test_changed_headers(actions: list[tuple[Any, ...]]):
         data = change(header, data, action)
     content = file(header, data)
     read = ours(content)
-    assert read is None or read == theirs(content)
+    assert read is None or read == library(content)
 
 
 @settings(max_examples=150, deadline=None)
@@ -133,16 +134,16 @@ def test_changed_headers(actions: list[tuple[Any, ...]]):
 def test_changed_bytes(data: st.DataObject):
     content = bytearray(file(*base()))
     for _ in range(data.draw(st.integers(1, 3))):
-        at = data.draw(st.integers(0, len(content) - 1))
+        position = data.draw(st.integers(0, len(content) - 1))
         kind = data.draw(st.sampled_from(["set", "digit", "insert", "delete"]))
         if kind == "delete":
-            del content[at]
+            del content[position]
         elif kind == "insert":
-            content.insert(at, data.draw(st.sampled_from(b'0-{}[]",: \\\x00\xff')))
+            content.insert(position, data.draw(st.sampled_from(b'0-{}[]",: \\\x00\xff')))
         else:
-            content[at] = data.draw(st.sampled_from(b"0123456789") if kind == "digit" else st.integers(0, 255))
+            content[position] = data.draw(st.sampled_from(b"0123456789") if kind == "digit" else st.integers(0, 255))
     read = ours(bytes(content))
-    assert read is None or read == theirs(bytes(content))
+    assert read is None or read == library(bytes(content))
 
 
 ONE = entry("U8", [1], 0, 1)
@@ -167,22 +168,22 @@ BROKEN: dict[str, tuple[Any, bytes, str]] = {
     "another shape": (
         {Q: entry("F32", [2, 2], 0, 24)},
         bytes(24),
-        f"{Q} is F32 [2, 2], 16 bytes, and its data_offsets [0, 24] hold 24",
+        f"{Q} is F32 [2, 2], 16 bytes, and its data_offsets [0, 24] span 24",
     ),
     "half a byte": ({"a": entry("F4", [3], 0, 1)}, bytes(1), "1.5 bytes"),
     "data too short": (
         {"a": entry("U8", [2], 0, 2)},
         bytes(1),
-        "its tensors fill 2 bytes, and 1 bytes follow the header",
+        "its tensors have 2 bytes, and 1 bytes follow the header",
     ),
-    "data too long": ({"a": ONE}, bytes(2), "its tensors fill 1 bytes, and 2 bytes follow"),
+    "data too long": ({"a": ONE}, bytes(2), "its tensors have 1 bytes, and 2 bytes follow"),
     "backwards": ({"a": entry("U8", [1], 1, 0)}, bytes(1), "its start and its end are expected"),
     "three offsets": (b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1,2]}}', bytes(1), "data_offsets [0, 1, 2]"),
-    "unknown dtype": ({"a": entry("I4", [1], 0, 1)}, bytes(1), "a has dtype 'I4', which the format does not have"),
+    "unknown dtype": ({"a": entry("I4", [1], 0, 1)}, bytes(1), "a has dtype 'I4', which is not a dtype of the format"),
     "a shape of floats": ({"a": entry("U8", [1.0], 0, 1)}, bytes(1), "a has shape [1.0]; a list of whole numbers"),
     "a negative size": ({"a": entry("U8", [-1, -1], 0, 1)}, bytes(1), "a has shape [-1, -1]"),
-    "true is no number": ({"a": entry("U8", [True], 0, 1)}, bytes(1), "a has shape [True]"),
-    "a huge shape": ({"a": entry("U8", [2**40, 2**40, 0], 0, 0)}, b"", "more values than a file holds"),
+    "a boolean size": ({"a": entry("U8", [True], 0, 1)}, bytes(1), "a has shape [True]"),
+    "a huge shape": ({"a": entry("U8", [2**40, 2**40, 0], 0, 0)}, b"", "more values than a file can contain"),
     "a list": (b"[]", b"", "not a JSON object"),
     "no JSON": (b"{", b"", ""),
     "an entry of another kind": ({"a": [1]}, b"", "a is [1]; exactly dtype, shape, data_offsets are expected"),
@@ -198,7 +199,7 @@ BROKEN: dict[str, tuple[Any, bytes, str]] = {
     "deep nesting": (TEXT.replace(b"[1]", b"[" * 100_000 + b"]" * 100_000), bytes(1), ""),
 }
 STRICTER = {"a huge shape", "a field more", "a tensor twice"}
-"""What the format's library reads: empty tensors of a huge shape, fields that it does not know, the last of two."""
+"""Cases that the format's library accepts: empty tensors of a huge shape, unknown fields, the last of two entries."""
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -213,7 +214,7 @@ def test_broken_headers(name: str, tmp_path: Path):
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 600
     if name not in STRICTER:
-        assert theirs(path.read_bytes()) is None
+        assert library(path.read_bytes()) is None
 
 
 @pytest.mark.parametrize("length", [0, 46, 2**40, 2**64 - 1])
@@ -232,5 +233,5 @@ def test_all_tensors_of_a_file(tmp_path: Path):
         key: value.tolist() for key, value in values.items()
     }
     (tmp_path / "x.safetensors").write_bytes(save({"a": np.ones(2, np.int8)}))
-    with pytest.raises(UserError, match=f"a is I8, and only {', '.join(DTYPES)} are read"):
+    with pytest.raises(UserError, match=f"a is I8, and only {', '.join(DTYPES)} are supported"):
         read_tensors(str(tmp_path / "x.safetensors"))

@@ -1,4 +1,4 @@
-"""Weights move a few tensors at a time: in bounded memory, and on from where a killed process stopped."""
+"""Conversions stream weights a few tensors at a time: bounded memory, and resumable after a kill."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ TO_ORBAX, TO_HF = "converters.hf_to_orbax", "converters.orbax_to_hf"
 
 @pytest.fixture(scope="module")
 def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sharded Mixtral in bf16."""
+    """A sharded Mixtral in bfloat16."""
     folder = tmp_path_factory.mktemp("weights") / "hf"
     model = tiny_models.hf_model("mixtral", num_local_experts=4).to(torch.bfloat16)
     model.save_pretrained(folder, max_shard_size="40KB")
@@ -44,11 +44,11 @@ def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def converted(mixtral: Path, commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same as an Orbax checkpoint."""
+    """The Mixtral as an Orbax checkpoint."""
     folder = tmp_path_factory.mktemp("orbax") / "model"
-    said = commands.call(TO_ORBAX, "--hf", mixtral, "--out", folder, "--verify").stdout
-    assert "verified: 41 tensors are the source's, bit for bit" in said
-    assert "verified: the logits of 32 tokens are those of transformers" in said
+    output = commands.call(TO_ORBAX, "--hf", mixtral, "--out", folder, "--verify").stdout
+    assert "verified: 41 tensors equal the source's, bit for bit" in output
+    assert "verified: the logits of 32 tokens are those of transformers" in output
     return folder
 
 
@@ -63,7 +63,7 @@ def test_weights_are_placed_from_their_files(mixtral: Path, converted: Path, sta
     params = opened.params() if start == "hf" else checkpoint.open_params(checkpoint.resolve(converted))
     mesh = meshes.make_mesh({}, jax.devices()[:1])
     like = jax.tree.map(
-        lambda one: jax.ShapeDtypeStruct(one.shape, np.float32, sharding=jax.NamedSharding(mesh, jax.P())),
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, np.float32, sharding=jax.NamedSharding(mesh, jax.P())),
         shapes(opened.config),
     )
     expected = jax.tree.map(lambda array: array.astype(np.float32), load_hf(mixtral)[1])
@@ -71,7 +71,7 @@ def test_weights_are_placed_from_their_files(mixtral: Path, converted: Path, sta
 
 
 def test_a_host_reads_only_what_its_devices_hold(mixtral: Path, eight_devices: dict[str, str]):
-    """Eight devices in one process, all axes that split weights: each piece is the whole's."""
+    """Shards weights over eight devices of one process along all weight axes: each shard equals its slice."""
     script = """
 import sys, jax, numpy as np
 from xlam_jax.weights.hf import HFWeights, load_hf
@@ -79,27 +79,27 @@ from xlam_jax.models.params import logical_axes
 from xlam_jax.parallel.mesh import make_mesh, spec
 opened = HFWeights(sys.argv[1])
 mesh = make_mesh({"fsdp": 2, "expert": 2, "tensor": 2})
-leaf = lambda node: isinstance(node, tuple)
+is_leaf = lambda node: isinstance(node, tuple)
 def check(axes, parameter, whole):
-    axes = [axis.replace("vocab", "norm") for axis in axes]  # 97 tokens divide by nothing
+    axes = [axis.replace("vocab", "norm") for axis in axes]  # 97 tokens are not divisible
     placed = parameter.placed(jax.NamedSharding(mesh, spec(axes, mesh)))
     assert placed.addressable_shards[0].data.shape != whole.shape or "norm" in axes
     np.testing.assert_array_equal(np.asarray(placed), whole)
-jax.tree.map(check, logical_axes(opened.config), opened.params(), load_hf(sys.argv[1])[1], is_leaf=leaf)
+jax.tree.map(check, logical_axes(opened.config), opened.params(), load_hf(sys.argv[1])[1], is_leaf=is_leaf)
 """
     command = [sys.executable, "-c", script, mixtral]
-    done = subprocess.run(command, env=eight_devices, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run(command, env=eight_devices, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
 
 
-@pytest.mark.parametrize("way", ["to-orbax", "to-hf"])
-def test_a_killed_conversion_is_finished_by_the_next(
-    mixtral: Path, converted: Path, tmp_path: Path, commands: Commands, way: str
+@pytest.mark.parametrize("direction", ["to-orbax", "to-hf"])
+def test_a_killed_conversion_is_resumed(
+    mixtral: Path, converted: Path, tmp_path: Path, commands: Commands, direction: str
 ):
     out = tmp_path / "out"
     command = (
         [TO_ORBAX, "--hf", mixtral, "--out", out, "--workers", 1]
-        if way == "to-orbax"
+        if direction == "to-orbax"
         else [TO_HF, "--checkpoint", converted, "--out", out, "--max-shard-size", "40KB", "--workers", 1]
     )
     slow = (
@@ -124,17 +124,17 @@ def test_a_killed_conversion_is_finished_by_the_next(
     finished = journal.read_text().splitlines()
     assert 3 == len(finished) < len(HFWeights(mixtral).sources)
 
-    said = commands.call(*command)
-    assert "MB are there already" in said.stderr
+    output = commands.call(*command)
+    assert "MB are there already" in output.stderr
     assert not (tmp_path / ".out.part").exists()
     assert not [path for path in out.rglob(".*") if path.is_file()]
-    if way == "to-orbax":
+    if direction == "to-orbax":
         assert same_arrays(checkpoint.load_params(checkpoint.resolve(out)), load_hf(mixtral)[1])
     else:
         assert same_arrays(load_hf(out)[1], load_hf(mixtral)[1])
 
 
-def test_a_part_of_something_else_is_left_alone(tmp_path: Path):
+def test_an_unfinished_output_of_another_source_is_kept(tmp_path: Path):
     out = tmp_path / "out"
 
     def interrupted() -> None:
@@ -154,7 +154,7 @@ def test_a_part_of_something_else_is_left_alone(tmp_path: Path):
 
 
 def test_memory_is_bounded_by_a_few_tensors(tmp_path: Path, commands: Commands):
-    """A model of 20 layers: what is held at most does not grow with their number."""
+    """The peak memory does not grow with the number of layers."""
     config = {
         "architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_size": 512, "intermediate_size": 4096,
         "num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 512, "rms_norm_eps": 1e-5,
@@ -184,15 +184,15 @@ def test_memory_is_bounded_by_a_few_tensors(tmp_path: Path, commands: Commands):
 
 
 def peak_of(commands: Commands, module: str, *arguments: object) -> int:
-    """Bytes of resident memory that a command holds at most."""
+    """Returns the peak resident memory of a command in bytes."""
     script = (
         "import runpy, sys, re\nsys.argv = sys.argv[1:]\n"
         "try:\n runpy.run_module(sys.argv[0], run_name='__main__')\n"
         "finally:\n print(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1])\n"
     )
     command = [sys.executable, "-c", script, module, *map(str, arguments)]
-    done = subprocess.run(command, env=commands.environment, cwd=ROOT, capture_output=True, text=True, check=True)
-    return int(done.stdout.splitlines()[-1]) * 1024
+    process = subprocess.run(command, env=commands.environment, cwd=ROOT, capture_output=True, text=True, check=True)
+    return int(process.stdout.splitlines()[-1]) * 1024
 
 
 def test_fused_experts_are_read(mixtral: Path, tmp_path: Path):
@@ -204,7 +204,7 @@ def test_fused_experts_are_read(mixtral: Path, tmp_path: Path):
     for layer in range(2):
         block = f"model.layers.{layer}."
         experts = [
-            {which: values.pop(f"{block}block_sparse_moe.experts.{e}.{which}.weight") for which in ("w1", "w2", "w3")}
+            {name: values.pop(f"{block}block_sparse_moe.experts.{e}.{name}.weight") for name in ("w1", "w2", "w3")}
             for e in range(4)
         ]
         values[f"{block}mlp.gate.weight"] = values.pop(f"{block}block_sparse_moe.gate.weight")
@@ -215,7 +215,7 @@ def test_fused_experts_are_read(mixtral: Path, tmp_path: Path):
     assert same_arrays(load_hf(folder)[1], load_hf(mixtral)[1])
 
 
-def test_values_that_are_no_numbers_are_refused(mixtral: Path, tmp_path: Path, commands: Commands):
+def test_values_that_are_not_finite_are_refused(mixtral: Path, tmp_path: Path, commands: Commands):
     folder = tmp_path / "hf"
     folder.mkdir()
     for path in mixtral.iterdir():
@@ -224,25 +224,25 @@ def test_values_that_are_no_numbers_are_refused(mixtral: Path, tmp_path: Path, c
     values = load_file(file)
     values["model.norm.weight"][3:5] = np.nan, -np.inf
     save_file(values, file)
-    said = commands.fails(TO_ORBAX, "--hf", folder, "--out", tmp_path / "out")
-    assert "model.norm.weight holds 2 of 32 values that are infinite or no numbers" in said
+    output = commands.fails(TO_ORBAX, "--hf", folder, "--out", tmp_path / "out")
+    assert "model.norm.weight contains 2 of 32 values that are infinite or NaN" in output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
 
 
-def test_a_truncated_checkpoint_is_told(converted: Path, tmp_path: Path, commands: Commands):
+def test_a_truncated_checkpoint_is_refused(converted: Path, tmp_path: Path, commands: Commands):
     broken = tmp_path / "model"
     shutil.copytree(converted, broken)
     chunk = next(
         path for path in (broken / "checkpoints/0/params/blocks.w1").rglob("*") if path.is_file() and path.name == "0"
     )
     chunk.write_bytes(chunk.read_bytes()[:-7])
-    said = commands.fails(TO_HF, "--checkpoint", broken, "--out", tmp_path / "out")
-    assert "blocks.w1" in said
+    output = commands.fails(TO_HF, "--checkpoint", broken, "--out", tmp_path / "out")
+    assert "blocks.w1" in output
     assert not (tmp_path / "out").exists()
 
 
-def test_other_logits_are_found(mixtral: Path, converted: Path, monkeypatch: pytest.MonkeyPatch):
-    """Weights that are all the same bits, under a config.json that lies about how they are used."""
+def test_different_logits_are_refused(mixtral: Path, converted: Path, monkeypatch: pytest.MonkeyPatch):
+    """The weights are equal bit for bit, and config.json describes a different computation."""
     step = checkpoint.resolve(converted)
     params, hf_config = checkpoint.open_params(step), checkpoint.load_hf_config(step)
     for with_torch in (True, False):
@@ -253,8 +253,8 @@ def test_other_logits_are_found(mixtral: Path, converted: Path, monkeypatch: pyt
             compare_logits(mixtral, hf_config | {"num_experts_per_tok": 1}, params, step)
 
 
-def test_elsewhere_and_back(mixtral: Path, converted: Path, tmp_path: Path, commands: Commands):
-    """Through an address of fsspec: written, refused where something is, read, and inspected."""
+def test_a_remote_folder(mixtral: Path, converted: Path, tmp_path: Path, commands: Commands):
+    """An fsspec URL is written, not overwritten, read, and inspected."""
     address = "memory://models/tiny"
     export = [TO_HF, "--checkpoint", converted, "--out", address, "--max-shard-size", "40KB"]
     commands.call(*export, "--verify")
@@ -267,19 +267,19 @@ def test_elsewhere_and_back(mixtral: Path, converted: Path, tmp_path: Path, comm
     assert "MixtralForCausalLM" in commands.call("converters.inspect", address).stdout
 
 
-def test_an_interrupted_export_elsewhere_is_finished(
+def test_an_interrupted_export_to_a_remote_folder_is_resumed(
     mixtral: Path, converted: Path, tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
 ):
-    """A file that was being written is no whole one, though closing it put it there."""
+    """The file that was being written counts as unfinished, although closing it created it."""
     address = f"file://{tmp_path}/there"
     export = [TO_HF, "--checkpoint", converted, "--out", address, "--max-shard-size", "40KB", "--workers", 1]
-    check, seen = orbax_to_hf.check_finite, []
+    check, calls = orbax_to_hf.check_finite, []
 
-    def breaks(*given: Any) -> None:
-        seen.append(given)
-        if len(seen) == 30:
+    def breaks(*arguments: Any) -> None:
+        calls.append(arguments)
+        if len(calls) == 30:
             raise OSError("the line is down")
-        check(*given)
+        check(*arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(orbax_to_hf, "check_finite", breaks)
@@ -303,7 +303,7 @@ def test_another_source_of_the_same_sizes_is_refused(
     assert "holds an unfinished output of something else" in commands.fails(*command)
 
 
-def test_a_lost_file_of_a_checkpoint_is_no_zeros(converted: Path, tmp_path: Path, commands: Commands):
+def test_a_missing_file_of_a_checkpoint_is_not_read_as_zeros(converted: Path, tmp_path: Path, commands: Commands):
     lost = tmp_path / "lost"
     shutil.copytree(converted, lost)
     (checkpoint.resolve(lost) / "params/blocks.q/c/0/0/0/0/0").unlink()
@@ -311,7 +311,7 @@ def test_a_lost_file_of_a_checkpoint_is_no_zeros(converted: Path, tmp_path: Path
     assert not (tmp_path / "hf").exists()
 
 
-def test_zeros_come_through(mixtral: Path, tmp_path: Path, commands: Commands):
+def test_weights_of_zeros_are_converted(mixtral: Path, tmp_path: Path, commands: Commands):
     source = tmp_path / "zeros"
     shutil.copytree(mixtral, source)
     for file in source.glob("*.safetensors"):
@@ -332,7 +332,7 @@ def test_weights_of_another_config_are_refused(converted: Path, tmp_path: Path, 
     assert message in commands.fails(*export)
 
 
-def test_values_beyond_a_dtype_are_told(mixtral: Path, tmp_path: Path, commands: Commands):
+def test_values_beyond_the_range_of_the_dtype_are_refused(mixtral: Path, tmp_path: Path, commands: Commands):
     source = tmp_path / "large"
     shutil.copytree(mixtral, source)
     for file in source.glob("*.safetensors"):
@@ -343,19 +343,19 @@ def test_values_beyond_a_dtype_are_told(mixtral: Path, tmp_path: Path, commands:
 
 
 def test_inspect(mixtral: Path, converted: Path, trained: tuple[Path, str], commands: Commands):
-    said = commands.call("converters.inspect", mixtral).stdout
-    assert "MixtralForCausalLM, 49,632 parameters" in said
-    assert "bfloat16 (49,632 values)" in said
+    output = commands.call("converters.inspect", mixtral).stdout
+    assert "MixtralForCausalLM, 49,632 parameters" in output
+    assert "bfloat16 (49,632 values)" in output
     assert "config     none: a converted model" in commands.call("converters.inspect", converted).stdout
-    said = commands.call("converters.inspect", trained[0]).stdout
-    assert "items data, opt, params" in said
-    assert "step       10; also there: " in said
-    assert "config     sft, full, from random weights, 10 steps of 4 rows" in said
+    output = commands.call("converters.inspect", trained[0]).stdout
+    assert "items data, opt, params" in output
+    assert "step       10; other steps: " in output
+    assert "config     sft, full, from random weights, 10 steps of 4 rows" in output
     assert "no such folder" in commands.fails("converters.inspect", "nowhere")
 
 
 def test_a_name_on_the_hub(mixtral: Path, tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch):
-    """From a cache as the hub's own client keeps it; without the network what is not there is told."""
+    """Reads from the cache of the hub's client. Without network, a missing model is one error message."""
     revision = "a" * 40
     repository = tmp_path / "models--acme--tiny"
     (repository / "refs").mkdir(parents=True)
@@ -364,18 +364,18 @@ def test_a_name_on_the_hub(mixtral: Path, tmp_path: Path, commands: Commands, mo
     (repository / "snapshots" / revision).symlink_to(mixtral)
     script = "import sys; from converters.inspect import *; run(main)"
     env = commands.environment | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    found, missing = (
+    cached, missing = (
         subprocess.run([sys.executable, "-c", script, name], env=env, capture_output=True, text=True, check=False)
         for name in ("acme/tiny", "acme/other")
     )
-    assert "MixtralForCausalLM" in found.stdout, found.stderr
+    assert "MixtralForCausalLM" in cached.stdout, cached.stderr
     assert missing.returncode == 2
-    assert "acme/other: no such folder, and not to be had from the Hugging Face hub" in missing.stderr
+    assert "acme/other: no such folder, and it cannot be loaded from the Hugging Face hub" in missing.stderr
 
 
 def test_headers(tmp_path: Path):
-    place = shards.Place("x", np.dtype(np.float32), (2, 3))
-    whole = shards.header_of([place]) + np.arange(6, dtype=np.float32).tobytes()
+    spec = shards.TensorSpec("x", np.dtype(np.float32), (2, 3))
+    whole = shards.make_header([spec]) + np.arange(6, dtype=np.float32).tobytes()
     (tmp_path / "one.safetensors").write_bytes(whole)
     np.testing.assert_array_equal(load_file(tmp_path / "one.safetensors")["x"], [[0, 1, 2], [3, 4, 5]])
     shard = shards.Shard(str(tmp_path / "one.safetensors"))

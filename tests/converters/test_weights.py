@@ -1,4 +1,4 @@
-"""Weights go from Hugging Face to Orbax and back bit for bit; whatever does not fit is reported in one message."""
+"""Weights are converted to Orbax and back bit for bit; each mismatch is reported in one message."""
 
 import json
 import shutil
@@ -46,7 +46,7 @@ def convert(monkeypatch: pytest.MonkeyPatch) -> Command:
 
 
 def stored(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    """Dtype, shape and bytes of every tensor of a folder's safetensors."""
+    """Reads dtype, shape and bytes of all tensors in a folder's safetensors files."""
     contents = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="np") as opened:
@@ -85,11 +85,11 @@ def test_round_trip(name: str, dtype: torch.dtype, tmp_path: Path, convert: Comm
         assert (back / file).read_bytes() == (original / file).read_bytes()
     assert not list(tmp_path.glob(".*")), "no temporary folder stays"
 
-    reference, ours = (AutoModelForCausalLM.from_pretrained(folder) for folder in (original, back))
+    before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (original, back))
     tokens = torch.from_numpy(tiny_models.tokens(2, 9)).long()
     with torch.no_grad():
-        assert ours.dtype == dtype
-        assert torch.equal(ours(tokens).logits, reference(tokens).logits)
+        assert after.dtype == dtype
+        assert torch.equal(after(tokens).logits, before(tokens).logits)
 
 
 def test_one_file_when_it_fits(tmp_path: Path, convert: Command):
@@ -103,7 +103,7 @@ def test_one_file_when_it_fits(tmp_path: Path, convert: Command):
         "generation_config.json",
     }
     modes = {file.stat().st_mode for file in (tmp_path / "back").iterdir()}
-    assert len(modes) == 1, "a server of another user can read the weights where it can read the config"
+    assert len(modes) == 1, "whoever can read config.json can read the weights"
 
 
 def test_export_in_another_dtype(tmp_path: Path, convert: Command):
@@ -155,7 +155,7 @@ def edit(folder: Path, change: Callable[[dict[str, np.ndarray]], object]) -> Non
 
 
 def break_all(folder: Path) -> None:
-    """A key missing, one extra, one of another shape, and one twice."""
+    """Makes one tensor missing, one extra, one of another shape, and one duplicate."""
 
     def change(values: dict[str, np.ndarray]) -> None:
         values["model.layers.9.mlp.gate_proj.weight"] = values.pop("model.layers.1.mlp.gate_proj.weight")
@@ -181,7 +181,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("damage", "expected"),
     [
         (truncate, ["model-00002-of-00008.safetensors: truncated", "bytes", "download this file again"]),
-        (remove_shard, ["model.safetensors.index.json: names 8 shards, of which 1", "model-00002-of-00008"]),
+        (remove_shard, ["model.safetensors.index.json: lists 8 shards, of which 1", "model-00002-of-00008"]),
         (
             break_all,
             [
@@ -203,7 +203,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (lambda folder: (folder / "config.json").unlink(), ["config.json: no such file"]),
         (
             lambda folder: (folder / "model.safetensors.index.json").unlink(),
-            ["neither model.safetensors nor model.safetensors.index.json", "it holds model-00001"],
+            ["neither model.safetensors nor model.safetensors.index.json", "it contains model-00001"],
         ),
         (lambda folder: (folder / "model.safetensors.index.json").write_text("[]"), ["no weight_map"]),
         (
@@ -213,7 +213,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
     ids=["truncated", "no-shard", "all", "shape", "foreign", "no-config", "no-index", "bad-index", "quantized"],
 )
-def test_what_does_not_fit(
+def test_invalid_folders_are_refused(
     sharded: Path, tmp_path: Path, convert: Command, damage: Callable[[Path], object], expected: list[str]
 ):
     folder = tmp_path / "hf"
@@ -234,7 +234,7 @@ def reindex(folder: Path, change: Callable[[dict[str, str]], object]) -> None:
 
 
 def swap_offsets(folder: Path) -> None:
-    """Gives two tensors of one shape the same bytes, as a careless tool might."""
+    """Gives two tensors of the same shape the same bytes."""
     path = folder / "model-00002-of-00008.safetensors"
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
@@ -273,7 +273,7 @@ NORM = "model.norm.weight"
         ),
         (
             lambda folder: shutil.copyfile(folder / "model-00001-of-00008.safetensors", folder / "model.safetensors"),
-            "both model.safetensors and model.safetensors.index.json are there",
+            "contains both model.safetensors and model.safetensors.index.json",
         ),
         (
             lambda folder: edit(folder, lambda values: values.update({"model.layers.0.up.qweight": np.ones(3)})),
@@ -294,7 +294,7 @@ def test_contradictions_of_files_and_index(
     folder = tmp_path / "hf"
     shutil.copytree(sharded, folder)
     damage(folder)
-    for read in (load_hf, lambda folder: inspect.foreign(str(folder))):
+    for read in (load_hf, lambda folder: inspect.inspect_hf(str(folder))):
         with pytest.raises(UserError) as error:
             read(folder)
         assert expected in str(error.value)
@@ -306,10 +306,10 @@ def test_a_quantization_config_without_quantized_weights_is_dropped(
     original = saved(tmp_path / "hf", "mistral")
     set_config(original, quantization_config={"quant_method": "bitsandbytes"}, attention_dropout=0.25)
     convert(hf_to_orbax, "--hf", original, "--out", tmp_path / "orbax")
-    said = capsys.readouterr().err
-    assert "quantization_config (bitsandbytes) is dropped; the weights are not quantized" in said
-    assert "attention_dropout is 0.25, which transformers applies in training" in said
-    assert "quantization_config (bitsandbytes) is dropped" in inspect.foreign(str(original))["warnings"]
+    error = capsys.readouterr().err
+    assert "quantization_config (bitsandbytes) is dropped; the weights are not quantized" in error
+    assert "attention_dropout is 0.25, which transformers applies in training" in error
+    assert "quantization_config (bitsandbytes) is dropped" in inspect.inspect_hf(str(original))["warnings"]
     convert(orbax_to_hf, "--checkpoint", tmp_path / "orbax", "--out", tmp_path / "back")
     assert "quantization_config" not in json.loads((tmp_path / "back" / "config.json").read_text())
 
@@ -322,10 +322,10 @@ def test_a_tied_model_with_its_head_in_the_files(tmp_path: Path, monkeypatch: py
     save_file(values | {"lm_head.weight": values["model.embed_tokens.weight"].copy()}, file)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        reference = AutoModelForCausalLM.from_pretrained(folder)
+        expected = AutoModelForCausalLM.from_pretrained(folder)
     _, params = load_hf(folder)
     assert "head" not in params
-    np.testing.assert_array_equal(params["embedding"], reference.lm_head.weight.detach().numpy())
+    np.testing.assert_array_equal(params["embedding"], expected.lm_head.weight.detach().numpy())
 
     other = values["model.embed_tokens.weight"].copy()
     other[-1, -1] += 1
@@ -347,7 +347,7 @@ def test_an_existing_output_is_refused(sharded: Path, tmp_path: Path, convert: C
     assert (tmp_path / "there" / "precious").read_text() == "kept"
 
 
-def test_export_of_what_is_no_checkpoint(tmp_path: Path, convert: Command):
+def test_export_of_a_folder_without_checkpoints(tmp_path: Path, convert: Command):
     with pytest.raises(UserError, match="checkpoints"):
         convert(orbax_to_hf, "--checkpoint", tmp_path, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -366,7 +366,7 @@ def test_names_of_wrappers_are_removed(wrapper: str, tmp_path: Path):
     expected = load_hf(folder)[1]
     save_file({wrapper + key: value for key, value in values.items()}, folder / "model.safetensors")
     opened = hf_to_orbax.HFWeights(folder)
-    assert any("have names of a wrapper" in line for line in opened.warnings)
+    assert any("have the prefix of a wrapper" in line for line in opened.warnings)
     np.testing.assert_array_equal(load_hf(folder)[1]["blocks"]["q"], expected["blocks"]["q"])
 
 
@@ -399,10 +399,9 @@ def test_layers_of_several_dtypes_are_read_in_the_wider_one(tmp_path: Path, conv
     save_file(values | {key: values[key].astype(np.float16)}, folder / "model.safetensors")
     q = load_hf(folder)[1]["blocks"]["q"]
     assert q.dtype == np.float32
-    reference = (
-        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).model.layers[0].self_attn.q_proj.weight
-    )
-    np.testing.assert_array_equal(q[0].reshape(q.shape[1], -1).T, reference.detach().numpy())
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    expected = model.model.layers[0].self_attn.q_proj.weight
+    np.testing.assert_array_equal(q[0].reshape(q.shape[1], -1).T, expected.detach().numpy())
     convert(hf_to_orbax, "--hf", folder, "--out", tmp_path / "orbax", "--verify")
 
 
@@ -411,15 +410,15 @@ def test_swish_is_silu(tmp_path: Path, convert: Command):
     set_config(folder, hidden_act="swish")
     convert(hf_to_orbax, "--hf", folder, "--out", tmp_path / "orbax", "--verify")
     convert(orbax_to_hf, "--checkpoint", tmp_path / "orbax", "--out", tmp_path / "back")
-    assert json.loads((tmp_path / "back/config.json").read_text())["hidden_act"] == "silu"  # vLLM knows no other
+    assert (
+        json.loads((tmp_path / "back/config.json").read_text())["hidden_act"] == "silu"
+    )  # the only name that vLLM supports
 
 
-def test_parts_are_kept_where_the_source_cannot_be_read(
-    tmp_path: Path, convert: Command, monkeypatch: pytest.MonkeyPatch
-):
+def test_finished_tensors_are_kept_when_a_read_fails(tmp_path: Path, convert: Command, monkeypatch: pytest.MonkeyPatch):
     folder = saved(tmp_path / "hf", "mistral")
     read = Shard.read
-    done: list[str] = []
+    keys: list[str] = []
 
     def failing(shard: Any, key: str, part: Any = None) -> Any:
         if "layers.1" in key:
@@ -430,17 +429,17 @@ def test_parts_are_kept_where_the_source_cannot_be_read(
                     raise OSError(5, "Input/output error")
 
             shard._files = Broken()
-        done.append(key)
+        keys.append(key)
         return read(shard, key, part)
 
     monkeypatch.setattr(Shard, "read", failing)
     with pytest.raises(UserError, match=r"model\.safetensors: .* can't be read \(Input/output error\); run again"):
         convert(hf_to_orbax, "--hf", folder, "--out", tmp_path / "orbax", "--workers", "1")
-    monkeypatch.setattr(Shard, "read", lambda *arguments: (done.append(arguments[1]), read(*arguments))[1])
-    done.clear()
+    monkeypatch.setattr(Shard, "read", lambda *arguments: (keys.append(arguments[1]), read(*arguments))[1])
+    keys.clear()
     convert(hf_to_orbax, "--hf", folder, "--out", tmp_path / "orbax")
-    assert done
-    assert "model.embed_tokens.weight" not in done
+    assert keys
+    assert "model.embed_tokens.weight" not in keys
 
 
 def test_addresses_as_outputs(tmp_path: Path, convert: Command, monkeypatch: pytest.MonkeyPatch):

@@ -31,7 +31,7 @@ from xlam_jax.training import run_folder
 from xlam_jax.weights import checkpoint, peft_config
 from xlam_jax.weights import run as weights
 from xlam_jax.weights.hf import HFWeights
-from xlam_jax.weights.shards import DTYPES, Place, header_of
+from xlam_jax.weights.shards import DTYPES, TensorSpec, make_header
 
 Read = Callable[[Random], object]
 """Reads one mutated input; the generator decides which."""
@@ -147,8 +147,8 @@ def safetensors(folder: Path) -> Read:
     config = ModelConfig.from_hf(SMALL)
     from xlam_jax.weights.hf_map import tensors
 
-    places = [Place(tensor.key, np.dtype(np.float32), tensor.shape) for tensor in tensors(config)]
-    file = header_of(places) + bytes(sum(place.bytes for place in places))
+    places = [TensorSpec(tensor.key, np.dtype(np.float32), tensor.shape) for tensor in tensors(config)]
+    file = make_header(places) + bytes(sum(place.bytes for place in places))
     length = int.from_bytes(file[:8], "little")
     header, rest = json.loads(file[8 : 8 + length]), file[8 + length :]
     index = {"metadata": {"total_size": 1}, "weight_map": {place.key: "model.safetensors" for place in places}}

@@ -1,4 +1,4 @@
-"""Clients are closed when their test ends."""
+"""Closes the clients of each test when it ends."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,15 +10,15 @@ from xlam_jax.client.completion import xLAMChatCompletion
 
 @pytest.fixture(autouse=True)
 def closed_clients(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A socket that is left to the garbage collector warns in whatever test runs then."""
-    made: list[xLAMChatCompletion] = []
+    """An unclosed socket would raise a warning in whichever test runs when it is garbage-collected."""
+    clients: list[xLAMChatCompletion] = []
     connection = xLAMChatCompletion._connection
 
-    def noted(self: xLAMChatCompletion) -> dict[str, Any]:
-        made.append(self)
+    def record(self: xLAMChatCompletion) -> dict[str, Any]:
+        clients.append(self)
         return connection(self)
 
-    monkeypatch.setattr(xLAMChatCompletion, "_connection", noted)
+    monkeypatch.setattr(xLAMChatCompletion, "_connection", record)
     yield
-    for llm in made:
+    for llm in clients:
         llm.close()

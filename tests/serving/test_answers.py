@@ -1,4 +1,4 @@
-"""A server's answer is read alike whole, streamed, by either client, and in an evaluation."""
+"""A server's answer is parsed to the same result whole, streamed, by either client, and in an evaluation."""
 
 import asyncio
 import contextlib
@@ -27,8 +27,8 @@ TEXT = json.dumps(OSLO)
 
 
 def client(url: str, **config: Any) -> xLAMChatCompletion:
-    given = {"timeout": 5.0, "retries": 0} | config
-    return xLAMChatCompletion.from_config(xLAMConfig(base_url=url, model="tiny", **given))
+    settings = {"timeout": 5.0, "retries": 0} | config
+    return xLAMChatCompletion.from_config(xLAMConfig(base_url=url, model="tiny", **settings))
 
 
 @pytest.fixture(scope="module")
@@ -43,16 +43,16 @@ def llm(server: Running) -> Iterator[xLAMChatCompletion]:
         yield llm
 
 
-class Everywhere(NamedTuple):
-    """What each way of asking makes of an answer."""
+class Results(NamedTuple):
+    """One answer as each code path parses it."""
 
     choices: list[dict[str, Any]]
-    """The client's: completion, stream, acompletion, astream."""
+    """From the client: completion, stream, acompletion, astream."""
     evaluated: list[Answer | EndpointFault]
-    """An evaluation's, whole and streamed."""
+    """From an evaluation: whole and streamed."""
 
 
-def asked(llm: xLAMChatCompletion) -> Everywhere:
+def parse_everywhere(llm: xLAMChatCompletion) -> Results:
     *parts, streamed = llm.stream(USER, TOOLS)
     assert isinstance(streamed, dict)
     assert "".join(map(str, parts)) == streamed["choices"][0]["message"]["content"]
@@ -61,16 +61,17 @@ def asked(llm: xLAMChatCompletion) -> Everywhere:
         async with llm:
             whole = await llm.acompletion(USER, TOOLS)
             last = [piece async for piece in llm.astream(USER, TOOLS)][-1]
-            found: list[Answer | EndpointFault] = []
+            outcomes: list[Answer | EndpointFault] = []
             for stream in (False, True):
                 try:
-                    found.append(await Model(llm, stream=stream).chat(USER, TOOLS))
+                    outcomes.append(await Model(llm, stream=stream).chat(USER, TOOLS))
                 except EndpointFault as fault:
-                    found.append(fault)
-        return [whole, last], found
+                    outcomes.append(fault)
+        return [whole, last], outcomes
 
     answers, evaluated = asyncio.run(ask())
-    return Everywhere([one["choices"][0] for one in (llm.completion(USER, TOOLS), streamed, *answers)], evaluated)
+    responses = (llm.completion(USER, TOOLS), streamed, *answers)
+    return Results([response["choices"][0] for response in responses], evaluated)
 
 
 def function(arguments: Any, id: Any = "a", name: str = "get_weather") -> dict[str, Any]:
@@ -86,7 +87,7 @@ def read(arguments: Any, id: str | None = "a", name: str = "get_weather") -> dic
 
 
 def numbered(*calls: dict[str, Any]) -> list[dict[str, Any]]:
-    return [{"tool_calls": [{"index": at} | call]} for at, call in enumerate(calls)]
+    return [{"tool_calls": [{"index": index} | call]} for index, call in enumerate(calls)]
 
 
 NO_ARGUMENTS = {"id": "a", "type": "function", "function": {"name": "now"}}
@@ -108,7 +109,10 @@ EXAMPLES: dict[str, tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]]
     ),
     "one id, one index": (
         {"tool_calls": [function(TEXT), function(TEXT), function("{}", name="now")]},
-        [{"tool_calls": [{"index": 0} | one]} for one in (function(TEXT), function(TEXT), function("{}", name="now"))],
+        [
+            {"tool_calls": [{"index": 0} | call]}
+            for call in (function(TEXT), function(TEXT), function("{}", name="now"))
+        ],
         called(read(OSLO), read(OSLO, "a_2"), read({}, "a_3", "now")),
     ),
     "no index": (
@@ -160,10 +164,10 @@ EXAMPLES: dict[str, tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]]
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_an_answer_is_read_alike_everywhere(name: str, server: Running, llm: xLAMChatCompletion):
+def test_an_answer_is_parsed_alike_everywhere(name: str, server: Running, llm: xLAMChatCompletion):
     message, deltas, expected = EXAMPLES[name]
     server.answer(sends({"role": "assistant", "content": None} | message, deltas))
-    choices, evaluated = asked(llm)
+    choices, evaluated = parse_everywhere(llm)
     assert choices == [{"message": expected, "finish_reason": "stop"}] * 4
     for answer in evaluated:
         assert isinstance(answer, Answer), answer
@@ -171,7 +175,7 @@ def test_an_answer_is_read_alike_everywhere(name: str, server: Running, llm: xLA
 
 
 def check_evaluated(answer: Answer, message: dict[str, Any]) -> None:
-    """An evaluation's answer is the client's message, with an id for each call."""
+    """Checks that an evaluation's answer equals the client's message, with an id for each call."""
     assert answer.content == message["content"]
     for call, expected in zip(answer.calls, message["tool_calls"], strict=True):
         assert (call.name, call.arguments) == (expected["name"], expected["arguments"])
@@ -180,35 +184,35 @@ def check_evaluated(answer: Answer, message: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("arguments", ["[1]", [1], 5, '{"a": ', {"a": "\ud800"}], ids=ascii)
-def test_arguments_that_are_no_object_are_bad_everywhere(arguments: Any, server: Running, llm: xLAMChatCompletion):
+def test_invalid_arguments_are_an_error_everywhere(arguments: Any, server: Running, llm: xLAMChatCompletion):
     message = {"role": "assistant", "content": None, "tool_calls": [function(arguments)]}
     server.answer(sends(message, numbered(function(arguments))))
-    choices, evaluated = asked(llm)
+    choices, evaluated = parse_everywhere(llm)
     assert choices == choices[:1] * 4
     assert "cannot be read" in choices[0]["error"]
     assert [isinstance(fault, EndpointFault) and fault.kind for fault in evaluated] == ["malformed"] * 2
 
 
-def test_calls_of_one_id_are_run_and_their_results_go_back():
+def test_calls_with_the_same_id_run_and_their_results_are_sent():
     twice = [function("{}", name="now"), function(None, name="now")]
     replies = [sends(called(*twice), []), sends({"role": "assistant", "content": "Noon."}, [])]
     with serve(*replies) as server:
-        done = run_tools(client(server.url), USER, [now])
+        result = run_tools(client(server.url), USER, [now])
         sent = server.requests[1]["messages"]
-    assert (done.content, done.ended) == ("Noon.", "answered")
-    ids = [one["id"] for one in sent[1]["tool_calls"]]
+    assert (result.content, result.ended) == ("Noon.", "answered")
+    ids = [call["id"] for call in sent[1]["tool_calls"]]
     assert len(set(ids)) == 2
-    assert [one["tool_call_id"] for one in sent[2:]] == ids
+    assert [result["tool_call_id"] for result in sent[2:]] == ids
 
 
 def test_a_refusal_ends_the_loop_and_can_be_sent_back():
     message = {"role": "assistant", "content": None, "refusal": "I won't."}
     with serve(sends(message, [])) as server:
         llm = client(server.url)
-        done = run_tools(llm, USER, [now])
-        llm.completion([*done.messages, *USER], TOOLS)
+        result = run_tools(llm, USER, [now])
+        llm.completion([*result.messages, *USER], TOOLS)
         sent = server.requests[1]["messages"]
-    assert (done.content, done.ended) == ("I won't.", "refused")
+    assert (result.content, result.ended) == ("I won't.", "refused")
     assert sent[1] == {"role": "assistant", "content": "I won't."}
 
 
@@ -238,14 +242,14 @@ CALLS = st.builds(
 
 @st.composite
 def pieces(draw: Any, text: str) -> list[str]:
-    """A text cut at random."""
+    """Splits a text at random positions."""
     cuts = sorted(draw(st.lists(st.integers(0, len(text)), max_size=4)))
     return [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
 
 
 @st.composite
 def answers(draw: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """A message, and deltas that send the same: texts in pieces, calls one after another or mixed, by index."""
+    """Draws a message, and deltas that stream it: texts in pieces, the calls sequential or interleaved by index."""
     content, refusal, reasoning = (draw(st.none() | TEXTS) for _ in range(3))
     calls = draw(st.lists(CALLS, max_size=3))
     legacy = draw(st.none() | CALLS.map(lambda call: call["function"]))
@@ -267,7 +271,7 @@ def answers(draw: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
             for piece in cut[1:]
         ]
         streams.append([first, *rest])
-    while any(streams):  # pieces of parallel calls may be mixed
+    while any(streams):  # deltas of parallel calls may be interleaved
         stream = draw(st.sampled_from([stream for stream in streams if stream]))
         deltas.append({"tool_calls": [stream.pop(0)]})
     return message, deltas
@@ -291,7 +295,7 @@ def test_any_answer_is_the_same_streamed_and_whole(
     assert streamed == whole
     [choice] = whole["choices"]
     assert text + rest == choice["message"]["content"]
-    ids = [one["id"] for one in choice["message"]["tool_calls"] if one["id"] is not None]
+    ids = [call["id"] for call in choice["message"]["tool_calls"] if call["id"] is not None]
     assert len(set(ids)) == len(ids)
 
 
@@ -301,14 +305,14 @@ def test_any_answer_is_the_same_over_http(
     server: Running, llm: xLAMChatCompletion, answer: tuple[dict[str, Any], list[dict[str, Any]]]
 ):
     server.answer(sends(*answer))
-    choices, evaluated = asked(llm)
+    choices, evaluated = parse_everywhere(llm)
     assert choices == choices[:1] * 4
     message = choices[0]["message"]
     readable = not message["tool_calls"] or "error" not in choices[0]
-    for one in evaluated:
-        assert isinstance(one, Answer) == readable
-        if isinstance(one, Answer):
-            check_evaluated(one, message)
+    for outcome in evaluated:
+        assert isinstance(outcome, Answer) == readable
+        if isinstance(outcome, Answer):
+            check_evaluated(outcome, message)
 
 
 JSON = st.recursive(
@@ -330,7 +334,7 @@ JSON = st.recursive(
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(JSON, st.sampled_from(["message", "delta"]))
-def test_whatever_a_server_sends_is_read_or_malformed(value: Any, key: str):
+def test_any_json_from_a_server_is_parsed_or_malformed(value: Any, key: str):
     for sent in (value, {"choices": [{key: value, "finish_reason": "stop"}]}):
         with contextlib.suppress(MalformedAnswer):
             assert read_response(sent, "tools", with_tools=True)["choices"]

@@ -1,4 +1,4 @@
-"""The chat in the terminal, fed by a pipe."""
+"""The terminal chat, with its input from a pipe."""
 
 import io
 import json
@@ -21,41 +21,43 @@ def test_a_conversation_with_tools(commands: Commands, monkeypatch: pytest.Monke
     file.write_text(TOOLS)
     replies = [says("I look.", [call("get_weather", {"city": "Oslo"})]), says("3 °C."), says("Bye."), says("New.")]
     with serve(*replies) as server:
-        said = chat(
+        output = chat(
             commands, monkeypatch, "Weather in Oslo?\n\n/tools\nThanks\n/reset\n/what\nHello\n/quit\nnever\n",
             "--base-url", server.url, "--tools", file, "--system", "Be brief.", "--max-tokens", 20,
         ).stdout  # fmt: skip
-    assert said.splitlines() == [
+    assert output.splitlines() == [
         "I look.",
         '→ get_weather({"city": "Oslo"})',
         '← {"t": 3, "city": "Oslo"}',
         "3 °C.",
         "  get_weather(city)  Current weather.",
         "Bye.",
-        "/tools lists the tools, /reset begins anew, /quit (or Ctrl-D) ends",
+        "/tools lists the tools, /reset starts a new conversation, /quit (or Ctrl-D) ends",
         "New.",
     ]
     sent = server.requests
-    assert [request["model"] for request in sent] == ["tiny"] * 4, "the first that the server names"
+    assert [request["model"] for request in sent] == ["tiny"] * 4, "the server's first model is the default"
     assert [len(request["messages"]) for request in sent] == [2, 4, 6, 2]
     assert (sent[0]["max_tokens"], sent[0]["messages"][0]["content"]) == (20, "Be brief.")
 
 
-def test_results_of_schemas_are_asked_for(commands: Commands, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_the_user_types_the_results_of_tools_without_a_function(
+    commands: Commands, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
     file = tmp_path / "tools.json"
     file.write_text(json.dumps([{"name": "get_weather", "parameters": {"type": "object", "properties": {"city": {}}}}]))
     with serve(says("", [call("get_weather", {"city": "Oslo"})]), says("3 °C.")) as server:
-        said = chat(
+        output = chat(
             commands, monkeypatch, "Weather?\nfine\n", "--base-url", server.url, "--tools", file, "--model", "tiny"
         ).stdout
-    assert "result of get_weather: ← fine" in said
+    assert "result of get_weather: ← fine" in output
     assert server.requests[1]["messages"][-1]["content"] == "fine"
 
 
-def test_what_goes_wrong(commands: Commands, monkeypatch: pytest.MonkeyPatch):
+def test_errors_of_the_server_are_printed(commands: Commands, monkeypatch: pytest.MonkeyPatch):
     with serve(answers(400, "maximum context length is 7", "text/plain")) as server:
-        said = chat(commands, monkeypatch, "Hello\n", "--base-url", server.url, code=2).stderr
-        assert "error: " in said
-        assert "shorten the conversation" in said
+        output = chat(commands, monkeypatch, "Hello\n", "--base-url", server.url, code=2).stderr
+        assert "error: " in output
+        assert "shorten the conversation" in output
         url = server.url
     assert "cannot be reached" in chat(commands, monkeypatch, "", "--base-url", url, code=2).stderr

@@ -1,4 +1,4 @@
-"""The client against a real server on a thread."""
+"""Tests the client against a real server in a thread."""
 
 import asyncio
 import json
@@ -29,7 +29,7 @@ PARSED = [
     {"name": "get_weather", "arguments": {}, "id": "b"},
 ]
 WIRE = '[{"name": "get_weather", "arguments": {"city": "Oslo"}}, {"name": "get_weather", "arguments": {}}]'
-FROM_TEXT = [one | {"id": None} for one in PARSED]
+FROM_TEXT = [parsed | {"id": None} for parsed in PARSED]
 
 
 def client(url: str, **config: Any) -> xLAMChatCompletion:
@@ -99,11 +99,11 @@ def test_answers_of_a_model_of_format_v1(ask: Ask):
     written = json.dumps({"thought": "I look.", "tool_calls": json.loads(WIRE)})
     with serve(says(written), says('{"thought": "3 °C.", "tool_calls": []}'), says("It is 3 °C.")) as server:
         llm = client(server.url, format="xlam_v1", bad_output="mark")
-        answered = [ask(llm, USER, [TOOL])["choices"][0] for _ in range(3)]
-    assert answered[0]["message"] == {"role": "assistant", "content": "I look.", "tool_calls": FROM_TEXT}
-    assert answered[1]["message"] == {"role": "assistant", "content": "3 °C.", "tool_calls": []}
-    assert "It is 3 °C." in answered[2]["error"]
-    assert ["error" in one for one in answered] == [False, False, True]
+        choices = [ask(llm, USER, [TOOL])["choices"][0] for _ in range(3)]
+    assert choices[0]["message"] == {"role": "assistant", "content": "I look.", "tool_calls": FROM_TEXT}
+    assert choices[1]["message"] == {"role": "assistant", "content": "3 °C.", "tool_calls": []}
+    assert "It is 3 °C." in choices[2]["error"]
+    assert ["error" in choice for choice in choices] == [False, False, True]
     [sent] = server.requests[0]["messages"]
     assert set(server.requests[0]) <= {"messages", "model", "temperature", "stream"}
     assert sent["role"] == "user"
@@ -123,11 +123,11 @@ README_MESSAGES = [
     {"role": "tool", "name": "get_weather", "content": '{"temperature": 72, "description": "Partly cloudy"}'},
     {"role": "user", "content": "Now, search for the weather in San Francisco."},
 ]
-"""A conversation as xLAM's own client takes it: one flat call, no ids."""
+"""A conversation in the format of xLAM's own client: one flat call, no ids."""
 
 
 @pytest.mark.parametrize("ask", [by_completion, by_stream])
-def test_without_tools_what_looks_like_calls_is_content(ask: Any):
+def test_without_tools_text_like_calls_is_content(ask: Any):
     text = f"[TOOL_CALLS]{WIRE}\n"
     with serve(says(text), says(text)) as server:
         answers = [ask(client(server.url), USER), ask(client(server.url), USER, [TOOL], tool_choice="none")]
@@ -138,7 +138,7 @@ def test_without_tools_what_looks_like_calls_is_content(ask: Any):
 
 
 @pytest.mark.parametrize("ask", [by_completion, by_stream])
-def test_some_of_the_calls_are_bad_output(ask: Any):
+def test_a_mixture_of_valid_and_malformed_calls_is_bad_output(ask: Any):
     text = f"[TOOL_CALLS]{WIRE[:-1]}[TOOL_CALLS]{WIRE}"
     with serve(says(text)) as server:
         answer = ask(client(server.url, bad_output="mark"), USER, [TOOL])
@@ -146,7 +146,7 @@ def test_some_of_the_calls_are_bad_output(ask: Any):
     assert "cannot be read" in answer["choices"][0]["error"]
 
 
-def test_flat_tools_and_calls_become_what_servers_take():
+def test_flat_tools_and_calls_are_sent_in_openai_format():
     with serve(says("fine")) as server:
         client(server.url).completion(README_MESSAGES, tools=[TOOL, {"type": "function", "function": TOOL}][:1], seed=7)
         client(server.url).completion(README_MESSAGES, tools=[{"type": "function", "function": TOOL}], temperature=1)
@@ -154,15 +154,15 @@ def test_flat_tools_and_calls_become_what_servers_take():
     assert first["tools"] == second["tools"] == [{"type": "function", "function": TOOL}]
     assert (first["model"], first["temperature"], first["seed"], second["temperature"]) == ("tiny", 0.0, 7, 1)
     assert [message["role"] for message in first["messages"]] == ["system", "user", "assistant", "tool", "user"]
-    [asked] = first["messages"][2]["tool_calls"]
-    assert asked["type"] == "function"
-    assert json.loads(asked["function"]["arguments"]) == {"location": "New York", "unit": "fahrenheit"}
-    assert first["messages"][3]["tool_call_id"] == asked["id"]
+    [sent] = first["messages"][2]["tool_calls"]
+    assert sent["type"] == "function"
+    assert json.loads(sent["function"]["arguments"]) == {"location": "New York", "unit": "fahrenheit"}
+    assert first["messages"][3]["tool_call_id"] == sent["id"]
 
 
 @pytest.mark.parametrize("format", ["tools", "xlam_v1"])
 def test_results_are_sent_in_the_order_of_their_calls(format: str):
-    """Formats that write no ids know a result's call by its place."""
+    """Formats without ids match results to calls by position."""
     message = {"role": "assistant", "content": "", "tool_calls": CALLS}
     results = [{"role": "tool", "tool_call_id": id, "content": f"result {id}"} for id in ("b", "a")]
     with serve(says('{"thought": "Fine.", "tool_calls": []}')) as server:
@@ -171,14 +171,14 @@ def test_results_are_sent_in_the_order_of_their_calls(format: str):
     assert sent.index("result a") < sent.index("result b")
 
 
-def test_an_answer_goes_back_into_the_history():
+def test_an_answer_can_be_appended_to_the_history():
     with serve(says("I look.", CALLS, "tool_calls"), says("3 °C.")) as server:
         llm = client(server.url)
         message = llm.completion(USER, [TOOL])["choices"][0]["message"]
-        results = [{"role": "tool", "tool_call_id": one["id"], "content": "3"} for one in message["tool_calls"]]
+        results = [{"role": "tool", "tool_call_id": call["id"], "content": "3"} for call in message["tool_calls"]]
         llm.completion([*USER, message, *results], [TOOL])
     sent = server.requests[1]["messages"][1]["tool_calls"]
-    assert [(one["id"], json.loads(one["function"]["arguments"])) for one in sent] == [
+    assert [(call["id"], json.loads(call["function"]["arguments"])) for call in sent] == [
         ("a", {"city": "Oslo"}),
         ("b", {}),
     ]
@@ -232,7 +232,7 @@ def test_bad_output_is_never_an_empty_success(ask: Ask, reply: Reply, expected: 
             "maximum context length is 2048 tokens, however you requested 4000 tokens; shorten the conversation",
         ),
         (answers(400, "nope", "text/plain"), "answered 400: nope"),
-        (refuses(404, "The model `tiny` does not exist."), "does not exist.; base_url ends in /v1"),
+        (refuses(404, "The model `tiny` does not exist."), "does not exist.; base_url must end in /v1"),
         (answers(401, "{}"), "answered 401: "),
         (hangs_up, "is the server running?"),
     ],
@@ -286,7 +286,7 @@ def test_a_stream_that_breaks_off(ask: Ask, reply: Reply):
 
 
 @two_ways
-def test_overload_and_failure_are_tried_again(ask: Ask):
+def test_overload_and_failure_are_retried(ask: Ask):
     with serve(refuses(503, "busy"), refuses(429, "busy"), says("fine")) as server:
         answer = ask(client(server.url, retries=2), USER)
         assert answer["choices"][0]["message"]["content"] == "fine"
@@ -311,14 +311,14 @@ def test_time_out_in_real_time(ask: Ask):
         assert 0.2 <= time.monotonic() - start < 5
 
 
-def test_nobody_listens():
+def test_an_unreachable_server():
     with serve(says("x")) as server:
         url = server.url
     with pytest.raises(ServerError, match="cannot be reached"):
         client(url, retries=0).completion(USER)
 
 
-def test_names_of_models():
+def test_models_lists_the_names():
     with serve(says("x")) as server:
         assert client(server.url).models() == ["tiny"]
 
@@ -339,19 +339,19 @@ def test_malformed_requests_are_not_sent(messages: Any, tools: Any, options: Any
     assert server.requests == []
 
 
-def test_importing_it_is_quick():
+def test_importing_the_client_loads_no_large_package():
     code = (
         "import sys, xlam_jax.client.completion; print({'jax', 'numpy', 'openai', 'torch', 'vllm'} & set(sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert done.stdout.strip() == "set()"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert process.stdout.strip() == "set()"
 
 
-def test_streamed_calls_of_one_index_are_several():
+def test_streamed_calls_with_the_same_index_stay_separate():
     pieces = [{"tool_calls": [{"index": 0, "id": id, "function": {"name": "now", "arguments": ""}}]} for id in "ab"]
     with serve(
         events([*pieces, {"tool_calls": [{"index": 0, "function": {"arguments": '{"x": 1}'}}]}], "stop")
     ) as server:
         *_, last = client(server.url).stream(USER, [TOOL])
-    found = [(one["id"], one["arguments"]) for one in last["choices"][0]["message"]["tool_calls"]]
-    assert found == [("a", {}), ("b", {"x": 1})]
+    calls = [(call["id"], call["arguments"]) for call in last["choices"][0]["message"]["tool_calls"]]
+    assert calls == [("a", {}), ("b", {"x": 1})]

@@ -1,9 +1,9 @@
-"""The schema of calls: as JSON Schema it accepts what the tools' own schemas accept; what it cannot say is refused."""
+"""`calls_schema` accepts the same arguments as the tools' own schemas, and refuses what it cannot express."""
 
 from typing import Any
 
 import pytest
-from argument_schemas import FOLLOWED, REFUSED, properties, tool
+from argument_schemas import REFUSED, SUPPORTED, properties, tool
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
@@ -17,36 +17,36 @@ def accepts(parameters: Any, arguments: Any) -> bool:
     return Draft202012Validator(schema).is_valid([{"name": "f", "arguments": arguments}])
 
 
-def test_calls_of_the_tools_and_nothing_else():
+def test_only_calls_of_the_tools_are_valid():
     city = properties(city={"$ref": "#/$defs/city"}) | {"$defs": {"city": {"enum": ["Oslo"]}}}
     tools = [tool(city), {"type": "function", "function": {"name": "g"}}]
-    fits = Draft202012Validator(calls_schema(tools)).is_valid
-    assert fits([{"name": "f", "arguments": {"city": "Oslo"}}, {"name": "g", "arguments": {}}])
-    for wrong in ([], [{"name": "f", "arguments": {"city": "Rome"}}], [{"name": "g", "arguments": {}, "id": 1}], [{}]):
-        assert not fits(wrong)
-    assert not fits([{"name": "h", "arguments": {}}])
+    is_valid = Draft202012Validator(calls_schema(tools)).is_valid
+    assert is_valid([{"name": "f", "arguments": {"city": "Oslo"}}, {"name": "g", "arguments": {}}])
+    for calls in ([], [{"name": "f", "arguments": {"city": "Rome"}}], [{"name": "g", "arguments": {}, "id": 1}], [{}]):
+        assert not is_valid(calls)
+    assert not is_valid([{"name": "h", "arguments": {}}])
     assert not Draft202012Validator(calls_schema(tools, at_most=1)).is_valid([{"name": "g", "arguments": {}}] * 2)
 
 
 def test_two_tools_may_define_a_name_differently():
-    one, other = (
+    oslo, rome = (
         properties(city={"$ref": "#/definitions/city"}) | {"definitions": {"city": {"enum": [city]}}}
         for city in ("Oslo", "Rome")
     )
-    fits = Draft202012Validator(calls_schema([tool(one, "f"), tool(other, "g")])).is_valid
-    assert fits([{"name": "f", "arguments": {"city": "Oslo"}}, {"name": "g", "arguments": {"city": "Rome"}}])
-    assert not fits([{"name": "f", "arguments": {"city": "Rome"}}])
-    assert not fits([{"name": "g", "arguments": {"city": "Oslo"}}])
+    is_valid = Draft202012Validator(calls_schema([tool(oslo, "f"), tool(rome, "g")])).is_valid
+    assert is_valid([{"name": "f", "arguments": {"city": "Oslo"}}, {"name": "g", "arguments": {"city": "Rome"}}])
+    assert not is_valid([{"name": "f", "arguments": {"city": "Rome"}}])
+    assert not is_valid([{"name": "g", "arguments": {"city": "Oslo"}}])
 
 
-@pytest.mark.parametrize(("parameters", "good", "bad"), FOLLOWED)
-def test_what_is_followed(parameters: Any, good: list[Any], bad: list[Any]):
-    assert [accepts(parameters, one) for one in good] == [True] * len(good)
-    assert [accepts(parameters, one) for one in bad] == [False] * len(bad)
+@pytest.mark.parametrize(("parameters", "good", "bad"), SUPPORTED)
+def test_supported_schemas_are_enforced(parameters: Any, good: list[Any], bad: list[Any]):
+    assert [accepts(parameters, arguments) for arguments in good] == [True] * len(good)
+    assert [accepts(parameters, arguments) for arguments in bad] == [False] * len(bad)
 
 
 @pytest.mark.parametrize(("parameters", "words"), REFUSED)
-def test_what_is_refused_by_name(parameters: Any, words: str):
+def test_unsupported_schemas_are_refused_with_the_tool_s_name(parameters: Any, words: str):
     with pytest.raises(ValueError, match=f"tool 'get_b' cannot be enforced by a grammar: .*({words})"):
         calls_schema([tool({"type": "object"}, "get_a"), tool(parameters, "get_b")])
 
@@ -94,7 +94,7 @@ def composed(inner: Any) -> Any:
         | lists
         | both.map(lambda parts: {"allOf": parts})
         | both.map(lambda parts: {"anyOf": parts})
-        | st.builds(lambda one, parts: {**one, "anyOf": parts}, typed, both)
+        | st.builds(lambda schema, parts: {**schema, "anyOf": parts}, typed, both)
     )
 
 
@@ -103,18 +103,18 @@ SCHEMAS = st.recursive(LEAVES, composed, max_leaves=5)
 
 @settings(max_examples=100, deadline=None)
 @given(st.dictionaries(st.sampled_from("abc"), SCHEMAS, max_size=3), SCHEMAS, SCHEMAS, st.lists(VALUES, max_size=8))
-def test_it_accepts_what_the_tool_s_own_schema_accepts(schemas: Any, d: Any, e: Any, values: list[Any]):
+def test_it_accepts_the_same_arguments_as_the_tool_s_own_schema(schemas: Any, d: Any, e: Any, values: list[Any]):
     parameters = {"type": "object", "properties": schemas, "$defs": {"d": d}, "definitions": {"e": e}}
     try:
         schema = calls_schema([tool(parameters)])
     except ValueError:
         return
     Draft202012Validator.check_schema(schema)
-    fits, own = Draft202012Validator(schema), Draft202012Validator(parameters)
-    # where a declared property can have no value, others are not allowed either
+    rewritten, original = Draft202012Validator(schema), Draft202012Validator(parameters)
+    # if a declared property can have no value, additional properties are forbidden too
     exact = str(schema).count("'additionalProperties': False") == 1
     for value in values:
         arguments = dict(zip("abc", [value, *values], strict=False))
-        accepted = fits.is_valid([{"name": "f", "arguments": arguments}])
-        assert own.is_valid(arguments) or not accepted, schema
-        assert accepted or not own.is_valid(arguments) or not exact, schema
+        accepted = rewritten.is_valid([{"name": "f", "arguments": arguments}])
+        assert original.is_valid(arguments) or not accepted, schema
+        assert accepted or not original.is_valid(arguments) or not exact, schema

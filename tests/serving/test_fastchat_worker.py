@@ -1,5 +1,4 @@
-"""FastChat's worker between a server and a controller, both of which the tests play; with FastChat itself in
-test_vllm."""
+"""The FastChat worker between a fake vLLM server and a fake controller. test_vllm.py tests it with FastChat itself."""
 
 import json
 import urllib.request
@@ -25,9 +24,10 @@ TURNS = [
 
 
 def vllm(handler: Handler, request: dict[str, Any]) -> None:
-    """Counts words, and always gives the same answer."""
+    """Replies as vLLM would: counts words as tokens, and always sends the same answer."""
     if handler.path == "/tokenize":
-        text = " ".join(one["content"] for one in request["messages"]) if "messages" in request else request["prompt"]
+        contents = [message["content"] for message in request.get("messages", ())]
+        text = " ".join(contents) if "messages" in request else request["prompt"]
         handler.send(200, json.dumps({"count": len(text.split()), "max_model_len": 64}))
     elif handler.path == "/v1/completions":
         handler.send_response(200)
@@ -44,14 +44,15 @@ def vllm(handler: Handler, request: dict[str, Any]) -> None:
         says(ANSWER, finish="stop")(handler, request)
 
 
-def joined(rules: dict[str, Any], messages: list[dict[str, str]]) -> str:
-    """FastChat's way with the style that the rules name."""
-    assert rules["sep_style"] == 2
-    system = next((one["content"] for one in messages if one["role"] == "system"), "")
-    text = rules["system_template"].format(system_message=system) + rules["sep"]
-    names = dict(zip(("user", "assistant"), rules["roles"], strict=True))
-    for one in [*(one for one in messages if one["role"] != "system"), {"role": "assistant", "content": ""}]:
-        text += names[one["role"]] + (f": {one['content']}{rules['sep2']}" if one["content"] else ":")
+def joined(template: dict[str, Any], messages: list[dict[str, str]]) -> str:
+    """Joins messages into a prompt as FastChat does for the template's separator style."""
+    assert template["sep_style"] == 2
+    system = next((message["content"] for message in messages if message["role"] == "system"), "")
+    text = template["system_template"].format(system_message=system) + template["sep"]
+    names = dict(zip(("user", "assistant"), template["roles"], strict=True))
+    turns = [message for message in messages if message["role"] != "system"]
+    for turn in [*turns, {"role": "assistant", "content": ""}]:
+        text += names[turn["role"]] + (f": {turn['content']}{template['sep2']}" if turn["content"] else ":")
     return text
 
 
@@ -61,8 +62,8 @@ def controller(exist: bool = True) -> Iterator[Running]:
         request["path"] = handler.path
         handler.send(200, json.dumps({"exist": exist} if handler.path.endswith("beat") else None))
 
-    with serve(reply) as played:
-        yield played
+    with serve(reply) as fake:
+        yield fake
 
 
 @pytest.fixture
@@ -76,16 +77,16 @@ def port() -> int:
 
 @pytest.fixture
 def model() -> Iterator[Running]:
-    with serve(vllm) as played:
-        yield played
+    with serve(vllm) as fake:
+        yield fake
 
 
 @pytest.fixture
 def worker(model: Running, port: int) -> Iterator[str]:
-    with controller() as played:
+    with controller() as fake:
         address = f"http://127.0.0.1:{port}"
-        with running(Worker(model.url, address, played.url.removesuffix("/v1")), "127.0.0.1", port):
-            assert played.requests == [
+        with running(Worker(model.url, address, fake.url.removesuffix("/v1")), "127.0.0.1", port):
+            assert fake.requests == [
                 {
                     "path": "/register_worker",
                     "worker_name": address,
@@ -97,13 +98,13 @@ def worker(model: Running, port: int) -> Iterator[str]:
             yield address
 
 
-def rules_of(worker: str) -> dict[str, Any]:
+def fetch_template(worker: str) -> dict[str, Any]:
     return post(f"{worker}/worker_get_conv_template", {"model": "tiny"})["conv"]
 
 
 @pytest.mark.parametrize("turns", [TURNS, TURNS[1:], TURNS[:2], [{"role": "user", "content": ""}]])
-def test_a_conversation_reaches_the_model_as_it_was(turns: list[dict[str, str]], worker: str, model: Running):
-    params = {"model": "tiny", "prompt": joined(rules_of(worker), turns), "temperature": 0.0, "max_new_tokens": 9,
+def test_a_conversation_reaches_the_model_unchanged(turns: list[dict[str, str]], worker: str, model: Running):
+    params = {"model": "tiny", "prompt": joined(fetch_template(worker), turns), "temperature": 0.0, "max_new_tokens": 9,
               "top_k": 5, "stop": [], "echo": False, "logprobs": None, "stop_token_ids": None}  # fmt: skip
     answer = post(f"{worker}/worker_generate", params)
     assert (answer["text"], answer["error_code"], answer["finish_reason"]) == (ANSWER, 0, "stop")
@@ -116,8 +117,8 @@ def test_a_conversation_reaches_the_model_as_it_was(turns: list[dict[str, str]],
     assert post(f"{worker}/model_details", {"model": "tiny"}) == {"context_length": 64}
 
 
-def test_a_stream_grows_to_the_answer(worker: str):
-    params = {"model": "tiny", "prompt": joined(rules_of(worker), TURNS), "temperature": 0.5, "stop": ["x"]}
+def test_each_item_of_a_stream_extends_the_previous_one(worker: str):
+    params = {"model": "tiny", "prompt": joined(fetch_template(worker), TURNS), "temperature": 0.5, "stop": ["x"]}
     body = urllib.request.Request(f"{worker}/worker_generate_stream", json.dumps(params).encode())
     with urllib.request.urlopen(body) as answer:
         pieces = [json.loads(piece) for piece in answer.read().split(b"\0") if piece]
@@ -128,7 +129,7 @@ def test_a_stream_grows_to_the_answer(worker: str):
     assert all(piece["finish_reason"] is None for piece in pieces[:-1])
 
 
-def test_a_text_that_is_no_conversation_is_continued(worker: str, model: Running):
+def test_a_text_without_turns_is_completed(worker: str, model: Running):
     answer = post(f"{worker}/worker_generate", {"model": "tiny", "prompt": "user: go", "echo": True, "logprobs": 1})
     assert (answer["text"], answer["finish_reason"]) == ("onwards", "length")
     assert answer["logprobs"]["tokens"] == ["on", "wards"]
@@ -137,7 +138,7 @@ def test_a_text_that_is_no_conversation_is_continued(worker: str, model: Running
 
 
 @pytest.mark.parametrize(
-    ("reply", "code", "said"),
+    ("reply", "code", "message"),
     [
         (refuses(400, "longer than the maximum context length of 64"), 40303, "longer than"),
         (refuses(429, "slow down"), 42903, "slow down"),
@@ -146,40 +147,42 @@ def test_a_text_that_is_no_conversation_is_continued(worker: str, model: Running
         (events([{"content": "abc"}], None), 50001, "broke off after 3 characters"),
     ],
 )
-def test_a_server_that_fails_is_told_of(reply: Any, code: int, said: str, port: int):
-    with serve(reply) as model, controller() as played:
+def test_errors_of_the_server_are_reported(reply: Any, code: int, message: str, port: int):
+    with serve(reply) as model, controller() as fake:
         address = f"http://127.0.0.1:{port}"
-        with running(Worker(model.url, address, played.url.removesuffix("/v1")), "127.0.0.1", port):
-            answer = post(f"{address}/worker_generate", {"model": "tiny", "prompt": joined(rules_of(address), TURNS)})
+        with running(Worker(model.url, address, fake.url.removesuffix("/v1")), "127.0.0.1", port):
+            answer = post(
+                f"{address}/worker_generate", {"model": "tiny", "prompt": joined(fetch_template(address), TURNS)}
+            )
             assert answer["error_code"] == code
-            assert said in answer["text"]
+            assert message in answer["text"]
 
 
-def test_a_controller_started_anew_is_told_again(model: Running, port: int):
-    with controller(exist=False) as played:
-        worker = Worker(model.url, f"http://127.0.0.1:{port}", played.url.removesuffix("/v1"), beat=0.05)
+def test_the_worker_registers_again_with_a_restarted_controller(model: Running, port: int):
+    with controller(exist=False) as fake:
+        worker = Worker(model.url, f"http://127.0.0.1:{port}", fake.url.removesuffix("/v1"), beat=0.05)
         with running(worker, "127.0.0.1", port):
-            wait_until(lambda: len(played.requests) >= 4)
-    paths = [request["path"] for request in played.requests]
+            wait_until(lambda: len(fake.requests) >= 4)
+    paths = [request["path"] for request in fake.requests]
     assert paths[:4] == ["/register_worker", "/receive_heart_beat"] * 2
 
 
-def test_an_address_that_leads_elsewhere(model: Running, port: int):
-    with controller() as played:
-        started = running(Worker(model.url, played.url, played.url.removesuffix("/v1")), "127.0.0.1", port)
+def test_a_worker_address_of_another_server(model: Running, port: int):
+    with controller() as fake:
+        started = running(Worker(model.url, fake.url, fake.url.removesuffix("/v1")), "127.0.0.1", port)
         with pytest.raises(UserError, match="does not lead to this worker"):
             started.__enter__()
 
 
-def test_wrong_input(commands: Commands, model: Running, port: int):
-    nobody = ("--controller-address", f"http://127.0.0.1:{port}")
-    said = commands.run("serving.fastchat_worker", "--base-url", model.url, *nobody, code=2).stderr
-    assert "no controller of FastChat answers there" in said
-    assert "fastchat.serve.controller" in said
-    with controller() as played:
-        there = ("--controller-address", played.url.removesuffix("/v1"), "--port", port)
-        said = commands.run("serving.fastchat_worker", "--base-url", f"http://127.0.0.1:{port}/v1", *there, code=2)
-        assert "is the server running?" in said.stderr
-    said = commands.run("serving.fastchat_worker", code=2).stderr
-    assert "--base-url" in said
-    assert "--model" in said
+def test_invalid_addresses(commands: Commands, model: Running, port: int):
+    unused = ("--controller-address", f"http://127.0.0.1:{port}")
+    error = commands.run("serving.fastchat_worker", "--base-url", model.url, *unused, code=2).stderr
+    assert "no controller of FastChat answers there" in error
+    assert "fastchat.serve.controller" in error
+    with controller() as fake:
+        options = ("--controller-address", fake.url.removesuffix("/v1"), "--port", port)
+        command = ("serving.fastchat_worker", "--base-url", f"http://127.0.0.1:{port}/v1", *options)
+        assert "is the server running?" in commands.run(*command, code=2).stderr
+    error = commands.run("serving.fastchat_worker", code=2).stderr
+    assert "--base-url" in error
+    assert "--model" in error

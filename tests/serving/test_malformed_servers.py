@@ -1,4 +1,4 @@
-"""Servers and controllers that answer with something else than what is asked of them."""
+"""Servers and controllers with unexpected answers."""
 
 import json
 import socket
@@ -19,7 +19,7 @@ from xlam_jax.report import runs
 
 @pytest.fixture
 def plain_server() -> Iterator[str]:
-    """A server of OpenAI's API without what vLLM adds to it."""
+    """A server with OpenAI's API, without vLLM's extensions."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -49,7 +49,7 @@ def plain_server() -> Iterator[str]:
 
 def test_parity_names_a_server_that_is_not_vllm(plain_server: str):
     server = Server(plain_server, None, 10)
-    with pytest.raises(ServerError, match=r"answers without what a server of vLLM gives \(KeyError: 'tokens'\)"):
+    with pytest.raises(ServerError, match=r"the answer lacks a field of vLLM's \(KeyError: 'tokens'\)"):
         server.answer([{"role": "user", "content": "Hi"}], TOOLS, 4)
 
 

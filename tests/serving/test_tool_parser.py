@@ -1,4 +1,4 @@
-"""The plugin inside vLLM: what its server would answer, whole and streamed in pieces of any size."""
+"""The tool parser inside vLLM: answers whole and streamed in pieces of any size, as its server would send them."""
 
 import json
 import random
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from argument_schemas import FOLLOWED, REFUSED, properties, tool
+from argument_schemas import REFUSED, SUPPORTED, properties, tool
 from support import ROOT
 
 from xlam_jax.data.wire import arguments_json, parse_completion
@@ -44,8 +44,8 @@ TEXTS = [
 TOOLS = [{"type": "function", "function": {"name": name, "parameters": {"type": "object"}}} for name in "fgh"]
 
 
-def asking(kind: str, **request: Any) -> Any:
-    """A request of the chat completions or the Responses API."""
+def make_request(kind: str, **request: Any) -> Any:
+    """Makes a request for chat completions or the Responses API."""
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
@@ -60,7 +60,7 @@ def asking(kind: str, **request: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def answers() -> Any:
-    """Parses a text as the server does: whole, or in pieces; returns content and [(name, arguments)]."""
+    """A function that parses a text as the server does, whole or in pieces: returns content and [(name, arguments)]."""
     from transformers import AutoTokenizer
     from vllm.parser.abstract_parser import DelegatingParser
     from vllm.tool_parsers.abstract_tool_parser import ToolParserManager
@@ -68,37 +68,37 @@ def answers() -> Any:
 
     import_plugin("serving.tool_parser")
 
-    class Both(DelegatingParser):
+    class Parser(DelegatingParser):
         tool_parser_cls = ToolParserManager.get_tool_parser("xlam_jax")
 
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples/quickstart/tokenizer")
-    auto = asking("chat", tools=TOOLS, tool_choice="auto")
+    auto = make_request("chat", tools=TOOLS, tool_choice="auto")
 
-    def parse(pieces: list[str] | None, text: str, asked: Any = auto) -> tuple[str, list[tuple[str, str]]]:
-        parser = Both(tokenizer, asked.tools)
+    def parse(pieces: list[str] | None, text: str, request: Any = auto) -> tuple[str, list[tuple[str, str]]]:
+        parser = Parser(tokenizer, request.tools)
         # vLLM does not adjust a request with tool_choice none
-        request = asked if asked.tool_choice == "none" else parser.adjust_request(asked)
+        request = request if request.tool_choice == "none" else parser.adjust_request(request)
         if pieces is None:
             _, content, calls = parser.parse(text, request, enable_auto_tools=True)
             return content or "", [(call.name, call.arguments) for call in calls or ()]
-        content, found = "", {}
-        for at, piece in enumerate(pieces):
-            delta = parser.parse_delta(piece, [5], request, [1], finished=at == len(pieces) - 1)
+        content, streamed = "", {}
+        for index, piece in enumerate(pieces):
+            delta = parser.parse_delta(piece, [5], request, [1], finished=index == len(pieces) - 1)
             if delta is None:
                 continue
             content += delta.content or ""
             for call in delta.tool_calls:
-                name, arguments = found.get(call.index, ("", ""))
-                found[call.index] = (name + (call.function.name or ""), arguments + (call.function.arguments or ""))
+                name, arguments = streamed.get(call.index, ("", ""))
+                streamed[call.index] = (name + (call.function.name or ""), arguments + (call.function.arguments or ""))
                 assert call.id
-        return content, [found[at] for at in sorted(found)]
+        return content, [streamed[index] for index in sorted(streamed)]
 
     return parse
 
 
 def cuts(text: str) -> Iterator[list[str]]:
     for size in (1, 2, 3, 8, 1000):
-        yield [text[at : at + size] for at in range(0, len(text), size)] or [""]
+        yield [text[start : start + size] for start in range(0, len(text), size)] or [""]
     for seed in range(20):
         random_ = random.Random(seed)
         at = sorted(random_.sample(range(len(text) + 1), min(4, len(text))))
@@ -106,7 +106,7 @@ def cuts(text: str) -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
-def test_any_pieces_give_what_the_whole_gives(answers: Any, text: str):
+def test_pieces_of_any_size_give_the_result_of_the_whole_text(answers: Any, text: str):
     content, calls = parse_completion(text)
     expected = (content, [(call.name, arguments_json(call)) for call in calls or ()])
     assert answers(None, text) == expected
@@ -117,12 +117,12 @@ def test_any_pieces_give_what_the_whole_gives(answers: Any, text: str):
 @pytest.mark.parametrize("kind", ["chat", "responses"])
 @pytest.mark.parametrize("request_", [{}, {"tools": TOOLS, "tool_choice": "none"}], ids=["no tools", "none"])
 def test_without_tools_every_text_is_content(answers: Any, kind: str, request_: dict[str, Any]):
-    asked = asking(kind, **request_)
+    request = make_request(kind, **request_)
     for text in (*TEXTS, f" \n{WIRE}\n ", " \t"):
-        assert answers(None, text, asked) == (text, [])
+        assert answers(None, text, request) == (text, [])
         for pieces in cuts(text):
-            assert answers(pieces, text, asked) == (text, []), pieces
-    assert asked.skip_special_tokens
+            assert answers(pieces, text, request) == (text, []), pieces
+    assert request.skip_special_tokens
 
 
 @pytest.mark.parametrize("kind", ["chat", "responses"])
@@ -134,19 +134,19 @@ def test_required_and_named_calls_are_written_in_the_trained_format(kind: str):
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples/quickstart/tokenizer")
 
     def schema(choice: Any, **more: Any) -> Any:
-        request = asking(kind, tools=TOOLS, tool_choice=choice, **more)
+        request = make_request(kind, tools=TOOLS, tool_choice=choice, **more)
         adjusted = XlamJaxToolParser(tokenizer, request.tools).adjust_request(request)
         assert adjusted.skip_special_tokens is (choice == "none")
         sent = adjusted.to_sampling_params(100, {}).structured_outputs
         return sent and sent.json
 
-    names = [one["properties"]["name"]["enum"] for one in schema("required")["items"]["anyOf"]]
+    names = [choice["properties"]["name"]["enum"] for choice in schema("required")["items"]["anyOf"]]
     assert names == [["f"], ["g"], ["h"]]
     assert "maxItems" not in schema("required")
     assert schema("required", parallel_tool_calls=False)["maxItems"] == 1
     named = schema({"type": "function", "function": {"name": "g"}})
     assert named["maxItems"] == 1
-    assert [one["properties"]["name"]["enum"] for one in named["items"]["anyOf"]] == [["g"]]
+    assert [choice["properties"]["name"]["enum"] for choice in named["items"]["anyOf"]] == [["g"]]
     assert schema("auto") is None
     assert schema("none") is None
     wanted = {"type": "object", "properties": {"x": {"type": "string"}}}
@@ -166,29 +166,29 @@ def adjusted(kind: str, **request: Any) -> Any:
     from serving.tool_parser import XlamJaxToolParser
 
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples/quickstart/tokenizer")
-    asked = asking(kind, **request)
-    return XlamJaxToolParser(tokenizer, asked.tools).adjust_request(asked)
+    request = make_request(kind, **request)
+    return XlamJaxToolParser(tokenizer, request.tools).adjust_request(request)
 
 
-@pytest.mark.parametrize(("parameters", "good", "bad"), FOLLOWED)
-def test_the_grammar_of_a_schema_follows_it(parameters: Any, good: list[Any], bad: list[Any]):
+@pytest.mark.parametrize(("parameters", "good", "bad"), SUPPORTED)
+def test_the_grammar_enforces_supported_schemas(parameters: Any, good: list[Any], bad: list[Any]):
     import xgrammar
     from xgrammar.testing import _is_grammar_accept_string
 
-    asked = adjusted("chat", tools=[TOOLS[0], tool(parameters, "get")], tool_choice="required")
-    written = json.dumps(asked.structured_outputs.json)
+    request = adjusted("chat", tools=[TOOLS[0], tool(parameters, "get")], tool_choice="required")
+    written = json.dumps(request.structured_outputs.json)
     grammar = xgrammar.Grammar.from_json_schema(written)
 
     def accepts(arguments: Any) -> bool:
         return _is_grammar_accept_string(grammar, json.dumps([{"name": "get", "arguments": arguments}]))
 
-    assert [accepts(one) for one in good] == [True] * len(good)
-    assert [accepts(one) for one in bad] == [False] * len(bad)
+    assert [accepts(arguments) for arguments in good] == [True] * len(good)
+    assert [accepts(arguments) for arguments in bad] == [False] * len(bad)
 
 
 @pytest.mark.parametrize("kind", ["chat", "responses"])
 @pytest.mark.parametrize("parameters", [parameters for parameters, _ in REFUSED if isinstance(parameters, dict)])
-def test_a_tool_that_no_grammar_follows_is_refused_by_name(kind: str, parameters: Any):
+def test_a_tool_with_an_unsupported_schema_is_refused_by_name(kind: str, parameters: Any):
     from vllm.exceptions import VLLMValidationError
 
     tools = [TOOLS[0], tool(parameters, "get")]
@@ -198,7 +198,7 @@ def test_a_tool_that_no_grammar_follows_is_refused_by_name(kind: str, parameters
     adjusted(kind, tools=tools, tool_choice={"type": "function", "function": {"name": "f"}})
 
 
-def test_what_xgrammar_refuses_is_refused_by_name():
+def test_a_schema_that_xgrammar_refuses_is_refused_by_name():
     from vllm.exceptions import VLLMValidationError
 
     with pytest.raises(VLLMValidationError, match=r"tool 'get' cannot be enforced by a grammar: Failed"):

@@ -55,7 +55,7 @@ def test_a_function_becomes_a_tool():
     }
 
 
-def test_an_argument_called_title_stays():
+def test_a_parameter_named_title_is_kept():
     def find(title: str, place: Place) -> str:
         return title
 
@@ -64,7 +64,7 @@ def test_an_argument_called_title_stays():
     assert parameters["$defs"]["Place"]["properties"].keys() == {"title", "country"}
 
 
-def test_functions_that_are_no_tools():
+def test_functions_that_cannot_be_tools():
     with pytest.raises(UserError, match=r"'\*cities'"):
         as_tool(lambda *cities: cities)
 
@@ -83,7 +83,7 @@ def test_functions_that_are_no_tools():
         ("get_weather", {"city": "Oslo"}, '{"city": "Oslo", "unit": "C", "days": null}'),
         ("get_weather", {"city": "Oslo", "unit": "K"}, "argument 'unit'"),
         ("get_weather", {"town": "Oslo"}, "argument 'city' is missing"),
-        ("get_weather", ["Oslo"], "no JSON object"),
+        ("get_weather", ["Oslo"], "not a JSON object"),
         ("get_wether", {}, "did you mean 'get_weather'?"),
         ("fails", {"name": "x"}, "KeyError: 'x'"),
     ],
@@ -96,16 +96,16 @@ def test_calls_are_checked_and_run(name: str, arguments: Any, expected: str):
 
 def test_the_loop_runs_tools_until_the_model_answers():
     calls = [call("get_weather", {"city": "Oslo"}, "a"), call("get_weather", {"unit": "C"}, "b")]
-    told: list[dict[str, Any]] = []
+    added: list[dict[str, Any]] = []
     with serve(says("I look.", calls, "tool_calls"), says("3 °C.")) as server:
         llm = xLAMChatCompletion(server.url, "tiny")
-        done = run_tools(llm, USER, [get_weather], told=told.append, temperature=0.5)
-    assert (done.content, done.ended) == ("3 °C.", "answered")
-    assert done.messages == [*USER, *told]
-    assert [message["role"] for message in told] == ["assistant", "tool", "tool", "assistant"]
-    assert [message.get("tool_call_id") for message in told] == [None, "a", "b", None]
-    assert json.loads(told[1]["content"])["city"] == "Oslo"
-    assert "'city' is missing" in told[2]["content"]
+        result = run_tools(llm, USER, [get_weather], on_message=added.append, temperature=0.5)
+    assert (result.content, result.ended) == ("3 °C.", "answered")
+    assert result.messages == [*USER, *added]
+    assert [message["role"] for message in added] == ["assistant", "tool", "tool", "assistant"]
+    assert [message.get("tool_call_id") for message in added] == [None, "a", "b", None]
+    assert json.loads(added[1]["content"])["city"] == "Oslo"
+    assert "'city' is missing" in added[2]["content"]
     assert server.requests[1]["temperature"] == 0.5
     assert [message["role"] for message in server.requests[1]["messages"]] == ["user", "assistant", "tool", "tool"]
 
@@ -113,15 +113,15 @@ def test_the_loop_runs_tools_until_the_model_answers():
 def test_the_loop_streams():
     pieces: list[str] = []
     with serve(says("I look.", [call("get_weather", {"city": "Oslo"})]), says("3 °C.")) as server:
-        done = run_tools(xLAMChatCompletion(server.url, "tiny"), USER, [get_weather], written=pieces.append)
+        result = run_tools(xLAMChatCompletion(server.url, "tiny"), USER, [get_weather], on_text=pieces.append)
     assert "".join(pieces) == "I look.3 °C."
-    assert done.content == "3 °C."
+    assert result.content == "3 °C."
 
 
 def test_the_loop_ends():
     with serve(says("", [call("get_weather", {"city": "Oslo"})])) as server:
-        done = run_tools(xLAMChatCompletion(server.url, "tiny"), USER, [get_weather], max_turns=3)
-        assert (done.ended, len(server.requests)) == ("max_turns", 3)
+        result = run_tools(xLAMChatCompletion(server.url, "tiny"), USER, [get_weather], max_turns=3)
+        assert (result.ended, len(server.requests)) == ("max_turns", 3)
     with serve(says("It is", finish="length")) as server:
         assert run_tools(xLAMChatCompletion(server.url, "tiny"), USER, [get_weather]).ended == "length"
     with serve(says("")) as server:
@@ -131,17 +131,17 @@ def test_the_loop_ends():
         assert run_tools(marks, USER, [get_weather]).ended == "bad_output"
 
 
-def test_results_that_are_no_json_are_told_to_the_model():
+def test_the_model_receives_an_error_for_a_result_that_is_not_json():
     def loops() -> list[Any]:
-        """Returns a list that holds itself."""
-        found: list[Any] = []
-        found.append(found)
-        return found
+        """Returns a list that contains itself."""
+        items: list[Any] = []
+        items.append(items)
+        return items
 
     assert "ValueError" in call_tool([as_tool(loops)], "loops", {})
 
     async def later() -> str:
-        """Comes later."""
+        """Returns later."""
         return "late"
 
     with pytest.raises(UserError, match="tool later: is a coroutine function"):
@@ -151,17 +151,17 @@ def test_results_that_are_no_json_are_told_to_the_model():
 def test_calls_in_a_text_get_ids():
     wire = '[{"name": "get_weather", "arguments": {"city": "Oslo"}}, {"name": "get_weather", "arguments": {}}]'
     with serve(says(wire), says("3 °C.")) as server:
-        done = run_tools(xLAMChatCompletion(server.url, "tiny"), USER, [get_weather])
-    ids = [one["id"] for one in done.messages[1]["tool_calls"]]
+        result = run_tools(xLAMChatCompletion(server.url, "tiny"), USER, [get_weather])
+    ids = [call["id"] for call in result.messages[1]["tool_calls"]]
     assert len({*ids}) == 2
-    assert [message["tool_call_id"] for message in done.messages[2:4]] == ids
+    assert [message["tool_call_id"] for message in result.messages[2:4]] == ids
 
 
 def test_a_schema_without_a_function():
     schema = Tool(as_tool(get_weather).schema)
     with pytest.raises(UserError, match="only a schema"):
         call_tool([schema], "get_weather", {"city": "Oslo"})
-    assert call_tool([schema], "get_weather", {"city": "Oslo"}, lambda name, given: given["city"]) == "Oslo"
+    assert call_tool([schema], "get_weather", {"city": "Oslo"}, lambda name, arguments: arguments["city"]) == "Oslo"
 
 
 def test_files_of_tools(tmp_path: Path):
@@ -182,14 +182,14 @@ def test_files_of_tools(tmp_path: Path):
     [
         ("tools.py", "def f(:\n", "SyntaxError"),
         ("tools.py", "import nonsense_of_mine\n", "ModuleNotFoundError"),
-        ("tools.py", "x = 1\n", "no public function"),
+        ("tools.py", "x = 1\n", "add a public function"),
         ("tools.py", None, "can't be read"),
-        ("tools.json", "{}", "holds a dict"),
+        ("tools.json", "{}", "contains a dict"),
         ("tools.json", '[{"description": "x"}]', "tool 0"),
         ("tools.json", None, "no such file"),
     ],
 )
-def test_wrong_files_of_tools(tmp_path: Path, name: str, text: str | None, expected: str):
+def test_invalid_tool_files(tmp_path: Path, name: str, text: str | None, expected: str):
     if text is not None:
         (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=expected) as error:

@@ -1,4 +1,4 @@
-"""From training to a served model, asked by OpenAI's client and by ours: a Mixtral, and a Mistral with an adapter."""
+"""Trains and serves a Mixtral, and a Mistral with an adapter, and queries them with OpenAI's client and ours."""
 
 import json
 import re
@@ -54,37 +54,37 @@ TOOLS = [
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
 def with_torch(environment: dict[str, str]) -> dict[str, str]:
-    """The environment of commands, with what vLLM needs."""
+    """The environment of commands, with vLLM's variables."""
     return environment | {"PYTHONPATH": str(ROOT), "VLLM_CPU_KVCACHE_SPACE": "1"}
 
 
 @contextmanager
 def served(environment: dict[str, str], *arguments: object) -> Iterator[str]:
-    """A server that is ready; gives its address up to /v1."""
+    """Runs a server. Yields its URL up to /v1 when it is ready."""
     port = free_port()
     command = [sys.executable, "-m", "serving.serve", "--port", str(port), "--timeout", "400", *map(str, arguments)]
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
-    said: list[str] = []
+    log: list[str] = []
     assert process.stdout
     assert process.stderr
-    reader = threading.Thread(target=said.extend, args=(process.stderr,))
+    reader = threading.Thread(target=log.extend, args=(process.stderr,))
     reader.start()
     try:
         ready = process.stdout.readline()
         if not ready.startswith("ready: "):
             process.wait()
             reader.join()
-            raise AssertionError("".join(said[-60:]))
+            raise AssertionError("".join(log[-60:]))
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         process.terminate()
@@ -93,7 +93,7 @@ def served(environment: dict[str, str], *arguments: object) -> Iterator[str]:
 
 
 def generated(commands: Commands, model: Path, folder: Path, tokens: int = 24) -> list[dict[str, Any]]:
-    """What JAX answers to the requests."""
+    """JAX's answers to the requests."""
     (folder / "messages.json").write_text(json.dumps(REQUESTS))
     (folder / "tools.json").write_text(json.dumps(TOOLS))
     out = commands.run(
@@ -104,7 +104,7 @@ def generated(commands: Commands, model: Path, folder: Path, tokens: int = 24) -
 
 
 def answered(url: str, model: str, tokens: int = 24) -> list[dict[str, Any]]:
-    """What the server answers to the requests, in the same form; streamed or not it is the same."""
+    """The server's answers to the requests in the format of `generated`. Checks that streamed ones are equal."""
     llm = xLAMChatCompletion(url, model, bad_output="mark", max_tokens=tokens)
     answers = []
     for messages in REQUESTS:
@@ -112,8 +112,8 @@ def answered(url: str, model: str, tokens: int = 24) -> list[dict[str, Any]]:
         *_, streamed = llm.stream(messages, TOOLS)
         assert isinstance(streamed, dict)
         other = streamed["choices"][0]
-        for one in (choice, other):
-            for call in one["message"]["tool_calls"]:
+        for received in (choice, other):
+            for call in received["message"]["tool_calls"]:
                 call.pop("id")
         assert choice == other
         message = choice["message"]
@@ -148,35 +148,35 @@ def test_the_served_model_answers_as_jax_does(url: str, mixtral: Path, commands:
 
 
 def test_parity_with_the_checkpoint(url: str, mixtral: Path, commands: Commands):
-    """Prompts, log-probabilities, greedy tokens and calls; and that another checkpoint is told from it."""
+    """Prompts, log-probabilities, greedy tokens and calls are equal; another checkpoint is detected."""
     [exported] = mixtral.glob("served-*")
-    said = commands.run("serving.parity", "--checkpoint", exported, "--base-url", url, "--max-new-tokens", 16).stdout
-    assert "2 of 2 requests are answered alike" in said
+    output = commands.run("serving.parity", "--checkpoint", exported, "--base-url", url, "--max-new-tokens", 16).stdout
+    assert "answer 2 of 2 requests alike" in output
     other = mixtral.parent / "other"
     commands.run("xlam_jax.train", *QUICKSTART, "train.steps=2", "seed=1", f"output_dir={other}")
-    said = commands.run("serving.parity", "--checkpoint", other, "--base-url", url, code=1).stdout
-    assert "request 0: differs in the weights" in said
+    output = commands.run("serving.parity", "--checkpoint", other, "--base-url", url, code=1).stdout
+    assert "request 0: differs in the weights" in output
 
 
 def both(url: str, **request: Any) -> tuple[list[tuple[str, Any]], str | None]:
-    """Calls by OpenAI's own client, streaming and not, which must be the same; and why it ended."""
+    """Calls and finish reason from OpenAI's client. Checks that streamed and whole answers are equal."""
     from openai import OpenAI
 
     llm = OpenAI(base_url=url, api_key="EMPTY")
     request = {"model": "tiny", "messages": REQUESTS[0], "tools": TOOLS, "temperature": 0, "max_tokens": 200} | request
     choice = llm.chat.completions.create(**request).choices[0]
     calls = [(call.function.name, call.function.arguments) for call in choice.message.tool_calls or ()]
-    found: dict[int, list[str]] = {}
+    streamed: dict[int, list[str]] = {}
     content, ended = "", None
     for chunk in llm.chat.completions.create(**request, stream=True):
         for piece in chunk.choices:
             ended = piece.finish_reason or ended
             content += piece.delta.content or ""
             for call in piece.delta.tool_calls or ():
-                one = found.setdefault(call.index, ["", ""])
-                one[0] += call.function.name or ""
-                one[1] += call.function.arguments or ""
-    assert [tuple(one) for one in found.values()] == calls
+                parts = streamed.setdefault(call.index, ["", ""])
+                parts[0] += call.function.name or ""
+                parts[1] += call.function.arguments or ""
+    assert [tuple(parts) for parts in streamed.values()] == calls
     assert (content, ended) == (choice.message.content or "", choice.finish_reason)
     return [(name, json.loads(arguments)) for name, arguments in calls], ended
 
@@ -199,8 +199,8 @@ def test_required_and_named_calls(url: str):
     assert both(url, tool_choice="none")[0] == []
 
 
-def test_without_tools_what_looks_like_calls_is_content(url: str):
-    """The text is forced to be calls."""
+def test_without_tools_calls_in_the_text_are_content(url: str):
+    """The output is constrained to calls."""
     from openai import OpenAI
 
     from serving.constraint import calls_schema
@@ -209,12 +209,12 @@ def test_without_tools_what_looks_like_calls_is_content(url: str):
     llm = OpenAI(base_url=url, api_key="EMPTY")
     request: dict[str, Any] = {"model": "tiny", "messages": REQUESTS[0], "temperature": 0, "max_tokens": 200}
     for tools in ({}, {"tools": TOOLS, "tool_choice": "none"}):
-        asked = request | tools | {"response_format": forced}
-        choice = llm.chat.completions.create(**asked).choices[0]
+        constrained = request | tools | {"response_format": forced}
+        choice = llm.chat.completions.create(**constrained).choices[0]
         assert {call["name"] for call in json.loads(choice.message.content or "")} <= {"toggle", "get_weather"}
         assert (choice.message.tool_calls or [], choice.finish_reason) == ([], "stop")
         content = ""
-        for chunk in llm.chat.completions.create(**asked, stream=True):
+        for chunk in llm.chat.completions.create(**constrained, stream=True):
             for piece in chunk.choices:
                 content += piece.delta.content or ""
                 assert not piece.delta.tool_calls
@@ -229,12 +229,12 @@ def test_required_and_named_calls_of_the_responses_api(url: str):
     request: dict[str, Any] = {"model": "tiny", "input": "Weather in Oslo?", "tools": tools, "temperature": 0}
     named = {"type": "function", "name": "get_weather"}
     for choice, names in (("required", {"toggle", "get_weather"}), (named, {"get_weather"})):
-        asked = request | {"tool_choice": choice, "parallel_tool_calls": False, "max_output_tokens": 200}
-        [call] = llm.responses.create(**asked).output
+        required = request | {"tool_choice": choice, "parallel_tool_calls": False, "max_output_tokens": 200}
+        [call] = llm.responses.create(**required).output
         assert call.type == "function_call"
         assert call.name in names
         assert valid([(call.name, json.loads(call.arguments))])
-        done = [event.item for event in llm.responses.create(**asked, stream=True)
+        done = [event.item for event in llm.responses.create(**required, stream=True)
                 if event.type == "response.output_item.done"]  # fmt: skip
         assert [(item.name, item.arguments) for item in done if item.type == "function_call"] == [
             (call.name, call.arguments)
@@ -259,8 +259,8 @@ def test_a_tool_that_cannot_be_enforced_is_refused_by_name(url: str):
         )  # type: ignore[call-overload]
 
 
-def test_calls_of_the_model_s_own_accord_go_through_the_parser(url: str):
-    """The text is forced, so that it holds calls; the parser finds them in it."""
+def test_calls_with_tool_choice_auto_go_through_the_parser(url: str):
+    """The output is constrained to calls by the response format."""
     from serving.constraint import calls_schema
 
     forced = {"type": "json_schema", "json_schema": {"name": "calls", "schema": calls_schema(TOOLS, at_most=2)}}
@@ -271,7 +271,7 @@ def test_calls_of_the_model_s_own_accord_go_through_the_parser(url: str):
     ours = llm.completion(REQUESTS[0], TOOLS, response_format=forced)["choices"][0]["message"]["tool_calls"]
     assert [(call["name"], call["arguments"]) for call in ours] == calls
     cut, ended = both(url, response_format=forced, max_tokens=12)
-    assert (cut, ended) == ([], "length"), "what was cut off comes back as content"
+    assert (cut, ended) == ([], "length"), "truncated calls are content"
 
 
 def test_requests_that_the_server_refuses(url: str):
@@ -285,13 +285,13 @@ def test_requests_that_the_server_refuses(url: str):
 
 
 def test_behind_fastchat(url: str, mixtral: Path, with_torch: dict[str, str], tmp_path: Path):
-    """The three commands of the page: FastChat's server gives vLLM's answers, streamed or not."""
+    """Runs the three commands of docs/serving.md: FastChat's server returns vLLM's answers, streamed or not."""
     [exported] = mixtral.glob("served-*")
     page = (ROOT / "docs/serving.md").read_text(encoding="utf-8").partition("## Behind FastChat")[2]
-    ports = {told: str(free_port()) for told in ("31004", "31005", "8000")}
+    ports = {documented: str(free_port()) for documented in ("31004", "31005", "8000")}
     commands = re.findall("^(\\S*python) (-m .*)$", page, re.MULTILINE)[:3]
-    for told, port in ports.items():
-        commands = [(python, command.replace(told, port)) for python, command in commands]
+    for documented, port in ports.items():
+        commands = [(python, command.replace(documented, port)) for python, command in commands]
     commands = [(sys.executable if python == "python" else str(ROOT / python), command) for python, command in commands]
     with ExitStack() as stack:
         for python, command in commands:
@@ -319,19 +319,19 @@ def test_behind_fastchat(url: str, mixtral: Path, with_torch: dict[str, str], tm
             assert answer["choices"][0]["message"] == expected["message"]
             assert answer["usage"]["completion_tokens"] <= 24
             *pieces, streamed = through.stream(messages)
-            # FastChat leaves characters out that are no text yet, and a random model writes such
+            # FastChat drops incomplete characters, which a random model writes
             assert "".join(map(str, pieces)) == expected["message"]["content"].replace("\ufffd", "")
             assert isinstance(streamed, dict)
-        v1 = [xLAMChatCompletion(one.config.base_url, one.config.model, format="xlam_v1", max_tokens=24,
-                                 bad_output="mark") for one in (through, direct)]  # fmt: skip
-        one, other = (llm.completion(REQUESTS[0], TOOLS)["choices"][0]["message"] for llm in v1)
-        assert one == other
+        v1 = [xLAMChatCompletion(llm.config.base_url, llm.config.model, format="xlam_v1", max_tokens=24,
+                                 bad_output="mark") for llm in (through, direct)]  # fmt: skip
+        fastchat_message, vllm_message = (llm.completion(REQUESTS[0], TOOLS)["choices"][0]["message"] for llm in v1)
+        assert fastchat_message == vllm_message
         with pytest.raises(ServerError, match="maximum context length"):
             through.completion([{"role": "user", "content": "word " * 5000}])
 
 
 def answers_soon(port: int) -> None:
-    """Returns when something listens."""
+    """Waits until a server listens on the port."""
     until = time.monotonic() + 60
     while time.monotonic() < until:
         with socket.socket() as probe:
@@ -345,7 +345,7 @@ def answers_soon(port: int) -> None:
 def quickstart(
     commands: Commands, with_torch: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Path, str]]:
-    """The model of `make quickstart`, of its own run where there is one, and the address of its server."""
+    """The model of `make quickstart`, trained here unless a run exists, and the URL of its server."""
     model = ROOT / "runs/quickstart/hf"
     if not model.is_dir():
         run = tmp_path_factory.mktemp("quickstart")
@@ -357,38 +357,42 @@ def quickstart(
 
 
 def test_the_model_of_the_quickstart_answers_its_requests_alike(quickstart: tuple[Path, str]):
-    """The ten requests that `make quickstart` shows."""
+    """JAX and vLLM answer the ten requests of `make quickstart` alike."""
     from examples.quickstart.show import question, requests
     from xlam_jax import config as configs
     from xlam_jax.data.render import render_prompt
     from xlam_jax.generate import complete, find_model
 
     model, url = quickstart
-    chosen, found = requests(configs.load(ROOT / "configs/quickstart.yaml"), 10), find_model(model)
-    prompts = [render_prompt(question(one), one.tools, found.tokenizer) for one in chosen]
-    ours = complete(found.load(), found.tokenizer, prompts, stops=found.stops, max_new_tokens=160)
+    samples = requests(configs.load(ROOT / "configs/quickstart.yaml"), 10)
+    checkpoint = find_model(model)
+    prompts = [render_prompt(question(sample), sample.tools, checkpoint.tokenizer) for sample in samples]
+    ours = complete(checkpoint.load(), checkpoint.tokenizer, prompts, stops=checkpoint.stops, max_new_tokens=160)
     llm = xLAMChatCompletion(url, "quickstart", bad_output="mark", max_tokens=160)
-    theirs = [llm.completion(question(one), one.tools)["choices"][0]["message"] for one in chosen]
-    calls = [[{"name": call["name"], "arguments": call["arguments"]} for call in one["tool_calls"]] for one in theirs]
-    assert calls == [one["tool_calls"] for one in ours]
+    served = [llm.completion(question(sample), sample.tools)["choices"][0]["message"] for sample in samples]
+    calls = [
+        [{"name": call["name"], "arguments": call["arguments"]} for call in message["tool_calls"]] for message in served
+    ]
+    assert calls == [answer["tool_calls"] for answer in ours]
     assert sum(map(bool, calls)) >= 8
 
 
-def test_every_agent_leads_the_model_of_the_quickstart(
+def test_every_agent_runs_with_the_model_of_the_quickstart(
     commands: Commands, quickstart: tuple[Path, str], tmp_path: Path
 ):
-    """Through HotpotQA on a corpus and through the shop, without an error; it is far too small to be right."""
+    """HotpotQA and WebShop run without an error; the model is far too small to answer correctly."""
     corpus = small_corpus.write(tmp_path)
-    asked = ["--base-url", quickstart[1], "--model", "quickstart", "--max-tokens", 60, "--limit", 3]
+    options = ["--base-url", quickstart[1], "--model", "quickstart", "--max-tokens", 60, "--limit", 3]
     with shop.serve() as address:
         suites = {
             "hotpotqa": ["--data", corpus / "questions.jsonl", "--set", f"corpus={corpus / 'pages.jsonl'}"],
             "webshop": ["--set", f"url={address}"],
         }
         for agent in agents.names():
-            for suite, given in suites.items():
+            for suite, suite_options in suites.items():
                 out = tmp_path / suite / agent
-                command = ["--suite", suite, "--agent", agent, "--out", out, *asked, *given, "--set", "max_steps=3"]
+                command = ["--suite", suite, "--agent", agent, "--out", out]
+                command += [*options, *suite_options, "--set", "max_steps=3"]
                 commands.call("xlam_jax.evaluate", *command)
                 summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
                 assert (summary["scored"], summary["errors"]) == (3, {})

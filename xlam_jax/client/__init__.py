@@ -1,4 +1,4 @@
-"""Client of OpenAI-compatible servers: requests with tools, answers with thought and calls parsed."""
+"""Client for OpenAI-compatible servers: sends messages and tools, parses thoughts and tool calls of the answers."""
 
 from xlam_jax.client.completion import BadOutput, ServerError, to_openai, xLAMChatCompletion, xLAMConfig
 

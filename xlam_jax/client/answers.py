@@ -1,14 +1,14 @@
-"""Reads a server's answer: text, refusal, reasoning and tool calls, whole or streamed.
+"""Parses a server's answer, whole or streamed: text, refusal, reasoning and tool calls.
 
-The one reader of answers: the client, evaluations, the rater, the chat and `parity` all use it. A stream is folded into
-the message that the server would have sent whole and then read as that, so that both give the same result. Servers
-differ in how they write an answer; all of these are read:
+The client, evaluations, the rater, the chat and `parity` all use this parser. A stream is first assembled into the
+message that the server would have sent whole, so that both give the same result. Servers write answers in different
+ways; all of these are accepted:
 
-- arguments as JSON in a text, as an object, or as null or nothing (a call without arguments);
-- calls without an id, or several with the same one: they get ids that differ;
+- arguments as a JSON string, as an object, as null or absent (a call without arguments);
+- calls without an id, or several calls with the same id, which get distinct ids;
 - the older `function_call`; a flat call, `{"name", "arguments"}`;
-- content as a list of parts; `refusal`, or a part of that type; reasoning as a field or as parts;
-- streams that give all calls one index, or none.
+- content as a list of parts; `refusal` as a field or a part; reasoning as a field or as parts;
+- streams in which all calls have the same index, or none.
 """
 
 import json
@@ -22,66 +22,72 @@ from xlam_jax.data.wire import TOOL_CALLS, CompletionStream, parse_completion
 from xlam_jax.errors import UserError
 
 _SHOWN = 300
-"""Characters of a text in an error."""
+"""Maximum length of a quoted text in an error message, in characters."""
 
 
-class MalformedAnswer(ValueError):  # noqa: N818 - the client turns it into its own error
-    """What a server sent is not a chat completion."""
+class MalformedAnswer(ValueError):  # noqa: N818 - the client converts it to its own error
+    """The server's response is not a chat completion."""
 
 
-def shortened(text: str) -> str:
-    """A text for an error message, its end cut off where it is long."""
+def shorten(text: str) -> str:
+    """Truncates a long text for an error message."""
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} … ({len(text)} characters)"
 
 
 def read_response(response: Any, format: str, with_tools: bool) -> dict[str, Any]:
-    """Reads a chat completion, an SDK's object or JSON: `{"choices": [{"message", "finish_reason"}, …], "usage"}`.
+    """Parses a chat completion (an SDK object or JSON) into `{"choices": [{"message", "finish_reason"}, …], "usage"}`.
 
-    A message is `{"role", "content", "tool_calls"}`, each call `{"name", "arguments", "id"}` with an object as
-    arguments. A refusal is the content, and is marked by the key `refusal`; `reasoning` is what a reasoning model wrote
-    before. `error` of a choice reports calls that cannot be read, or that it is empty. `format` is the client's; with
-    `with_tools`, calls are looked for in the text too. Raises `MalformedAnswer`.
+    A message is `{"role", "content", "tool_calls"}`; each call is `{"name", "arguments", "id"}`, its arguments an
+    object. A refusal is returned as the content and under the key `refusal`; `reasoning` contains the text that a
+    reasoning model wrote before its answer. A choice has an `error` if its calls cannot be parsed, or if it is empty.
+    `format`: the client's format. `with_tools`: also parse calls in the text. Raises `MalformedAnswer`.
     """
     sent = plain(response)
     choices = sent.get("choices") if isinstance(sent, dict) else None
     if not isinstance(choices, list) or not choices:
-        raise MalformedAnswer(f"did not answer with a chat completion: {shortened(str(sent))!r}")
+        raise MalformedAnswer(f"did not answer with a chat completion: {shorten(str(sent))!r}")
     try:
-        read = [_read_choice(choice["message"], choice.get("finish_reason"), format, with_tools) for choice in choices]
+        parsed = [
+            _read_choice(choice["message"], choice.get("finish_reason"), format, with_tools) for choice in choices
+        ]
     except (TypeError, KeyError, AttributeError):
-        raise MalformedAnswer(f"did not answer with a chat completion: {shortened(str(sent))!r}") from None
-    return {"choices": read, "usage": sent.get("usage")}
+        raise MalformedAnswer(f"did not answer with a chat completion: {shorten(str(sent))!r}") from None
+    return {"choices": parsed, "usage": sent.get("usage")}
 
 
 class AnswerStream:
-    """Folds the pieces of a streamed answer into the answer."""
+    """Assembles a streamed answer from its chunks."""
 
     def __init__(self, format: str, with_tools: bool):
         self._format, self._with_tools = format, with_tools
         self._reads_calls = _reads_calls(format, with_tools)
         self._completion = CompletionStream()
         self._released = 0
-        """Characters of the content that were given out."""
+        """Characters of the content that `add` has returned."""
         self._texts: dict[str, list[str]] = {"content": [], "refusal": [], "reasoning": []}
         self._calls = _StreamedCalls()
         self._legacy = _StreamedCalls()
+        """Calls of the older `function_call`."""
         self._finish: str | None = None
         self._usage: Any = None
 
     def add(self, chunk: Any) -> str:
-        """Takes a chunk; returns the content that is certain now. Raises `MalformedAnswer`."""
+        """Adds a chunk. Returns the new content that cannot become part of a call. Raises `MalformedAnswer`.
+
+        Raises `UserError` for a stream of several choices.
+        """
         sent = plain(chunk)
         try:
             return self._add(sent)
         except (TypeError, AttributeError):
-            raise MalformedAnswer(f"did not stream a chat completion: {shortened(str(sent))!r}") from None
+            raise MalformedAnswer(f"did not stream a chat completion: {shorten(str(sent))!r}") from None
 
     def _add(self, sent: dict[str, Any]) -> str:
         self._usage = sent.get("usage") or self._usage
         piece = ""
         for choice in sent.get("choices") or []:
             if choice.get("index"):
-                raise UserError("a stream of several choices cannot be read; ask with n=1")
+                raise UserError("a stream of several choices cannot be read; request n=1")
             delta = choice.get("delta") or {}
             self._finish = choice.get("finish_reason") or self._finish
             texts = _texts(delta)
@@ -100,43 +106,44 @@ class AnswerStream:
         return "".join(self._texts["content"])
 
     def finish(self) -> tuple[str, dict[str, Any]] | None:
-        """Returns the content that was not given out yet, and the answer as `read_response` does.
+        """Returns the content that `add` has not returned, and the answer as from `read_response`.
 
-        None where the stream broke off.
+        Returns None if the stream broke off.
         """
         if self._finish is None:
             return None
         message: dict[str, Any] = {key: "".join(texts) for key, texts in self._texts.items()}
-        message["tool_calls"] = self._calls.folded() or self._legacy.folded()
+        message["tool_calls"] = self._calls.assemble() or self._legacy.assemble()
         choice = _read_choice(message, self._finish, self._format, self._with_tools)
         answer = {"choices": [choice], "usage": self._usage}
         return choice["message"]["content"][self._released :], answer
 
 
 class _StreamedCalls:
-    """Calls that come in pieces."""
+    """Assembles tool calls from the deltas of a stream."""
 
     def __init__(self) -> None:
         self._calls: list[dict[str, Any]] = []
         self._pieces: list[list[Any]] = []
-        """Of the arguments of each call, to be joined once: a text would be copied with each piece."""
+        """Argument pieces of each call, joined at the end: joining at each piece would take quadratic time."""
         self._brackets: list[_Brackets] = []
-        """Of the arguments of each call."""
+        """Bracket state of each call's arguments."""
         self._open: dict[int, int] = {}
-        """Index of a call in the stream → its place here: there are servers that give all calls one index."""
+        """Index of a call in the stream → its position here: some servers give all calls the same index."""
 
     def add(self, deltas: list[Any]) -> None:
-        """Takes the calls of one delta. Raises `TypeError` or `AttributeError` for what are none."""
-        for at, delta in enumerate(deltas):
-            index = at if (given := delta.get("index")) is None else given
+        """Adds the call deltas of one chunk. Raises `TypeError` or `AttributeError` for invalid deltas."""
+        for position, delta in enumerate(deltas):
+            sent_index = delta.get("index")
+            index = position if sent_index is None else sent_index
             if not isinstance(index, int):
-                raise TypeError("an index is a number")
+                raise TypeError("an index must be a number")
             function = delta.get("function")
             function = delta if function is None else function
             name, arguments = function.get("name"), function.get("arguments")
             place = self._open.get(index)
             id = None if delta.get("id") == "" else delta.get("id")
-            if place is None or self._begins(place, id, name, arguments, given is None):
+            if place is None or self._begins(place, id, name, arguments, sent_index is None):
                 place = len(self._calls)
                 self._open[index] = place
                 self._calls.append({"id": None, "name": None, "index": index})
@@ -150,7 +157,10 @@ class _StreamedCalls:
                 self._brackets[place].add(arguments)
 
     def _begins(self, place: int, id: Any, name: Any, arguments: Any, unnumbered: bool) -> bool:
-        """Whether a piece with the index of a call (or `unnumbered`, with none) begins another one."""
+        """Returns whether a delta begins a new call, although the call at `place` has its index.
+
+        `unnumbered`: the delta has no index.
+        """
         call, pieces = self._calls[place], self._pieces[place]
         if id is not None and call["id"] is not None and id != call["id"]:
             return True
@@ -158,7 +168,7 @@ class _StreamedCalls:
             return False
         if name != call["name"] or unnumbered:
             return True
-        # the name is repeated: by a server that does so with each piece, or for another call of the same tool
+        # the same name again: the server repeats it in each delta, or calls the same tool a second time
         if not pieces or arguments in (None, ""):
             return False
         if not isinstance(arguments, str) or not isinstance(pieces[-1], str):
@@ -166,12 +176,12 @@ class _StreamedCalls:
         brackets = self._brackets[place]
         if not arguments.lstrip().startswith("{") or not brackets.closed:
             return False
-        if not brackets.malformed:  # parsed at most once: what follows cannot repair it
+        if not brackets.malformed:  # parsed at most once: later pieces cannot repair it
             brackets.malformed = read_arguments(_joined(pieces)) is None
         return not brackets.malformed
 
-    def folded(self) -> list[dict[str, Any]]:
-        """The calls as a whole message has them: by their index, those of one index as they came."""
+    def assemble(self) -> list[dict[str, Any]]:
+        """Returns the calls as a whole message contains them: sorted by index, then by arrival."""
         order = sorted(range(len(self._calls)), key=lambda place: self._calls[place]["index"])
         return [
             {
@@ -183,17 +193,17 @@ class _StreamedCalls:
 
 
 class _Brackets:
-    """Follows the brackets of JSON that comes in pieces, in time that grows with its length."""
+    """Tracks the open brackets and strings of JSON that arrives in pieces, in linear time."""
 
     def __init__(self) -> None:
         self.malformed = False
-        """Whether a text whose brackets were closed could not be parsed."""
+        """Whether the text was invalid JSON when all its brackets were closed."""
         self._depth = 0
         self._in_string = self._escaped = False
 
     @property
     def closed(self) -> bool:
-        """Whether no bracket and no string is open."""
+        """Whether no bracket or string is open."""
         return self._depth == 0 and not self._in_string
 
     def add(self, piece: Any) -> None:
@@ -211,14 +221,17 @@ class _Brackets:
 
 
 def _joined(pieces: list[Any]) -> Any:
-    """Joins the pieces of a call's arguments: returns a text, an object that came in one piece, or None."""
+    """Joins the argument pieces of a call. Returns a text, an object that came in one piece, or None for no piece."""
     if len(pieces) < 2:
         return pieces[0] if pieces else None
     return "".join(pieces) if all(isinstance(piece, str) for piece in pieces) else pieces
 
 
 def read_arguments(sent: Any) -> dict[str, Any] | None:
-    """A call's arguments from a JSON text, an object, or nothing (null, or an empty text); None for anything else."""
+    """Parses a call's arguments: a JSON text, an object, or nothing (null or an empty text, which mean `{}`).
+
+    Returns None for anything else.
+    """
     try:
         if isinstance(sent, str):
             sent = parse_json(sent) if sent.strip() else {}
@@ -231,15 +244,15 @@ def read_arguments(sent: Any) -> dict[str, Any] | None:
 
 
 def _read_choice(sent: Any, finish: Any, format: str, with_tools: bool) -> dict[str, Any]:
-    """A choice from the server's message. Raises `TypeError` or `AttributeError` for what is not a message."""
+    """Parses the message of a choice. Raises `TypeError` or `AttributeError` for an invalid message."""
     content, refusal, reasoning = _texts(sent)
     calls, error = _read_calls(sent)
     if not calls and _reads_calls(format, with_tools):
         text = content
-        content, found = parse_completion(text)
-        calls = [{"name": call.name, "arguments": call.arguments, "id": call.id} for call in found or ()]
+        content, parsed = parse_completion(text)
+        calls = [{"name": call.name, "arguments": call.arguments, "id": call.id} for call in parsed or ()]
         if not calls and _meant_calls(text, content, format, cut_off=finish == "length"):
-            error = f"the model's answer holds calls that cannot be read: {shortened(text)!r}"
+            error = f"the model's answer contains calls that cannot be read: {shorten(text)!r}"
     if not calls:
         content = content or refusal
     if not error and not calls and not content.strip():
@@ -255,9 +268,9 @@ def _read_choice(sent: Any, finish: Any, format: str, with_tools: bool) -> dict[
 
 
 def _read_calls(message: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
-    """The calls of a server's message, and what is wrong with the first one that cannot be read.
+    """Returns the calls of a server's message, and an error message for the first call that cannot be parsed.
 
-    Raises `TypeError` or `AttributeError` for what are no calls.
+    Raises `TypeError` or `AttributeError` for invalid calls.
     """
     calls, error = [], ""
     sent = _list(message.get("tool_calls"))
@@ -265,25 +278,25 @@ def _read_calls(message: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
         sent = [{"function": function}]
     for call in map(openai_call, sent):
         if not isinstance(function := call.get("function"), dict | None):
-            raise TypeError("a call's function is an object")
-        name, given = (function or {}).get("name"), (function or {}).get("arguments")
-        arguments = read_arguments(given)
+            raise TypeError("a call's function must be an object")
+        name, raw_arguments = (function or {}).get("name"), (function or {}).get("arguments")
+        arguments = read_arguments(raw_arguments)
         if not isinstance(name, str) or arguments is None:
-            shown = shortened(json.dumps({"name": name, "arguments": given}))
+            shown = shorten(json.dumps({"name": name, "arguments": raw_arguments}))
             error = error or f"the server sent a call that cannot be read: {shown}"
-            arguments = given
+            arguments = raw_arguments
         calls.append({"name": name, "arguments": arguments, "id": call.get("id")})
     return calls, error
 
 
 def _reads_calls(format: str, with_tools: bool) -> bool:
-    """Whether calls are looked for in the text."""
+    """Returns whether calls in the text are parsed."""
     return with_tools or format == "xlam_v1"
 
 
 def _meant_calls(text: str, content: str, format: str, cut_off: bool) -> bool:
-    """Whether a text in which no calls were found was meant to contain some."""
-    if format == "xlam_v1":  # anything but the object is malformed
+    """Returns whether a text without any valid call looks like an attempt at one."""
+    if format == "xlam_v1":  # any text but the format's object is malformed
         return content == text and bool(text.strip())
     stream = CompletionStream()
     stream.feed(text)
@@ -292,7 +305,7 @@ def _meant_calls(text: str, content: str, format: str, cut_off: bool) -> bool:
 
 
 class _Texts(NamedTuple):
-    """The texts of a message, or of a piece of one."""
+    """The texts of a message or delta."""
 
     content: str
     refusal: str
@@ -300,14 +313,14 @@ class _Texts(NamedTuple):
 
 
 def _texts(message: Mapping[str, Any]) -> _Texts:
-    """The texts of a message or a delta. Raises `TypeError` for content that is not text."""
+    """Collects the texts of a message or delta. Raises `TypeError` for content that is not text."""
     content = message.get("content")
     parts = [{"type": "text", "text": content}] if isinstance(content, str | None) else content
     texts: dict[str, list[str]] = {"content": [], "refusal": [], "reasoning": []}
     if isinstance(refusal := message.get("refusal"), str):
         texts["refusal"].append(refusal)
-    own = (message[key] for key in REASONING_KEYS if isinstance(message.get(key), str))
-    texts["reasoning"] += [next(own, "")]  # vLLM sends the same text under two names
+    reasoning = (message[key] for key in REASONING_KEYS if isinstance(message.get(key), str))
+    texts["reasoning"] += [next(reasoning, "")]  # vLLM sends the same text under two keys
     for part in _list(parts):
         kind = part.get("type") if isinstance(part, dict) else None
         if kind not in _PARTS:
@@ -317,28 +330,28 @@ def _texts(message: Mapping[str, Any]) -> _Texts:
     return _Texts(*("".join(texts[key]) for key in _Texts._fields))
 
 
-_THOUGHT = ("reasoning", ("thinking", "reasoning", "summary", "text"))
+_REASONING = ("reasoning", ("thinking", "reasoning", "summary", "text"))
 _PARTS = {
     "text": ("content", ("text",)),
     "output_text": ("content", ("text",)),
     "refusal": ("refusal", ("refusal", "text")),
-    "thinking": _THOUGHT,
-    "reasoning": _THOUGHT,
+    "thinking": _REASONING,
+    "reasoning": _REASONING,
 }
-"""Type of a content part → what its text is, and the keys that may hold that."""
+"""Type of a content part → field of `_Texts`, and the keys that may contain the text."""
 
 
 def _part_text(value: Any) -> str:
-    """The text of a part: a text, or a list of parts of text."""
+    """Returns the text of a part, which is a string or a list of text parts."""
     if isinstance(value, list):
         return "".join(_part_text(part.get("text") if isinstance(part, dict) else part) for part in value)
     if not isinstance(value, str | None):
-        raise TypeError("a part's text is a text")
+        raise TypeError("a part's text must be a string")
     return value or ""
 
 
 def _list(value: Any) -> list[Any]:
-    """A list, empty for nothing. Raises `TypeError` for what is neither."""
+    """Returns a list, empty for None. Raises `TypeError` for anything else."""
     if not isinstance(value, list | None):
-        raise TypeError("a list is expected")
+        raise TypeError("expected a list")
     return value or []

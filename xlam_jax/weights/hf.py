@@ -1,4 +1,4 @@
-"""Hugging Face folders: their weights, read layer by layer, their tokenizer and the files next to them."""
+"""Reads Hugging Face folders: weights layer by layer, tokenizer, and config files."""
 
 import atexit
 import re
@@ -36,14 +36,16 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "chat_template.*",
-    "additional_chat_templates/*.jinja",  # of a tokenizer with several
+    "additional_chat_templates/*.jinja",  # a tokenizer with several templates
 )
+"""Glob patterns of tokenizer files."""
 
 
 class Parameter:
-    """One of our parameters in a Hugging Face folder: its layers are read when they are asked for."""
+    """A lazy parameter of this project's layout in a Hugging Face folder: indexing it reads a layer."""
 
     def __init__(self, parts: list[tuple[Tensor, "Source"]], dtype: np.dtype | None = None):
+        """`parts`: the tensors that the parameter stacks. `dtype`: dtype to convert to; None: the stored one."""
         self._parts = {tensor.at: (tensor, source) for tensor, source in parts}
         tensor, _ = parts[0]
         self.shape = tensor.stacked_shape
@@ -53,58 +55,62 @@ class Parameter:
         self.ndim = len(self.shape)
 
     def astype(self, dtype: Any) -> "Parameter":
-        """The same, its layers converted when they are read."""
+        """Returns the same parameter with another dtype; layers are converted when they are read."""
         return Parameter(list(self._parts.values()), np.dtype(dtype))
 
-    def __getitem__(self, at: tuple[int, ...]) -> np.ndarray:
-        """The slice at an index along the leading axes: layer, then expert."""
-        tensor, source = self._parts[at]
+    def __getitem__(self, index: tuple[int, ...]) -> np.ndarray:
+        """Reads the slice at an index of the leading axes: layer, then expert."""
+        tensor, source = self._parts[index]
         return tensor.from_hf(source.read()).astype(self.dtype, copy=False)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """All of it."""
+        """Reads the whole parameter."""
         whole = np.empty(self.shape, dtype or self.dtype)
-        for at in self._parts:
-            whole[at] = self[at]
+        for index in self._parts:
+            whole[index] = self[index]
         return whole
 
     def placed(self, sharding: Any) -> "jax.Array":
-        """Laid out over the devices. Each host reads every layer once, and holds only what belongs to its devices."""
+        """Returns the parameter as a sharded array. A host reads each layer at most once, and keeps only its shards."""
         import jax
 
-        indices = sharding.addressable_devices_indices_map(self.shape)
-        sizes = [tuple(one.indices(size)[:2] for one, size in zip(index, self.shape, strict=True))
-                 for index in indices.values()]  # fmt: skip
-        held = {bounds: np.empty([stop - start for start, stop in bounds], self.dtype) for bounds in sizes}
-        for at in self._parts:
-            lead = len(at)
-            wanted = [
-                bounds for bounds in held if all(lo <= i < hi for i, (lo, hi) in zip(at, bounds[:lead], strict=True))
+        slices = sharding.addressable_devices_indices_map(self.shape)
+        device_bounds = [
+            tuple(part.indices(size)[:2] for part, size in zip(index, self.shape, strict=True))
+            for index in slices.values()
+        ]
+        buffers = {bounds: np.empty([stop - start for start, stop in bounds], self.dtype) for bounds in device_bounds}
+        for index in self._parts:
+            lead = len(index)
+            targets = [
+                bounds
+                for bounds in buffers
+                if all(start <= i < stop for i, (start, stop) in zip(index, bounds[:lead], strict=True))
             ]
-            if wanted:
-                layer = self[at]
-                for bounds in wanted:
-                    inside = tuple(i - lo for i, (lo, _) in zip(at, bounds[:lead], strict=True))
-                    held[bounds][inside] = layer[tuple(slice(lo, hi) for lo, hi in bounds[lead:])]
-        arrays = [jax.device_put(held[bounds], device) for bounds, device in zip(sizes, indices, strict=True)]
+            if targets:
+                layer = self[index]
+                for bounds in targets:
+                    inside = tuple(i - start for i, (start, _) in zip(index, bounds[:lead], strict=True))
+                    buffers[bounds][inside] = layer[tuple(slice(start, stop) for start, stop in bounds[lead:])]
+        arrays = [jax.device_put(buffers[bounds], device) for bounds, device in zip(device_bounds, slices, strict=True)]
         return jax.make_array_from_single_device_arrays(self.shape, sharding, arrays)
 
 
 def widest(dtypes: Set[np.dtype]) -> np.dtype:
-    """The narrowest dtype that holds every value of several dtypes: layers may be stored in different ones."""
+    """Returns the narrowest float dtype that represents every value of several dtypes; layers may differ in theirs."""
     if len(dtypes) == 1:
         return next(iter(dtypes))
     return np.dtype(np.float64 if np.dtype(np.float64) in dtypes else np.float32)
 
 
 class HFWeights:
-    """A Hugging Face folder, checked; of its weights only what is asked for is read."""
+    """A Hugging Face folder whose config and tensor names are checked. Weights are read only when needed."""
 
     def __init__(self, folder: str | Path):
-        """`folder` may be anything that fsspec opens, or a name on the Hugging Face hub, which is downloaded.
+        """`folder`: a local folder, a URL that fsspec opens, or a name on the Hugging Face hub, which is downloaded.
 
-        Raises one `UserError` that names everything that is missing, extra, twice there, or of another shape than the
-        config says.
+        Raises one `UserError` that lists all missing, extra and duplicate tensors, and those whose shape differs from
+        the config's.
         """
         self.name = str(folder)
         self.files = small_files(self.name)
@@ -116,27 +122,29 @@ class HFWeights:
         shards = {name: Shard(f"{self._url}/{name}") for name in names}
         refuse_quantized(self.name, shards, hf_config)
         self.renamed = remove_wrappers(self.name, shards)
-        """What was removed from the names of tensors; empty where they are those of transformers."""
+        """Stored name → name without a wrapper's prefix; empty if the names are those of transformers."""
         if self.renamed:
             index = {self.renamed.get(key, key): file for key, file in index.items()}
         self.sources = locate(self.name, shards, list(tensors(self.config)), index)
         self.hf_config, dropped = hf_keys.without_quantization(hf_config, origin)
         self.warnings = [*dropped, *hf_keys.warnings_of(hf_config, self.config.family, origin)]
-        """What config.json asks for and this project does not do, a line each."""
+        """One line for each setting of config.json that this project ignores."""
         if self.renamed:
             stored, key = next(iter(self.renamed.items()))
-            self.warnings.append(f"{self.name}: {len(self.renamed)} tensors have names of a wrapper; {stored} is {key}")
+            self.warnings.append(
+                f"{self.name}: {len(self.renamed)} tensor names have the prefix of a wrapper; {stored} is read as {key}"
+            )
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of each file with weights."""
-        return {where.shard.url: where.shard.size for _, where in self.sources}
+        """Returns the size of each weight file in bytes, by URL."""
+        return {source.shard.url: source.shard.size for _, source in self.sources}
 
     def stamps(self) -> dict[str, str]:
-        """What tells each file with weights from another of its name."""
-        return {where.shard.url: where.shard.stamp for _, where in self.sources}
+        """Returns a stamp of each weight file, by URL, which changes if the file is replaced."""
+        return {source.shard.url: source.shard.stamp for _, source in self.sources}
 
     def params(self, dtype: Any = None) -> "Params":
-        """The parameters, none of them read yet, in the dtype of the file unless `dtype` says another."""
+        """Returns lazy parameters. `dtype`: dtype to convert to; None: that of the files."""
         by_path: dict[tuple[str, ...], list[tuple[Tensor, Source]]] = {}
         for tensor, source in self.sources:
             by_path.setdefault(tensor.path, []).append((tensor, source))
@@ -150,24 +158,28 @@ class HFWeights:
 
 
 def load_hf(folder: str | Path, *, dtype: Any = None) -> "tuple[dict[str, Any], Params]":
-    """Reads a Hugging Face folder: its config, and its weights as numpy arrays in our layout (`HFWeights`).
+    """Reads a Hugging Face folder: its config, and its weights as numpy arrays in this project's layout.
 
-    The weights keep the dtype of the file (bfloat16 as `ml_dtypes.bfloat16`) unless `dtype` says another.
+    `dtype`: dtype to convert to; None: that of the files (bfloat16 as `ml_dtypes.bfloat16`). Raises `UserError` as
+    `HFWeights`.
     """
     import jax
 
     opened = HFWeights(folder)
-    leaf = lambda node: isinstance(node, Parameter)  # noqa: E731
-    return opened.hf_config, jax.tree.map(np.asarray, opened.params(dtype), is_leaf=leaf)
+    is_leaf = lambda node: isinstance(node, Parameter)  # noqa: E731
+    return opened.hf_config, jax.tree.map(np.asarray, opened.params(dtype), is_leaf=is_leaf)
 
 
 def small_files(name: str) -> Path:
-    """A local folder with all but the weights (and with those, where there is no other)."""
+    """Returns a local folder with the tokenizer and config files of a folder, a URL or a model of the hub.
+
+    A model of the hub is downloaded with its weights; the files of a URL are copied without them. Raises `UserError`.
+    """
     folder = Path(name)
     if folder.is_dir():
         return folder
     if "://" in name:
-        return _fetched(name)
+        return _fetch_small_files(name)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not folder.parent.is_dir():
         from huggingface_hub import snapshot_download
 
@@ -175,67 +187,73 @@ def small_files(name: str) -> Path:
             return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", *TOKENIZER_FILES]))
         except (OSError, ValueError) as error:
             reason = str(error).strip().partition("\n")[0]
-            raise UserError(f"{name}: no such folder, and not to be had from the Hugging Face hub ({reason})") from None
+            raise UserError(
+                f"{name}: no such folder, and it cannot be loaded from the Hugging Face hub ({reason}); check the name "
+                "and the network"
+            ) from None
     raise UserError(f"{name}: no such folder; a Hugging Face folder with config.json and safetensors is expected")
 
 
-def _fetched(url: str) -> Path:
-    """A local copy of the small files of a remote folder, for as long as this process runs."""
+def _fetch_small_files(url: str) -> Path:
+    """Copies the small files of a remote folder to a temporary one, which is removed when the process ends.
+
+    The weight files are created empty, so that their existence can be checked.
+    """
     from fsspec.core import url_to_fs
 
-    held = tempfile.TemporaryDirectory(prefix="xlam-hf-")
-    atexit.register(held.cleanup)
-    folder = Path(held.name)
+    temporary = tempfile.TemporaryDirectory(prefix="xlam-hf-")
+    atexit.register(temporary.cleanup)
+    folder = Path(temporary.name)
     try:
         files, path = url_to_fs(url)
-        for found in files.ls(path, detail=False):
-            if not found.endswith(".safetensors"):
-                if any(fnmatch(Path(found).name, pattern) for pattern in ("*.json", *TOKENIZER_FILES)):
-                    files.get_file(found, str(folder / Path(found).name))
+        for remote in files.ls(path, detail=False):
+            if not remote.endswith(".safetensors"):
+                if any(fnmatch(Path(remote).name, pattern) for pattern in ("*.json", *TOKENIZER_FILES)):
+                    files.get_file(remote, str(folder / Path(remote).name))
             else:
-                (folder / Path(found).name).touch()  # that it is there
+                (folder / Path(remote).name).touch()
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"{url}: can't be read ({error}); a folder that fsspec opens is expected") from None
     return folder
 
 
 def _weight_files(folder: Path, name: str) -> tuple[list[str], dict[str, str]]:
-    """The files with weights, and which of them the index names for each tensor: {} where one file has all."""
+    """Returns the names of the weight files, and the index (tensor → file), which is empty for a single file."""
     single, index = (folder / SINGLE).is_file(), (folder / INDEX).is_file()
     if single and index:
         raise UserError(
-            f"{name}: both {SINGLE} and {INDEX} are there; transformers reads the first and vLLM the second: remove "
-            "the one that is not meant"
+            f"{name}: contains both {SINGLE} and {INDEX}; transformers reads the first, and vLLM the second: remove "
+            "the one that you don't need"
         )
     if single:
         return [SINGLE], {}
     if not index:
         others = sorted(path.name for pattern in ("*.safetensors", "*.bin", "*.pth") for path in folder.glob(pattern))
-        found = f"; it holds {', '.join(others[:4])}" + (", …" if len(others) > 4 else "") if others else ""
+        contents = f"; it contains {', '.join(others[:4])}" + (", …" if len(others) > 4 else "") if others else ""
         raise UserError(
-            f"{name}: neither {SINGLE} nor {INDEX} is there{found}; download the folder again, or load and save the "
-            "model with transformers to get them"
+            f"{name}: contains neither {SINGLE} nor {INDEX}{contents}; download the folder again, or load and save the "
+            "model with transformers to write them"
         )
     weight_map = _weight_map(folder / INDEX, f"{name}/{INDEX}")
     names = sorted(set(weight_map.values()))
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise UserError(
-            f"{name}/{INDEX}: names {len(names)} shards, of which {len(missing)} are not there: {', '.join(missing)}; "
+            f"{name}/{INDEX}: lists {len(names)} shards, of which {len(missing)} are missing: {', '.join(missing)}; "
             "download them too"
         )
     return names, weight_map
 
 
 def _weight_map(path: Path, origin: str) -> dict[str, str]:
-    """The index of a folder with several files: tensor → name of a file next to it."""
+    """Reads the index of a folder with several weight files: tensor → file name. Raises `UserError`."""
     try:
         index = strict_json.loads(path.read_bytes())
     except ValueError as error:
         raise UserError(f"{origin}: not valid JSON ({error}); download the file again") from None
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{origin}: no weight_map in it; download the file again")
+        raise UserError(f"{origin}: contains no weight_map; download the file again")
     for key, file in weight_map.items():
         if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file):
             raise UserError(
@@ -245,7 +263,7 @@ def _weight_map(path: Path, origin: str) -> dict[str, str]:
 
 
 def copy_tokenizer(folder: Path, to: Path) -> bool:
-    """Copies a Hugging Face folder's tokenizer and chat template; returns whether there is one."""
+    """Copies a Hugging Face folder's tokenizer and chat template. Returns whether it contains a tokenizer."""
     files = {path for pattern in TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()}
     to.mkdir(parents=True, exist_ok=True)
     for path in files:

@@ -1,4 +1,4 @@
-"""Whether the models of two folders compute the same: their logits on a few tokens, in f32."""
+"""Compares the logits of the models in two folders on a few tokens, in float32."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,18 +13,19 @@ if TYPE_CHECKING:
     from xlam_jax.models.params import Params
 
 SMALL = 500_000_000
-"""Parameters of a model whose logits are compared: two of them are held in f32."""
+"""Maximum number of parameters of a model whose logits are compared: two copies are in memory in float32."""
 LENGTH = 32
+"""Number of tokens."""
 TOLERANCE = 1e-4
-"""Of the largest logit."""
+"""Maximum difference relative to the largest logit."""
 
 
 def compare_logits(hf: Path, hf_config: dict[str, Any], params: "Params", step: Path, dtype: Any = None) -> None:
-    """Compares a checkpoint's logits with those of a Hugging Face folder, computed by transformers where PyTorch is
-    installed, else by this project from what the folder says.
+    """Compares a checkpoint's logits with those of a Hugging Face folder, and prints the result.
 
-    Raises `UserError` where they differ. `params` are numpy arrays, or indexed by their layers; `dtype`: what they were
-    rounded to on the way.
+    The folder's logits are computed by transformers if PyTorch is installed, else by this project. `params`: arrays of
+    the checkpoint, or lazy arrays that are indexed by layer. `dtype`: dtype of the folder, to which they are rounded
+    first. Raises `UserError` if the logits differ. Larger models than SMALL are skipped with a printed line.
     """
     config = ModelConfig.from_hf(hf_config)
     if config.parameters() > SMALL:
@@ -32,19 +33,19 @@ def compare_logits(hf: Path, hf_config: dict[str, Any], params: "Params", step: 
         return
     tokens_BT = np.random.default_rng(0).integers(0, config.vocab_size, (1, LENGTH), dtype=np.int32)
     ours_BTV = _logits(config, params, tokens_BT, dtype)
-    theirs_BTV, whose = _of_folder(hf, tokens_BT)
-    scale = float(np.abs(theirs_BTV).max())
-    off = float(np.abs(ours_BTV - theirs_BTV).max()) / scale if ours_BTV.shape == theirs_BTV.shape else np.inf
-    if not off <= TOLERANCE:
+    folder_BTV, library = _folder_logits(hf, tokens_BT)
+    scale = float(np.abs(folder_BTV).max())
+    error = float(np.abs(ours_BTV - folder_BTV).max()) / scale if ours_BTV.shape == folder_BTV.shape else np.inf
+    if not error <= TOLERANCE:
         raise UserError(
-            f"{hf}: the logits that {whose} computes differ from those of {step} by {off:.1e} of the largest "
-            f"({TOLERANCE:g} is allowed); the weights or config.json are not the same model's"
+            f"{hf}: the logits that {library} computes differ from those of {step} by {error:.1e} of the largest "
+            f"({TOLERANCE:g} is allowed); the weights or config.json belong to different models"
         )
-    print(f"verified: the logits of {LENGTH} tokens are those of {whose}, to {off:.1e} of the largest")
+    print(f"verified: the logits of {LENGTH} tokens are those of {library}, to {error:.1e} of the largest")
 
 
-def _of_folder(folder: Path, tokens_BT: np.ndarray) -> tuple[np.ndarray, str]:
-    """Its logits, and who computed them."""
+def _folder_logits(folder: Path, tokens_BT: np.ndarray) -> tuple[np.ndarray, str]:
+    """Returns the folder's logits [B, T, V] in float32, and the name of the library that computed them."""
     if find_spec("torch") is None:
         from xlam_jax.weights.hf import load_hf
 
@@ -70,10 +71,10 @@ def _logits(config: ModelConfig, params: "Params", tokens_BT: np.ndarray, dtype:
     bind = binder(config, dtype=jnp.float32)
 
     @jax.jit
-    def of(params: "Params", tokens_BT: jax.Array) -> jax.Array:
+    def compute(params: "Params", tokens_BT: jax.Array) -> jax.Array:
         model = bind(params)
         return model.logits(model(tokens_BT, jnp.arange(tokens_BT.shape[1])[None], jnp.ones_like(tokens_BT))[0])
 
-    read = read_layers(config, params)
-    given = jax.tree.map(lambda leaf: leaf.astype(dtype or leaf.dtype).astype(np.float32), read)
-    return np.asarray(of(given, tokens_BT))
+    arrays = read_layers(config, params)
+    rounded = jax.tree.map(lambda leaf: leaf.astype(dtype or leaf.dtype).astype(np.float32), arrays)
+    return np.asarray(compute(rounded, tokens_BT))

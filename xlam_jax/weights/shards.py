@@ -1,8 +1,8 @@
-"""safetensors files by ranges: a tensor is read alone, and a file is written tensor by tensor, so that memory holds no
-more than a few of them. Local or wherever fsspec reaches.
+"""Reads and writes safetensors files tensor by tensor, so that only a few tensors are in memory.
 
-The format: 8 bytes (little-endian) with the length of a JSON header, the header (name → dtype, shape, first and last
-offset), and the tensors' bytes one after the other (https://huggingface.co/docs/safetensors).
+Files are local, or remote ones that fsspec opens. The format (https://huggingface.co/docs/safetensors): 8 bytes
+(little-endian) with the length of a JSON header, the header (name → dtype, shape, start and end offset), and the bytes
+of all tensors.
 """
 
 import json
@@ -25,7 +25,7 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-"""Those that weights may have."""
+"""Supported dtypes of weights, by their name in the format."""
 BITS = {
     **dict.fromkeys(("F4",), 4),
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
@@ -34,36 +34,36 @@ BITS = {
     **dict.fromkeys(("I32", "U32", "F32"), 32),
     **dict.fromkeys(("C64", "F64", "I64", "U64"), 64),
 }
-"""Bits of a value, for every dtype of the format."""
+"""dtype of the format → bits of a value."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LENGTH = 8
-"""Bytes of the header's length."""
+"""Size of the header's length field in bytes."""
 LONGEST = 100_000_000
-"""Bytes of the longest header that the format allows."""
+"""Maximum size of a header in bytes, by the format."""
 METADATA = "__metadata__"
 FIELDS = ("dtype", "shape", "data_offsets")
-"""Of a tensor in the header."""
+"""Fields of a tensor's entry in the header."""
 MOST_VALUES = 2**56
-"""More than any file holds; products of larger shapes overflow in other readers of the format."""
+"""Maximum number of values of a tensor, beyond any real file: products of larger shapes overflow in other readers."""
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class Stored(NamedTuple):
-    """A tensor in a file."""
+class TensorEntry(NamedTuple):
+    """A tensor's entry in a file's header."""
 
     dtype: str
     shape: tuple[int, ...]
     start: int
-    """In the file."""
+    """Offset in bytes; `Shard.tensors` counts it from the beginning of the file."""
     stop: int
 
 
 class Shard:
-    """A file that is read. Its tensors may be read by several threads."""
+    """A safetensors file that is read. Thread-safe."""
 
     def __init__(self, url: str):
-        """Reads the header. Raises `UserError` when the file is damaged or cut off."""
+        """Reads the header. Raises `UserError` if the file cannot be read, is damaged or truncated."""
         from fsspec.core import url_to_fs
 
         self.url = url
@@ -72,9 +72,11 @@ class Shard:
         try:
             info = self._files.info(self._path)
             self.size = size = info["size"]
-            told = (info.get(key) for key in ("mtime", "etag", "ETag", "updated", "created"))
-            self.stamp = f"{size} bytes, {next((str(one) for one in told if one), 'of an unknown time')}"
-            """Another one where the file was replaced by one of the same size."""
+            versions = (info.get(key) for key in ("mtime", "etag", "ETag", "updated", "created"))
+            self.stamp = (
+                f"{size} bytes, {next((str(version) for version in versions if version), 'of an unknown time')}"
+            )
+            """Identifies the version of the file; differs if it was replaced by a file of the same size."""
             if not isinstance(size, int):
                 raise ValueError("its size is unknown")
             length = int.from_bytes(self._files.cat_file(self._path, 0, LENGTH), "little")
@@ -83,8 +85,8 @@ class Shard:
             first = LENGTH + length
             header = self._files.cat_file(self._path, LENGTH, first)
             self.tensors = {
-                key: Stored(one.dtype, one.shape, first + one.start, first + one.stop)
-                for key, one in parse_header(header, size - first).items()
+                key: TensorEntry(entry.dtype, entry.shape, first + entry.start, first + entry.stop)
+                for key, entry in parse_header(header, size - first).items()
             }
         except ValueError as error:
             raise UserError(f"{url}: truncated or damaged, {size} bytes ({error}); download this file again") from None
@@ -92,16 +94,17 @@ class Shard:
             raise UserError(f"{url}: can't be read ({error})") from None
 
     def read(self, key: str, part: tuple[int, tuple[int, ...]] | None = None) -> np.ndarray:
-        """One tensor, as it stands in the file, or `part` of it, (elements before it, its shape); not to be written to.
+        """Reads a tensor, or `part` of it: (number of elements before the part, shape of the part).
 
-        Raises `UserError` for a dtype that weights do not have, and when the file has become shorter.
+        Returns a read-only array with the tensor's dtype and shape. Raises `UserError` for an unsupported dtype, or if
+        the file has become shorter; `SourceError` if it cannot be read.
         """
-        stored = self.tensors[key]
-        if stored.dtype not in DTYPES:
-            raise UserError(f"{self.url}: {key} is {stored.dtype}, and only {', '.join(DTYPES)} are read")
-        dtype = DTYPES[stored.dtype]
-        first, shape = (0, stored.shape) if part is None else part
-        start = stored.start + first * dtype.itemsize
+        entry = self.tensors[key]
+        if entry.dtype not in DTYPES:
+            raise UserError(f"{self.url}: {key} is {entry.dtype}, and only {', '.join(DTYPES)} are supported")
+        dtype = DTYPES[entry.dtype]
+        first, shape = (0, entry.shape) if part is None else part
+        start = entry.start + first * dtype.itemsize
         try:
             data = self._files.cat_file(self._path, start, start + prod(shape) * dtype.itemsize)
         except OSError as error:
@@ -113,11 +116,11 @@ class Shard:
         return np.frombuffer(data, dtype).reshape(shape)
 
 
-def parse_header(header: bytes, size: int) -> dict[str, Stored]:
-    """The tensors of a header, by name, with offsets into the `size` bytes of data after it.
+def parse_header(header: bytes, size: int) -> dict[str, TensorEntry]:
+    """Parses a header. Returns its tensors by name, with offsets into the `size` bytes of data after the header.
 
-    Raises `ValueError` unless every entry is well formed, has as many bytes as its dtype and shape need, and the
-    tensors fill the data without a gap or an overlap: the format's own library refuses such files too.
+    Raises `ValueError`, as the format's own library does, unless every entry is well formed, its number of bytes
+    matches its dtype and shape, and the tensors fill the data without gaps or overlaps.
     """
     if not header.startswith(b"{"):
         raise ValueError("its header is not a JSON object")
@@ -125,27 +128,27 @@ def parse_header(header: bytes, size: int) -> dict[str, Stored]:
     metadata = entries.pop(METADATA, None)
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError(f"{METADATA} is {str(metadata)[:100]}, and maps names to strings in this format")
+        raise ValueError(f"{METADATA} is {str(metadata)[:100]}; an object of strings is expected")
     tensors = {key: _parse_entry(key, entry) for key, entry in entries.items()}
-    end, before = 0, "the header"
-    for key, stored in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
-        if stored.start != end:
-            what = "overlaps" if stored.start < end else "leaves a gap after"
+    end, previous = 0, "the header"
+    for key, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if tensor.start != end:
+            problem = "overlaps" if tensor.start < end else "leaves a gap after"
             raise ValueError(
-                f"{key} starts at byte {stored.start} of the data and {what} {before}, which ends at {end}"
+                f"{key} starts at byte {tensor.start} of the data and {problem} {previous}, which ends at {end}"
             )
-        end, before = stored.stop, key
+        end, previous = tensor.stop, key
     if end != size:
-        raise ValueError(f"its tensors fill {end} bytes, and {size} bytes follow the header")
+        raise ValueError(f"its tensors have {end} bytes, and {size} bytes follow the header")
     return tensors
 
 
-def _parse_entry(key: str, entry: Any) -> Stored:
+def _parse_entry(key: str, entry: Any) -> TensorEntry:
     if not isinstance(entry, dict) or sorted(entry) != sorted(FIELDS):
         raise ValueError(f"{key} is {str(entry)[:100]}; exactly {', '.join(FIELDS)} are expected")
     dtype, shape, offsets = (entry[field] for field in FIELDS)
     if not isinstance(dtype, str) or dtype not in BITS:
-        raise ValueError(f"{key} has dtype {str(dtype)[:100]!r}, which the format does not have")
+        raise ValueError(f"{key} has dtype {str(dtype)[:100]!r}, which is not a dtype of the format")
     for field, numbers in (("shape", shape), ("data_offsets", offsets)):
         if not isinstance(numbers, list) or not all(type(number) is int and number >= 0 for number in numbers):
             raise ValueError(f"{key} has {field} {str(numbers)[:100]}; a list of whole numbers is expected")
@@ -155,24 +158,24 @@ def _parse_entry(key: str, entry: Any) -> Stored:
     for length in shape:
         values *= length
         if max(length, values) > MOST_VALUES:
-            raise ValueError(f"{key} has shape {str(shape)[:100]}, more values than a file holds")
+            raise ValueError(f"{key} has shape {str(shape)[:100]}, more values than a file can contain")
     start, stop = offsets
     if values * BITS[dtype] != 8 * (stop - start):
         raise ValueError(
-            f"{key} is {dtype} {shape}, {values * BITS[dtype] / 8:g} bytes, and its data_offsets {offsets} hold "
+            f"{key} is {dtype} {shape}, {values * BITS[dtype] / 8:g} bytes, and its data_offsets {offsets} span "
             f"{stop - start}"
         )
-    return Stored(dtype, tuple(shape), start, stop)
+    return TensorEntry(dtype, tuple(shape), start, stop)
 
 
 def read_tensors(path: str) -> dict[str, np.ndarray]:
-    """All tensors of a small file, such as an adapter's. Raises `UserError` as `Shard` does."""
+    """Reads all tensors of a small file, such as an adapter's. Raises `UserError` as `Shard`."""
     shard = Shard(path)
     return {key: shard.read(key) for key in shard.tensors}
 
 
-class Place(NamedTuple):
-    """A tensor that a file is to hold."""
+class TensorSpec(NamedTuple):
+    """Name, dtype and shape of a tensor to be written."""
 
     key: str
     dtype: np.dtype
@@ -180,28 +183,30 @@ class Place(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Of its values."""
+        """Size of its values in bytes."""
         return prod(self.shape) * self.dtype.itemsize
 
 
-def header_of(places: Iterable[Place]) -> bytes:
-    """The first bytes of a file that holds these tensors in this order."""
+def make_header(specs: Iterable[TensorSpec]) -> bytes:
+    """Returns the length field and header of a file that contains these tensors in this order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for place in places:
-        header[place.key] = {
-            "dtype": NAMES[place.dtype],
-            "shape": list(place.shape),
-            "data_offsets": [at, at + place.bytes],
+    offset = 0
+    for spec in specs:
+        header[spec.key] = {
+            "dtype": NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.bytes],
         }
-        at += place.bytes
+        offset += spec.bytes
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8, as the format asks
+    text += b" " * (-len(text) % 8)  # the format aligns tensors to 8 bytes
     return len(text).to_bytes(LENGTH, "little") + text
 
 
-def ahead(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[tuple[Item, Result]]:
-    """Results in the order of the items, computed by threads; no more than `workers` of them wait."""
+def map_ordered(
+    function: Callable[[Item], Result], items: Iterable[Item], workers: int
+) -> Iterator[tuple[Item, Result]]:
+    """Applies a function to items in threads. Yields (item, result) in order; at most `workers` results are pending."""
     with ThreadPoolExecutor(workers) as pool:
         waiting: deque[tuple[Item, Future[Result]]] = deque()
         try:
@@ -209,7 +214,7 @@ def ahead(function: Callable[[Item], Result], items: Iterable[Item], workers: in
                 if len(waiting) == workers:
                     done, future = waiting.popleft()
                     yield done, future.result()
-                    del future  # and its result with it
+                    del future  # frees its result
                 waiting.append((item, pool.submit(function, item)))
             while waiting:
                 done, future = waiting.popleft()

@@ -1,4 +1,4 @@
-"""Moving weights between folders: dtypes, and the check of every tensor."""
+"""Helpers of the weight converters: dtypes, and checks of every tensor."""
 
 from collections.abc import Callable, Sequence
 from math import prod
@@ -9,41 +9,40 @@ import numpy as np
 from xlam_jax.errors import UserError
 from xlam_jax.progress import BYTES, Throughput
 from xlam_jax.weights.hf_map import Tensor
-from xlam_jax.weights.shards import DTYPES, Shard, ahead
+from xlam_jax.weights.shards import DTYPES, Shard, map_ordered
 
 WORKERS = 2
-CACHED = 2**18
-"""Values that are looked at together: few enough to stay near the processor."""
+BLOCK = 2**18
+"""Number of values that are checked at once: few enough to stay in the processor's cache."""
 INFINITE = {2: {"bfloat16": 0x7F80, "float16": 0x7C00}, 4: {"float32": 0x7F800000}, 8: {"float64": 0x7FF0000000000000}}
-"""Bits of infinity, by the bytes and the name of a dtype; what is larger, the sign aside, is no number."""
+"""Item size in bytes and name of a dtype → bits of infinity. Larger bits, apart from the sign, are NaN."""
 
 
-def dtype_of(name: str | None) -> np.dtype | None:
-    """The dtype of that name."""
+def parse_dtype(name: str | None) -> np.dtype | None:
+    """Returns the dtype of that name, None for None."""
     import ml_dtypes
 
     return None if name is None else np.dtype(getattr(ml_dtypes, name, name))
 
 
 def check_finite(where: str, key: str, value: np.ndarray) -> None:
-    """Raises `UserError` for a tensor with values that are no numbers, or infinite."""
+    """Raises `UserError` if a tensor of any shape contains NaN or infinity. `where`, `key`: its file and name."""
     bits = 8 * value.dtype.itemsize
     infinite = INFINITE[value.dtype.itemsize][value.dtype.name]
     words = value.reshape(-1).view(f"uint{bits}")
     without_sign = words.dtype.type(2 ** (bits - 1) - 1)
-    parts = (words[at : at + CACHED] & without_sign for at in range(0, words.size, CACHED))
-    wrong = sum(int((part >= infinite).sum()) for part in parts if part.max() >= infinite)
-    if wrong:
+    blocks = (words[start : start + BLOCK] & without_sign for start in range(0, words.size, BLOCK))
+    count = sum(int((block >= infinite).sum()) for block in blocks if block.max() >= infinite)
+    if count:
         raise UserError(
-            f"{where}: {key} holds {wrong:,} of {value.size:,} values that are infinite or no numbers; "
+            f"{where}: {key} contains {count:,} of {value.size:,} values that are infinite or NaN; "
             "the training diverged or the file is damaged: use an earlier step, or download it again"
         )
 
 
 def check_values(shards: Sequence[Shard], workers: int = WORKERS) -> None:
-    """Raises `UserError` for the first tensor with values that are no numbers; dtypes that weights are not kept in are
-    left out."""
-    items = [(shard, key) for shard in shards for key, one in shard.tensors.items() if one.dtype in DTYPES]
+    """Raises `UserError` for the first tensor with NaN or infinity. Skips tensors of unsupported dtypes."""
+    items = [(shard, key) for shard in shards for key, entry in shard.tensors.items() if entry.dtype in DTYPES]
     sizes = [shard.tensors[key].stop - shard.tensors[key].start for shard, key in items]
 
     def check(item: tuple[Shard, str]) -> None:
@@ -51,20 +50,22 @@ def check_values(shards: Sequence[Shard], workers: int = WORKERS) -> None:
         check_finite(shard.url, key, shard.read(key))
 
     with Throughput("checking the weights", sum(sizes), unit=BYTES) as progress:
-        for size, _ in zip(sizes, ahead(check, items, workers), strict=True):
+        for size, _ in zip(sizes, map_ordered(check, items, workers), strict=True):
             progress.add(size)
 
 
-def compare(name: str, same: Callable[[Any], bool], items: Sequence[tuple[Tensor, Any]], workers: int) -> None:
-    """Raises `UserError` naming the tensors for which `same` does not hold."""
+def check_tensors(
+    name: str, is_equal: Callable[[Any], bool], items: Sequence[tuple[Tensor, Any]], workers: int
+) -> None:
+    """Raises `UserError` with the tensors for which `is_equal(item)` is False. `name`: the folder, for messages."""
     with Throughput("verifying", sum(prod(tensor.shape) for tensor, _ in items), unit="values") as progress:
-        wrong = []
-        for (tensor, _), holds in ahead(same, items, workers):
+        different = []
+        for (tensor, _), equal in map_ordered(is_equal, items, workers):
             progress.add(prod(tensor.shape))
-            wrong += [] if holds else [tensor.key]
-    if wrong:
-        shown = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+            different += [] if equal else [tensor.key]
+    if different:
+        shown = ", ".join(different[:5]) + (f" and {len(different) - 5} more" if len(different) > 5 else "")
         raise UserError(
-            f"{name}: {len(wrong)} tensors are not what was written ({shown}); check the disk, and run again"
+            f"{name}: {len(different)} tensors differ from what was written ({shown}); check the disk, and run again"
         )
-    print(f"verified: {len(items):,} tensors are the source's, bit for bit")
+    print(f"verified: {len(items):,} tensors equal the source's, bit for bit")

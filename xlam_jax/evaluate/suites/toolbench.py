@@ -14,7 +14,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from xlam_jax.client.completion import checked_key
+from xlam_jax.client.completion import resolve_key
 from xlam_jax.data.trajectory import ToolCall
 from xlam_jax.data.wire import objects_in
 from xlam_jax.errors import UserError, check_address, nearest
@@ -78,7 +78,7 @@ class Toolbench(AgentSuite):
         check_address("--set judge", self._judge)
         self._judge_model = _needed(options, "judge_model", "the name of the judge model")
         self._judge_key = options.extra.get("judge_key")
-        self._key = checked_key(options.extra.get("toolbench_key"), "--set toolbench_key", "TOOLBENCH_KEY")
+        self._key = resolve_key(options.extra.get("toolbench_key"), "--set toolbench_key", "TOOLBENCH_KEY")
         folders = [data / "solvable_queries", data]
         root = next((one for one in folders if (one / "test_instruction").is_dir()), data)
         queries = root / "test_instruction" if (root / "test_instruction").is_dir() else root
