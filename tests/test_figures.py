@@ -12,8 +12,8 @@ from support import ROOT, Commands
 from xlam_jax import config as configs
 from xlam_jax import plan as plans
 from xlam_jax.config import Resolved
-from xlam_jax.plan import Plan
 from xlam_jax.planning.hardware import parse
+from xlam_jax.planning.summary import Plan
 
 README, PLAN, TRAINING = (
     (ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/plan.md", "docs/training.md")
@@ -41,7 +41,7 @@ def estimated(config: str, topology: str, *overrides: str) -> Plan:
         assert place.chip
         plan = estimated(config, f"gpu:h200:{place.count}", *overrides)
         return plans.replace(plan, memory=place.memory, device_memory=place.chip.memory)
-    return plans.plan(resolved, place, plans.laid_out(resolved, place), compiles=False)
+    return plans.plan(resolved, place, plans.make_layout(resolved, place), compiles=False)
 
 
 def rows(page: str) -> Iterator[tuple[str, list[str]]]:
@@ -157,7 +157,7 @@ def test_the_run_of_a_launch_file_fits_its_devices(name: str):
 
 def advised(config: str, topology: str, *overrides: str) -> list[tuple[str, bool]]:
     place, resolved = parse(topology), load(config, *overrides)
-    plan = plans.plan(resolved, place, plans.laid_out(resolved, place), compiles=False)
+    plan = plans.plan(resolved, place, plans.make_layout(resolved, place), compiles=False)
     assert plan.fits is False
     changes = plans.changes(plan, Path(f"configs/{config}.yaml"), list(overrides), place)
     return [(change.text, change.fits) for change in changes]

@@ -1,4 +1,4 @@
-"""`python -m xlam_jax.plan`: what it reads from modules of the TPU's compiler, against what must be at the least."""
+"""`python -m xlam_jax.plan`: figures from modules of the TPU compiler, compared with lower bounds and estimates."""
 
 import json
 import os
@@ -103,8 +103,8 @@ NEEDS = "(bf16[16384,4096], bf16[8,4096,14336] → bf16[16384,14336]) needs 17.0
 def test_a_kernel_that_does_not_compile_is_named(commands: Commands):
     text = commands.call(PLAN, *QUICKSTART, "--topology", "v5e:2x2", "--mesh", "fsdp=4", *SMALL, code=3).stdout
     lines = {line[:16].strip(): line[16:] for line in text.splitlines()[1:] if line[0] != " "}
-    assert lines["figures"].startswith("computed: compiling failed after ")
-    assert re.fullmatch(rf"the kernel gmm[.\d]* {re.escape(NEEDS)}; model.experts or .*", lines["not compiled"])
+    assert lines["figures"].startswith("computed: compilation failed after ")
+    assert re.fullmatch(rf"the kernel gmm[.\d]* {re.escape(NEEDS)}; set model.experts or .*", lines["not compiled"])
     assert {
         "layout",
         "kernels",
@@ -112,7 +112,7 @@ def test_a_kernel_that_does_not_compile_is_named(commands: Commands):
         "parameters",
         "memory",
         "FLOPs",
-        "at the least",
+        "minimum time",
         "utilization",
     } <= lines.keys()
     assert "does not fit" not in text
@@ -167,13 +167,13 @@ def test_a_failed_compilation_is_reported_in_full(
     monkeypatch.chdir(ROOT)
     resolved = configs.load(ROOT / QUICKSTART[1], ["train.batch_size=8", *SMALL[:4], "train.microbatches=1"])
     chip = parse("gpu:h100:1")
-    computed = plans.plan(resolved, chip, plans.laid_out(resolved, chip))
+    computed = plans.plan(resolved, chip, plans.make_layout(resolved, chip))
     failed = replace(computed, outcome=outcome, cause=cause, compile_seconds=2.0)
-    text = plans._text(failed, chip).splitlines()
+    text = plans.format_plan(failed, chip).splitlines()
     assert any(each.startswith(line) for each in text)
-    for name in ("figures", "FLOPs", "at the least", "utilization"):
+    for name in ("figures", "FLOPs", "minimum time", "utilization"):
         assert any(each.startswith(name) for each in text)
-    said = plans._as_json(failed)
+    said = plans.as_json(failed)
     assert (said["outcome"], said["cause"], said["fits"], said["compiled"]) == (outcome, cause, fits, False)
 
 
@@ -205,9 +205,9 @@ def test_a_step_compiled_for_cpus_as_a_person_reads_it(commands: Commands):
     said = commands.run(PLAN, *QUICKSTART, *mesh, *SMALL, "train.trainable=lora").stdout
     assert "layout          tensor 2, remat full, 1 microbatch\n" in said
     assert "figures         compiled in" in said
-    assert "batch           8 rows of 512 tokens a step\n" in said
+    assert "batch           8 rows of 512 tokens per step\n" in said
     assert "exchange        all-reduce tensor" in said
-    assert "times           not known" in said
+    assert "times           unknown" in said
 
 
 def test_gpus_are_computed_and_it_says_so(commands: Commands):
@@ -281,4 +281,4 @@ def test_without_libtpu_it_says_what_to_install(commands: Commands, tmp_path: Pa
     arguments = (*QUICKSTART, "--topology", "v5e:2x2", "--mesh", "fsdp=4", *SMALL)
     nowhere = {"TPU_LIBRARY_PATH": str(tmp_path / "none"), "XLA_FLAGS": ""}
     said = commands.run(PLAN, *arguments, code=2, PYTHONPATH=hidden, **nowhere).stderr
-    assert "the TPU compiler, libtpu, is not installed; pip install 'xlam_jax[plan]'" in said
+    assert "the TPU compiler, libtpu, is not installed; install it with pip install 'xlam_jax[plan]'" in said

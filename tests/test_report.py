@@ -132,7 +132,7 @@ def test_requests_of_a_run_stand_in_one_figure(single, page):
         ("Gradient norm before clipping", "grad_norm", 1.0),
         ("Throughput tokens per second", "tokens_per_second", 1.0),
         ("Model-FLOPs utilisation of peak", "tokens_per_second", 4.4e10 / (8 * 989e12)),
-        ("Trained places of a batch", "trained_share", 1.0),
+        ("Trained tokens of a batch", "trained_share", 1.0),
     ],
 )
 def test_other_quantities(single, page, caption, key, factor):
@@ -315,9 +315,9 @@ def test_missing_and_doubled_steps_are_told(tmp_path, capsys):
     page = page_of(tmp_path, run)
     warnings = capsys.readouterr().err
     told = [
-        f"{run}/metrics.jsonl: steps 10 to 12: train stands there more than once; the last is shown",
+        f"{run}/metrics.jsonl: steps 10 to 12: more than one train record; the last is shown",
         f"{run}/metrics.jsonl: steps 40 to 42, step 60: no train record; the curves have a gap there",
-        f"{run}/metrics.jsonl: step 150: heldout stands there more than once; the last is shown",
+        f"{run}/metrics.jsonl: step 150: more than one heldout record; the last is shown",
     ]
     assert warnings.splitlines() == [f"warning: {one}" for one in told]
     assert all(one in page.text for one in told)
@@ -349,13 +349,13 @@ def test_damaged_lines_are_told_and_a_cut_last_line_is_not(tmp_path, capsys):
     page = page_of(tmp_path, run)
     metrics, answers = capsys.readouterr().err.splitlines()
     assert metrics == (
-        f"warning: {run}/metrics.jsonl: line 3, exact, parsable: no finite number; line 4 is not valid JSON; "
-        "line 5 is no record with step and kind; line 6 has the unknown kind 'later'; "
-        "line 7 is no record with step and kind: left out"
+        f"warning: {run}/metrics.jsonl: line 3, exact, parsable: not a finite number; line 4 is not valid JSON; "
+        "line 5 is not a record with step and kind; line 6 has the unknown kind 'later'; "
+        "line 7 is not a record with step and kind: left out"
     )
     assert answers == (
-        f"warning: {run}/samples.jsonl: line 3 is not valid JSON; line 4 is no sample with a step; line 6 is no sample "
-        "with a step: left out"
+        f"warning: {run}/samples.jsonl: line 3 is not valid JSON; line 4 is not a sample with a step; "
+        "line 6 is not a sample with a step: left out"
     )
     assert page.figures["Loss nats per trained token"].curves["train"].steps == list(range(1, 21))
     assert page.figures["Requests share"].curves["exact"].steps == [0, 20]
@@ -396,7 +396,7 @@ def test_a_run_without_run_json(tmp_path, capsys, content):
         "nonsense": ", line 1, column 1: not valid JSON: Expecting value; correct the file, or get it again",
         "[]": ": contains a list; a JSON object is expected",
     }[content]
-    assert f"{run}/run.json{what}; sizes, devices, target shares and utilisation are unknown" in page.text
+    assert f"{run}/run.json{what}; sizes, devices, target shares and utilization are unknown" in page.text
     assert "Loss nats per trained token" in page.figures
     assert "warning: " in capsys.readouterr().err
 
@@ -437,7 +437,10 @@ def test_what_is_no_run_is_refused(tmp_path):
     for path, message in (
         (tmp_path / "nothing", "nothing: no such folder"),
         (tmp_path / "file", "file: is a file; the folder of the run is expected"),
-        (tmp_path / "folder", "folder: is no run: it has no config.yaml; the output_dir of a python -m xlam_jax.train"),
+        (
+            tmp_path / "folder",
+            "folder: not a run folder: it has no config.yaml; use the output_dir of a python -m xlam_jax.train",
+        ),
     ):
         with pytest.raises(UserError, match=re.escape(message)):
             report(run, path, "--out", tmp_path / "page.html")
@@ -448,12 +451,12 @@ def test_what_is_no_run_is_refused(tmp_path):
 
 def test_a_run_without_metrics_is_refused(tmp_path):
     run = write_run(tmp_path / "run", steps=5, requests=0)
-    for content, message in (("", "no record yet"), ('{"st', "no record yet"), (None, "not there yet")):
+    for content, message in (("", "no record yet"), ('{"st', "no record yet"), (None, "does not exist yet")):
         if content is None:
             (run / "metrics.jsonl").unlink()
         else:
             (run / "metrics.jsonl").write_text(content)
-        with pytest.raises(UserError, match=f"metrics.jsonl: {message}; a run writes it from its first step on"):
+        with pytest.raises(UserError, match=f"metrics.jsonl: {message}; a run writes it after its first step"):
             report(run)
     assert not (run / "report.html").exists()
 
@@ -571,7 +574,7 @@ def test_answers_by_step(tmp_path):
 
 def test_a_doubled_answer_is_told(tmp_path, capsys):
     report(_with_samples(tmp_path / "run", [_sample(5, [], []), _sample(5, [], [])]))
-    assert "samples.jsonl: line 2 answers a request a second time after step 5: left out" in capsys.readouterr().err
+    assert "samples.jsonl: line 2 repeats the answer to a request after step 5: left out" in capsys.readouterr().err
 
 
 def test_long_texts_and_many_requests_are_cut_and_counted(tmp_path):

@@ -1,10 +1,10 @@
-"""`python -m xlam_jax.launch --processes N [--devices-per-process D] -- --config FILE.yaml …`: a run of several
-processes on this machine.
+"""Starts a run of several processes on this machine:
+`python -m xlam_jax.launch --processes N [--devices-per-process D] -- --config FILE.yaml …`.
 
-Starts `python -m xlam_jax.train` N times with what stands behind `--`. On a machine with GPUs each process gets its
-share of them, else each splits the CPU into D devices. SIGTERM, SIGINT and SIGHUP are passed on. The exit code is that
-of the first process that fails, and 75 when a signal stopped all; no process outlives this one. Why a run ended is
-printed once: by process 0 while it can, else by the others.
+Runs `python -m xlam_jax.train` N times with the arguments after `--`. On a machine with GPUs, each process gets a
+share of them; otherwise each splits the CPU into D devices. SIGTERM, SIGINT and SIGHUP are forwarded. The exit code is
+that of the first process that fails, or 75 if a signal stopped all. No process outlives this one. The reason why a run
+ended is printed once: by process 0 if possible, otherwise from another process.
 """
 
 import argparse
@@ -27,85 +27,94 @@ from xlam_jax.errors import STOPPED, UserError
 from xlam_jax.parallel.link import HEARTBEAT_TIMEOUT, LOST, SECRET, SETTLE
 
 GRACE = HEARTBEAT_TIMEOUT + 3 * SETTLE
-"""Seconds that the others have to end by themselves once one has ended: as long as it may take to learn of its loss."""
+"""Seconds in which the other processes must end after the first has ended: the time in which they detect its loss."""
 POLL = 0.05
-"""Seconds between looks at the processes."""
-PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""Polling interval in seconds."""
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 NOISE = "[Gloo] Rank "
-"""What each process on a CPU writes whenever some of them connect."""
+"""Start of a line that each process on a CPU prints for each connection."""
 PR_SET_PDEATHSIG = 1
-"""Of prctl(2): a signal that a process gets when its parent dies."""
+"""Option of prctl(2) that sends a signal to a process when its parent dies."""
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = cli.Parser(
+    """Returns the parser of the command line."""
+    result = cli.Parser(
         prog="python -m xlam_jax.launch",
         usage="python -m xlam_jax.launch --processes N [--devices-per-process D] -- ARGUMENTS OF xlam_jax.train",
         description="Train with several processes on this machine.",
     )
-    made.add_argument("--processes", type=cli.positive, required=True, metavar="N", help="how many to start")
-    made.add_argument(
+    result.add_argument("--processes", type=cli.positive, required=True, metavar="N", help="number of processes")
+    result.add_argument(
         "--devices-per-process",
         type=cli.positive,
         metavar="D",
-        help="GPUs of each (default: all, dealt out), or devices that each splits the CPU into (default: 1)",
+        help="number of GPUs per process (default: all, divided evenly), or of devices that each process splits the "
+        "CPU into (default: 1)",
     )
-    return made
+    return result
 
 
 def main() -> int:
-    own, of_train = split(sys.argv[1:])
-    arguments = parser().parse_args(own)
-    given = train.parser().parse_intermixed_args(of_train)
-    if given.coordinator or given.num_processes is not None or given.process_id is not None:
-        raise UserError("--coordinator, --num-processes and --process-id are set by this command; leave them out")
-    resolved = train.check(given)  # what is wrong is told once
-    if given.print_config:
+    own_words, train_words = split(sys.argv[1:])
+    arguments = parser().parse_args(own_words)
+    train_arguments = train.parser().parse_intermixed_args(train_words)
+    if (
+        train_arguments.coordinator
+        or train_arguments.num_processes is not None
+        or train_arguments.process_id is not None
+    ):
+        raise UserError("--coordinator, --num-processes and --process-id are set by this command; remove them")
+    resolved = train.check(train_arguments)  # reports errors once, not in each process
+    if train_arguments.print_config:
         print(configs.describe(resolved))
         return 0
     gpus = visible_gpus(os.environ)
     share = arguments.devices_per_process
-    command = [sys.executable, "-m", "xlam_jax.train", *of_train]
+    command = [sys.executable, "-m", "xlam_jax.train", *train_words]
     if not gpus and share:
         command.append(f"mesh.cpu_devices={share}")
     command += ["--coordinator", f"localhost:{free_ports()}", "--num-processes", str(arguments.processes)]
-    dealt = deal(gpus, arguments.processes, share) if gpus else [None] * arguments.processes
-    return Processes([[*command, "--process-id", str(at)] for at in range(arguments.processes)], dealt).wait()
+    shares = divide_gpus(gpus, arguments.processes, share) if gpus else [None] * arguments.processes
+    commands = [[*command, "--process-id", str(process)] for process in range(arguments.processes)]
+    return Processes(commands, shares).wait()
 
 
 def split(words: list[str]) -> tuple[list[str], list[str]]:
-    """The command line before and behind `--`."""
+    """Splits the command line at `--`. Returns the arguments before it, and those after it."""
     if "--" not in words:
-        parser().parse_known_args(words)  # --help, and mistakes of its own
-        parser().error("-- is missing; the arguments of python -m xlam_jax.train stand behind it")
-    at = words.index("--")
-    return words[:at], words[at + 1 :]
+        parser().parse_known_args(words)  # handles --help, and errors in this command's own arguments
+        parser().error("-- is missing; the arguments of python -m xlam_jax.train must follow it")
+    index = words.index("--")
+    return words[:index], words[index + 1 :]
 
 
 def visible_gpus(environment: Mapping[str, str]) -> list[str]:
-    """The GPUs of this machine that may be used, as CUDA_VISIBLE_DEVICES names them."""
+    """Returns the names of the GPUs that may be used, as in CUDA_VISIBLE_DEVICES."""
     if environment.get("JAX_PLATFORMS", "cuda").split(",")[0] not in ("cuda", "gpu", ""):
         return []
     if "CUDA_VISIBLE_DEVICES" in environment:
         return [name for name in environment["CUDA_VISIBLE_DEVICES"].split(",") if name and name != "-1"]
-    found = (path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia*"))
-    return [str(at) for at, _ in enumerate(sorted(name for name in found if name.isdigit()))]
+    names = (path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia*"))
+    return [str(index) for index in range(sum(name.isdigit() for name in names))]
 
 
-def deal(gpus: list[str], processes: int, share: int | None) -> list[str | None]:
-    """Each process's CUDA_VISIBLE_DEVICES. Raises `UserError` when there are not enough."""
+def divide_gpus(gpus: list[str], processes: int, share: int | None) -> list[str | None]:
+    """Returns CUDA_VISIBLE_DEVICES of each process.
+
+    `share`: GPUs per process; None: all GPUs, divided evenly. Raises `UserError` if there are not enough.
+    """
     share = share or len(gpus) // processes
     if share * processes > len(gpus) or not share:
         raise UserError(
             f"{processes} processes with {share or 1} GPUs each need {processes * (share or 1)}, and {len(gpus)} are "
-            "visible; start fewer processes, give each fewer with --devices-per-process, or set JAX_PLATFORMS=cpu"
+            "visible; start fewer processes, use fewer GPUs for each (--devices-per-process), or set JAX_PLATFORMS=cpu"
         )
-    return [",".join(gpus[at * share : (at + 1) * share]) for at in range(processes)]
+    return [",".join(gpus[process * share : (process + 1) * share]) for process in range(processes)]
 
 
 def free_ports() -> int:
-    """A port of this machine that nobody uses, and neither the next."""
+    """Returns a port such that it and the next one are free. Raises `UserError` if there is none."""
     for _ in range(100):
         with socket.create_server(("", 0)) as first:
             port = first.getsockname()[1]
@@ -114,37 +123,37 @@ def free_ports() -> int:
             except (OSError, OverflowError):
                 continue
             return port
-    raise UserError("no two free ports next to each other were found on this machine")
+    raise UserError("this machine has no two consecutive free ports; end programs that use ports")
 
 
 class Processes:
-    """The processes of a run, from their start to the end of the last."""
+    """The processes of a run, which are started on construction."""
 
     def __init__(self, commands: list[list[str]], gpus: list[str | None]):
-        """`gpus`: of each, its CUDA_VISIBLE_DEVICES; None leaves it alone."""
-        me = os.getpid()
+        """`commands`, `gpus`: command and CUDA_VISIBLE_DEVICES of each process; None keeps that of this process."""
+        launcher = os.getpid()
         variables = {SECRET: secrets.token_hex(32)} | os.environ
         libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
-        def dies_with_parent() -> None:
+        def die_with_parent() -> None:
             if libc:
                 libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-                if os.getppid() != me:
+                if os.getppid() != launcher:
                     os._exit(1)
 
         self._started: list[subprocess.Popen[str]] = []
-        for one in PASSED_ON:
-            signal.signal(one, self._pass_on)
+        for number in FORWARDED:
+            signal.signal(number, self._forward_signal)
         try:
-            for at, (command, visible) in enumerate(zip(commands, gpus, strict=True)):
+            for index, (command, visible) in enumerate(zip(commands, gpus, strict=True)):
                 process = subprocess.Popen(
                     command,
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT if at else None,  # process 0 draws on the terminal
+                    stderr=subprocess.STDOUT if index else None,  # process 0 draws its progress on the terminal
                     env=variables | ({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}),
-                    process_group=0,  # Ctrl-C comes here, and from here to each once
-                    preexec_fn=dies_with_parent,
+                    process_group=0,  # Ctrl-C reaches only the launcher, which forwards it once
+                    preexec_fn=die_with_parent,
                     text=True,
                     errors="replace",
                 )
@@ -152,18 +161,19 @@ class Processes:
         except OSError:
             self._kill()
             raise
-        self._errors: dict[str, int] = {}  # of processes but the first, and who told it first
-        self._tellers = [
-            threading.Thread(target=self._tell, args=(process.stdout, at), daemon=True)
-            for at, process in enumerate(self._started)
+        self._errors: dict[str, int] = {}
+        """Error message of a process other than 0 → the first process that printed it."""
+        self._readers = [
+            threading.Thread(target=self._forward_output, args=(process.stdout, index), daemon=True)
+            for index, process in enumerate(self._started)
         ]
-        for teller in self._tellers:
-            teller.start()
+        for reader in self._readers:
+            reader.start()
 
     def wait(self) -> int:
-        """Returns when all have ended: 0, or the code of the first that failed."""
+        """Waits deadline all processes have ended. Returns 0, or the exit code of the first that failed."""
         codes: list[int] = []
-        until = float("inf")
+        deadline = float("inf")
         running = list(self._started)
         killed: list[subprocess.Popen[str]] = []
         while running:
@@ -171,31 +181,33 @@ class Processes:
             ended = [process for process in running if process.poll() is not None]
             running = [process for process in running if process not in ended]
             codes += [_code(process) for process in ended if process not in killed]
-            if ended and running and until == float("inf"):
-                until = time.monotonic() + GRACE
-            if running and time.monotonic() > until:
-                until = float("inf")
-                which = ", ".join(str(self._started.index(process)) for process in running)
-                print(f"launch: process {which} did not end within {GRACE:.0f} s, killed", file=sys.stderr, flush=True)
+            if ended and running and deadline == float("inf"):
+                deadline = time.monotonic() + GRACE
+            if running and time.monotonic() > deadline:
+                deadline = float("inf")
+                numbers = ", ".join(str(self._started.index(process)) for process in running)
+                print(
+                    f"launch: process {numbers} did not end within {GRACE:.0f} s, killed", file=sys.stderr, flush=True
+                )
                 killed = running
                 self._kill()
-        for teller in self._tellers:
-            teller.join(timeout=5)
-        if self._started[0].returncode <= 0:  # else it told why
+        for reader in self._readers:
+            reader.join(timeout=5)
+        if self._started[0].returncode <= 0:  # otherwise process 0 has printed the reason
             for text, process in self._errors.items():
                 print(f"[{process}] {text}", file=sys.stderr, flush=True)
-        # who lost another one, or was killed here because of it, is not the one that failed first
+        # a process that lost another one, or was killed here because of that, did not fail first
         failed = [code for code in codes if code] or [_code(process) for process in killed]
         return min(failed, key=lambda code: {LOST: 2, STOPPED: 1}.get(code, 0), default=0)
 
-    def _pass_on(self, number: int, _: object) -> None:
+    def _forward_signal(self, number: int, _: object) -> None:
         for process in self._started:
             if process.poll() is None:
                 process.send_signal(number)
 
-    def _tell(self, said: IO[str], process: int) -> None:
-        """Passes on what a process says, with its number; an error, which is its last word, is kept."""
-        lines = (line for line in said if not line.startswith(NOISE))
+    def _forward_output(self, output: IO[str], process: int) -> None:
+        """Prints the lines of a process with its number. An error message, which ends the output, is stored instead."""
+        lines = (line for line in output if not line.startswith(NOISE))
         for line in lines:
             if process and line.startswith("error: "):
                 self._errors.setdefault((line + "".join(lines)).strip(), process)
@@ -211,7 +223,7 @@ class Processes:
 
 
 def _code(process: subprocess.Popen[str]) -> int:
-    """The exit code as a shell tells it."""
+    """Returns the exit code as a shell reports it: 128 + the number of a signal."""
     return process.returncode if process.returncode >= 0 else 128 - process.returncode
 
 

@@ -107,7 +107,7 @@ def arrays(run: Path) -> dict[str, Any]:
 )
 def test_gpus_are_dealt(visible: str, processes: int, share: int | None, expected: list[str] | None):
     gpus = launch.visible_gpus({"CUDA_VISIBLE_DEVICES": visible})
-    assert (launch.deal(gpus, processes, share) if gpus else None) == expected
+    assert (launch.divide_gpus(gpus, processes, share) if gpus else None) == expected
 
 
 def test_gpus_that_may_not_be_used():
@@ -117,7 +117,7 @@ def test_gpus_that_may_not_be_used():
 @pytest.mark.parametrize(("processes", "share", "needed"), [(3, None, 3), (1, 3, 3), (2, 2, 4)])
 def test_too_few_gpus(processes: int, share: int | None, needed: int):
     with pytest.raises(UserError, match=f"need {needed}, and 2 are visible"):
-        launch.deal(["0", "1"], processes, share)
+        launch.divide_gpus(["0", "1"], processes, share)
 
 
 CALLED = ["--processes", 2, "--"]
@@ -127,14 +127,14 @@ CALLED = ["--processes", 2, "--"]
     ("arguments", "message"),
     [
         ([], "the following arguments are required: --processes"),
-        (["--processes", 2], "-- is missing; the arguments of python -m xlam_jax.train stand behind it"),
+        (["--processes", 2], "-- is missing; the arguments of python -m xlam_jax.train must follow it"),
         (["--processes", 2, "--config", "x"], "-- is missing"),
         (["--processes", 0, "--", "--config", "x"], "argument --processes: '0' is not a whole number of 1 or more"),
         (["--processes", 2, "--devices-per-process", "two", "--"], "'two' is not a whole number of 1 or more"),
         ([*CALLED, "--confi"], "usage: python -m xlam_jax.train"),
         ([*CALLED, "--config", "nowhere.yaml"], "error: nowhere.yaml: no such file"),
         ([*CALLED, "--config", "CONFIG", "mesh.fsd=2"], "unknown key mesh.fsd; did you mean 'fsdp'?"),
-        ([*CALLED, "--config", "CONFIG", "--process-id", 0], "--process-id are set by this command; leave them out"),
+        ([*CALLED, "--config", "CONFIG", "--process-id", 0], "--process-id are set by this command; remove them"),
         ([*CALLED, "--config", "CONFIG", "output_dir=tests"], "tests exists and is not a run of this program"),
     ],
 )

@@ -1,10 +1,10 @@
-"""Causes of failed compilations, in messages of libtpu 0.0.52 and of XLA for CPUs."""
+"""Outcome and cause of failed compilations, from messages of libtpu 0.0.52 and of XLA for CPUs."""
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from xlam_jax.planning.failures import failure, of_compiler
+from xlam_jax.planning.failures import classify, is_compiler_error
 from xlam_jax.planning.hardware import parse
 
 V4 = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space vmem. Used 32.46M of 16.00M vmem. Exceeded vmem capacity by 16.46M.
@@ -54,7 +54,7 @@ CPU = "INTERNAL: Unsupported element type for DotThunk::Execute: BF16 x BF16 = F
     ],
 )
 def test_a_message_has_a_cause(message: str, outcome: str, cause: str):
-    assert failure(RuntimeError(message)) == (outcome, cause)
+    assert classify(RuntimeError(message)) == (outcome, cause)
 
 
 @pytest.mark.usefixtures("libtpu")
@@ -63,12 +63,12 @@ def test_the_compiler_reports_too_little_device_memory():
     long = jax.ShapeDtypeStruct((2**17,), jnp.float32, sharding=chip)
     with pytest.raises(jax.errors.JaxRuntimeError) as refused:
         jax.jit(lambda x: jnp.sort(jnp.outer(x, x), axis=1)).lower(long).compile()
-    assert of_compiler(refused.value)
-    outcome, cause = failure(refused.value)
+    assert is_compiler_error(refused.value)
+    outcome, cause = classify(refused.value)
     assert outcome == "device-memory"
     assert cause.startswith("Ran out of memory on HBM, the total memory required for HLO")
     assert cause.endswith("exceeds available HBM (15.75G). HLO module: jit__lambda.")
 
 
-def test_a_mistake_of_ours_is_not_the_compilers():
-    assert not of_compiler(TypeError("no such argument"))
+def test_a_bug_of_this_project_is_not_a_compiler_error():
+    assert not is_compiler_error(TypeError("no such argument"))

@@ -1,4 +1,4 @@
-"""Names of topologies, and what their links allow."""
+"""Names of topologies, and the bandwidth of their links."""
 
 from types import SimpleNamespace
 
@@ -17,7 +17,7 @@ def test_every_known_slice_is_parsed():
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("v5p:4x4", "v5p has no slice '4x4'; known are 2x2x1, "),
         ("v5pp:4x4x4", "did you mean 'v5p:4x4x4'?; known are v4:2x2x1"),
@@ -28,10 +28,10 @@ def test_every_known_slice_is_parsed():
         ("", "not known"),
     ],
 )
-def test_wrong_names(name: str, told: str):
+def test_unknown_names(name: str, message: str):
     with pytest.raises(UserError, match="--topology") as caught:
         parse(name)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_factorizations():
@@ -40,11 +40,11 @@ def test_factorizations():
 
 
 def chips(*coords: tuple[int, ...]) -> list[SimpleNamespace]:
-    return [SimpleNamespace(coords=place) for place in coords]
+    return [SimpleNamespace(coords=position) for position in coords]
 
 
 def test_links_of_a_group():
-    """A ring has two ways around, a line one, and each dimension that a group extends along adds its own."""
+    """A ring has two directions, a line one, and each dimension along which a group extends adds its bandwidth."""
     slice_, link = parse("v5p:4x4x4"), CHIPS["v5p"].link
     line = chips(*((0, 0, z) for z in range(4)))
     assert slice_.bandwidth(line, 4) == 2 * link

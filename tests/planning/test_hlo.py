@@ -1,4 +1,4 @@
-"""What is read from compiled modules: those of this machine's compiler, and lines as a TPU's writes them."""
+"""Figures parsed from compiled modules: of this machine's compiler, and from text in the format of the TPU compiler."""
 
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +26,7 @@ def test_products():
     assert totals_of(lambda a, b: a @ b, ones(6, 5), ones(5, 7)).flops == 2 * 6 * 5 * 7
 
 
-def test_loops_are_multiplied_out_and_nested():
+def test_nested_loops_are_multiplied_by_their_trip_counts():
     def inner(x, w):
         return x @ w, None
 
@@ -38,7 +38,7 @@ def test_loops_are_multiplied_out_and_nested():
     assert totals.unknown_loops == 0
 
 
-def test_a_loop_of_unknown_length_is_counted_once_and_told():
+def test_a_loop_of_unknown_length_is_counted_once_and_reported():
     def function(x, n):
         return lax.while_loop(lambda carry: carry[1] < n, lambda carry: (carry[0] @ x, carry[1] + 1), (x, 0))[0]
 
@@ -46,9 +46,9 @@ def test_a_loop_of_unknown_length_is_counted_once_and_told():
     assert (totals.flops, totals.unknown_loops) == (2 * 8**3, 1)
 
 
-def test_of_a_branch_the_dearest_side_counts():
-    def function(x, at):
-        return lax.switch(at, [lambda x: x, lambda x: x @ x, lambda x: x @ x @ x], x)
+def test_the_most_expensive_side_of_a_branch_counts():
+    def function(x, index):
+        return lax.switch(index, [lambda x: x, lambda x: x @ x, lambda x: x @ x @ x], x)
 
     assert totals_of(function, ones(8, 8), jnp.int32(0)).flops == 2 * 2 * 8**3
 
@@ -57,7 +57,7 @@ def test_of_a_branch_the_dearest_side_counts():
     ("stride", "padding", "spread", "pairs"),
     [(1, (0, 0), 1, 8 * 3), (2, (0, 0), 1, 4 * 3), (1, (1, 1), 1, 8 * 3 + 2 * 2), (1, (0, 0), 2, 9 * 2 + 8)],
 )
-def test_convolutions_count_only_what_lies_inside(stride: int, padding: tuple[int, int], spread: int, pairs: int):
+def test_convolutions_do_not_count_padding(stride: int, padding: tuple[int, int], spread: int, pairs: int):
     source, kernel = ones(2, 10, 4), ones(3, 4, 5)  # b0f, 0io
 
     def function(x, w):
@@ -68,13 +68,13 @@ def test_convolutions_count_only_what_lies_inside(stride: int, padding: tuple[in
     assert totals_of(function, source, kernel).flops == 2 * 2 * 4 * 5 * pairs
 
 
-def test_bytes_of_a_fusion_are_those_that_it_reads_and_writes():
+def test_bytes_of_a_fusion_are_its_operands_and_results():
     totals = totals_of(lambda x: jnp.sin(x) * 2 + 1, ones(1000))
     assert totals.bytes == 2 * 4000
 
 
 def test_bytes_of_a_loop_that_reads_slices():
-    """A layer's weights are read once each, not all of them for every layer."""
+    """Each iteration reads the weights of its layer, not those of all layers."""
     totals = totals_of(lambda x, ws: lax.scan(lambda x, w: (x + w, None), x, ws)[0], ones(1000), ones(64, 1000))
     assert 64 * 3 * 4000 <= totals.bytes <= 64 * 8 * 4000
 
@@ -120,9 +120,8 @@ backend_config={"custom_call_config":{"cost_estimate":{"flops":"1024","bytes_acc
 
 def test_collectives_by_kind_and_axis():
     mesh = {"data": 2, "fsdp": 4, "tensor": 1}
-    totals = Module(TPU).totals(mesh, lambda one: 500.0 if one.name.startswith("splash") else None)
-    found = {(one.kind, one.axes): (one.bytes, one.times) for one in totals.collectives}
-    assert found == {
+    totals = Module(TPU).totals(mesh, lambda kernel: 500.0 if kernel.name.startswith("splash") else None)
+    assert {(item.kind, item.axes): (item.bytes, item.times) for item in totals.collectives} == {
         ("all-gather", ("fsdp",)): (32 * 16 * 2 * 3 // 4, 12),
         ("reduce-scatter", ("data",)): (32 * 16 * 2 // 2, 12),
         ("collective-permute", ("fsdp",)): (8 * 16 * 2, 12),

@@ -1,1 +1,1 @@
-"""What a step needs of a machine that is not here: compiled for it where a compiler can, computed otherwise."""
+"""Resources of a training step on other machines: read from a compiled module if possible, otherwise computed."""

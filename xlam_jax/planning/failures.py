@@ -1,4 +1,4 @@
-"""Why a step did not compile, from the compiler's message: the device's memory, that of a kernel, or something else."""
+"""Classifies compiler errors by their message: too little device memory, too little kernel memory, or another cause."""
 
 import re
 from typing import NamedTuple
@@ -18,34 +18,34 @@ UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 class Failure(NamedTuple):
-    """What the compiler reported."""
+    """Outcome and cause of a failed compilation."""
 
     outcome: str
     """device-memory, kernel-memory or compiler-error."""
     cause: str
-    """One line."""
+    """The compiler's reason in one line."""
 
 
-def of_compiler(error: BaseException) -> bool:
-    """Whether an error is the compiler's, that of kernels included: it refuses the step, and no code here is wrong."""
+def is_compiler_error(error: BaseException) -> bool:
+    """Returns whether the compiler (or that of kernels) refused the step, as opposed to a bug of this project."""
     import jax
 
     kernels = type(error).__module__.startswith("jax._src.pallas")
     return kernels or isinstance(error, (jax.errors.JaxRuntimeError, NotImplementedError))
 
 
-def failure(error: BaseException) -> Failure:
+def classify(error: BaseException) -> Failure:
     """Classifies an error of lowering or compiling a step."""
     text = str(error).strip() or type(error).__name__
     if space := ON_CHIP.search(text):
-        return Failure(KERNEL_MEMORY, _of_kernel(text, (space[1] or space[2]).upper()))
+        return Failure(KERNEL_MEMORY, _kernel_cause(text, (space[1] or space[2]).upper()))
     if "RESOURCE_EXHAUSTED" in text or "Ran out of memory" in text:
-        return Failure(DEVICE_MEMORY, _of_device(text))
+        return Failure(DEVICE_MEMORY, _device_cause(text))
     return Failure(COMPILER_ERROR, text.splitlines()[0][:300])
 
 
 def needed_memory(cause: str) -> float | None:
-    """The bytes of a device that a compiler needed, by the cause of a failure; None where it does not say."""
+    """Returns the bytes of device memory that the compiler needed, from a failure's cause; None if it has no figure."""
     sizes = SIZES.search(cause)
     if not sizes or not sizes["used"]:
         return None
@@ -53,7 +53,7 @@ def needed_memory(cause: str) -> float | None:
     return float(number) * UNITS[sizes["used"][len(number) :]]
 
 
-def _of_kernel(text: str, space: str) -> str:
+def _kernel_cause(text: str, space: str) -> str:
     kernel, sizes = KERNEL.search(text), SIZES.search(text)
     name = "a kernel"
     if kernel:
@@ -62,12 +62,12 @@ def _of_kernel(text: str, space: str) -> str:
         result = f" → {kernel['result']}" if kernel["result"] else ""
         name = f"the kernel {kernel['name']}" + (f" ({', '.join(shapes)}{result})" if shapes else "")
     if not sizes:
-        return f"{name} needs more {space} than there is: {text.splitlines()[0][:200]}"
+        return f"{name} needs more {space} than available: {text.splitlines()[0][:200]}"
     needed, limit = sizes["size"] or sizes["used"], sizes["limit"] or sizes["capacity"]
     return f"{name} needs {needed} of {space}, whose limit is {limit}"
 
 
-def _of_device(text: str) -> str:
+def _device_cause(text: str) -> str:
     lines = [line.strip() for line in text.splitlines()]
     line = next((line for line in lines if "Used" in line or "Exceeded" in line), lines[0])
     return line[max(0, line.find("Ran out of memory")) :][:300]

@@ -1,4 +1,4 @@
-"""Chips, by their makers' data sheets, and how they are joined; a topology from its name."""
+"""Chips and their links, by the makers' data sheets, and topologies parsed from their names."""
 
 import os
 import re
@@ -14,23 +14,24 @@ from xlam_jax.training.cost import PEAK_FLOPS
 
 @dataclass(frozen=True)
 class Chip:
-    """One device. Bytes and seconds."""
+    """Figures of a device's data sheet."""
 
     kind: str
-    """As it stands in `PEAK_FLOPS`."""
+    """Key of `PEAK_FLOPS`."""
     memory: float
+    """Size of the main memory in bytes."""
     bandwidth: float
-    """Of its memory."""
+    """Bandwidth of the main memory in bytes per second."""
     link: float
-    """Of one link to a neighbour, in one direction (TPU), or of all links inside a node (GPU)."""
+    """Bytes per second of one link to a neighbour in one direction (TPU), or of all links within a node (GPU)."""
     libtpu: str = ""
-    """The compiler's name of the generation."""
+    """The TPU compiler's name of the generation."""
     dimensions: int = 0
-    """Of the torus or mesh that its links make."""
+    """Number of dimensions of the torus or mesh that TPU links form."""
 
     @property
     def flops(self) -> float:
-        """bf16 operations a second."""
+        """Peak bfloat16 FLOP/s."""
         return PEAK_FLOPS[self.kind]
 
 
@@ -51,44 +52,45 @@ TPU_SHAPES = {
     "v5e": ["1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"],
     "v6e": ["1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"],
 }
-"""Slices that can be rented."""
+"""Slice shapes that clouds offer."""
 NODE = 8
-"""GPUs that fast links join."""
+"""Number of GPUs in a node, which are connected by NVLink."""
 BETWEEN_NODES = 50e9
-"""Bytes a second of each GPU to other nodes: one 400 Gb/s adapter each."""
+"""Bytes per second of a GPU to other nodes: one 400 Gb/s adapter per GPU."""
 
 FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
-"""Variables that set which part of a GPU's memory JAX's allocator may use; the second is the older name."""
+"""Environment variables with the fraction of a GPU's memory that JAX's allocator may use; the second is the older
+name."""
 FRACTION = 0.75
-"""What it may use otherwise."""
+"""JAX's default fraction."""
 
 OFFLINE = {
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is used: several plans may be made at once
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is used, so several plans may run at once
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5p-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
 }
-"""Variables of libtpu for a machine that is no TPU's: it would ask the cloud which one it is. What is compiled depends
-on none of them."""
+"""Environment variables of libtpu for a machine without a TPU, where it would query the cloud's metadata server. They
+don't affect the compiled code."""
 
 
 @dataclass(frozen=True)
 class Topology:
-    """Devices of one kind and how they are laid out."""
+    """A number of devices of one kind, and their arrangement."""
 
     name: str
     platform: str
     """tpu, gpu or cpu."""
     count: int
     chip: Chip | None
-    """None for a CPU: a machine's own speed is not in a table."""
+    """None for a CPU, whose figures are unknown."""
     shape: tuple[int, ...] = ()
-    """Of a TPU slice."""
+    """Shape of a TPU slice."""
 
     @property
     def fraction(self) -> float:
-        """The part of a device's memory that JAX's allocator may use. Raises `UserError` for an invalid variable."""
+        """Fraction of a device's memory that JAX's allocator may use. Raises `UserError` for an invalid variable."""
         name = next((name for name in FRACTIONS if os.environ.get(name)), None)
         if self.platform != "gpu" or name is None:
             return FRACTION if self.platform == "gpu" else 1.0
@@ -102,12 +104,12 @@ class Topology:
 
     @property
     def memory(self) -> float | None:
-        """Bytes of a device that a run can use; None for a CPU."""
+        """Bytes of a device's memory that a run can use; None for a CPU."""
         return self.chip.memory * self.fraction if self.chip else None
 
     @property
     def larger(self) -> list["Topology"]:
-        """Topologies of the same chips with more devices, the smallest first: for GPUs up to 16 times as many."""
+        """Topologies with more of the same devices, the smallest first; up to 16 times as many GPUs."""
         if self.platform == "tpu":
             kind = self.name.partition(":")[0]
             slices = [parse(f"{kind}:{shape}") for shape in TPU_SHAPES[kind]]
@@ -117,16 +119,17 @@ class Topology:
 
     @property
     def wrapped(self) -> tuple[bool, ...]:
-        """Which dimensions of a TPU slice are closed to a ring: in three dimensions all of them where each is a
-        multiple of 4, in two those of 16 chips."""
+        """Whether each dimension of a TPU slice is a ring (torus). In 3D slices all are if each size is a multiple of
+        4; in 2D slices those of size 16 are."""
         if len(self.shape) == 3:
             return (all(size % 4 == 0 for size in self.shape),) * 3
         return tuple(size == 16 for size in self.shape)
 
     def devices(self) -> Sequence[Any]:
-        """JAX devices to compile for; no such machine need be here. Empty for a GPU, which no compiler here targets.
+        """Returns the JAX devices to compile for, which this machine need not have. Empty for GPUs, which have no
+        offline compiler.
 
-        Raises `UserError` where libtpu is missing.
+        Raises `UserError` if libtpu is not installed.
         """
         import jax
 
@@ -145,7 +148,7 @@ class Topology:
         for name, value in OFFLINE.items():
             os.environ.setdefault(name, value)
         try:
-            described = topologies.get_topology_desc(
+            description = topologies.get_topology_desc(
                 f"{self.chip.libtpu}:{'x'.join(map(str, self.shape))}",
                 platform="tpu",
                 **({"wrap": list(self.wrapped)} if len(self.shape) == 3 else {}),
@@ -155,27 +158,29 @@ class Topology:
                 raise
             raise UserError(
                 f"--topology {self.name}: the TPU compiler, libtpu, is not installed; "
-                "pip install 'xlam_jax[plan]' brings it (no TPU is needed)"
+                "install it with pip install 'xlam_jax[plan]' (no TPU is needed)"
             ) from None
-        return described.devices
+        return description.devices
 
     def bandwidth(self, devices: Sequence[Any], extent: int) -> float | None:
-        """Bytes a second that each of these devices, a group of a collective, can receive from the others; None where
-        it is not known. `extent` is how far apart the group's first and last stand in the order of all devices."""
+        """Returns the bytes per second that each device of a collective's group can receive; None if unknown.
+
+        `extent`: number of devices from the group's first to its last in the order of all devices.
+        """
         if not self.chip:
             return None
         if self.platform == "gpu":
             return self.chip.link if extent <= NODE else BETWEEN_NODES
         coords = list(zip(*(device.coords for device in devices), strict=True))
-        lines = [len(set(places)) for places in coords]
-        ways = [
-            (2 if closed and size > 2 else 1) for size, closed in zip(lines, self.wrapped or (False,) * 3, strict=False)
+        lengths = [len(set(positions)) for positions in coords]
+        directions = [
+            (2 if ring and size > 2 else 1) for size, ring in zip(lengths, self.wrapped or (False,) * 3, strict=False)
         ]
-        return self.chip.link * sum(way for way, size in zip(ways, lines, strict=False) if size > 1)
+        return self.chip.link * sum(ways for ways, size in zip(directions, lengths, strict=False) if size > 1)
 
 
 def parse(name: str) -> Topology:
-    """A topology from `v5p:4x4x4`, `gpu:h100:8` or `cpu:8`. Raises `UserError` that lists what is known."""
+    """Parses a name such as `v5p:4x4x4`, `gpu:h100:8` or `cpu:8`. Raises `UserError` that lists the valid names."""
     kind, _, rest = name.partition(":")
     if kind in TPU_SHAPES:
         if rest not in TPU_SHAPES[kind]:
@@ -184,18 +189,18 @@ def parse(name: str) -> Topology:
         return Topology(name, "tpu", prod(shape), CHIPS[kind], shape)
     if kind == "cpu" and rest.isdigit() and int(rest) > 0:
         return Topology(name, "cpu", int(rest), None)
-    if found := re.fullmatch(r"gpu:(\w+):([1-9]\d*)", name):
+    if match := re.fullmatch(r"gpu:(\w+):([1-9]\d*)", name):
         gpus = [chip for chip in CHIPS if chip not in TPU_SHAPES]
-        if found[1] not in gpus:
-            raise UserError(f"--topology {name}: the GPU '{found[1]}' is not known; known are {', '.join(gpus)}")
-        return Topology(name, "gpu", int(found[2]), CHIPS[found[1]])
-    known = [f"{chip}:{shape}" for chip, shapes in TPU_SHAPES.items() for shape in shapes]
-    known += [f"gpu:{chip}:N" for chip in CHIPS if chip not in TPU_SHAPES] + ["cpu:N"]
-    raise UserError(f"--topology {name}: not known{nearest(name, known)}; known are {', '.join(known)}")
+        if match[1] not in gpus:
+            raise UserError(f"--topology {name}: the GPU '{match[1]}' is not known; known are {', '.join(gpus)}")
+        return Topology(name, "gpu", int(match[2]), CHIPS[match[1]])
+    names = [f"{chip}:{shape}" for chip, shapes in TPU_SHAPES.items() for shape in shapes]
+    names += [f"gpu:{chip}:N" for chip in CHIPS if chip not in TPU_SHAPES] + ["cpu:N"]
+    raise UserError(f"--topology {name}: not known{nearest(name, names)}; known are {', '.join(names)}")
 
 
 def factorizations(count: int, parts: int) -> list[tuple[int, ...]]:
-    """All ways to write a number as a product of so many factors, in order."""
+    """Returns all ordered factorizations of `count` into `parts` factors."""
     if parts == 1:
         return [(count,)]
     return [

@@ -1,7 +1,7 @@
-"""Reading the text of a compiled module: floating-point operations, bytes of memory, collectives.
+"""Parses the HLO text of a compiled module, and counts FLOPs, bytes of memory traffic, and collectives.
 
-Loops are multiplied out; of a branch the dearest side counts. Only what is read here is understood of an instruction:
-its results, opcode, operands and some attributes.
+Loops are multiplied by their trip counts; of a conditional, the most expensive branch counts. Of an instruction, only
+its results, opcode, operands and some attributes are parsed.
 """
 
 import re
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 WIDTHS = {"pred": 1, "bf16": 2, "c64": 8, "c128": 16}
-"""Bytes of an element; of other types the name tells the bits."""
+"""Bytes per element of types whose name does not contain the number of bits."""
 SHAPE = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\](\{[^}]*\})?")
 HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
@@ -21,31 +21,31 @@ OPCODE = re.compile(r" ([a-z][a-z0-9\-]*)\(")
 NAME = re.compile(r"%([\w.\-]+)")
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"}
-"""Opcodes that move no bytes of their own."""
+"""Opcodes that cause no memory traffic themselves."""
 
 
 class Shape(NamedTuple):
-    """One array's type."""
+    """Type of an array."""
 
     dtype: str
     sizes: tuple[int, ...]
     on_chip: bool = False
-    """It lies in the fast memory beside the arithmetic units, whose traffic is not counted."""
+    """Whether it is in on-chip memory (VMEM), whose traffic is not counted."""
 
     @property
     def elements(self) -> int:
-        """How many."""
+        """Number of elements."""
         return prod(self.sizes)
 
     @property
     def bytes(self) -> int:
-        """Of memory; a padded layout takes more."""
+        """Size in bytes without the padding of a layout."""
         bits = re.search(r"\d+", self.dtype)
         return self.elements * (WIDTHS.get(self.dtype) or max(1, int(bits[0] if bits else 32) // 8))
 
     @property
     def traffic(self) -> int:
-        """Bytes of main memory that reading or writing it once moves."""
+        """Bytes of main memory traffic to read or write it once."""
         return 0 if self.on_chip else self.bytes
 
 
@@ -59,76 +59,80 @@ class Instruction(NamedTuple):
     attributes: str
 
     def called(self, attribute: str) -> list[str]:
-        """The computations that an attribute names."""
-        found = re.search(rf"\b{attribute}=(\{{[^}}]*\}}|%[\w.\-]+)", self.attributes)
-        return NAME.findall(found[1]) if found else []
+        """Returns the names of the computations in an attribute such as `calls=%fused`."""
+        match = re.search(rf"\b{attribute}=(\{{[^}}]*\}}|%[\w.\-]+)", self.attributes)
+        return NAME.findall(match[1]) if match else []
 
     def numbers(self, attribute: str) -> list[int]:
-        """The list of numbers of an attribute such as `dimensions={1,2}`."""
-        found = re.search(rf"\b{attribute}=\{{([\d,]*)\}}", self.attributes)
-        return [int(one) for one in found[1].split(",") if one] if found else []
+        """Returns the numbers in an attribute such as `dimensions={1,2}`."""
+        match = re.search(rf"\b{attribute}=\{{([\d,]*)\}}", self.attributes)
+        return [int(number) for number in match[1].split(",") if number] if match else []
 
 
 class Collective(NamedTuple):
-    """An exchange among devices."""
+    """A collective operation."""
 
     kind: str
+    """Opcode without "-start"."""
     axes: tuple[str, ...]
-    """The mesh axes along which its groups extend."""
+    """Mesh axes along which its groups extend."""
     bytes: int
-    """What a device receives each time, at least: a ring's traffic."""
+    """Minimum number of bytes that a device receives each time: the traffic of a ring algorithm."""
     times: int
-    """In a step."""
+    """Number of executions per step."""
     shapes: tuple[Shape, ...]
-    """What it gives."""
+    """Types of its results."""
     traffic: int = 0
     """Bytes of main memory that a device reads and writes for it each time."""
     channel: str = ""
-    """Its number in the module. One that a compiler overlaps with other work stands in the fusion that begins it, in
-    those that go on meanwhile and in the one that ends it: with the same number."""
+    """Its id in the module. A collective that the compiler overlaps with other work occurs in the fusion that starts
+    it, in those that run meanwhile, and in the one that ends it, with the same id."""
 
 
 class Totals(NamedTuple):
-    """Of one device and one step."""
+    """Sums over a step, per device."""
 
     flops: float
     bytes: float
-    """That its operations read and write, each once; what a fusion or a kernel keeps to itself is not counted."""
+    """Bytes that its operations read and write, each once; values inside a fusion or kernel are not counted."""
     collectives: list[Collective]
     kernels: Counter[str]
-    """How often each custom kernel runs."""
+    """Custom kernel → number of executions."""
     unknown_loops: int
-    """Loops whose length is only known when they run; counted once."""
+    """Number of loops with an unknown trip count, which are counted once."""
 
 
 class Module:
-    """A parsed module."""
+    """A parsed HLO module."""
 
     def __init__(self, text: str):
         self.computations: dict[str, dict[str, Instruction]] = {}
         self.entry = ""
         current: dict[str, Instruction] = {}
-        for line in _joined(text):
+        for line in _join_lines(text):
             if header := HEADER.match(line):
                 current = self.computations.setdefault(header[1], {})
                 self.entry = header[1] if line.startswith("ENTRY") else self.entry
-            elif instruction := _instruction(line):
+            elif instruction := _parse_instruction(line):
                 current[instruction.name] = instruction
 
     def totals(self, mesh: Mapping[str, int], kernel_flops: Callable[[Instruction], float | None]) -> Totals:
-        """Sums over a step on a mesh of these axis sizes; `kernel_flops` knows what a custom kernel computes, or None
-        where its own estimate is to be taken."""
-        self._mesh, self._kernel_flops, self._cache = mesh, kernel_flops, {}
-        return self._of(self.entry)
+        """Returns the sums over a step.
 
-    def _of(self, name: str) -> Totals:
-        if name not in self._cache:
-            self._cache[name] = self._sum(self.computations.get(name, {}))
-        return self._cache[name]
+        `mesh`: axis → size. `kernel_flops` returns the FLOPs of a custom kernel, or None to use the kernel's own
+        estimate in the module.
+        """
+        self._mesh, self._kernel_flops, self._cache = mesh, kernel_flops, {}
+        return self._totals_of(self.entry)
+
+    def _totals_of(self, computation: str) -> Totals:
+        if computation not in self._cache:
+            self._cache[computation] = self._sum(self.computations.get(computation, {}))
+        return self._cache[computation]
 
     def _sum(self, inside: dict[str, Instruction]) -> Totals:
         flops = moved = 0.0
-        exchanged: list[Collective] = []
+        collectives: list[Collective] = []
         kernels: Counter[str] = Counter()
         unknown = 0
         seen: set[str] = set()
@@ -136,129 +140,141 @@ class Module:
         def add(totals: Totals, times: int = 1, *, fused: bool = False) -> None:
             nonlocal flops, moved, unknown
             flops, moved = flops + times * totals.flops, moved + (0 if fused else times * totals.bytes)
-            new = [one for one in totals.collectives if not fused or one.channel not in seen]
-            exchanged.extend(one._replace(times=one.times * times) for one in new)
-            seen.update(one.channel for one in new if one.channel)
+            new = [collective for collective in totals.collectives if not fused or collective.channel not in seen]
+            collectives.extend(collective._replace(times=collective.times * times) for collective in new)
+            seen.update(collective.channel for collective in new if collective.channel)
             if fused:
-                moved += sum(one.traffic for one in new)
+                moved += sum(collective.traffic for collective in new)
             kernels.update({kernel: times * count for kernel, count in totals.kernels.items()})
             unknown += totals.unknown_loops
 
-        for one in inside.values():
-            kind = one.opcode.removesuffix("-start")
-            if one.opcode == "while":
-                trips = self._trips(one, inside)
+        for instruction in inside.values():
+            kind = instruction.opcode.removesuffix("-start")
+            if instruction.opcode == "while":
+                trips = self._trip_count(instruction, inside)
                 unknown += trips is None
-                add(self._of(one.called("body")[0]), 1 if trips is None else trips)
-            elif one.opcode == "conditional":
-                sides = [self._of(name) for name in one.called("branch_computations") or _sides(one)]
-                add(max(sides, key=lambda side: side.flops))
-            elif one.opcode == "fusion":
-                (called,) = one.called("calls")
-                add(self._of(called), fused=True)
-                moved += self._fusion_bytes(one, called)
-            elif one.opcode in ("call", "async-start"):
-                for name in one.called("to_apply") + one.called("calls"):
-                    add(self._of(name))
-            elif one.opcode in ("dot", "convolution"):
-                flops += _product_flops(one, inside)
-            elif one.opcode == "custom-call":
-                known = self._kernel_flops(one)
-                flops += _told_flops(one) if known is None else known
-                if "tpu_custom_call" in one.attributes or "triton" in one.attributes:
-                    kernels[re.sub(r"[.\d]+$", "", one.name)] += 1
-                    moved += _once(one, inside)
+                add(self._totals_of(instruction.called("body")[0]), 1 if trips is None else trips)
+            elif instruction.opcode == "conditional":
+                names = instruction.called("branch_computations") or _branches(instruction)
+                add(max((self._totals_of(name) for name in names), key=lambda branch: branch.flops))
+            elif instruction.opcode == "fusion":
+                (called,) = instruction.called("calls")
+                add(self._totals_of(called), fused=True)
+                moved += self._fusion_bytes(instruction, called)
+            elif instruction.opcode in ("call", "async-start"):
+                for name in instruction.called("to_apply") + instruction.called("calls"):
+                    add(self._totals_of(name))
+            elif instruction.opcode in ("dot", "convolution"):
+                flops += _product_flops(instruction, inside)
+            elif instruction.opcode == "custom-call":
+                computed = self._kernel_flops(instruction)
+                flops += _annotated_flops(instruction) if computed is None else computed
+                if "tpu_custom_call" in instruction.attributes or "triton" in instruction.attributes:
+                    kernels[re.sub(r"[.\d]+$", "", instruction.name)] += 1
+                    moved += _traffic(instruction, inside)
             if kind in COLLECTIVES:
-                exchanged.append(self._collective(kind, one, inside))
-            if one.opcode not in FREE | {"fusion", "custom-call", "dynamic-slice", "dynamic-update-slice"}:
-                if not one.opcode.endswith(("-done", "-update")):
-                    moved += _once(one, inside)
-            elif one.opcode == "dynamic-slice":
-                moved += 2 * one.results[0].traffic
-            elif one.opcode == "dynamic-update-slice" and one.operands[1] in inside:
-                moved += 2 * inside[one.operands[1]].results[0].bytes
-        return Totals(flops, moved, exchanged, kernels, unknown)
+                collectives.append(self._collective(kind, instruction, inside))
+            if instruction.opcode not in FREE | {"fusion", "custom-call", "dynamic-slice", "dynamic-update-slice"}:
+                if not instruction.opcode.endswith(("-done", "-update")):
+                    moved += _traffic(instruction, inside)
+            elif instruction.opcode == "dynamic-slice":
+                moved += 2 * instruction.results[0].traffic
+            elif instruction.opcode == "dynamic-update-slice" and instruction.operands[1] in inside:
+                moved += 2 * inside[instruction.operands[1]].results[0].bytes
+        return Totals(flops, moved, collectives, kernels, unknown)
 
-    def _trips(self, loop: Instruction, inside: dict[str, Instruction]) -> int | None:
-        """How often a loop runs: as it is annotated, or from a condition `i < constant` with i counted from 0."""
-        if found := re.search(r'known_trip_count"?[:=]\{"?n"?[:=]"?(\d+)', loop.attributes):
-            return int(found[1])
+    def _trip_count(self, loop: Instruction, inside: dict[str, Instruction]) -> int | None:
+        """Returns a loop's trip count: annotated, or from a condition `i < constant` with i counted from 0."""
+        if match := re.search(r'known_trip_count"?[:=]\{"?n"?[:=]"?(\d+)', loop.attributes):
+            return int(match[1])
         condition = self.computations.get(loop.called("condition")[0], {})
-        ends = [one for one in condition.values() if one.opcode == "compare" and "direction=LT" in one.attributes]
-        for end in ends:
-            limits = [condition[name] for name in end.operands if name in condition]
-            values = [re.match(r"\((-?\d+)\)", one.attributes) for one in limits if one.opcode == "constant"]
-            if len(ends) == 1 and len(values) == 1 and values[0] and not limits[0].results[0].sizes:
+        comparisons = [
+            item for item in condition.values() if item.opcode == "compare" and "direction=LT" in item.attributes
+        ]
+        for comparison in comparisons:
+            limits = [condition[name] for name in comparison.operands if name in condition]
+            values = [re.match(r"\((-?\d+)\)", limit.attributes) for limit in limits if limit.opcode == "constant"]
+            if len(comparisons) == 1 and len(values) == 1 and values[0] and not limits[0].results[0].sizes:
                 return int(values[0][1])
         return None
 
     def _fusion_bytes(self, fusion: Instruction, called: str) -> float:
-        """What a fusion reads and writes: of an operand that it only takes slices of, those; of a collective that goes
-        on meanwhile nothing, for that is counted by itself."""
+        """Returns the bytes that a fusion reads and writes.
+
+        Of an operand that is only sliced, the slices count. Operands and results of a collective that runs meanwhile
+        don't count, because the collective is counted separately.
+        """
         body = self.computations.get(called, {})
         users: dict[str, list[Instruction]] = {}
-        for one in body.values():
-            for name in one.operands:
-                users.setdefault(name, []).append(one)
-        exchanged = [one for one in body.values() if one.opcode in COLLECTIVES]
-        passed = {
+        for instruction in body.values():
+            for name in instruction.operands:
+                users.setdefault(name, []).append(instruction)
+        collectives = [instruction for instruction in body.values() if instruction.opcode in COLLECTIVES]
+        exchanged = {
             (shape.dtype, shape.sizes)
-            for one in exchanged
-            for shape in [*one.results, *(shape for name in one.operands for shape in body[name].results)]
+            for collective in collectives
+            for shape in [*collective.results, *(shape for name in collective.operands for shape in body[name].results)]
         }
-        total = float(sum(shape.traffic for shape in fusion.results if (shape.dtype, shape.sizes) not in passed))
-        for one in (one for one in body.values() if one.opcode == "parameter"):
-            uses = users.get(one.name, [])
+        total = float(sum(shape.traffic for shape in fusion.results if (shape.dtype, shape.sizes) not in exchanged))
+        for operand in (instruction for instruction in body.values() if instruction.opcode == "parameter"):
+            uses = users.get(operand.name, [])
             if uses and all(use.opcode in ("dynamic-slice", "slice") for use in uses):
-                total += sum(use.results[0].bytes for use in uses) if one.results[0].traffic else 0
-            elif uses and all(use.opcode == "dynamic-update-slice" and use.operands[0] == one.name for use in uses):
-                # written in place: neither is all of it read nor all of the result written
+                total += sum(use.results[0].bytes for use in uses) if operand.results[0].traffic else 0
+            elif uses and all(use.opcode == "dynamic-update-slice" and use.operands[0] == operand.name for use in uses):
+                # updated in place: only the updated part is read and written
                 updates = [body[use.operands[1]] for use in uses if use.operands[1] in body]
-                total += 2 * sum(update.results[0].bytes for update in updates) - one.results[0].traffic
+                total += 2 * sum(update.results[0].bytes for update in updates) - operand.results[0].traffic
             else:
-                total += sum(shape.traffic for shape in one.results if (shape.dtype, shape.sizes) not in passed)
+                total += sum(shape.traffic for shape in operand.results if (shape.dtype, shape.sizes) not in exchanged)
         return max(total, 0.0)
 
-    def _collective(self, kind: str, one: Instruction, inside: dict[str, Instruction]) -> Collective:
-        groups = _groups(one, prod(self._mesh.values()))
+    def _collective(self, kind: str, instruction: Instruction, inside: dict[str, Instruction]) -> Collective:
+        groups = _groups(instruction, prod(self._mesh.values()))
         size = groups.shape[1]
-        places = np.stack(np.unravel_index(groups, tuple(self._mesh.values())))
-        differs = (places != places[:, :, :1]).any(axis=(1, 2))
+        positions = np.stack(np.unravel_index(groups, tuple(self._mesh.values())))
+        differs = (positions != positions[:, :, :1]).any(axis=(1, 2))
         axes = tuple(axis for axis, extends in zip(self._mesh, differs, strict=True) if extends)
-        given = sum(inside[name].results[0].bytes for name in one.operands if name in inside)
-        largest = max(given, sum(shape.bytes for shape in one.results) if one.opcode == kind else given)
-        if kind == "all-gather" and one.opcode != kind:  # an asynchronous one has operands among its results
-            largest = given * size
-        share = 1.0 if kind == "collective-permute" else (size - 1) / size * (2 if kind == "all-reduce" else 1)
-        channel = re.search(r"channel_id=(\d+)", one.attributes)
+        operands = sum(inside[name].results[0].bytes for name in instruction.operands if name in inside)
+        results = sum(shape.bytes for shape in instruction.results)
+        largest = max(operands, results if instruction.opcode == kind else operands)
+        if kind == "all-gather" and instruction.opcode != kind:  # results of an asynchronous one include its operands
+            largest = operands * size
+        fraction = 1.0 if kind == "collective-permute" else (size - 1) / size * (2 if kind == "all-reduce" else 1)
+        channel = re.search(r"channel_id=(\d+)", instruction.attributes)
         return Collective(
-            kind, axes, int(largest * share), 1, one.results, _once(one, inside), channel[1] if channel else ""
+            kind,
+            axes,
+            bytes=int(largest * fraction),
+            times=1,
+            shapes=instruction.results,
+            traffic=_traffic(instruction, inside),
+            channel=channel[1] if channel else "",
         )
 
 
-def _joined(text: str) -> Iterator[str]:
-    """Lines, those of an instruction that goes over several put together."""
-    held = ""
+def _join_lines(text: str) -> Iterator[str]:
+    """Yields lines, each instruction that spans several lines as one."""
+    pending = ""
     for line in text.splitlines():
         starts = INSTRUCTION.match(line) or HEADER.match(line) or line.startswith(("}", "HloModule"))
-        if starts and held:
-            yield held
-            held = ""
-        held = line if starts else held + line
-    yield held
+        if starts and pending:
+            yield pending
+            pending = ""
+        pending = line if starts else pending + line
+    yield pending
 
 
-def _instruction(line: str) -> Instruction | None:
+def _parse_instruction(line: str) -> Instruction | None:
     head = INSTRUCTION.match(line)
     if not head:
         return None
     rest = line[head.end() - 1 :]
-    # The type comes first, maybe a tuple's; the opcode is the first word right before a parenthesis after it.
-    start = _closed(rest, 1) if rest.startswith(" (") else 0
+    # The result type comes first, possibly a tuple. The opcode is the first word before a parenthesis after the type.
+    start = _closing(rest, 1) if rest.startswith(" (") else 0
     opcode = OPCODE.search(rest, start)
     if not opcode:
         return None
-    end = _closed(rest, opcode.end() - 1)
+    end = _closing(rest, opcode.end() - 1)
     shapes = tuple(
         Shape(dtype, tuple(int(size) for size in sizes.split(",") if size), "S(1)" in layout)
         for dtype, sizes, layout in SHAPE.findall(rest[: opcode.start()])
@@ -268,70 +284,73 @@ def _instruction(line: str) -> Instruction | None:
     return Instruction(head[1], shapes, opcode[1], tuple(NAME.findall(inner)), attributes)
 
 
-def _closed(text: str, at: int) -> int:
-    """Where the parenthesis that opens at a place is closed, and one further."""
+def _closing(text: str, opening: int) -> int:
+    """Returns the index after the parenthesis that closes the one at index `opening`."""
     depth = 0
-    for place in range(at, len(text)):
-        depth += (text[place] == "(") - (text[place] == ")")
+    for index in range(opening, len(text)):
+        depth += (text[index] == "(") - (text[index] == ")")
         if depth == 0:
-            return place + 1
+            return index + 1
     return len(text)
 
 
-def _once(one: Instruction, inside: dict[str, Instruction]) -> int:
-    """Bytes of main memory that an instruction's operands and results take."""
-    operands = [shape for name in one.operands if name in inside for shape in inside[name].results]
-    return sum(shape.traffic for shape in [*one.results, *operands])
+def _traffic(instruction: Instruction, inside: dict[str, Instruction]) -> int:
+    """Returns the bytes of main memory traffic of an instruction's operands and results, each once."""
+    operands = [shape for name in instruction.operands if name in inside for shape in inside[name].results]
+    return sum(shape.traffic for shape in [*instruction.results, *operands])
 
 
-def _told_flops(one: Instruction) -> float:
-    """What a kernel's author says of it; nothing is 0."""
-    told = re.search(r'"flops":"?(\d+)', one.attributes)
-    return float(told[1]) if told else 0.0
+def _annotated_flops(instruction: Instruction) -> float:
+    """Returns the FLOPs in a kernel's cost estimate, 0 if there is none."""
+    match = re.search(r'"flops":"?(\d+)', instruction.attributes)
+    return float(match[1]) if match else 0.0
 
 
-def _sides(one: Instruction) -> list[str]:
-    return one.called("true_computation") + one.called("false_computation")
+def _branches(instruction: Instruction) -> list[str]:
+    return instruction.called("true_computation") + instruction.called("false_computation")
 
 
-def _product_flops(one: Instruction, inside: dict[str, Instruction]) -> float:
-    """2 operations for each pair that is multiplied."""
-    first, second = (inside[name].results[0] if name in inside else None for name in one.operands[:2])
+def _product_flops(instruction: Instruction, inside: dict[str, Instruction]) -> float:
+    """Returns the FLOPs of a dot or convolution: 2 per multiplied pair."""
+    first, second = (inside[name].results[0] if name in inside else None for name in instruction.operands[:2])
     if first is None or second is None:
         return 0.0
-    if one.opcode == "dot":
-        return 2.0 * one.results[0].elements * prod(first.sizes[axis] for axis in one.numbers("lhs_contracting_dims"))
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.attributes)
+    if instruction.opcode == "dot":
+        contracted = prod(first.sizes[axis] for axis in instruction.numbers("lhs_contracting_dims"))
+        return 2.0 * instruction.results[0].elements * contracted
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
     if not labels:
         return 0.0
     left, right, out = labels[1], labels[2], labels[3]
-    result = dict(zip(out, one.results[0].sizes, strict=True))
+    result = dict(zip(out, instruction.results[0].sizes, strict=True))
     kernel = dict(zip(right, second.sizes, strict=True))
     source = dict(zip(left, first.sizes, strict=True))
     window = {
-        key: found[1] if (found := re.search(rf"\b{key}=([\dx_\-]+)", one.attributes)) else ""
+        key: match[1] if (match := re.search(rf"\b{key}=([\dx_\-]+)", instruction.attributes)) else ""
         for key in ("stride", "pad", "lhs_dilate", "rhs_dilate")
     }
     pairs = 1
-    for at, axis in enumerate(sorted(axis for axis in out if axis.isdigit())):
-        low = int(window["pad"].split("x")[at].split("_")[0]) if window["pad"] else 0
-        stride, spread, reach = (
-            int(window[key].split("x")[at]) if window[key] else 1 for key in ("stride", "lhs_dilate", "rhs_dilate")
+    for index, axis in enumerate(sorted(axis for axis in out if axis.isdigit())):
+        padding = int(window["pad"].split("x")[index].split("_")[0]) if window["pad"] else 0
+        stride, source_dilation, kernel_dilation = (
+            int(window[key].split("x")[index]) if window[key] else 1 for key in ("stride", "lhs_dilate", "rhs_dilate")
         )
-        places = np.arange(result[axis])[:, None] * stride + np.arange(kernel[axis]) * reach - low
-        pairs *= int(((places >= 0) & (places < (source[axis] - 1) * spread + 1) & (places % spread == 0)).sum())
+        positions = np.arange(result[axis])[:, None] * stride + np.arange(kernel[axis]) * kernel_dilation - padding
+        within = (positions >= 0) & (positions < (source[axis] - 1) * source_dilation + 1)
+        pairs *= int((within & (positions % source_dilation == 0)).sum())
     return 2.0 * result["b"] * result["f"] * kernel["i"] * pairs
 
 
-def _groups(one: Instruction, devices: int) -> np.ndarray:
-    """[groups, devices of a group]."""
-    if found := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)+)\}", one.attributes):
-        return np.array([[int(device) for device in pair.split(",")] for pair in re.findall(r"\{([\d,]+)\}", found[1])])
-    if found := re.search(r"replica_groups=\{((?:\{[\d,]+\},?)+)\}", one.attributes):
-        groups = re.findall(r"\{([\d,]+)\}", found[1])
+def _groups(instruction: Instruction, devices: int) -> np.ndarray:
+    """Returns the device groups of a collective, [groups, devices per group]."""
+    attributes = instruction.attributes
+    if match := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)+)\}", attributes):
+        return np.array([[int(device) for device in pair.split(",")] for pair in re.findall(r"\{([\d,]+)\}", match[1])])
+    if match := re.search(r"replica_groups=\{((?:\{[\d,]+\},?)+)\}", attributes):
+        groups = re.findall(r"\{([\d,]+)\}", match[1])
         return np.array([[int(device) for device in group.split(",")] for group in groups])
-    if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", one.attributes):
-        shape, whole, order = (([int(size) for size in part.split(",")] if part else None) for part in found.groups())
+    if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
+        shape, whole, order = (([int(size) for size in part.split(",")] if part else None) for part in match.groups())
         ids = np.arange(devices).reshape(whole or [-1])
         return (ids.transpose(order) if order else ids).reshape(shape or [-1])
     return np.arange(devices)[None]

@@ -93,11 +93,11 @@ class Report:
         names = [run.name for run in self.runs]
         lines = []
         for run in self.runs if runs is None else runs:
-            for at, quantity in enumerate(quantities):
+            for index, quantity in enumerate(quantities):
                 if self.single and len(quantities) == 1:
                     curve, points = (quantity.label or "train", 0), ("held-out", 1)
                 else:  # colors 0 and 1 are those of train and held-out
-                    curve = (quantity.label, at + 2) if self.single else (run.name, names.index(run.name))
+                    curve = (quantity.label, index + 2) if self.single else (run.name, names.index(run.name))
                     points = f"{curve[0]}, held-out", curve[1]
                 lines += curves(run, quantity, curve, curve if quantity.train is None else points)
         return plots.make_plot(title, unit, lines, self.span, **options)

@@ -91,11 +91,11 @@ def _share_curves(
     total = np.maximum(plots.smooth(tokens_SN.sum(axis=0), weights, steps), 1e-300)
     ends = run.train.steps[[0, -1]]
     lines = []
-    for at, name in enumerate(names):
-        share = plots.smooth(tokens_SN[at], weights, steps) / total
-        lines.append(Line(name, run.train.steps, share, at, "line", run.train.breaks))
+    for index, name in enumerate(names):
+        share = plots.smooth(tokens_SN[index], weights, steps) / total
+        lines.append(Line(name, run.train.steps, share, index, "line", run.train.breaks))
         if name in wanted and len(run.train.steps) > 1:
-            lines.append(Line(f"{name}, target", ends, np.repeat(wanted[name], 2), at, "target"))
+            lines.append(Line(f"{name}, target", ends, np.repeat(wanted[name], 2), index, "target"))
     return lines
 
 
@@ -104,20 +104,20 @@ def _make_rows(run: Run, names: list[str], tokens_SN: np.ndarray, wanted: dict[s
     tokens_S = tokens_SN.sum(axis=1)
     realised_S = tokens_S / max(tokens_SN.sum(), 1.0)
     rows = []
-    for at, name in enumerate(names):
+    for index, name in enumerate(names):
         # `targets` is empty unless all of run.json's sources are well formed
         size = number(run.about["sources"].get(name, {}).get(size_key)) if wanted else None
         target = wanted.get(name)
         rows.append(
             Share(
                 name=name,
-                css=color_class(at),
-                amount=f"{tokens_S[at]:,.0f}",
-                realised=float(realised_S[at]),
-                realised_text=f"{realised_S[at]:.1%}",
+                css=color_class(index),
+                amount=f"{tokens_S[index]:,.0f}",
+                realised=float(realised_S[index]),
+                realised_text=f"{realised_S[index]:.1%}",
                 target=target,
                 target_text="–" if target is None else f"{target:.1%}",
-                passes=f"{tokens_S[at] / size:.2f}" if size else "–",
+                passes=f"{tokens_S[index] / size:.2f}" if size else "–",
             )
         )
     return rows

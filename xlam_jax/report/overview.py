@@ -34,8 +34,8 @@ class Card(NamedTuple):
 def make_cards(report: Report) -> list[Card]:
     """Returns a card per run."""
     return [
-        Card(run.name, color_class(at), _progress(run), list(_values(run)), list(_facts(run)))
-        for at, run in enumerate(report.runs)
+        Card(run.name, color_class(index), _progress(run), list(_values(run)), list(_facts(run)))
+        for index, run in enumerate(report.runs)
     ]
 
 

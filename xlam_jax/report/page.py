@@ -1,4 +1,4 @@
-"""Puts the page about runs together."""
+"""Renders the page about runs."""
 
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -15,7 +15,7 @@ TEMPLATE = "report.html.jinja"
 
 
 def all_warnings(report: Report) -> list[str]:
-    """Returns what a reader of the page must know before trusting it."""
+    """Returns the warnings of all runs, and one if their losses cannot be compared."""
     warnings = [warning for run in report.runs for warning in run.warnings]
     groups = by_objective(report.runs)
     if len(groups) > 1:

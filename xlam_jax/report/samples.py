@@ -1,4 +1,4 @@
-"""Answers to held-out requests, next to the recorded calls, with their differences."""
+"""Answers to held-out requests, compared with the recorded calls."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,7 +15,7 @@ from xlam_jax.training.run_folder import SAMPLES
 REQUESTS = 40
 """Number of requests of a run that are shown: the first of its samples.jsonl."""
 ANSWERS = 10
-"""Number of a run's answers to a request that are shown: the first, the last, and others evenly spaced in between."""
+"""Number of a run's answers to a request that are shown: the first, the last, and evenly spaced ones in between."""
 LONGEST = {"message": 3_000, "conversation": 12_000, "answer": 2_000, "value": 400}
 """Maximum number of characters of a text that are shown."""
 
@@ -107,16 +107,16 @@ class Card(NamedTuple):
 
 
 def read(run: Path, warnings: list[str]) -> Samples:
-    """Reads RUN/samples.jsonl, if there is one, and adds what is wrong with it to `warnings`."""
+    """Reads RUN/samples.jsonl, if there is one. Adds its problems to `warnings`."""
     path = run / SAMPLES
     requests: dict[Key, Request] = {}
     hidden: set[Key] = set()
     problems: list[str] = []
     if not path.exists():
         return Samples({}, 0)
-    for at, record in json_lines(path, problems):
+    for line, record in json_lines(path, problems):
         if not isinstance(record, dict) or not is_step(record.get("step")):
-            problems.append(f"line {at} is no sample with a step")
+            problems.append(f"line {line} is not a sample with a step")
             continue
         key = (str(record.get("source")), str(record.get("id")), str(record.get("turn", "?")))
         if key not in requests:
@@ -126,7 +126,7 @@ def read(run: Path, warnings: list[str]) -> Samples:
             requests[key] = Request(_list(record.get("messages")), _list(record.get("expected")), {})
         answers = requests[key].answers
         if record["step"] in answers:
-            problems.append(f"line {at} answers a request a second time after step {record['step']:,}")
+            problems.append(f"line {line} repeats the answer to a request after step {record['step']:,}")
             continue
         answers[record["step"]] = _read_answer(record)
     warnings += summarize(path, problems)
@@ -164,7 +164,9 @@ def make_cards(runs: Sequence[tuple[str, Samples]]) -> list[Card]:
 
 
 def _make_card(key: Key, runs: Sequence[tuple[str, Samples]]) -> Card:
-    requests = [(at, name, samples.requests[key]) for at, (name, samples) in enumerate(runs) if key in samples.requests]
+    requests = [
+        (index, name, samples.requests[key]) for index, (name, samples) in enumerate(runs) if key in samples.requests
+    ]
     first = requests[0][2]
     source, trajectory, turn = key
     messages = list(_conversation(first.messages))
@@ -178,7 +180,10 @@ def _make_card(key: Key, runs: Sequence[tuple[str, Samples]]) -> Card:
         messages=messages,
         hidden_messages=len(first.messages) - len(messages),
         recorded=_compare_calls(first.expected, first.expected),
-        runs=[_run_answers(request, name if len(runs) > 1 else "", color_class(at)) for at, name, request in requests],
+        runs=[
+            _run_answers(request, name if len(runs) > 1 else "", color_class(index))
+            for index, name, request in requests
+        ],
     )
 
 
@@ -211,7 +216,7 @@ def _run_answers(request: Request, run: str, css: str) -> RunAnswers:
     steps = sorted(request.answers)
     shown = steps
     if len(steps) > ANSWERS:
-        shown = sorted({steps[round(at * (len(steps) - 1) / (ANSWERS - 1))] for at in range(ANSWERS)})
+        shown = sorted({steps[round(index * (len(steps) - 1) / (ANSWERS - 1))] for index in range(ANSWERS)})
     return RunAnswers(
         last=_answer_view(request, shown[-1], run, css),
         earlier=[_answer_view(request, step, "", css) for step in shown[-2::-1]],
@@ -239,7 +244,7 @@ def _answer_view(request: Request, step: int, run: str, css: str) -> AnswerView:
 def pair(expected: list[Any], calls: list[Any]) -> list[tuple[Any, Any]]:
     """Matches calls with expected ones: equal calls first, then calls of the same function, then the rest in order.
 
-    Returns pairs in the order of `expected`, then of `calls`; None where a call has no counterpart.
+    Returns pairs in the order of `expected`, then of `calls`; None for the counterpart of an unmatched call.
     """
     free = list(range(len(calls)))
     partner: dict[int, int] = {}
@@ -248,13 +253,13 @@ def pair(expected: list[Any], calls: list[Any]) -> list[tuple[Any, Any]]:
         lambda left, right: _name(left) == _name(right),
         lambda left, right: True,
     )
-    for alike in rules:
-        for at, call in enumerate(expected):
-            match = next((index for index in free if at not in partner and alike(call, calls[index])), None)
+    for matches in rules:
+        for position, call in enumerate(expected):
+            match = next((index for index in free if position not in partner and matches(call, calls[index])), None)
             if match is not None:
-                partner[at] = match
+                partner[position] = match
                 free.remove(match)
-    pairs = [(call, calls[partner[at]] if at in partner else None) for at, call in enumerate(expected)]
+    pairs = [(call, calls[partner[index]] if index in partner else None) for index, call in enumerate(expected)]
     return pairs + [(None, calls[index]) for index in free]
 
 

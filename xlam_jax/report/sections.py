@@ -1,4 +1,4 @@
-"""The sections of the page: figures, tables, samples and configurations, each only if a run has something to show."""
+"""The sections of the page: figures, tables, samples and configs. Empty ones are omitted."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,14 +19,15 @@ KIND_LABELS = {"eos": "end of the turn", "tool_call": "tool call"}
 
 
 class HeatCell(NamedTuple):
-    """A number, and how strongly its cell is colored, in percent; None for an empty cell."""
+    """A number in a heat table."""
 
     text: str
     heat: float | None
+    """Intensity of the cell's color in percent; None for an empty cell."""
 
 
 class HeatTable(NamedTuple):
-    """A table whose larger numbers have stronger colors."""
+    """A table in which larger numbers have stronger colors."""
 
     caption: str
     header: list[str]
@@ -186,14 +187,14 @@ def _heat_cell(value: float, largest: float) -> HeatCell:
 def _requests(report: Report) -> Section:
     shares = [Quantity(mark.replace("_", " "), requests=(mark,)) for mark in REQUEST_MARKS]
     counts = [
-        f"{asked[-1]:,.0f}" if report.single else f"{run.name} {asked[-1]:,.0f}"
+        f"{numbers[-1]:,.0f}" if report.single else f"{run.name} {numbers[-1]:,.0f}"
         for run in report.runs
-        if len(asked := run.requests.get("requests")) and np.isfinite(asked[-1])
+        if len(numbers := run.requests.get("requests")) and np.isfinite(numbers[-1])
     ]
     return Section(
         title="Answers to held-out requests",
         plots=[_group(*report.plot_group("Requests", "share", *shares, percent=True, bounds=(0, 1)))],
-        note=f"Requests asked at the last evaluation: {', '.join(counts)}." if counts else "",
+        note=f"Requests at the last evaluation: {', '.join(counts)}." if counts else "",
     )
 
 
@@ -215,7 +216,7 @@ def _flops(run: Run) -> float | None:
 
 
 def _utilisation(run: Run) -> float | None:
-    """Returns the fraction of a device's peak per token/s of the run."""
+    """Returns the model FLOPs utilization per token/s of the run, as a fraction of a device's peak."""
     peak, flops = run.number("peak_flops_per_device"), _flops(run)
     return flops / peak if peak and flops else None
 
@@ -234,7 +235,7 @@ def _speed(report: Report) -> Section:
         report.plot("Model-FLOPs utilisation", "of peak", Quantity("MFU", rate, factor=_utilisation), percent=True),
         report.plot("Achieved", "TFLOP/s per device; peak unknown", Quantity("achieved", rate, factor=_teraflops)),
         report.plot("Memory", "GB per device, peak", memory),
-        report.plot("Trained places", "of a batch", Quantity("trained", ("trained_share",)), percent=True),
+        report.plot("Trained tokens", "of a batch", Quantity("trained", ("trained_share",)), percent=True),
     ]
     return Section(title="Speed and memory", plots=[_group(*plots)])
 
