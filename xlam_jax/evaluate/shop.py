@@ -1,4 +1,4 @@
-"""A small shop with the pages of WebShop (Yao et al., arXiv 2207.01206), to try agents without the original.
+"""A small shop with the pages of WebShop (Yao et al., arXiv 2207.01206), for trying out agents without the original.
 
 The original needs Java, Python 3.8 and 5 GB of data; this one runs as `python -m xlam_jax.evaluate.shop --port 3000`.
 Addresses, forms and reward are the same; the products are invented. A session named `…_N` gets request number N, like
@@ -239,7 +239,7 @@ class _Server(ThreadingHTTPServer):
 
 @contextlib.contextmanager
 def serve(port: int = 0) -> Iterator[str]:
-    """Runs the shop in a thread and yields its address. port: 0 for any free one."""
+    """Runs the shop in a thread and yields its address. Port 0 selects a free port."""
     with _Server(("127.0.0.1", port), _Handler) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         thread.start()
@@ -256,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m xlam_jax.evaluate.shop",
         description="A small shop with the pages of WebShop, to try out the suite webshop. Stop it with Ctrl-C.",
     )
-    parser.add_argument("--port", type=int, default=3000, metavar="N", help="of 127.0.0.1 (default: 3000)")
+    parser.add_argument("--port", type=int, default=3000, metavar="N", help="port on 127.0.0.1 (default: 3000)")
     options = parser.parse_args(arguments)
     try:
         with serve(options.port) as url, contextlib.suppress(KeyboardInterrupt):
