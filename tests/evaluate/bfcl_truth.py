@@ -106,17 +106,19 @@ def _element(value: Any, kind: str | None) -> str:
 def _parse_turn(row: Row, calls: list[str]) -> list[Call]:
     """Parses calls in source form into names and keyword arguments."""
     config = import_module("bfcl_eval.constants.executable_backend_config")
-    classes = [getattr(import_module(config.CLASS_FILE_PATH_MAPPING[one]), one) for one in row.raw["involved_classes"]]
+    classes = [
+        getattr(import_module(config.CLASS_FILE_PATH_MAPPING[name]), name) for name in row.raw["involved_classes"]
+    ]
     parsed = []
     for text in calls:
         node = ast.parse(text, mode="eval").body
         assert isinstance(node, ast.Call)
         assert isinstance(node.func, ast.Name)
         name = node.func.id
-        method = next(getattr(one, name) for one in reversed(classes) if hasattr(one, name))
+        method = next(getattr(cls, name) for cls in reversed(classes) if hasattr(cls, name))
         names = list(inspect.signature(method).parameters)[1:]
         arguments = dict(zip(names, map(ast.literal_eval, node.args), strict=False))
-        parsed.append((name, arguments | {str(one.arg): ast.literal_eval(one.value) for one in node.keywords}))
+        parsed.append((name, arguments | {str(pair.arg): ast.literal_eval(pair.value) for pair in node.keywords}))
     return parsed
 
 

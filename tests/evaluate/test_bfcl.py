@@ -42,13 +42,13 @@ def make_suite(**extra: str) -> Bfcl:
 
 def sample(tasks: Sequence[Task], one_in: int) -> list[Task]:
     """Returns every `one_in`-th task of each category."""
-    seen: dict[str, int] = {}
-    kept = []
+    indices: dict[str, int] = {}
+    selected = []
     for task in tasks:
-        seen[task.group] = seen.get(task.group, -1) + 1
-        if seen[task.group] % one_in == 0:
-            kept.append(task)
-    return kept
+        indices[task.group] = indices.get(task.group, -1) + 1
+        if indices[task.group] % one_in == 0:
+            selected.append(task)
+    return selected
 
 
 def run_tasks(bfcl: Bfcl, tasks: Sequence[Task], model: Callable[[Task], Any]) -> list[tuple[Task, Outcome]]:
@@ -181,8 +181,8 @@ def test_over_http(tmp_path: Path, commands: Commands) -> None:
 
     def key(messages: Sequence[dict[str, Any]], tools: Any) -> str:
         texts = [message["content"] for message in messages if message["role"] in ("user", "system")]
-        done = sum(message["role"] == "assistant" for message in messages)
-        return json.dumps([texts, done, [tool["function"]["name"] for tool in tools]])
+        answer_count = sum(message["role"] == "assistant" for message in messages)
+        return json.dumps([texts, answer_count, [tool["function"]["name"] for tool in tools]])
 
     class Noted:
         def __init__(self, task: Task):

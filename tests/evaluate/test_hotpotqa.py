@@ -77,7 +77,7 @@ def test_observations():
     assert observations[2] == "(1 of 2) Oslo is the capital of Norway."
     assert observations[3] == "(2 of 2) The Oslo Opera House is in Oslo."
     assert observations[4] == "No more results."
-    assert observations[5] == "The page does not hold 'ice'."
+    assert observations[5] == "The page does not contain 'ice'."
     assert observations[6] == "There is no page 'the fish market of Norway'. Similar: Bergen, Oslo."
     assert observations[7].startswith("There is no page ''")
     assert observations[8].startswith("There is no page")

@@ -41,13 +41,15 @@ def script(user: str, folder: Path) -> list[str]:
         return [sys.executable, "-B", path]
     if not shutil.which("setpriv") or not shutil.which("unshare"):
         pytest.skip("setpriv or unshare (util-linux) is missing; they are needed to run as nobody")
-    packages = [Path(one) for one in sys.path if one and Path(one).is_dir()]
+    packages = [Path(place) for place in sys.path if place and Path(place).is_dir()]
     paths = {Path(sys.base_prefix), Path(sys.prefix), ROOT, *packages}
-    paths = [one for one in paths if not any(one != other and one.is_relative_to(other) for other in paths)]
-    blocked = {above for one in paths for above in one.parents if not above.stat().st_mode & 0o001}
-    hidden = [str(one) for one in paths if any(one.is_relative_to(above) for above in blocked)]
+    paths = [place for place in paths if not any(place != other and place.is_relative_to(other) for other in paths)]
+    blocked = {above for place in paths for above in place.parents if not above.stat().st_mode & 0o001}
+    hidden = [str(place) for place in paths if any(place.is_relative_to(above) for above in blocked)]
     (keep := folder / "keep").mkdir()
-    outer = " ".join(str(one) for one in blocked if not any(one != other and other in one.parents for other in blocked))
+    outer = " ".join(
+        str(place) for place in blocked if not any(place != other and other in place.parents for other in blocked)
+    )
     return ["unshare", "--mount", "sh", "-c", NOBODY, "sh", str(keep), outer, *hidden]
 
 

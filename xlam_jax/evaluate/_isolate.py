@@ -106,11 +106,11 @@ def main() -> None:
     exec(program, {"__name__": "__main__"})
 
 
-def check(result: int, what: str) -> None:
+def check(result: int, call: str) -> None:
     """Raises `OSError` if a libc call failed."""
     if result:
         number = ctypes.get_errno()
-        raise OSError(number, f"{what}: {os.strerror(number)}")
+        raise OSError(number, f"{call}: {os.strerror(number)}")
 
 
 def end_with_parent(parent: int) -> None:
@@ -236,8 +236,8 @@ def build_root(paths: Sequence[str], disk_mb: int) -> None:
 def bind(path: str, target: str, flags: int) -> None:
     """Mounts a folder or device so that its attributes cannot be changed through `target`."""
     mount(path, target, None, MS_BIND)
-    kept = os.statvfs(path).f_flag & (MS_NODEV | MS_NOEXEC)  # a user namespace may not clear them
-    mount(None, target, None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | flags | kept)
+    inherited = os.statvfs(path).f_flag & (MS_NODEV | MS_NOEXEC)  # a user namespace may not clear them
+    mount(None, target, None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | flags | inherited)
 
 
 def give_up_rights(as_nobody: bool, memory_mb: int, disk_mb: int, filter_: bytes) -> None:

@@ -78,7 +78,7 @@ def about(folder: Path) -> dict[str, Any]:
     return documents.read_object(path, "the record of an evaluation is expected; name another --out")
 
 
-def _check(folder: Path, wanted: Mapping[str, Any]) -> None:
+def _check(folder: Path, settings: Mapping[str, Any]) -> None:
     """Raises `UserError` unless the folder is new, or belongs to an evaluation with the same settings."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder}: is a file; name a folder")
@@ -89,10 +89,10 @@ def _check(folder: Path, wanted: Mapping[str, Any]) -> None:
             )
         return
     before = about(folder)
-    keys = [key for key in {**before, **wanted} if key not in FREE and before.get(key) != wanted.get(key)]
+    keys = [key for key in {**before, **settings} if key not in FREE and before.get(key) != settings.get(key)]
     if keys:
         differences = "; ".join(
-            f"{key}: {_to_json(before.get(key))} there, {_to_json(wanted.get(key))} now" for key in keys
+            f"{key}: {_to_json(before.get(key))} there, {_to_json(settings.get(key))} now" for key in keys
         )
         raise UserError(
             f"--out {folder}: belongs to another evaluation ({differences}); name another folder, or use the settings "

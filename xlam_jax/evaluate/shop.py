@@ -49,9 +49,9 @@ class Goal(NamedTuple):
     @property
     def instruction(self) -> str:
         """The request in words, in the style of WebShop."""
-        wanted = " and ".join(f"{name} {value}" for name, value in self.options.items())
+        options = " and ".join(f"{name} {value}" for name, value in self.options.items())
         traits = ", ".join(self.product.traits)
-        return f"i need a {traits} {self.product.kind}, {wanted}, and price lower than {self.price:.2f} dollars"
+        return f"i need a {traits} {self.product.kind}, {options}, and price lower than {self.price:.2f} dollars"
 
 
 def _products() -> dict[str, Product]:
@@ -95,10 +95,10 @@ def reward(goal: Goal, bought: Product, options: Mapping[str, str]) -> float:
 
 def search(words: Sequence[str]) -> list[Product]:
     """Returns the products that contain any of the words: most matches first, then cheapest first."""
-    wanted = {word.strip(",.").lower() for word in words}
+    query = {word.strip(",.").lower() for word in words}
 
     def score(product: Product) -> int:
-        return len(wanted & set(f"{product.title} {product.kind}".lower().replace(",", "").split()))
+        return len(query & set(f"{product.title} {product.kind}".lower().replace(",", "").split()))
 
     matches = (product for product in PRODUCTS.values() if score(product))
     return sorted(matches, key=lambda product: (-score(product), product.price))

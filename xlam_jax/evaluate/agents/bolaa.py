@@ -73,8 +73,8 @@ def _labour(episode: Episode, name: str, message: str, steps: list[tuple[str, To
 
 
 def _prompt(parts: list[str], episode: Episode, steps: list[tuple[str, ToolCall, str]], note: str) -> str:
-    done: list[Any] = [f"Done so far:\n{chr(10).join(history(steps, thoughts=False))}"] if steps else []
-    return "\n\n".join([*parts, f"The task:\n\n{episode.task}", *done, *filter(None, [note])])
+    steps_so_far: list[Any] = [f"Done so far:\n{chr(10).join(history(steps, thoughts=False))}"] if steps else []
+    return "\n\n".join([*parts, f"The task:\n\n{episode.task}", *steps_so_far, *filter(None, [note])])
 
 
 def _parse_choice(text: str, episode: Episode, previous: str) -> tuple[str, str]:

@@ -25,7 +25,7 @@ _CLOSED = ("yes", "no", "noanswer")
 
 TOOLS = [
     text_tool("search", "Opens the page of that title and shows its beginning; else names similar titles.", "query"),
-    text_tool("lookup", "Shows the next sentence of the open page that holds the words.", "words"),
+    text_tool("lookup", "Shows the next sentence of the open page that contains the words.", "words"),
     text_tool("finish", "Gives the answer, as short as it can be, and ends the task.", "answer"),
 ]
 
@@ -215,7 +215,7 @@ class Reading:
             self._words, self._shown = words, 0
             self._matches = [sentence for sentence in self._sentences if words.lower() in sentence.lower()]
         if self._shown >= len(self._matches):
-            return "No more results." if self._matches else f"The page does not hold {words!r}."
+            return "No more results." if self._matches else f"The page does not contain {words!r}."
         self._shown += 1
         return f"({self._shown} of {len(self._matches)}) {self._matches[self._shown - 1]}"
 

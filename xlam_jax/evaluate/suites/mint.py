@@ -168,9 +168,9 @@ class Mint(Suite):
                     observation = NOT_UNDERSTOOD
                 if len(proposed) == solutions:
                     break
-                left = f"{question.steps - step} turn(s) and {solutions - len(proposed)} solution(s) are left."
+                remaining = f"{question.steps - step} turn(s) and {solutions - len(proposed)} solution(s) are left."
                 if step < question.steps:
-                    messages.append({"role": "user", "content": f"Observation:\n{observation}\n{left}"})
+                    messages.append({"role": "user", "content": f"Observation:\n{observation}\n{remaining}"})
         failure = "wrong-answer" if proposed else "no-answer"
         return self._outcome(question, messages, proposed, code_run, None, failure)
 
