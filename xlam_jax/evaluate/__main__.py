@@ -82,7 +82,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     """Runs the evaluation that the command line describes; returns its summary. Raises `UserError`."""
     from contextlib import closing
-    from datetime import UTC, datetime
 
     from xlam_jax.evaluate import agents, suites
     from xlam_jax.evaluate.endpoint import Model
@@ -102,21 +101,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     suite, tasks = _open_suite(kind, Options(data=options.data, seed=options.seed, extra=extra))
     with closing(suite):
         _check_ids(tasks)
-        about = {
-            "suite": kind.name,
-            "model": options.model,
-            "agent": name,
-            "seed": options.seed,
-            "data": str(options.data.resolve()) if options.data else None,
-            "settings": {key: value for key, value in extra.items() if not key.endswith("key")},  # no secrets
-            "temperature": options.temperature,
-            "max_tokens": options.max_tokens,
-            "main_score": kind.main_score,
-            "examples": _digest([[task.id, task.group, task.data] for task in tasks]),
-            "code": _digest([Path(path).read_text("utf-8") for path in (options.suite, name) if path.endswith(".py")]),
-            "base_url": options.base_url,
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
+        about = _run_settings(options, kind, name, extra, tasks)
         tasks = tasks[: options.limit]
         model = Model.connect(
             options.base_url,
@@ -141,6 +126,29 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     for line in list_notes(summary):
         print(line)
     return summary
+
+
+def _run_settings(
+    options: argparse.Namespace, kind: Any, agent: str, extra: dict[str, str], tasks: Sequence[Any]
+) -> dict[str, Any]:
+    """Returns the content of run.json: the settings, and fingerprints of examples and user code."""
+    from datetime import UTC, datetime
+
+    return {
+        "suite": kind.name,
+        "model": options.model,
+        "agent": agent,
+        "seed": options.seed,
+        "data": str(options.data.resolve()) if options.data else None,
+        "settings": {key: value for key, value in extra.items() if not key.endswith("key")},  # no secrets
+        "temperature": options.temperature,
+        "max_tokens": options.max_tokens,
+        "main_score": kind.main_score,
+        "examples": _digest([[task.id, task.group, task.data] for task in tasks]),
+        "code": _digest([Path(path).read_text("utf-8") for path in (options.suite, agent) if path.endswith(".py")]),
+        "base_url": options.base_url,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
 
 
 def _open_suite(kind: Any, options: Any) -> tuple[Any, list[Any]]:
