@@ -145,8 +145,8 @@ def mint_answers(text: str) -> None:
             ("theoremqa", "(a)", "option"),
         ):
             question = mint.Question(set_, "Which? Options: ['A) red', 'B) blue']", reference, kind, 1)
-            mint.right(question, proposal)
-            mint.right(question, text)
+            mint.is_right(question, proposal)
+            mint.is_right(question, text)
 
 
 def hotpotqa_answers(text: str) -> None:
@@ -207,7 +207,7 @@ def json_(text: str) -> None:
 
 
 def controller(text: str) -> None:
-    bolaa._chosen(text, SimpleNamespace(labour={"f": []}), "f")  # type: ignore[arg-type]
+    bolaa._parse_choice(text, SimpleNamespace(labour={"f": []}), "f")  # type: ignore[arg-type]
 
 
 READERS: dict[str, Callable[[str], object]] = {
@@ -216,7 +216,7 @@ READERS: dict[str, Callable[[str], object]] = {
     "objects_in": lambda text: list(objects_in(text)),
     "parse_json": json_,
     "ratings": ratings,
-    "actions": lambda text: _actions.read(text, TOOLS),
+    "actions": lambda text: _actions.parse_action(text, TOOLS),
     "controller": controller,
     "bfcl": bfcl_answers,
     "mint": mint_answers,

@@ -1,10 +1,10 @@
-"""bfcl-eval's own evaluator and generator, in a process of their own.
+"""bfcl-eval's own evaluator and generator, in a separate process.
 
-`python bfcl_official.py scores ANSWERS.json OUT.json`: ANSWERS maps categories to entries of its files of results,
-OUT to the ids that it found wrong. `python bfcl_official.py asked CATEGORIES.json OUT.json`: OUT maps the ids of the
-categories' tasks to what a model is asked with: its tools, those held back, and the system prompt of the other mode.
+`python bfcl_official.py scores ANSWERS.json OUT.json`: ANSWERS maps categories to entries of its result files, OUT maps
+them to the ids of wrong entries. `python bfcl_official.py prompts CATEGORIES.json OUT.json`: OUT maps the ids of the
+categories' tasks to the content of a request: tools, held-back tools, and the system prompt of the other mode.
 
-What they import and do not use for a model that calls functions is replaced before they are imported.
+Modules that they import but do not use for a model with function calling are replaced before the import.
 """
 
 import json
@@ -20,7 +20,7 @@ MODEL = "recorded"
 UNUSED = ("dotenv", "tenacity", "overrides", "tree_sitter", "tree_sitter_java", "tree_sitter_javascript")
 
 
-def main(what: str, given: Path, out: Path) -> None:
+def main(command: str, input_path: Path, out: Path) -> None:
     for name in UNUSED:
         sys.modules[name] = MagicMock(name=name)
     sys.modules["overrides"].final = lambda method: method  # type: ignore[attr-defined]
@@ -29,8 +29,8 @@ def main(what: str, given: Path, out: Path) -> None:
     sys.modules[models.__name__] = models
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {"BFCL_PROJECT_ROOT": folder, "OPENAI_API_KEY": "none"}
-        found = {"scores": scores, "asked": asked}[what](json.loads(given.read_text()), Path(folder))
-    out.write_text(json.dumps(found))
+        output = {"scores": scores, "prompts": make_prompts}[command](json.loads(input_path.read_text()), Path(folder))
+    out.write_text(json.dumps(output))
 
 
 def scores(answers: dict[str, Any], folder: Path) -> dict[str, list[str]]:
@@ -38,40 +38,40 @@ def scores(answers: dict[str, Any], folder: Path) -> dict[str, list[str]]:
     from bfcl_eval.model_handler.api_inference.openai_completion import OpenAICompletionsHandler
 
     handler = OpenAICompletionsHandler(MODEL, 0, MODEL, is_fc_model=True)
-    found = {}
+    wrong_ids = {}
     for category, entries in answers.items():
         wrong: list[str] = []
 
         def save(result: list[dict[str, Any]], right: int, *_: Any, wrong: list[str] = wrong, **__: Any) -> Any:
-            wrong.extend(one["id"] for one in result)
+            wrong.extend(entry["id"] for entry in result)
             return right, len(result)
 
         official.save_eval_results = save
         official.record_cost_latency = official.record_result = lambda *_: None
         official.evaluate_task(category, None, folder, entries, MODEL, handler, {}, allow_missing=True)
-        found[category] = wrong
-    return found
+        wrong_ids[category] = wrong
+    return wrong_ids
 
 
-def asked(categories: list[str], folder: Path) -> dict[str, Any]:
+def make_prompts(categories: list[str], folder: Path) -> dict[str, Any]:
     from bfcl_eval.constants.enums import ModelStyle
     from bfcl_eval.constants.type_mappings import GORILLA_TO_OPENAPI
     from bfcl_eval.model_handler.utils import convert_to_tool, system_prompt_pre_processing_chat_model
     from bfcl_eval.utils import load_dataset_entry
 
-    found = {}
+    prompts = {}
     for category in categories:
         for entry in load_dataset_entry(category):
             tools, held_back = (
                 convert_to_tool(functions, GORILLA_TO_OPENAPI, ModelStyle.OPENAI_COMPLETIONS)
                 for functions in (
                     entry["function"],
-                    [one for of in entry.get("missed_function", {}).values() for one in of],
+                    [function for missed in entry.get("missed_function", {}).values() for function in missed],
                 )
             )
             first = system_prompt_pre_processing_chat_model(entry["question"][0], entry["function"], entry["id"])
-            found[entry["id"]] = [tools, held_back, first]
-    return found
+            prompts[entry["id"]] = [tools, held_back, first]
+    return prompts
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 # ruff: noqa: E501
-"""Code that tries to get out of the sandbox, or to take more of the machine than it may have.
+"""Code that tries to escape from the sandbox, or to use more resources than allowed.
 
-Each prints `ESCAPED` once it has something that it must not have. As a script this runs all of them, as the user that
-starts it, and prints JSON: what each printed, and what the machine looked like before and after. `test_sandbox` does so
-as root and as nobody.
+Each snippet prints `ESCAPED` when it succeeds. Run as a script, this module executes all of them as the current user
+and prints JSON: the output of each, and the state of the machine before and after. `test_sandbox` runs it as root and
+as nobody.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 MEMORY_MB = 400
-"""That a sandbox of these tests may have, besides its files."""
+"""Memory limit of the sandbox in these tests, in addition to its files."""
 SECRET = "XLAM_TEST_SECRET"
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -121,7 +121,7 @@ TAKES_PROCESSES = {
     "many by clone": "def fork():\n    pid = call(56, 220, 17, 0, 0, 0, 0)\n    if pid == 0: time.sleep(60)\n    return pid > 0\ntries(fork, 200) and escaped()",
     "threads": "threading.stack_size(1 << 16)\nn = tries(lambda: threading.Thread(target=time.sleep, args=(60,), daemon=True).start(), 300)\nn > 64 and escaped(n)",
 }
-"""Also what would go on when the sandbox ends."""
+"""Includes processes that would outlive the sandbox."""
 TAKES_MEMORY = {
     "an object": "keep.append(b'x' * (1 << 30)); escaped()",
     "mappings": "def more(): keep.append(mmap.mmap(-1, 32 << 20)); keep[-1].write(b'x' * (32 << 20))\nn = tries(more, 32)\nn * 32 > 400 and escaped(n)",
@@ -146,13 +146,13 @@ MISLEADS = {
     "not a text": "[os.write(fd, b'7\\n') for fd in range(3, 12)]",
     "closed": "os.closerange(0, 64)",
 }
-"""The process that waits for an answer."""
+"""Attacks on the process that reads the output."""
 OUTLIVES = {
     "its time": "while True: pass",
     "its parent": "libc.prctl(1, 0, 0, 0, 0); os.setsid()\nwhile True: pass",
     "signals": "[signal.signal(n, lambda *_: 0) for n in range(1, 32) if n not in (9, 19)]\nwhile True: pass",
 }
-"""The time that it has."""
+"""Code that tries to run longer than its time limit."""
 ESCAPES = {
     f"{group}: {name}": code
     for group, codes in {
@@ -170,17 +170,17 @@ ESCAPES = {
 
 def main() -> None:
     os.environ[SECRET] = "x"
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # what outlives its parent is seen by `descendants`
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # so that `descendants` includes orphans
     from xlam_jax.evaluate import sandbox
 
-    if problem := sandbox.why_not():
-        print(json.dumps({"why_not": problem}))
+    if problem := sandbox.find_problem():
+        print(json.dumps({"problem": problem}))
         return
     print(json.dumps(asyncio.run(attempts())))
 
 
 async def attempts() -> dict[str, Any]:
-    """Tries all escapes in turn."""
+    """Runs all escapes in turn."""
     from xlam_jax.evaluate.sandbox import Sandbox
 
     outputs, usage = {}, {}
@@ -193,8 +193,8 @@ async def attempts() -> dict[str, Any]:
         for listening in (server, abstract):
             listening.listen()
             listening.setblocking(False)
-        known = {victim.pid}
-        before = machine(victim.pid)
+        own_pids = {victim.pid}
+        before = read_state(victim.pid)
         stack.callback(restore, before["/dev/null"])
         prelude = f"{PRELUDE}VICTIM, PORT, NAME = {victim.pid}, {server.getsockname()[1]}, {name!r}\n"
         async with Sandbox(seconds=20, memory_mb=MEMORY_MB) as session:
@@ -203,8 +203,8 @@ async def attempts() -> dict[str, Any]:
                     outputs[escape] = await session.run(prelude + code)
                 except Exception as error:
                     outputs[escape] = f"ESCAPED {error!r}"
-                usage[escape] = taken(known)
-                if escape.startswith(("takes", "misleads")):  # each of them has all that there is
+                usage[escape] = measure_usage(own_pids)
+                if escape.startswith(("takes", "misleads")):  # each gets a new session
                     await session._end()
         for escape, code in OUTLIVES.items():
             session = Sandbox(seconds=60, memory_mb=MEMORY_MB)
@@ -213,12 +213,12 @@ async def attempts() -> dict[str, Any]:
             try:
                 outputs[escape] = await asyncio.wait_for(session.run(code), 30)
             except TimeoutError:
-                outputs[escape] = "ESCAPED: its end is waited for in vain"
+                outputs[escape] = "ESCAPED: it does not end"
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(300):  # so long on a busy machine
-                    while set(descendants()) - known:
+                async with asyncio.timeout(300):  # enough for a busy machine
+                    while set(descendants()) - own_pids:
                         await asyncio.sleep(0.01)
-            for pid in set(descendants()) - known:
+            for pid in set(descendants()) - own_pids:
                 outputs[escape] += f" ESCAPED {pid}"
                 os.kill(pid, signal.SIGKILL)
         for listening in (server, abstract):
@@ -227,16 +227,16 @@ async def attempts() -> dict[str, Any]:
                 outputs[f"{listening}"] = "ESCAPED"
         if victim.poll() is not None:
             outputs["the victim"] = "ESCAPED"
-        after = machine(victim.pid)
+        after = read_state(victim.pid)
         return {"outputs": outputs, "usage": usage, "before": before, "after": after}
 
 
-def machine(victim: int) -> dict[str, Any]:
-    """What no code in a sandbox may change."""
+def read_state(victim: int) -> dict[str, Any]:
+    """Returns the state of the machine that code in a sandbox must not change."""
 
     def look(path: str) -> list[int]:
-        found = os.stat(path)
-        return [found.st_mode, found.st_uid, found.st_gid, found.st_mtime_ns, found.st_nlink, found.st_size]
+        status = os.stat(path)
+        return [status.st_mode, status.st_uid, status.st_gid, status.st_mtime_ns, status.st_nlink, status.st_size]
 
     files = ["/dev/null", "/dev/zero", os.__file__, sysconfig.get_paths()["stdlib"], sys.prefix, "/usr", "/usr/bin"]
     texts = ["self/mounts", "sysvipc/shm", "sysvipc/msg", "sysvipc/sem", "sys/kernel/hostname"]
@@ -244,21 +244,21 @@ def machine(victim: int) -> dict[str, Any]:
         **{path: look(path) for path in files},
         **{path: Path("/proc", path).read_text() for path in texts},
         "priority": os.getpriority(os.PRIO_PROCESS, victim),
-        "temporary files": sorted(one for one in os.listdir(tempfile.gettempdir()) if one.startswith("sandbox-")),
+        "temporary files": sorted(name for name in os.listdir(tempfile.gettempdir()) if name.startswith("sandbox-")),
     }
 
 
 def restore(device: list[int]) -> None:
-    """Nothing else on this machine is to suffer where an escape succeeds."""
+    """Repairs /dev/null if an escape has changed it."""
     mode, user, group, changed, *_ = device
-    if machine(os.getpid())["/dev/null"] != device:
+    if read_state(os.getpid())["/dev/null"] != device:
         os.chmod("/dev/null", mode)
         os.chown("/dev/null", user, group)
         os.utime("/dev/null", ns=(changed, changed))
 
 
 def descendants() -> list[int]:
-    """Processes that this one or its children have started, and that have not ended."""
+    """Returns the ids of running processes that this process or its descendants have started."""
     parents = {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
@@ -266,17 +266,17 @@ def descendants() -> list[int]:
                 state, parent, *_ = (folder / "stat").read_text().rpartition(")")[2].split()
                 if state not in "ZX":
                     parents[int(folder.name)] = int(parent)
-    found = [os.getpid()]
-    for pid in found:
-        found += [child for child, parent in parents.items() if parent == pid]
-    return found[1:]
+    pids = [os.getpid()]
+    for pid in pids:
+        pids += [child for child, parent in parents.items() if parent == pid]
+    return pids[1:]
 
 
-def taken(known: set[int]) -> dict[str, int]:
-    """Processes, threads and most memory (MB) that the sandbox's processes had."""
+def measure_usage(ignored: set[int]) -> dict[str, int]:
+    """Returns the number of processes and threads of the sandbox, and their peak memory in MB."""
     processes, threads, peak = 0, 0, 0
     for pid in descendants():
-        if pid in known:
+        if pid in ignored:
             continue
         with contextlib.suppress(OSError):
             status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())

@@ -1,5 +1,5 @@
-"""An endpoint that knows how each task is done, and says it in the way in which it is asked: as calls, in words, as a
-plan, or as BOLAA's controller."""
+"""An endpoint that knows the actions of each task, and answers in the form that the prompt asks for: as calls, as text,
+as a plan, or as BOLAA's controller."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,15 +21,15 @@ ARGUMENT = {
 
 
 def reply_from(actions_of: Callable[[str], Sequence[Action]], labour: Mapping[str, Sequence[str]]) -> Any:
-    """A reply of the fake server. `actions_of` finds the actions of the task that stands in a text."""
+    """Returns a reply for the fake server. `actions_of` returns the actions of the task in a prompt."""
 
     def reply(handler: Handler, request: dict[str, Any]) -> None:
         messages = request["messages"]
         actions = actions_of(messages[0]["content"])
         text = messages[-1]["content"] or ""
-        done = sum(len(one.get("tool_calls") or ()) for one in messages)
-        done += sum("\nAction: " in f"\n{one['content']}" for one in messages if one["role"] == "assistant")
-        if "Done so far:" in text:  # BOLAA: one turn holds what was done
+        done = sum(len(message.get("tool_calls") or ()) for message in messages)
+        done += sum("\nAction: " in f"\n{message['content']}" for message in messages if message["role"] == "assistant")
+        if "Done so far:" in text:  # BOLAA: one turn contains all earlier steps
             done = len(re.findall("^Action: ", text.partition("Done so far:")[2], re.MULTILINE))
         name, argument = actions[min(done, len(actions) - 1)]
         if "tools" in request:
@@ -50,7 +50,7 @@ def reply_from(actions_of: Callable[[str], Sequence[Action]], labour: Mapping[st
 
 @contextmanager
 def scripted(actions: Mapping[str, Sequence[Action]], labour: Mapping[str, Sequence[str]]) -> Iterator[Running]:
-    """Serves a script: text of a task → its actions; those of "" are for all others."""
+    """Serves a script: text of a task → its actions; the key "" matches all other tasks."""
 
     def actions_of(prompt: str) -> Sequence[Action]:
         return actions[max((text for text in actions if text and text in prompt), key=prompt.rindex, default="")]

@@ -1,4 +1,4 @@
-"""Every agent through every suite in which one acts, against an endpoint that knows what is right."""
+"""Every agent with every agent suite, against an endpoint that knows the right actions."""
 
 import asyncio
 import json
@@ -28,17 +28,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def script() -> dict[str, list[Action]]:
-    """Right actions for all questions but the last two: one answer shares a word, one never comes."""
-    found: dict[str, list[Action]] = {}
+    """Right actions for eight questions. The ninth answer shares a word with the right one, the tenth never comes."""
+    actions: dict[str, list[Action]] = {}
     for at, (place, trade) in enumerate(zip(PLACES, TRADES, strict=True)):
-        found[question(place, trade)] = [
+        actions[question(place, trade)] = [
             ("search", f"the {trade} of {place}"),
             ("lookup", "workshop"),
             ("search", f"{trade.title()} Street ({place})"),
             ("finish", f"{1500 + 11 * at}" if at < 8 else f"in {1500 + 11 * at}"),
         ]
-    found[question(PLACES[9], TRADES[9])] = [("search", "nothing of the kind")]
-    return found
+    actions[question(PLACES[9], TRADES[9])] = [("search", "nothing of the kind")]
+    return actions
 
 
 def records(folder: Path) -> dict[str, dict[str, Any]]:
@@ -46,14 +46,14 @@ def records(folder: Path) -> dict[str, dict[str, Any]]:
     return {record["id"]: record for record in map(json.loads, lines)}
 
 
-def test_these_are_all_agents():
+def test_names_of_agents():
     assert agents.names() == AGENTS
 
 
 @pytest.mark.parametrize("agent", AGENTS)
 def test_hotpotqa(commands: Commands, folder: Path, tmp_path: Path, agent: str):
     with scripted(script(), HotpotQA.labour) as server:
-        said = commands.call(
+        result = commands.call(
             "xlam_jax.evaluate", "--suite", "hotpotqa", "--agent", agent, "--base-url", server.url,
             "--model", "tiny", "--data", folder / "questions.jsonl", "--set", f"corpus={folder / 'pages.jsonl'}",
             "--set", "max_steps=5", "--out", tmp_path / "out",
@@ -62,20 +62,20 @@ def test_hotpotqa(commands: Commands, folder: Path, tmp_path: Path, agent: str):
     assert summary["scores"] == pytest.approx({"f1": (8 + 2 / 3) / 10, "em": 0.8, "accuracy": 0.8})
     assert summary["failures"] == {"wrong-answer": 1, "steps-used-up": 1}
     assert summary["errors"] == {}
-    assert {name: one["examples"] for name, one in summary["groups"].items()} == {"easy": 4, "hard": 2, "medium": 4}
+    assert {name: group["examples"] for name, group in summary["groups"].items()} == {"easy": 4, "hard": 2, "medium": 4}
     assert summary["groups"]["hard"]["scores"]["em"] == 1
-    found = records(tmp_path / "out")["q0"]
-    assert found["details"]["steps"] == 4
-    assert [message["role"] for message in found["messages"][:2]] == ["user", "assistant"]
-    seen = json.dumps(found["messages"], ensure_ascii=False)
+    record = records(tmp_path / "out")["q0"]
+    assert record["details"]["steps"] == 4
+    assert [message["role"] for message in record["messages"][:2]] == ["user", "assistant"]
+    seen = json.dumps(record["messages"], ensure_ascii=False)
     assert "(1 of 1) The workshop stood in Baker Street (Oslo)." in seen
     assert "It was laid out in 1500." in seen
-    assert "0.8000" in said.stdout
+    assert "0.8000" in result.stdout
 
 
 @pytest.mark.parametrize("agent", AGENTS)
 def test_webshop(commands: Commands, tmp_path: Path, agent: str):
-    """Ten requests bought rightly, but for one without its options, and one that is of another kind."""
+    """Eight right purchases, one without the options, and one of a product of another kind."""
     actions: dict[str, list[Action]] = {}
     expected = []
     for number in range(10):
@@ -92,8 +92,8 @@ def test_webshop(commands: Commands, tmp_path: Path, agent: str):
             "xlam_jax.evaluate", "--suite", "webshop", "--agent", agent, "--base-url", server.url,
             "--model", "tiny", "--set", f"url={url}", "--set", "tasks=10", "--out", tmp_path / "out",
         )  # fmt: skip
-    found = records(tmp_path / "out")
-    assert [found[f"fixed_{at}"]["scores"]["reward"] for at in range(10)] == expected
+    records_by_id = records(tmp_path / "out")
+    assert [records_by_id[f"fixed_{at}"]["scores"]["reward"] for at in range(10)] == expected
     summary = json.loads((tmp_path / "out/summary.json").read_text(encoding="utf-8"))
     assert summary["scores"] == pytest.approx({"reward": 0.86, "success": 0.8})
     assert summary["failures"] == {"partly-right": 1, "wrong": 1}
@@ -119,28 +119,28 @@ TOOL = {tool["function"]["name"]: tool["function"] for tool in TOOLS}
         'I look. [{"name": "search", "arguments": {"query": "Oslo (city)"}}]',
     ],
 )
-def test_actions_are_read(text: str):
-    assert _actions.read(text, TOOL) == ToolCall(None, "search", {"query": "Oslo (city)"})
+def test_actions_are_parsed(text: str):
+    assert _actions.parse_action(text, TOOL) == ToolCall(None, "search", {"query": "Oslo (city)"})
 
 
 @pytest.mark.parametrize("text", ["", "I do not know.", "Action:", "Action: hm", "The array is list[0]."])
 def test_text_without_an_action(text: str):
-    assert _actions.read(text, TOOL) is None
+    assert _actions.parse_action(text, TOOL) is None
 
 
-def test_actions_are_written_as_they_are_read():
+def test_formatted_actions_are_parsed():
     for action in (
         ToolCall(None, "search", {"query": "a [b] c"}),
         ToolCall(None, "book", {"from": "Oslo", "seats": 2}),
         ToolCall(None, "stop", {}),
     ):
         tools = TOOL | {"book": {"parameters": {"properties": {"from": {}, "seats": {}}}}, "stop": {"parameters": {}}}
-        assert _actions.read(f"Action: {_actions.written(action)}", tools) == action
+        assert _actions.parse_action(f"Action: {_actions.format_action(action)}", tools) == action
 
 
 @pytest.mark.parametrize("agent", ["react", "native", "bolaa"])
 def test_a_model_that_never_acts(commands: Commands, folder: Path, tmp_path: Path, agent: str):
-    """Its answers, also the empty ones, are wrong, and no fault."""
+    """Its answers, including empty ones, are failures, not errors."""
     with serve(says("I do not know."), says("")) as server:
         commands.call(
             "xlam_jax.evaluate", "--suite", "hotpotqa", "--agent", agent, "--base-url", server.url,
@@ -152,8 +152,8 @@ def test_a_model_that_never_acts(commands: Commands, folder: Path, tmp_path: Pat
     assert summary["scores"] == {"f1": 0, "em": 0, "accuracy": 0}
 
 
-def test_an_agent_of_ones_own(commands: Commands, folder: Path, tmp_path: Path):
-    """One file; it answers without asking."""
+def test_a_user_defined_agent(commands: Commands, folder: Path, tmp_path: Path):
+    """One file. The agent answers without a request."""
     (tmp_path / "guess.py").write_text(
         "from xlam_jax.data.trajectory import ToolCall\n"
         "from xlam_jax.evaluate.agents import Agent\n\n"
@@ -172,8 +172,8 @@ def test_an_agent_of_ones_own(commands: Commands, folder: Path, tmp_path: Path):
     assert summary["scores"]["em"] == 0.1
 
 
-def test_calls_that_do_not_fit_go_no_further():
-    """An environment is only asked for what its tools allow."""
+def test_invalid_calls_do_not_reach_the_environment():
+    """An environment only receives calls that match its tools."""
 
     class Untouched:
         async def reset(self, task):
@@ -193,7 +193,10 @@ def test_calls_that_do_not_fit_go_no_further():
             for name, arguments in (("serch", {}), ("search", {}), ("search", {"query": 3}), ("lookup", {"query": "x"}))
         ]
 
-    seen = asyncio.run(act())
-    assert seen[0] == "There is no action serch; the actions are: search, lookup, finish."
-    assert all(one.startswith(("search cannot be done so: ", "lookup cannot be done so: ")) for one in seen[1:])
+    observations = asyncio.run(act())
+    assert observations[0] == "There is no action serch; the actions are: search, lookup, finish."
+    assert all(
+        observation.startswith(("search cannot be called like this: ", "lookup cannot be called like this: "))
+        for observation in observations[1:]
+    )
     assert episode.steps == 4

@@ -1,4 +1,4 @@
-"""The commands of the page on benchmarks, against an endpoint that answers the same to everything."""
+"""The commands in docs/benchmarks.md, against an endpoint with one fixed answer."""
 
 import json
 import re
@@ -40,20 +40,20 @@ def test_commands_run(command: str, commands: Commands, tmp_path: Path, graphs: 
     module, *arguments = shlex.split(command)
     rated = tmp_path / "scored.jsonl"
     rated.write_text((ROOT / "examples/quickstart/hammer.jsonl").read_text().splitlines()[0] + "\n")
-    places = {"agentboard/data": graphs, "scored.jsonl": rated, "rated.jsonl": tmp_path / "rated.jsonl"}
+    paths = {"agentboard/data": graphs, "scored.jsonl": rated, "rated.jsonl": tmp_path / "rated.jsonl"}
     if "mint-bench" in arguments:
-        places["mint-bench"] = mint(tmp_path / "mint")
-        at = arguments.index("execute=yes")  # not every machine allows it; test_mint has it
+        paths["mint-bench"] = mint(tmp_path / "mint")
+        at = arguments.index("execute=yes")  # not every machine allows it; test_mint tests it
         del arguments[at - 1 : at + 1]
     if "StableToolBench" in arguments:
-        places["StableToolBench"] = queries(tmp_path / "stable")
+        paths["StableToolBench"] = queries(tmp_path / "stable")
     with serve(says('{"reason": "x", "score": 4, "status": "Solved"}')) as server:
-        given = [str(places.get(one, one)) for one in arguments]
-        given = [re.sub(r"http://localhost:\d+/v1", server.url, one) for one in given]
-        given = [str(tmp_path / one) if one.startswith("runs/") else one for one in given]
-        commands.call(f"{module}.__main__", *given, *([] if "rate" in given else ["--limit", "2"]))
-    if "rate" in given:
-        assert [one.score for _, one in read_jsonl(tmp_path / "rated.jsonl")] == [4.0]  # type: ignore[union-attr]
+        replaced = [str(paths.get(word, word)) for word in arguments]
+        replaced = [re.sub(r"http://localhost:\d+/v1", server.url, word) for word in replaced]
+        replaced = [str(tmp_path / word) if word.startswith("runs/") else word for word in replaced]
+        commands.call(f"{module}.__main__", *replaced, *([] if "rate" in replaced else ["--limit", "2"]))
+    if "rate" in replaced:
+        assert [trajectory.score for _, trajectory in read_jsonl(tmp_path / "rated.jsonl")] == [4.0]  # type: ignore[union-attr]
     else:
-        out = Path(given[given.index("--out") + 1])
+        out = Path(replaced[replaced.index("--out") + 1])
         assert json.loads((out / "summary.json").read_text())["scored"] > 0

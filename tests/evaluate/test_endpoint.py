@@ -1,4 +1,4 @@
-"""What an answer is, what a fault is, and which faults pass when a request is repeated."""
+"""Answers, kinds of faults, and the retries of requests."""
 
 import asyncio
 import json
@@ -27,11 +27,11 @@ def chat(url: str, tools: list[dict[str, Any]] | None = None, **settings: Any) -
 
 
 def fault(*replies: Reply, **settings: Any) -> tuple[EndpointFault, int]:
-    """The fault, and how many requests were made."""
+    """Returns the fault, and the number of requests."""
     with serve(*replies) as server:
         with pytest.raises(EndpointFault) as caught:
             chat(server.url, [TOOL], **settings)
-        wait_until(lambda: server.requests)  # a client with little patience is gone before the server has looked
+        wait_until(lambda: server.requests)  # with a short timeout the client ends before the server has counted
         count = len(server.requests)
     assert caught.value.kind in KINDS
     assert caught.value.messages == ASK
@@ -39,7 +39,7 @@ def fault(*replies: Reply, **settings: Any) -> tuple[EndpointFault, int]:
 
 
 def cut_body(handler: Handler, request: dict[str, Any]) -> None:
-    """Announces more than it sends."""
+    """Sends less than the content-length that it declares."""
     handler.send_response(200)
     handler.send_header("content-type", "application/json")
     handler.send_header("content-length", "1000")
@@ -85,8 +85,8 @@ CUT = events([{"content": "It is"}], None, cut=True)
     ],
 )
 def test_faults(reply: Reply, kind: str, settings: dict[str, Any], requests: int):
-    found, count = fault(reply, **settings)
-    assert found.kind == kind, found
+    error, count = fault(reply, **settings)
+    assert error.kind == kind, error
     assert count == requests
 
 
@@ -100,7 +100,7 @@ def test_refused():
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
-def test_what_no_request_changes_ends_the_run(status: int):
+def test_permanent_failures_end_the_run(status: int):
     with serve(refuses(status, "no")) as server, pytest.raises(UserError, match=str(status)):
         chat(server.url)
 
@@ -114,14 +114,14 @@ def test_what_no_request_changes_ends_the_run(status: int):
         ((CUT, BAD_CALL, CALL), True),
     ],
 )
-def test_faults_that_pass(replies: tuple[Reply, ...], stream: bool):
+def test_temporary_faults_are_retried(replies: tuple[Reply, ...], stream: bool):
     with serve(*replies) as server:
         answer = chat(server.url, [TOOL], retries=2, stream=stream)
         assert len(server.requests) == 3
     assert answer.calls[0].name == "weather"
 
 
-def test_a_server_says_when_to_come_back():
+def test_retry_after():
     times: list[float] = []
 
     def later(handler: Handler, request: dict[str, Any]) -> None:
@@ -137,7 +137,7 @@ def test_a_server_says_when_to_come_back():
 
     with serve(later, now) as server:
         chat(server.url, retries=1)
-    assert times[1] - times[0] > 0.95  # without the header it is half a second at most
+    assert times[1] - times[0] > 0.95  # without the header the pause is at most half a second
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -151,7 +151,7 @@ def test_a_server_says_when_to_come_back():
     ],
     ids=["half-a-call", "text", "nothing-long", "nothing"],
 )
-def test_what_the_model_wrote_is_an_answer(reply: Reply, content: str, stream: bool):
+def test_unparsable_texts_are_answers(reply: Reply, content: str, stream: bool):
     with serve(reply) as server:
         answer = chat(server.url, [TOOL], stream=stream)
         assert len(server.requests) == 1
@@ -160,22 +160,22 @@ def test_what_the_model_wrote_is_an_answer(reply: Reply, content: str, stream: b
     assert answer.message == {"role": "assistant", "content": content}
 
 
-def test_calls_in_text_and_twice_the_same_id():
+def test_calls_in_text_and_duplicate_ids():
     with serve(says(json.dumps([{"name": "weather", "arguments": {}}] * 2))) as server:
         answer = chat(server.url, [TOOL])
-    assert [one.name for one in answer.calls] == ["weather"] * 2
-    assert len({one.id for one in answer.calls}) == 2
+    assert [call_.name for call_ in answer.calls] == ["weather"] * 2
+    assert len({call_.id for call_ in answer.calls}) == 2
     twice = says(None, [call("weather", {}), call("weather", {})], "tool_calls")
     with serve(twice) as server:
         answer = chat(server.url, [TOOL])
-    assert len({one["id"] for one in answer.message["tool_calls"]}) == 2
+    assert len({call_["id"] for call_ in answer.message["tool_calls"]}) == 2
 
 
 def test_requests_are_greedy():
     with serve(CALL) as server:
         chat(server.url)
         chat(server.url, temperature=0.7, seed=3, max_tokens=9)
-        greedy, drawn = server.requests
+        greedy, sampled = server.requests
     assert greedy["temperature"] == 0
     assert "seed" not in greedy
-    assert (drawn["temperature"], drawn["seed"], drawn["max_tokens"]) == (0.7, 3, 9)
+    assert (sampled["temperature"], sampled["seed"], sampled["max_tokens"]) == (0.7, 3, 9)

@@ -1,4 +1,4 @@
-"""The commands and the suite of docs/evaluation.md run as they stand there, against a scripted server and our shop."""
+"""The commands and the suite in docs/evaluation.md run unchanged, against a scripted server and our shop."""
 
 import json
 import re
@@ -17,8 +17,8 @@ PAGE = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str) -> list[str]:
-    found = re.findall(rf"^ *```{language}\n(.*?)^ *```$", PAGE, re.DOTALL | re.MULTILINE)
-    return [block.replace("\\\n", " ") for block in found]
+    matches = re.findall(rf"^ *```{language}\n(.*?)^ *```$", PAGE, re.DOTALL | re.MULTILINE)
+    return [block.replace("\\\n", " ") for block in matches]
 
 
 COMMANDS = [" ".join(line.split()) for block in blocks("bash") for line in block.splitlines() if line.strip()]
@@ -26,7 +26,7 @@ COMMANDS = [" ".join(line.split()) for block in blocks("bash") for line in block
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """What a user would bring, and the suite of the page."""
+    """A folder with a user's data, and the suite in the documentation."""
     question = {"_id": "a", "question": "Of which country is Oslo the capital?", "answer": "Norway", "level": "easy"}
     page = {"title": "Oslo", "text": "Oslo is the capital of Norway."}
     (tmp_path / "questions.jsonl").write_text(json.dumps(question) + "\n", encoding="utf-8")
@@ -42,7 +42,7 @@ def folder(tmp_path: Path) -> Path:
 def test_commands_run(commands: Commands, folder: Path, command: str):
     words = shlex.split(command)
     assert words[:2] == ["python", "-m"]
-    if words[2] == "xlam_jax.evaluate.shop":  # runs until it is stopped; started in tests/evaluate/test_webshop.py
+    if words[2] == "xlam_jax.evaluate.shop":  # does not end; tests/evaluate/test_webshop.py starts it
         return
     actions: dict[str, list[Action]] = {
         "Of which country is Oslo the capital?": [("search", "Oslo"), ("finish", "Norway")],
@@ -51,9 +51,11 @@ def test_commands_run(commands: Commands, folder: Path, command: str):
         "": [("search", "nothing")],
     }
     with shop.serve() as url, scripted(actions, WebShop.labour) as server:
-        places = {"http://localhost:8000/v1": server.url, "http://localhost:3000": url}
-        given = [re.sub(r"http://localhost:\d+(/v1)?", lambda found: places[found[0]], word) for word in words[3:]]
-        commands.call(words[2], *given, folder=folder)
+        addresses = {"http://localhost:8000/v1": server.url, "http://localhost:3000": url}
+        replaced = [
+            re.sub(r"http://localhost:\d+(/v1)?", lambda match: addresses[match[0]], word) for word in words[3:]
+        ]
+        commands.call(words[2], *replaced, folder=folder)
     if "--out" not in words or "evaluations" not in command:
         return
     out = folder / words[words.index("--out") + 1]

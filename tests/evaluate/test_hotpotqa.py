@@ -1,4 +1,4 @@
-"""HotpotQA: its metrics against recorded ones, the pages and how they are read."""
+"""HotpotQA: its metrics against recorded scores, and the lookup of pages."""
 
 import asyncio
 import json
@@ -20,7 +20,7 @@ from xlam_jax.evaluate.suites.hotpotqa import HotpotQA, Reading, exact_match, f1
 
 FIXTURES = ROOT / "tests/evaluate/fixtures"
 PAGES = [
-    ("Oslo", "Oslo is the capital of Norway. It lies on a fjord! Mr. Smith lived there. It has 700,000 people. "
+    ("Oslo", "Oslo is the capital of Norway. It is on a fjord! Mr. Smith lived there. It has 700,000 people. "
      "It is old. The Oslo Opera House is in Oslo."),
     ("Oslo (song)", "Oslo is a song."),
     ("Bergen", "Bergen is a city in Norway with a fish market."),
@@ -28,7 +28,7 @@ PAGES = [
 
 
 def test_recorded_scores_are_recomputed():
-    """To the last bit."""
+    """The scores are equal bit for bit."""
     rows = [json.loads(line) for line in (FIXTURES / "hotpotqa_scored.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(rows) > 50
     for row in rows:
@@ -40,7 +40,7 @@ def test_recorded_scores_are_recomputed():
     [
         ("The Eiffel-Tower!", "eiffeltower", True, 1.0),
         ("yes", "Yes.", True, 1.0),
-        ("yes, it is", "yes", False, 0.0),  # no part of a yes
+        ("yes, it is", "yes", False, 0.0),  # no partial score for yes
         ("no", "no one", False, 0.0),
         ("noanswer", "no answer", False, 0.0),
         ("the a an", "", True, 0.0),
@@ -53,41 +53,41 @@ def test_metrics(answer: str, gold: str, em: bool, score: float):
     assert f1(answer, gold) == pytest.approx(score)
 
 
-def reads(corpus: Any, actions: Sequence[tuple[str, str]], answer: str = "Norway") -> list[str]:
-    """What is observed."""
+def observe(corpus: Any, actions: Sequence[tuple[str, str]], answer: str = "Norway") -> list[str]:
+    """Returns the observations of the actions."""
 
     async def read() -> list[str]:
-        reading = Reading(corpus)
-        await reading.reset(Task("1", {"question": "Which?", "answer": answer}))
-        return [(await reading.step(ToolCall(None, name, {"x": text}))).observation for name, text in actions]
+        environment = Reading(corpus)
+        await environment.reset(Task("1", {"question": "Which?", "answer": answer}))
+        return [(await environment.step(ToolCall(None, name, {"x": text}))).observation for name, text in actions]
 
     return asyncio.run(read())
 
 
-def test_pages_are_read():
-    seen = reads(
+def test_observations():
+    observations = observe(
         Local.of(PAGES),
         [("lookup", "x"), ("search", "oslo"), ("lookup", "OSLO"), ("lookup", "OSLO"), ("lookup", "OSLO"),
          ("lookup", "ice"), ("search", "the fish market of Norway"), ("search", ""),
          ("search", '"()* AND'), ("finish", "Norway")],
     )  # fmt: skip
-    assert seen[0] == "No page is open; search one first."
-    assert seen[1].startswith("Oslo is the capital of Norway. It lies on a fjord! Mr.")
-    assert "Opera" not in seen[1]
-    assert seen[2] == "(1 of 2) Oslo is the capital of Norway."
-    assert seen[3] == "(2 of 2) The Oslo Opera House is in Oslo."
-    assert seen[4] == "No more results."
-    assert seen[5] == "The page does not hold 'ice'."
-    assert seen[6] == "There is no page 'the fish market of Norway'. Similar: Bergen, Oslo."
-    assert seen[7].startswith("There is no page ''")
-    assert seen[8].startswith("There is no page")
+    assert observations[0] == "No page is open; search one first."
+    assert observations[1].startswith("Oslo is the capital of Norway. It is on a fjord! Mr.")
+    assert "Opera" not in observations[1]
+    assert observations[2] == "(1 of 2) Oslo is the capital of Norway."
+    assert observations[3] == "(2 of 2) The Oslo Opera House is in Oslo."
+    assert observations[4] == "No more results."
+    assert observations[5] == "The page does not contain 'ice'."
+    assert observations[6] == "There is no page 'the fish market of Norway'. Similar: Bergen, Oslo."
+    assert observations[7].startswith("There is no page ''")
+    assert observations[8].startswith("There is no page")
 
 
 def test_a_corpus_as_a_file(commands: Commands, tmp_path: Path):
-    """JSONL, what is made of it, and a database of the user's without an index say the same, but for similar titles."""
+    """JSONL, its conversion, and a user's database without an index give the same pages, but not similar titles."""
     lines = [{"title": title, "text": text} for title, text in PAGES[:2]]
     lines.append({"title": PAGES[2][0], "text": ["Bergen is a city", " in Norway with a fish market."]})
-    (tmp_path / "pages.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines), encoding="utf-8")
+    (tmp_path / "pages.jsonl").write_text("".join(json.dumps(page) + "\n" for page in lines), encoding="utf-8")
     commands.call("xlam_jax.evaluate.corpus", "--pages", tmp_path / "pages.jsonl", "--out", tmp_path / "pages.sqlite")
     plain = sqlite3.connect(tmp_path / "plain.sqlite")
     plain.execute("CREATE TABLE pages(title, text)")
@@ -96,14 +96,14 @@ def test_a_corpus_as_a_file(commands: Commands, tmp_path: Path):
     plain.close()
     for name, similar in (("pages.jsonl", "Oslo (song)"), ("pages.sqlite", "Oslo (song)"), ("plain.sqlite", "None")):
         corpus = Local.open(tmp_path / name)
-        seen = reads(corpus, [("search", "BERGEN"), ("search", "a song")])
-        assert seen[0] == PAGES[2][1]
-        assert similar in seen[1]
+        observations = observe(corpus, [("search", "BERGEN"), ("search", "a song")])
+        assert observations[0] == PAGES[2][1]
+        assert similar in observations[1]
         corpus.close()
-    told = commands.fails(
+    error = commands.fails(
         "xlam_jax.evaluate.corpus", "--pages", tmp_path / "pages.jsonl", "--out", tmp_path / "pages.sqlite"
     )
-    assert "exists" in told
+    assert "exists" in error
     (tmp_path / "bad.jsonl").write_text('{"titel": "x", "text": ""}\n', encoding="utf-8")
     with pytest.raises(UserError, match=r"bad.jsonl:1: the page has no 'title'; did you mean 'titel'"):
         Local.open(tmp_path / "bad.jsonl")
@@ -112,8 +112,8 @@ def test_a_corpus_as_a_file(commands: Commands, tmp_path: Path):
         Local.open(tmp_path / "empty.sqlite")
 
 
-def test_questions_with_their_pages(tmp_path: Path):
-    """As HotpotQA's files have them."""
+def test_questions_that_contain_pages(tmp_path: Path):
+    """In the form of HotpotQA's files."""
     row = {
         "_id": "a",
         "question": "?",
@@ -124,42 +124,42 @@ def test_questions_with_their_pages(tmp_path: Path):
     (tmp_path / "dev.json").write_text(json.dumps([row]), encoding="utf-8")
     suite = HotpotQA(Options(data=tmp_path / "dev.json"))
     assert [(task.id, task.group) for task in suite.tasks()] == [("a", "hard")]
-    assert reads(suite._corpus, [("search", "oslo")]) == ["Oslo is. It was."]
+    assert observe(suite._corpus, [("search", "oslo")]) == ["Oslo is. It was."]
     suite.close()
     (tmp_path / "none.json").write_text(json.dumps([{"question": "?", "answer": "x"}]), encoding="utf-8")
-    with pytest.raises(UserError, match="the question brings no pages"):
+    with pytest.raises(UserError, match="the question has no pages"):
         HotpotQA(Options(data=tmp_path / "none.json"))
     with pytest.raises(UserError, match="--data is missing"):
         HotpotQA(Options())
 
 
 class MediaWiki:
-    """api.php as far as it is asked, in the form of version 2."""
+    """The queries of api.php that the corpus uses, in format version 2."""
 
     def __init__(self):
-        self.asked: list[dict[str, str]] = []
+        self.requests: list[dict[str, str]] = []
 
     async def fetch(self, url: str, form: Any = None, **_: Any) -> tuple[str, str]:
         from urllib.parse import parse_qsl, urlsplit
 
-        asked = dict(parse_qsl(urlsplit(url).query))
-        self.asked.append(asked)
-        if asked.get("list") == "search":
+        query = dict(parse_qsl(urlsplit(url).query))
+        self.requests.append(query)
+        if query.get("list") == "search":
             return url, json.dumps({"query": {"search": [{"title": "Oslo"}]}})
         page = (
-            {"title": "Oslo", "extract": "Oslo is."} if asked["titles"] == "oslo" else {"title": "x", "missing": True}
+            {"title": "Oslo", "extract": "Oslo is."} if query["titles"] == "oslo" else {"title": "x", "missing": True}
         )
-        return url, json.dumps({"query": {"pages": [page]}}) if asked["titles"] != "broken" else "<html>"
+        return url, json.dumps({"query": {"pages": [page]}}) if query["titles"] != "broken" else "<html>"
 
 
 def test_a_live_wikipedia(monkeypatch: pytest.MonkeyPatch):
     wiki = MediaWiki()
     monkeypatch.setattr(_http, "fetch", wiki.fetch)
     corpus = Wikipedia("http://wiki/w/api.php")
-    assert reads(corpus, [("search", "oslo"), ("search", "osslo")]) == [
+    assert observe(corpus, [("search", "oslo"), ("search", "osslo")]) == [
         "Oslo is.", "There is no page 'osslo'. Similar: Oslo."
     ]  # fmt: skip
-    assert wiki.asked[0]["redirects"] == "1"
-    with pytest.raises(EndpointFault, match=r"no MediaWiki api.php") as caught:
-        reads(corpus, [("search", "broken")])
+    assert wiki.requests[0]["redirects"] == "1"
+    with pytest.raises(EndpointFault, match=r"is not a MediaWiki api.php") as caught:
+        observe(corpus, [("search", "broken")])
     assert caught.value.kind == "environment"

@@ -1,4 +1,4 @@
-"""Pages of a suite's own server: what passes is tried again, what does not is a fault of the environment."""
+"""Pages of a suite's own server: temporary failures are retried, others are faults of the environment."""
 
 import asyncio
 import threading
@@ -17,16 +17,16 @@ HANGS_UP, CUT = 0, 1
 
 @contextmanager
 def serve(*statuses: int) -> Iterator[tuple[str, list[str]]]:
-    """Answers with the statuses in turn; yields the address, and the paths that were asked for."""
-    left, asked = list(statuses), []
+    """Answers with the statuses in turn; yields the address, and the requested paths."""
+    remaining, paths = list(statuses), []
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, format: str, *args: object) -> None:
             pass
 
         def do_GET(self) -> None:
-            asked.append(self.path)
-            status = left.pop(0)
+            paths.append(self.path)
+            status = remaining.pop(0)
             if status == HANGS_UP:
                 return
             self.send_response(200 if status == CUT else status)
@@ -36,27 +36,27 @@ def serve(*statuses: int) -> Iterator[tuple[str, list[str]]]:
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/page", asked
+        yield f"http://127.0.0.1:{server.server_port}/page", paths
         server.shutdown()
 
 
 @pytest.mark.parametrize("first", [503, 429, HANGS_UP, CUT])
-def test_what_passes(first: int):
-    with serve(first, 200) as (url, asked):
+def test_temporary_failures_are_retried(first: int):
+    with serve(first, 200) as (url, paths):
         assert asyncio.run(fetch(url, timeout=deadline(5))) == (url, "hällo\n")
-    assert asked == ["/page"] * 2
+    assert paths == ["/page"] * 2
 
 
 @pytest.mark.parametrize("status", [404, 400])
-def test_what_stays(status: int):
-    with serve(status) as (url, asked):
+def test_permanent_failures_are_not_retried(status: int):
+    with serve(status) as (url, paths):
         with pytest.raises(EndpointFault, match=f"answered {status}") as caught:
             asyncio.run(fetch(url))
-        assert len(asked) == 1
+        assert len(paths) == 1
     assert caught.value.kind == "environment"
 
 
-def test_a_server_that_stays_away(monkeypatch: pytest.MonkeyPatch):
+def test_a_server_that_stays_down(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("xlam_jax.evaluate._http.TRIES", 2)
     with pytest.raises(EndpointFault, match="cannot be fetched"):
         asyncio.run(fetch("http://127.0.0.1:9/"))

@@ -1,4 +1,4 @@
-"""The suite mint: its turns, what it takes for right, and that code only runs where it is shut in."""
+"""The suite mint: its turns, its judges, and the execution of code, which needs a sandbox."""
 
 import asyncio
 import json
@@ -16,7 +16,7 @@ from xlam_jax.evaluate.suite import Options, Outcome
 from xlam_jax.evaluate.suites import mint
 from xlam_jax.evaluate.suites.mint import Mint
 
-needs_namespaces = pytest.mark.skipif(bool(sandbox.why_not()), reason=f"no sandbox here: {sandbox.why_not()}")
+needs_namespaces = pytest.mark.skipif(bool(sandbox.find_problem()), reason=f"no sandbox here: {sandbox.find_problem()}")
 
 ROWS: dict[str, list[dict[str, Any]]] = {
     "gsm8k": [{"id": 7, "prompt": "Six times seven?", "reference": "42"}],
@@ -36,18 +36,18 @@ def data(tmp_path: Path) -> Path:
     return tmp_path
 
 
-class Says:
+class ScriptedModel:
     def __init__(self, *answers: str):
         self.answers = list(answers)
-        self.asked: list[str] = []
+        self.prompts: list[str] = []
 
     async def chat(self, messages: Sequence[dict[str, Any]], tools: Any = None, **options: Any) -> Answer:
-        self.asked.append(messages[-1]["content"])
-        return Answer(list(messages), self.answers[len(self.asked) - 1], (), "stop")
+        self.prompts.append(messages[-1]["content"])
+        return Answer(list(messages), self.answers[len(self.prompts) - 1], (), "stop")
 
 
-def played(suite: Mint, id: str, *answers: str) -> tuple[Outcome, Says]:
-    model = Says(*answers)
+def run_task(suite: Mint, id: str, *answers: str) -> tuple[Outcome, ScriptedModel]:
+    model = ScriptedModel(*answers)
     task = next(task for task in suite.tasks() if task.id == id)
     return asyncio.run(suite.run(task, model, None)), model  # type: ignore[arg-type]
 
@@ -63,30 +63,30 @@ def test_each_number_of_turns_is_a_task(data: Path) -> None:
 
 def test_a_task_has_k_turns_and_two_solutions(data: Path) -> None:
     suite = Mint(Options(data=data))
-    outcome, model = played(suite, "gsm8k/7@1", "<thought>.</thought> <solution> 42 </solution>")
+    outcome, model = run_task(suite, "gsm8k/7@1", "<thought>.</thought> <solution> 42 </solution>")
     assert outcome.scores == {"success": 1.0}
-    assert "You have 1 turn(s) in all, and may propose a solution 1 time(s)." in model.asked[0]
-    outcome, model = played(suite, "gsm8k/7@1", "<solution>7</solution>")
-    assert (outcome.scores["success"], outcome.failure, len(model.asked)) == (0, "wrong-answer", 1)
-    outcome, model = played(suite, "gsm8k/7@5", "<solution>7</solution>", "Hm.", "<solution>42</solution>")
+    assert "You have 1 turn(s) in all, and may propose a solution 1 time(s)." in model.prompts[0]
+    outcome, model = run_task(suite, "gsm8k/7@1", "<solution>7</solution>")
+    assert (outcome.scores["success"], outcome.failure, len(model.prompts)) == (0, "wrong-answer", 1)
+    outcome, model = run_task(suite, "gsm8k/7@5", "<solution>7</solution>", "Hm.", "<solution>42</solution>")
     assert (outcome.scores["success"], outcome.details["solved_at"]) == (1, 3)
-    assert model.asked[1].startswith(f"Observation:\n{mint.WRONG}")
-    assert "4 turn(s) and 1 solution(s) are left" in model.asked[1]
-    assert mint.NOT_UNDERSTOOD in model.asked[2]
-    outcome, model = played(suite, "gsm8k/7@5", *["<solution>7</solution>"] * 2)
-    assert (outcome.scores["success"], len(model.asked)) == (0, 2)
-    outcome, model = played(suite, "gsm8k/7@3", *["What?"] * 3)
-    assert (outcome.failure, len(model.asked)) == ("no-answer", 3)
+    assert model.prompts[1].startswith(f"Observation:\n{mint.WRONG}")
+    assert "4 turn(s) and 1 solution(s) are left" in model.prompts[1]
+    assert mint.NOT_UNDERSTOOD in model.prompts[2]
+    outcome, model = run_task(suite, "gsm8k/7@5", *["<solution>7</solution>"] * 2)
+    assert (outcome.scores["success"], len(model.prompts)) == (0, 2)
+    outcome, model = run_task(suite, "gsm8k/7@3", *["What?"] * 3)
+    assert (outcome.failure, len(model.prompts)) == ("no-answer", 3)
 
 
-def test_code_is_not_run_unless_asked_for(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    outcome, model = played(Mint(Options(data=data)), "gsm8k/7@2", "```python\n6*7\n```", "<solution>42</solution>")
-    assert mint.NOT_EXECUTED in model.asked[1]
+def test_code_is_not_run_by_default(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome, model = run_task(Mint(Options(data=data)), "gsm8k/7@2", "```python\n6*7\n```", "<solution>42</solution>")
+    assert mint.NOT_EXECUTED in model.prompts[1]
     assert outcome.details["code_run"] == 0
-    monkeypatch.setattr(mint, "why_not", lambda: "no namespaces")
-    with pytest.raises(UserError, match=r"no namespaces\); so it is not run"):
+    monkeypatch.setattr(mint, "find_problem", lambda: "no namespaces")
+    with pytest.raises(UserError, match=r"no namespaces\), so no code is executed"):
         Mint(Options(data=data, extra={"execute": "yes"}))
-    monkeypatch.setattr(sandbox, "why_not", lambda: "no namespaces")
+    monkeypatch.setattr(sandbox, "find_problem", lambda: "no namespaces")
     with pytest.raises(UserError, match="no namespaces"):
         Sandbox()
 
@@ -94,13 +94,13 @@ def test_code_is_not_run_unless_asked_for(data: Path, monkeypatch: pytest.Monkey
 @needs_namespaces
 def test_code_is_run_in_one_session(data: Path) -> None:
     answers = ["```python\na = 6\n```", "```python\nprint(a)\na * 7\n```", "<solution> 42 </solution>"]
-    outcome, model = played(Mint(Options(data=data, extra={"execute": "yes"})), "gsm8k/7@5", *answers)
-    assert model.asked[1].startswith("Observation:\n[Executed Successfully with No Output]")
-    assert model.asked[2].startswith("Observation:\n6\n42\n")
+    outcome, model = run_task(Mint(Options(data=data, extra={"execute": "yes"})), "gsm8k/7@5", *answers)
+    assert model.prompts[1].startswith("Observation:\n[Executed Successfully with No Output]")
+    assert model.prompts[2].startswith("Observation:\n6\n42\n")
     assert (outcome.scores["success"], outcome.details["code_run"]) == (1, 2)
 
 
-def outputs(*codes: str, seconds: float = 20, memory_mb: int = 1024) -> list[str]:
+def run_code(*codes: str, seconds: float = 20, memory_mb: int = 1024) -> list[str]:
     async def run() -> list[str]:
         async with Sandbox(seconds=seconds, memory_mb=memory_mb) as session:
             return [await session.run(code) for code in codes]
@@ -109,9 +109,9 @@ def outputs(*codes: str, seconds: float = 20, memory_mb: int = 1024) -> list[str
 
 
 @needs_namespaces
-def test_the_sandbox_shuts_in(tmp_path: Path) -> None:
+def test_the_sandbox_isolates_code(tmp_path: Path) -> None:
     (secret := tmp_path / "secret").write_text("x")
-    told = outputs(
+    outputs = run_code(
         f"import os; os.path.exists({str(secret)!r}), 'XLAM_KEY' in os.environ, os.path.exists('/proc/1')",
         "import socket; socket.create_connection(('127.0.0.1', 80), 2)",
         "open('/usr/x', 'w')",
@@ -124,23 +124,23 @@ def test_the_sandbox_shuts_in(tmp_path: Path) -> None:
         "1 / 0",
         "'\\ud800'",
     )
-    assert told[0] == "(False, False, False)\n"
+    assert outputs[0] == "(False, False, False)\n"
     for at, word in ((1, "unreachable"), (2, "Read-only"), (3, "MemoryError"), (4, "processes"), (5, "processes")):
-        assert word in told[at]
-    assert told[6] == "SystemExit: 3 (line 1)\n"
-    assert told[7].endswith("...\n[Output Truncated]")
-    assert told[8] == "2\n"
-    assert told[9] == "ZeroDivisionError: division by zero (line 1)\n"
-    assert told[10] == "'\\ud800'\n"
+        assert word in outputs[at]
+    assert outputs[6] == "SystemExit: 3 (line 1)\n"
+    assert outputs[7].endswith("...\n[Output Truncated]")
+    assert outputs[8] == "2\n"
+    assert outputs[9] == "ZeroDivisionError: division by zero (line 1)\n"
+    assert outputs[10] == "'\\ud800'\n"
 
 
 @needs_namespaces
-def test_the_sandbox_has_limits_of_time() -> None:
-    told = outputs("a = 1", "while True: pass", "a", "import os; os._exit(1)", "1 + 1", seconds=1.5)
-    assert told[1] == "Timed out after 1.5 seconds; all variables are gone."
-    assert told[2].startswith("NameError")
-    assert told[3].startswith("The process ended")
-    assert told[4] == "2\n"
+def test_the_sandbox_limits_time() -> None:
+    outputs = run_code("a = 1", "while True: pass", "a", "import os; os._exit(1)", "1 + 1", seconds=1.5)
+    assert outputs[1] == "Timed out after 1.5 seconds; all variables are gone."
+    assert outputs[2].startswith("NameError")
+    assert outputs[3].startswith("The process ended")
+    assert outputs[4] == "2\n"
 
 
 @pytest.mark.parametrize(
@@ -212,16 +212,16 @@ def test_theoremqa(reference: Any, kind: str, proposal: str, verdict: bool) -> N
     assert mint.theoremqa(reference, kind, proposal) is verdict
 
 
-def test_answers_without_end_are_wrong() -> None:
+def test_very_long_answers_are_wrong() -> None:
     for proposal in ("9" * 400, "-" * 50_000 + "1", "1," * 20_000, f"[{'1,' * 20_000}1]"):
         for reference, kind in ((3.5, "float"), (3, "integer"), ([3.5], "list of float")):
             assert mint.theoremqa(reference, kind, proposal) is False
 
 
-def test_what_is_wrong_is_told(data: Path, tmp_path: Path) -> None:
+def test_errors(data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="needs --data"):
         Mint(Options())
-    with pytest.raises(UserError, match=r"holds no gsm8k/test_prompts\.json"):
+    with pytest.raises(UserError, match=r"contains no gsm8k/test_prompts\.json"):
         Mint(Options(data=tmp_path / "data"))
     with pytest.raises(UserError, match="k: '6'"):
         Mint(Options(data=data, extra={"k": "6"}))

@@ -1,4 +1,4 @@
-"""Requests from held-out trajectories: asked with the tokens of training, answered, and scored."""
+"""Requests from held-out trajectories: their prompts equal those of training; answers are scored."""
 
 import json
 import random
@@ -33,24 +33,24 @@ def tool(name: str, **properties: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name, "parameters": parameters}}
 
 
-def calling(name: str, arguments: dict[str, Any], content: str = "", **more: Any) -> dict[str, Any]:
+def make_call_turn(name: str, arguments: dict[str, Any], content: str = "", **more: Any) -> dict[str, Any]:
     call = {"type": "function", "id": "call_1", "function": {"name": name, "arguments": arguments}}
     return {"role": "assistant", "content": content, "tool_calls": [call], **more}
 
 
-def made(*turns: dict[str, Any], id: str = "made", **more: Any) -> Trajectory:
+def make_trajectory(*turns: dict[str, Any], id: str = "made", **more: Any) -> Trajectory:
     tools = [tool("weather", city={"type": "string"}), tool("sum", a={"type": "number"})]
     return parse_trajectory({"unique_trajectory_id": id, "tools": tools, "conversation": list(turns), **more})
 
 
 USER = {"role": "user", "content": "Weather in Oslo?"}
 RESULT = {"role": "tool", "tool_call_id": "call_1", "content": "3 °C"}
-SYSTEM = made(
+SYSTEM = make_trajectory(
     {"role": "system", "content": "Be brief."},
     USER,
-    calling("weather", {"city": "Oslo"}),
+    make_call_turn("weather", {"city": "Oslo"}),
     RESULT,
-    calling("sum", {"a": 1}),
+    make_call_turn("sum", {"a": 1}),
     RESULT,
     {"role": "assistant", "content": "3 °C."},
     task_instruction="Help with the weather.",
@@ -61,58 +61,63 @@ SYSTEM = made(
     ("format", "name"),
     [("xlam", "quickstart"), ("xlam", "mistral:v1"), ("xlam_v1", "quickstart"), ("native", "mistral:v3")],
 )
-def test_prompts_are_what_training_reads_and_a_perfect_answer_scores_all(samples: Samples, format: str, name: str):
+def test_prompts_equal_training_and_perfect_answers_score_all(samples: Samples, format: str, name: str):
     tokenizer = load_tokenizer(str(QUICKSTART / "tokenizer") if name == "quickstart" else name)
     trained: dict[tuple[str, int], tuple[list[int], list[int]]] = {}
-    known: Samples = []
+    representable: Samples = []
     for source, trajectory in [*samples, ("made", SYSTEM)]:
         try:
-            rendered = [one for _, one in sequences(trajectory, tokenizer, format)]
-        except InvalidTrajectory:  # a thought beside calls, which Mistral's own format cannot write
+            rendered = [sequence for _, sequence in sequences(trajectory, tokenizer, format)]
+        except InvalidTrajectory:  # a thought next to calls, which Mistral's own format cannot represent
             continue
-        known.append((source, trajectory))
-        for one in rendered:
-            ids = one.input_ids.tolist()
-            for turn in {span.turn for span in one.spans if span.weight}:
-                mine = [span for span in one.spans if span.turn == turn and span.weight]
-                trained[trajectory.id, turn] = ids[: mine[0].start], ids[mine[0].start : mine[-1].end]
-    requests = list(next_call.requests(known))
-    assert {one.source for one in requests} == {source for source, _ in known} >= {"hammer", "made"}
-    asked, left_out = next_call.prompts(requests, tokenizer, format, longest=10**6, count=10**6)
-    assert [one.request for one in asked] == requests
-    assert not left_out
-    for request, prompt in asked:
+        representable.append((source, trajectory))
+        for sequence in rendered:
+            ids = sequence.input_ids.tolist()
+            for turn in {span.turn for span in sequence.spans if span.weight}:
+                spans = [span for span in sequence.spans if span.turn == turn and span.weight]
+                trained[trajectory.id, turn] = ids[: spans[0].start], ids[spans[0].start : spans[-1].end]
+    requests = list(next_call.requests(representable))
+    assert {request.source for request in requests} == {source for source, _ in representable} >= {"hammer", "made"}
+    prompted, dropped = next_call.prompts(requests, tokenizer, format, longest=10**6, count=10**6)
+    assert [item.request for item in prompted] == requests
+    assert not dropped
+    for request, prompt in prompted:
         assert prompt == trained[request.id, request.turn][0], request.id
         assert prompt == render_prompt(request.messages, request.tools, tokenizer, format)
     recorded = [trained[request.id, request.turn][1] for request in requests]
-    answers = next_call.answer(asked, lambda _: recorded, tokenizer)
-    assert {one.score for one in answers} == {Score(True, True, True, True)}
-    assert {one.completion.finish_reason for one in answers} == {"tool_calls"}
+    answers = next_call.answer(prompted, lambda _: recorded, tokenizer)
+    assert {answer.score for answer in answers} == {Score(True, True, True, True)}
+    assert {answer.completion.finish_reason for answer in answers} == {"tool_calls"}
 
 
-def test_requests_follow_from_ids_alone(samples: Samples):
+def test_requests_depend_only_on_ids(samples: Samples):
     requests = list(next_call.requests(samples))
-    assert [one.source for one in requests[:8]] == list(SOURCES) * 2
-    assert Counter(one.source for one in requests)["webshop"] == 25
+    assert [request.source for request in requests[:8]] == list(SOURCES) * 2
+    assert Counter(request.source for request in requests)["webshop"] == 25
     shuffled = samples.copy()
     random.Random(0).shuffle(shuffled)
-    again = list(next_call.requests(sorted(shuffled, key=lambda one: SOURCES.index(one[0]))))
+    again = list(next_call.requests(sorted(shuffled, key=lambda sample: SOURCES.index(sample[0]))))
     assert again == requests
-    assert [one.id for one in requests if one.source == "webshop"] != [one.id for _, one in samples[:25]]
-    assert len({one.turn for one in requests if one.source == "webshop"}) > 3
+    by_hash = [request.id for request in requests if request.source == "webshop"]
+    assert by_hash != [trajectory.id for _, trajectory in samples[:25]]
+    assert len({request.turn for request in requests if request.source == "webshop"}) > 3
     by_id = {trajectory.id: trajectory for _, trajectory in samples}
-    for one in requests:
-        assert one.expected == by_id[one.id].conversation[one.turn].tool_calls
+    for request in requests:
+        assert request.expected == by_id[request.id].conversation[request.turn].tool_calls
 
 
-def test_turns_that_are_asked_for():
+def test_requested_turns():
     assert next_call.turns(SYSTEM) == [2, 4]
-    unlearned = made(USER, calling("weather", {"city": "Oslo"}, loss=False), RESULT, calling("sum", {"a": 1}))
-    assert next_call.turns(unlearned) == [3]
-    spoken = made(USER, {"role": "assistant", "content": "I look."}, calling("weather", {"city": "Oslo"}))
-    assert next_call.turns(spoken) == []  # nobody waits for an answer there
-    assert list(next_call.requests([("made", spoken), ("made", unlearned)])) == [
-        next_call.request("made", unlearned, 3)
+    without_loss = make_trajectory(
+        USER, make_call_turn("weather", {"city": "Oslo"}, loss=False), RESULT, make_call_turn("sum", {"a": 1})
+    )
+    assert next_call.turns(without_loss) == [3]
+    two_assistant_turns = make_trajectory(
+        USER, {"role": "assistant", "content": "I look."}, make_call_turn("weather", {"city": "Oslo"})
+    )
+    assert next_call.turns(two_assistant_turns) == []  # the call does not follow a turn of the user or a tool
+    assert list(next_call.requests([("made", two_assistant_turns), ("made", without_loss)])) == [
+        next_call.request("made", without_loss, 3)
     ]
     first = next_call.request("made", SYSTEM, 2)
     assert first.messages == [
@@ -123,81 +128,81 @@ def test_turns_that_are_asked_for():
     json.dumps(first.messages)
 
 
-def scored(*calls: tuple[str, dict[str, Any]], expected: tuple[tuple[str, dict[str, Any]], ...]) -> str:
-    """The shares that are met, by their first letters."""
+def met_fields(*calls: tuple[str, dict[str, Any]], expected: tuple[tuple[str, dict[str, Any]], ...]) -> str:
+    """Returns the first letters of the fields of `Score` that are true."""
     request = next_call.request("made", SYSTEM, 2)
     request = request._replace(expected=tuple(ToolCall("1", *call) for call in expected))
     score = next_call.score(request, tuple(ToolCall(None, *call) for call in calls))
-    return "".join(name[0] for name, met in score._asdict().items() if met)
+    return "".join(field[0] for field, met in score._asdict().items() if met)
 
 
 OSLO, ROME = ("weather", {"city": "Oslo"}), ("weather", {"city": "Rome"})
 
 
 def test_scores():
-    assert scored(OSLO, expected=(OSLO,)) == "psre"
-    assert scored(ROME, expected=(OSLO,)) == "psr"
-    assert scored(("weather", {"city": 1}), expected=(OSLO,)) == "pr"
-    assert scored(("weather", {"city": "Oslo", "unit": "C"}), expected=(OSLO,)) == "pr"
-    assert scored(("weather", {}), expected=(OSLO,)) == "pr"
-    assert scored(("forecast", {"city": "Oslo"}), expected=(OSLO,)) == "p"
-    assert scored(("sum", {"a": 1}), expected=(OSLO,)) == "ps"
-    assert scored(expected=(OSLO,)) == ""
+    assert met_fields(OSLO, expected=(OSLO,)) == "psre"
+    assert met_fields(ROME, expected=(OSLO,)) == "psr"
+    assert met_fields(("weather", {"city": 1}), expected=(OSLO,)) == "pr"
+    assert met_fields(("weather", {"city": "Oslo", "unit": "C"}), expected=(OSLO,)) == "pr"
+    assert met_fields(("weather", {}), expected=(OSLO,)) == "pr"
+    assert met_fields(("forecast", {"city": "Oslo"}), expected=(OSLO,)) == "p"
+    assert met_fields(("sum", {"a": 1}), expected=(OSLO,)) == "ps"
+    assert met_fields(expected=(OSLO,)) == ""
     assert next_call.score(next_call.request("made", SYSTEM, 2), None) == Score(False, False, False, False)
 
 
 def test_numbers_are_compared_as_json():
-    one = ("sum", {"a": 1})
-    assert scored(("sum", {"a": 1.0}), expected=(one,)) == "psre"
-    assert scored(("sum", {"a": True}), expected=(one,)) == "pr"
-    assert scored(("sum", {"a": "1"}), expected=(one,)) == "pr"
-    assert scored(("sum", {"a": [0, {"b": False}]}), expected=(("sum", {"a": [False, {"b": 0}]}),)) == "pr"
+    expected_call = ("sum", {"a": 1})
+    assert met_fields(("sum", {"a": 1.0}), expected=(expected_call,)) == "psre"
+    assert met_fields(("sum", {"a": True}), expected=(expected_call,)) == "pr"
+    assert met_fields(("sum", {"a": "1"}), expected=(expected_call,)) == "pr"
+    assert met_fields(("sum", {"a": [0, {"b": False}]}), expected=(("sum", {"a": [False, {"b": 0}]}),)) == "pr"
 
 
-def test_parallel_calls_come_in_any_order_and_each_counts():
-    assert scored(ROME, OSLO, expected=(OSLO, ROME)) == "psre"
-    assert scored(OSLO, OSLO, expected=(OSLO, ROME)) == "psr"
-    assert scored(OSLO, expected=(OSLO, ROME)) == "ps"
-    assert scored(OSLO, ROME, OSLO, expected=(OSLO, ROME)) == "ps"
-    assert scored(OSLO, ("forecast", {}), expected=(OSLO, ROME)) == "p"
+def test_parallel_calls_match_in_any_order():
+    assert met_fields(ROME, OSLO, expected=(OSLO, ROME)) == "psre"
+    assert met_fields(OSLO, OSLO, expected=(OSLO, ROME)) == "psr"
+    assert met_fields(OSLO, expected=(OSLO, ROME)) == "ps"
+    assert met_fields(OSLO, ROME, OSLO, expected=(OSLO, ROME)) == "ps"
+    assert met_fields(OSLO, ("forecast", {}), expected=(OSLO, ROME)) == "p"
 
 
-def test_arguments_without_end_are_scored_too():
+def test_deeply_nested_arguments_are_scored():
     deep: dict[str, Any] = {}
     for _ in range(195):
         deep = {"a": [deep]}
-    assert scored(("sum", deep), expected=(OSLO,)) == "p"
-    assert scored(("sum", deep), expected=(("sum", deep),)).endswith("re")
+    assert met_fields(("sum", deep), expected=(OSLO,)) == "p"
+    assert met_fields(("sum", deep), expected=(("sum", deep),)).endswith("re")
 
 
 def test_answers_become_records():
     tokenizer = load_tokenizer(str(QUICKSTART / "tokenizer"))
     eos: Any = tokenizer.eos_token_id
-    long = made(USER | {"content": "word " * 300}, calling("weather", {"city": "Oslo"}), id="long")
+    long = make_trajectory(USER | {"content": "word " * 300}, make_call_turn("weather", {"city": "Oslo"}), id="long")
     texts = ['I look. [TOOL_CALLS][{"name": "weather", "arguments": {"city": "Rome"}}]', "It is warm."]
-    short = [made(USER, calling("weather", {"city": "Oslo"}), id=f"short{at}") for at in range(3)]
-    asked, left_out = next_call.prompts(
+    short = [make_trajectory(USER, make_call_turn("weather", {"city": "Oslo"}), id=f"short{at}") for at in range(3)]
+    prompted, dropped = next_call.prompts(
         next_call.requests([("first", long), ("second", short[0]), ("second", short[1]), ("second", short[2])]),
         tokenizer, "xlam", longest=200, count=2,
     )  # fmt: skip
-    assert [one.request.source for one in asked] == ["second", "second"]
-    assert left_out == {"too-long": 1}
+    assert [item.request.source for item in prompted] == ["second", "second"]
+    assert dropped == {"too-long": 1}
     seen = []
 
     def generate(prompts: list[list[int]]) -> list[list[int]]:
         seen.extend(prompts)
-        whole = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
-        return [whole[0] + [eos], whole[1]]
+        token_ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        return [token_ids[0] + [eos], token_ids[1]]
 
-    answers = next_call.answer(asked, generate, tokenizer)
-    assert seen == [one.prompt for one in asked]
+    answers = next_call.answer(prompted, generate, tokenizer)
+    assert seen == [item.prompt for item in prompted]
     record = answers[0].record(7)
     assert json.loads(json.dumps(record)) == record
     call = {"name": "weather", "arguments": {"city": "Oslo"}}
     assert record == {
         "step": 7,
         "source": "second",
-        "id": asked[0].request.id,
+        "id": prompted[0].request.id,
         "turn": 1,
         "messages": [USER],
         "expected": [call],
@@ -212,18 +217,18 @@ def test_answers_become_records():
     }
     other = answers[1].record(7)
     assert (other["calls"], other["content"], other["finish_reason"]) == ([], "It is warm.", "length")
-    summary = next_call.summarize([one.score for one in answers])
+    summary = next_call.summarize([answer.score for answer in answers])
     assert summary == {"requests": 2, "parsable": 0.5, "schema_valid": 0.5, "right_function": 0.5, "exact": 0.0}
     assert next_call.summarize([]) == {"requests": 0}
 
 
-def test_what_a_format_cannot_write_is_left_out_and_counted():
-    thoughtful = made(
-        USER, calling("weather", {"city": "Oslo"}, "I look."), RESULT, calling("sum", {"a": 1}, loss=None)
+def test_unrepresentable_requests_are_dropped_and_counted():
+    with_thought = make_trajectory(
+        USER, make_call_turn("weather", {"city": "Oslo"}, "I look."), RESULT, make_call_turn("sum", {"a": 1}, loss=None)
     )
-    request = next_call.request("made", thoughtful, 3)
-    found = next_call.prompts([request], load_tokenizer("mistral:v3"), "native", longest=10**6, count=1)
-    assert found == ([], {"not-representable": 1})
+    request = next_call.request("made", with_thought, 3)
+    prompts = next_call.prompts([request], load_tokenizer("mistral:v3"), "native", longest=10**6, count=1)
+    assert prompts == ([], {"not-representable": 1})
 
 
 def test_a_tool_without_parameters_takes_no_arguments():

@@ -1,4 +1,4 @@
-"""The report: what stands on it. How it looks and behaves is tested in a browser (tests/browser)."""
+"""The content of the report. tests/browser checks its layout and behavior."""
 
 import json
 import re
@@ -43,22 +43,28 @@ class Tables(HTMLParser):
             self.scripts[-1] = kind, text + data
 
 
-def test_the_page_holds_everything(tmp_path: Path):
+def test_the_page_is_complete(tmp_path: Path):
     out = write_evaluation(tmp_path / "react")
     write_evaluation(tmp_path / "zero", agent="zero_shot", count=2)
     write_evaluation(tmp_path / "other", suite="webshop", agent="act")
     assert main(["--report", "--out", str(out)]) == 0
     text = (out / "report.html").read_text(encoding="utf-8")
-    found = Tables(text)
-    rows = {row[0]: row[1:] for row in found.rows if row}
+    tables = Tables(text)
+    rows = {row[0]: row[1:] for row in tables.rows if row}
     assert rows["easy"] == ["14", "12", "0.6875", "0.5833", "0.5833"]
     assert rows["failure: wrong-answer"] == ["16", "40.0%"]
     assert rows["error: timeout"] == ["4", "10.0%"]
-    ours = [row for row in found.rows if row[0] == "tiny <b>model</b> (this)"]
-    assert ours[0][1:] == ["0.6250", "–", "0.6667", "–", "–"]  # zero-shot from the folder beside, ReAct from this
+    ours = [row for row in tables.rows if row[0] == "tiny <b>model</b> (this)"]
+    assert ours[0][1:] == [
+        "0.6250",
+        "–",
+        "0.6667",
+        "–",
+        "–",
+    ]  # zero-shot from the neighboring folder, ReAct from this one
     assert ours[1][1:] == ["0.6875", "0.5833", "0.6250", "0.5000", "0.6875", "0.5833"]
     assert rows["xLAM-v0.1-r"] == ["0.532", "0.450", "0.547", "0.460", "0.455", "0.360"]
-    data = [json.loads(code) for kind, code in found.scripts if kind == "application/json"]
+    data = [json.loads(code) for kind, code in tables.scripts if kind == "application/json"]
     assert len(data) == 40
     assert data[3] == {**example(3), "outcome": "failure: wrong-answer"}
     assert EVIL not in text
@@ -66,8 +72,8 @@ def test_the_page_holds_everything(tmp_path: Path):
     assert re.findall(r'(?:src|href)="([^"]*)"', text) == []
 
 
-def test_what_is_beside_or_broken(commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Folders beside this one that may not be read are none of its; its own summary is."""
+def test_unreadable_neighbors_and_broken_summaries(commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Neighboring folders that cannot be read are ignored; a broken summary of the evaluation itself is an error."""
     out = write_evaluation(tmp_path / "react")
     write_evaluation(tmp_path / "zero", agent="zero_shot", count=2)
     read = Path.is_file
@@ -84,27 +90,27 @@ def test_what_is_beside_or_broken(commands: Commands, tmp_path: Path, monkeypatc
 
 
 def test_published_tables_fit_the_suites():
-    """Each column of a table is one that our suites can fill."""
-    found = json.loads(page.PUBLISHED.read_text(encoding="utf-8"))
-    known = suites.names()
-    for table in found["tables"]:
+    """Our suites can fill each column of each published table."""
+    published = json.loads(page.PUBLISHED.read_text(encoding="utf-8"))
+    names = suites.names()
+    for table in published["tables"]:
         assert {len(row) for row in table["rows"]} == {len(table["columns"]) + 1}, table["title"]
         assert "xLAM-v0.1-r" in [row[0] for row in table["rows"]]
         top = 100 if table.get("percent") else 1
         assert all(value is None or 0 <= value <= top for row in table["rows"] for value in row[1:])
-        if table["suite"] in known:
+        if table["suite"] in names:
             assert table["columns"][0]["score"]
-    assert len(found["tables"]) == 7
+    assert len(published["tables"]) == 7
 
 
 def test_no_evaluation(commands: Commands, tmp_path: Path):
-    told = commands.fails("xlam_jax.evaluate", "--report", "--out", tmp_path)
-    assert "contains no run.json" in told
+    error = commands.fails("xlam_jax.evaluate", "--report", "--out", tmp_path)
+    assert "contains no run.json" in error
 
 
-def test_another_file_is_left_alone(commands: Commands, tmp_path: Path):
+def test_a_file_of_the_user_is_not_overwritten(commands: Commands, tmp_path: Path):
     out = write_evaluation(tmp_path / "run")
-    (out / "report.html").write_text("mine")
+    (out / "report.html").write_text("the user's")
     assert "is not a page of this command; move it away" in commands.fails(
         "xlam_jax.evaluate", "--report", "--out", out
     )

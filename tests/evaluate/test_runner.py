@@ -1,4 +1,4 @@
-"""An evaluation from the command line: killed, gone on with, refused, summed up."""
+"""An evaluation from the command line: killed, continued, refused, summarized."""
 
 import json
 import os
@@ -31,7 +31,7 @@ class Sums(Suite):
     async def run(self, task, model, agent):
         answer = await model.chat([{"role": "user", "content": f"{task.data} + 1 ="}])
         right = answer.content == str(task.data + 1)
-        return Outcome({"accuracy": right}, [*answer.asked, answer.message], "" if right else "wrong")
+        return Outcome({"accuracy": right}, [*answer.prompt, answer.message], "" if right else "wrong")
 '''
 
 
@@ -55,28 +55,28 @@ def arguments(suite: Path, server: Running | str, out: Path, count: int = 12, *m
     return ["--suite", suite, "--base-url", url, "--model", "tiny", "--out", out, "--set", f"count={count}", *more]
 
 
-def run(commands: Commands, *given: object, **how: Any) -> Any:
-    return commands.call("xlam_jax.evaluate", *given, **how)
+def run(commands: Commands, *command: object, **options: Any) -> Any:
+    return commands.call("xlam_jax.evaluate", *command, **options)
 
 
-def test_a_suite_of_ones_own(commands: Commands, suite: Path, tmp_path: Path):
+def test_a_user_defined_suite(commands: Commands, suite: Path, tmp_path: Path):
     out = tmp_path / "out"
 
     def nearly(handler: Handler, request: dict[str, Any]) -> None:
         says("7")(handler, request) if number(request) == 3 else adds(handler, request)
 
     with serve(nearly) as server:
-        said = run(commands, *arguments(suite, server, out, 12, "--concurrency", 5))
+        result = run(commands, *arguments(suite, server, out, 12, "--concurrency", 5))
         assert len(server.requests) == 12
         again = run(commands, *arguments(suite, server, out, 12, "--concurrency", 5))
         more = run(commands, *arguments(suite, server, out, 12, "--limit", 4))
         assert len(server.requests) == 12
-    assert [line.split() for line in said.stdout.splitlines()[2:5]] == [
+    assert [line.split() for line in result.stdout.splitlines()[2:5]] == [
         ["even", "6/6", "1.0000"], ["odd", "6/6", "0.8333"], ["all", "12/12", "0.9167"]
     ]  # fmt: skip
-    assert "failures: wrong 1" in said.stdout
+    assert "failures: wrong 1" in result.stdout
     assert "12 of 12 examples are scored already" in again.stderr
-    assert again.stdout == said.stdout
+    assert again.stdout == result.stdout
     assert more.stdout.splitlines()[4].split() == ["all", "4/4", "0.7500"]
     record = read(out)["t3"]
     assert record["messages"][-1] == {"role": "assistant", "content": "7"}
@@ -90,7 +90,7 @@ def test_a_suite_of_ones_own(commands: Commands, suite: Path, tmp_path: Path):
     assert (run_json["suite"], run_json["model"], run_json["settings"]) == ("sums", "tiny", {"count": "12"})
 
 
-def test_errors_are_no_scores_and_asked_again(commands: Commands, suite: Path, tmp_path: Path):
+def test_errors_are_not_scored_and_run_again(commands: Commands, suite: Path, tmp_path: Path):
     out = tmp_path / "out"
 
     def fails(handler: Handler, request: dict[str, Any]) -> None:
@@ -98,78 +98,80 @@ def test_errors_are_no_scores_and_asked_again(commands: Commands, suite: Path, t
         (refuses(500, "broken") if at < 2 else refuses(400, "context length") if at < 3 else adds)(handler, request)
 
     with serve(fails) as server:
-        said = run(commands, *arguments(suite, server, out, 8, "--retries", 0), code=1)
-        assert "3 of 8 examples ended in an error and are in no score (server-error 2, over-length 1)" in said.stdout
-        assert said.stderr.count("server-error:") == 1
+        result = run(commands, *arguments(suite, server, out, 8, "--retries", 0), code=1)
+        assert "3 of 8 examples ended in an error and are not scored (server-error 2, over-length 1)" in result.stdout
+        assert result.stderr.count("server-error:") == 1
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     assert summary["scores"] == {"accuracy": 1.0}
     assert (summary["examples"], summary["scored"], summary["errors"]) == (8, 5, {"server-error": 2, "over-length": 1})
     assert read(out)["t0"]["error"]["kind"] == "server-error"
     assert "scores" not in read(out)["t0"]
     with serve(adds) as server:
-        said = run(commands, *arguments(suite, server, out, 8))
-        assert sorted(number(one) for one in server.requests) == [0, 1, 2]
-    assert "5 of 8 examples are scored already; 3 that ended in an error are evaluated again" in said.stderr
-    assert said.stdout.splitlines()[4].split() == ["all", "8/8", "1.0000"]
-    assert "error" not in said.stdout
+        result = run(commands, *arguments(suite, server, out, 8))
+        assert sorted(number(request) for request in server.requests) == [0, 1, 2]
+    assert "5 of 8 examples are scored already; 3 that ended in an error are evaluated again" in result.stderr
+    assert result.stdout.splitlines()[4].split() == ["all", "8/8", "1.0000"]
+    assert "error" not in result.stdout
 
 
-def test_a_suite_that_fails_on_an_answer_goes_on(commands: Commands, suite: Path, tmp_path: Path):
+def test_a_suite_that_fails_on_an_answer_continues(commands: Commands, suite: Path, tmp_path: Path):
     suite.write_text(SUITE.replace("right = ", "right = 1 / task.data and "), encoding="utf-8")
     with serve(adds) as server:
-        said = run(commands, *arguments(suite, server, tmp_path / "out", 4), code=1)
+        result = run(commands, *arguments(suite, server, tmp_path / "out", 4), code=1)
     error = read(tmp_path / "out")["t0"]["error"]
     assert error["kind"] == "suite"
     assert error["message"] == f"ZeroDivisionError: division by zero ({suite}:14)"
-    assert "1 of 4 examples ended in an error and are in no score (suite 1)" in said.stdout
+    assert "1 of 4 examples ended in an error and are not scored (suite 1)" in result.stdout
 
 
-def test_rows_that_a_suite_cannot_read(commands: Commands, suite: Path, tmp_path: Path):
-    given = arguments(suite, "http://127.0.0.1:9/v1", tmp_path / "out", 0)
-    assert "there is no example" in commands.fails("xlam_jax.evaluate", *given)
-    given = arguments(suite, "http://127.0.0.1:9/v1", tmp_path / "out", 1)
+def test_rows_that_a_suite_cannot_parse(commands: Commands, suite: Path, tmp_path: Path):
+    command = arguments(suite, "http://127.0.0.1:9/v1", tmp_path / "out", 0)
+    assert "has no examples" in commands.fails("xlam_jax.evaluate", *command)
+    command = arguments(suite, "http://127.0.0.1:9/v1", tmp_path / "out", 1)
     suite.write_text(SUITE.replace("at % 2 ==", "at / 0 =="), encoding="utf-8")
-    told = commands.fails("xlam_jax.evaluate", *given)
-    assert f"its data are not as expected: ZeroDivisionError: division by zero ({suite}:10)" in told
+    error = commands.fails("xlam_jax.evaluate", *command)
+    assert f"its data are not as expected: ZeroDivisionError: division by zero ({suite}:10)" in error
 
 
-def test_killed_and_gone_on_with(commands: Commands, suite: Path, tmp_path: Path):
-    """kill -9 in the middle: nothing that was written is lost or asked again, and everything is asked."""
-    out, count, answered, at_once = tmp_path / "out", 60, 20, 4
-    asked: Counter[int] = Counter()
+def test_a_killed_evaluation_continues(commands: Commands, suite: Path, tmp_path: Path):
+    """After kill -9 no record is lost, no recorded example runs again, and all examples run."""
+    out, count, answered, concurrency = tmp_path / "out", 60, 20, 4
+    request_counts: Counter[int] = Counter()
     lock, killed = threading.Lock(), threading.Event()
 
     def counts(handler: Handler, request: dict[str, Any]) -> None:
         with lock:
-            asked[number(request)] += 1
-            waits = asked.total() > answered
-        if waits:  # what is asked now has no answer when it is killed
+            request_counts[number(request)] += 1
+            waits = request_counts.total() > answered
+        if waits:  # these requests have no answer when the process is killed
             killed.wait()
         adds(handler, request)
 
     with serve(counts) as server:
-        process = commands.start("xlam_jax.evaluate", *arguments(suite, server, out, count, "--concurrency", at_once))
-        wait_until(lambda: asked.total() == answered + at_once and len(read(out)) == answered)
+        process = commands.start(
+            "xlam_jax.evaluate", *arguments(suite, server, out, count, "--concurrency", concurrency)
+        )
+        wait_until(lambda: request_counts.total() == answered + concurrency and len(read(out)) == answered)
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
         killed.set()
         written = read(out)
         assert len(written) == answered
-        before = Counter(asked)
+        before = Counter(request_counts)
         with (out / "examples.jsonl").open("ab") as file:
-            file.write(b'{"id": "t59", "scores": {"accu')  # what a torn write would leave
-        said = run(commands, *arguments(suite, server, out, count, "--concurrency", at_once))
-    assert "the last line of examples.jsonl was cut off" in said.stderr
+            file.write(b'{"id": "t59", "scores": {"accu')  # like an interrupted write
+        result = run(commands, *arguments(suite, server, out, count, "--concurrency", concurrency))
+    assert "the last line of examples.jsonl was cut off" in result.stderr
     after = read(out)
     assert sorted(after) == sorted(f"t{at}" for at in range(count))
     assert {name: after[name] for name in written} == written
-    assert all(asked[int(name[1:])] == before[int(name[1:])] == 1 for name in written)
-    assert sum((asked - before).values()) == count - len(written)
+    assert all(request_counts[int(name[1:])] == before[int(name[1:])] == 1 for name in written)
+    assert sum((request_counts - before).values()) == count - len(written)
     assert (out / "examples.jsonl").read_bytes().count(b"\n") == count
 
 
-def test_as_many_at_once_as_asked_for(commands: Commands, suite: Path, tmp_path: Path):
-    """No answer comes before 64 requests wait for one."""
+def test_concurrency(commands: Commands, suite: Path, tmp_path: Path):
+    """The server answers only once 64 requests are waiting."""
     together = threading.Barrier(64)
 
     def waits(handler: Handler, request: dict[str, Any]) -> None:
@@ -181,31 +183,31 @@ def test_as_many_at_once_as_asked_for(commands: Commands, suite: Path, tmp_path:
     assert all(record["scores"]["accuracy"] == 1 for record in read(tmp_path / "out").values())
 
 
-def test_what_belongs_to_another_evaluation(commands: Commands, suite: Path, tmp_path: Path):
+def test_the_folder_of_another_evaluation_is_refused(commands: Commands, suite: Path, tmp_path: Path):
     out = tmp_path / "out"
     with serve(adds) as server:
         run(commands, *arguments(suite, server, out, 2))
-        told = commands.fails("xlam_jax.evaluate", *arguments(suite, server, out, 2, "--model", "other"))
-        assert 'model: "tiny" there, "other" now' in told
-        told = commands.fails("xlam_jax.evaluate", *arguments(suite, server, out, 2, "--seed", 7))
-        assert "seed: 0 there, 7 now" in told
+        error = commands.fails("xlam_jax.evaluate", *arguments(suite, server, out, 2, "--model", "other"))
+        assert 'model: "tiny" there, "other" now' in error
+        error = commands.fails("xlam_jax.evaluate", *arguments(suite, server, out, 2, "--seed", 7))
+        assert "seed: 0 there, 7 now" in error
         suite.write_text(SUITE.replace('f"t{at}"', 'f"s{at}"'), encoding="utf-8")
-        told = commands.fails("xlam_jax.evaluate", *arguments(suite, server, out, 2))
-        assert "examples: " in told
-        assert "code: " in told
+        error = commands.fails("xlam_jax.evaluate", *arguments(suite, server, out, 2))
+        assert "examples: " in error
+        assert "code: " in error
         suite.write_text(SUITE.replace('f"t{at}", at,', 'f"t{at}", at + 5,'), encoding="utf-8")  # the ids are the same
         assert "examples: " in commands.fails("xlam_jax.evaluate", *arguments(suite, server, out, 2))
         suite.write_text(SUITE, encoding="utf-8")
-        told = commands.fails("xlam_jax.evaluate", *arguments(suite, server, out, 3))
-        assert 'settings: {"count": "2"} there, {"count": "3"} now' in told
+        error = commands.fails("xlam_jax.evaluate", *arguments(suite, server, out, 3))
+        assert 'settings: {"count": "2"} there, {"count": "3"} now' in error
         with Records(out, json.loads((out / "run.json").read_text(encoding="utf-8"))):
-            told = commands.fails("xlam_jax.evaluate", *arguments(suite, server, out, 2))
-            assert "another process" in told
-        told = commands.fails("xlam_jax.evaluate", *arguments(suite, server, tmp_path, 2))
-        assert "holds files, and no run.json" in told
+            error = commands.fails("xlam_jax.evaluate", *arguments(suite, server, out, 2))
+            assert "another process" in error
+        error = commands.fails("xlam_jax.evaluate", *arguments(suite, server, tmp_path, 2))
+        assert "contains files, but no run.json" in error
         (out / "examples.jsonl").write_text('{"id": "t0"}\n', encoding="utf-8")
-        told = commands.fails("xlam_jax.evaluate", *arguments(suite, server, out, 2))
-        assert "examples.jsonl:1: is no record" in told
+        error = commands.fails("xlam_jax.evaluate", *arguments(suite, server, out, 2))
+        assert "examples.jsonl:1: is not the record of an example" in error
 
 
 @pytest.mark.parametrize(
@@ -226,34 +228,34 @@ def test_what_belongs_to_another_evaluation(commands: Commands, suite: Path, tmp
     ],
 )
 def test_mistakes(commands: Commands, suite: Path, tmp_path: Path, changes: list[str], message: str):
-    given = arguments(suite, "http://127.0.0.1:9/v1", tmp_path / "out", 2, *changes)
-    assert message in commands.fails("xlam_jax.evaluate", *given)
+    command = arguments(suite, "http://127.0.0.1:9/v1", tmp_path / "out", 2, *changes)
+    assert message in commands.fails("xlam_jax.evaluate", *command)
     assert not (tmp_path / "out").exists()
 
 
 def test_no_server(commands: Commands, suite: Path, tmp_path: Path):
-    """Hundreds of errors would tell no more than one."""
+    """The run ends after a few errors, not after hundreds of equal ones."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
-    told = commands.fails("xlam_jax.evaluate", *arguments(suite, url, tmp_path / "out", 500, "--retries", 0))
-    assert "cannot be reached" in told
-    assert "the same command continues" in told
+    error = commands.fails("xlam_jax.evaluate", *arguments(suite, url, tmp_path / "out", 500, "--retries", 0))
+    assert "cannot be reached" in error
+    assert "the same command continues" in error
     assert len(read(tmp_path / "out")) < 50
     with serve(adds) as server:
         run(commands, *arguments(suite, server, tmp_path / "out", 500, "--limit", 20))
     assert all("scores" in record for record in list(read(tmp_path / "out").values())[-20:])
 
 
-def test_a_wrong_model_is_told_at_once(commands: Commands, suite: Path, tmp_path: Path):
+def test_a_wrong_model_ends_the_run_at_once(commands: Commands, suite: Path, tmp_path: Path):
     with serve(refuses(404, "The model `tiny` does not exist.")) as server:
-        told = commands.fails("xlam_jax.evaluate", *arguments(suite, server, tmp_path / "out", 50))
+        error = commands.fails("xlam_jax.evaluate", *arguments(suite, server, tmp_path / "out", 50))
         assert len(server.requests) <= 16
-    assert "does not exist" in told
+    assert "does not exist" in error
 
 
 def test_held_out_trajectories(commands: Commands, tmp_path: Path):
-    """An endpoint that knows what was recorded gets every call right; one that changes an argument gets none."""
+    """An endpoint that replays the recorded calls scores 1; one that changes an argument scores 0."""
     from xlam_jax.evaluate.suite import Options
     from xlam_jax.evaluate.suites.trajectories import Trajectories
 
@@ -264,11 +266,11 @@ def test_held_out_trajectories(commands: Commands, tmp_path: Path):
     def answers(changed: bool) -> Any:
         def reply(handler: Handler, request: dict[str, Any]) -> None:
             calls = [
-                {"name": one.name, "arguments": dict(one.arguments)}
-                for one in expected[request["messages"][-1]["content"]]
+                {"name": call.name, "arguments": dict(call.arguments)}
+                for call in expected[request["messages"][-1]["content"]]
             ]
-            for one in calls if changed else ():
-                one["arguments"]["city"] = "elsewhere, and not where it was"
+            for call in calls if changed else ():
+                call["arguments"]["city"] = "elsewhere, and not where it was"
             says(json.dumps(calls))(handler, request)
 
         return reply
@@ -300,13 +302,13 @@ def test_a_summary_counts():
 def test_help_is_quick_and_lists_everything(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         main(["--help"])
-    said = capsys.readouterr().out
+    result = capsys.readouterr().out
     for name in ("hotpotqa", "webshop", "trajectories", "bolaa", "native"):
-        assert f"  {name}" in said
+        assert f"  {name}" in result
 
 
 def test_help_imports_nothing_heavy(commands: Commands):
-    said = commands.start("xlam_jax.evaluate", "--help", PYTHONPROFILEIMPORTTIME="1").communicate()[1]
-    imported = {line.rsplit("|", 1)[1].strip() for line in said.splitlines() if "|" in line}
+    result = commands.start("xlam_jax.evaluate", "--help", PYTHONPROFILEIMPORTTIME="1").communicate()[1]
+    imported = {line.rsplit("|", 1)[1].strip() for line in result.splitlines() if "|" in line}
     assert "xlam_jax.evaluate.corpus" in imported  # a suite needs it
     assert imported.isdisjoint({"jax", "openai", "numpy", "transformers", "rich", "jsonschema"})

@@ -1,4 +1,4 @@
-"""The sandbox for a model's code: what gets out of it, what it can take, and why a machine allows none."""
+"""The sandbox for a model's code: escapes, limits, and messages on machines that do not allow a sandbox."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from support import ROOT, wait_until
 
 from xlam_jax.evaluate import sandbox
 
-needs_sandbox = pytest.mark.skipif(bool(sandbox.why_not()), reason=f"no sandbox here: {sandbox.why_not()}")
+needs_sandbox = pytest.mark.skipif(bool(sandbox.find_problem()), reason=f"no sandbox here: {sandbox.find_problem()}")
 NOBODY = """
 set -e
 keep=$1; shift; blocked=$1; shift
@@ -27,44 +27,46 @@ at=0
 for path in "$@"; do at=$((at + 1)); mkdir -p "$path"; mount --bind "$keep/$at" "$path"; done
 exec setpriv --reuid=65534 --regid=65534 --clear-groups "$PYTHON" -B "$SCRIPT"
 """
-"""Runs a script as nobody, in mounts of its own in which nobody can search the folders above Python's."""
+"""Runs a script as nobody, in separate mounts in which nobody can search the folders above Python's."""
 
 
 def script(user: str, folder: Path) -> list[str]:
-    """The command that runs `escapes.py` as a user."""
+    """Returns the command that runs `escapes.py` as a user."""
     path = str(ROOT / "tests/evaluate/escapes.py")
     if os.geteuid():
         if user == "root":
-            pytest.skip("these tests are not run by root: only the half of other users is tested")
+            pytest.skip("root is not available: only other users are tested")
         return [sys.executable, "-B", path]
     if user == "root":
         return [sys.executable, "-B", path]
     if not shutil.which("setpriv") or not shutil.which("unshare"):
-        pytest.skip("no setpriv or unshare (util-linux) to become nobody with")
-    packages = [Path(one) for one in sys.path if one and Path(one).is_dir()]
+        pytest.skip("setpriv or unshare (util-linux) is missing; they are needed to run as nobody")
+    packages = [Path(place) for place in sys.path if place and Path(place).is_dir()]
     paths = {Path(sys.base_prefix), Path(sys.prefix), ROOT, *packages}
-    paths = [one for one in paths if not any(one != other and one.is_relative_to(other) for other in paths)]
-    blocked = {above for one in paths for above in one.parents if not above.stat().st_mode & 0o001}
-    hidden = [str(one) for one in paths if any(one.is_relative_to(above) for above in blocked)]
+    paths = [place for place in paths if not any(place != other and place.is_relative_to(other) for other in paths)]
+    blocked = {above for place in paths for above in place.parents if not above.stat().st_mode & 0o001}
+    hidden = [str(place) for place in paths if any(place.is_relative_to(above) for above in blocked)]
     (keep := folder / "keep").mkdir()
-    outer = " ".join(str(one) for one in blocked if not any(one != other and other in one.parents for other in blocked))
+    outer = " ".join(
+        str(place) for place in blocked if not any(place != other and other in place.parents for other in blocked)
+    )
     return ["unshare", "--mount", "sh", "-c", NOBODY, "sh", str(keep), outer, *hidden]
 
 
 @needs_sandbox
 @pytest.mark.parametrize("user", ["root", "nobody"])
-def test_no_code_gets_out_or_takes_more_than_it_may(user: str, tmp_path: Path) -> None:
+def test_no_code_escapes_or_exceeds_its_limits(user: str, tmp_path: Path) -> None:
     assert len(ESCAPES) >= 64
     variables = os.environ | {"PYTHONPATH": str(ROOT), "PYTHON": sys.executable}
     variables["SCRIPT"] = str(ROOT / "tests/evaluate/escapes.py")
-    done = subprocess.run(script(user, tmp_path), capture_output=True, text=True, env=variables, cwd="/")
-    assert done.returncode == 0, done.stderr
-    result: dict[str, Any] = json.loads(done.stdout)
-    assert "why_not" not in result, result
-    assert {name: said for name, said in result["outputs"].items() if "ESCAPED" in said} == {}
+    process = subprocess.run(script(user, tmp_path), capture_output=True, text=True, env=variables, cwd="/")
+    assert process.returncode == 0, process.stderr
+    result: dict[str, Any] = json.loads(process.stdout)
+    assert "problem" not in result, result
+    assert {name: output for name, output in result["outputs"].items() if "ESCAPED" in output} == {}
     assert result["after"] == result["before"]
     for name, usage in result["usage"].items():
-        assert usage["processes"] <= 2, name  # the one that waits, and the one that runs
+        assert usage["processes"] <= 2, name  # the outer one waits, the inner one runs the code
         assert usage["threads"] <= 66, name
         assert usage["peak"] < MEMORY_MB + 64, name
     for name in OUTLIVES:
@@ -85,18 +87,18 @@ asyncio.run(run())
 
 
 @needs_sandbox
-def test_code_ends_with_the_process_that_asked_for_it() -> None:
-    with subprocess.Popen([sys.executable, "-c", ENDLESS], stdout=subprocess.PIPE, cwd=ROOT, text=True) as asking:
-        assert asking.stdout
-        assert asking.stdout.readline() == "2\n"
-        children = Path(f"/proc/{asking.pid}/task/{asking.pid}/children")
+def test_code_ends_with_the_process_that_started_it() -> None:
+    with subprocess.Popen([sys.executable, "-c", ENDLESS], stdout=subprocess.PIPE, cwd=ROOT, text=True) as starter:
+        assert starter.stdout
+        assert starter.stdout.readline() == "2\n"
+        children = Path(f"/proc/{starter.pid}/task/{starter.pid}/children")
         (outside,) = map(int, children.read_text().split())
         (inside,) = map(int, Path(f"/proc/{outside}/task/{outside}/children").read_text().split())
-        asking.send_signal(signal.SIGKILL)
-    wait_until(lambda: not running(outside) and not running(inside))
+        starter.send_signal(signal.SIGKILL)
+    wait_until(lambda: not is_running(outside) and not is_running(inside))
 
 
-def running(pid: int) -> bool:
+def is_running(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):
@@ -106,23 +108,23 @@ def running(pid: int) -> bool:
 @needs_sandbox
 @pytest.mark.parametrize("kind", ["user", "net", "pid"])
 def test_a_limit_of_namespaces_is_not_reported_as_a_full_disk(kind: str) -> None:
-    code = "from xlam_jax.evaluate import sandbox; print(sandbox.why_not())"
+    code = "from xlam_jax.evaluate import sandbox; print(sandbox.find_problem())"
     inner = f'echo 0 > /proc/sys/user/max_{kind}_namespaces && exec "$0" -c "$1"'
     command = ["unshare", "--user", "--map-root-user", "sh", "-c", inner, sys.executable, code]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    if done.returncode:
-        pytest.skip(f"the limit cannot be set here: {done.stderr}")
-    assert done.stdout == (
+    process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    if process.returncode:
+        pytest.skip(f"the limit cannot be set here: {process.stderr}")
+    assert process.stdout == (
         f"unshare ({kind} namespace): No space left on device; not the disk: the limit of namespaces is reached; "
         f"raise it: sysctl user.max_{kind}_namespaces (now 0)\n"
     )
 
 
 def test_no_sandbox_without_a_filter_for_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    from xlam_jax.evaluate import _shut_in
+    from xlam_jax.evaluate import _isolate
 
     for machine in ("x86_64", "aarch64"):
-        assert len(_shut_in.system_call_filter(machine)) % 8 == 0
+        assert len(_isolate.system_call_filter(machine)) % 8 == 0
     monkeypatch.setattr(platform, "machine", lambda: "riscv64")
     with pytest.raises(OSError, match="riscv64"):
-        _shut_in.system_call_filter(platform.machine())
+        _isolate.system_call_filter(platform.machine())

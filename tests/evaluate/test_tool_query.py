@@ -39,7 +39,7 @@ def data(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     authors.add_edge("a1", "a2", weight=1, collaborative_papers=["p1", "p2"])
     authors.add_edge("a1", "a3", weight=1, collaborative_papers=[])
     authors.adj, papers.nodes  # noqa: B018 - networkx keeps such views in the pickle
-    kept = {
+    pickled = {
         "paper_net": papers,
         "author_net": authors,
         "title2id_dict": {"Notes": "p1", "More": "p2"},
@@ -47,8 +47,8 @@ def data(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
         "author2id_dict": {"Ada": "a1", "Bob": "a2", "Eve": "a3"},
         "id2author_dict": {"a1": "Ada", "a2": "Bob", "a3": "Eve"},
     }
-    for name, one in kept.items():
-        (raw / f"{name}.pkl").write_bytes(pickle.dumps(one, protocol=request.param))
+    for name, value in pickled.items():
+        (raw / f"{name}.pkl").write_bytes(pickle.dumps(value, protocol=request.param))
     subgoals = ["AuthorNet is loaded.", ["Bob", "Eve"], ["Bob", "Eve"]]
     rows = [
         {
@@ -70,13 +70,13 @@ def data(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     return tmp_path
 
 
-class Calls:
+class ScriptedModel:
     def __init__(self, *calls: ToolCall):
         self._calls = list(calls)
-        self.heard: list[str] = []
+        self.observations: list[str] = []
 
     async def chat(self, messages: Sequence[dict[str, Any]], tools: Any = None, **options: Any) -> Answer:
-        self.heard.append(messages[-1]["content"])
+        self.observations.append(messages[-1]["content"])
         return Answer(list(messages), "", (self._calls.pop(0),), "tool_calls")
 
 
@@ -84,39 +84,39 @@ def call(name: str, **arguments: Any) -> ToolCall:
     return ToolCall("c", name, arguments)
 
 
-def played(data: Path, at: int, *calls: ToolCall) -> tuple[Outcome, Calls]:
+def run_task(data: Path, at: int, *calls: ToolCall) -> tuple[Outcome, ScriptedModel]:
     suite = ToolQuery(Options(data=data))
-    model = Calls(*calls)
+    model = ScriptedModel(*calls)
     return asyncio.run(suite.run(suite.tasks()[at], model, agents.load("native"))), model  # type: ignore[arg-type]
 
 
 def test_all_subgoals_and_an_end_are_success(data: Path) -> None:
     neighbours = call("neighbourCheck", graph="AuthorNet", node="Ada")
-    outcome, model = played(
+    outcome, model = run_task(
         data, 0, neighbours, call("loadAuthorNet"), neighbours, call("finish", answer=["Eve", "Bob"])
     )
     assert outcome.scores == {"success": 1.0, "progress": 1.0}
     assert outcome.failure == ""
-    assert model.heard[0].endswith("Goal: Who wrote with Ada?")
-    assert model.heard[1:] == ["Please load the AuthorNet first.", "AuthorNet is loaded.", "['Bob', 'Eve']"]
-    outcome, _ = played(
+    assert model.observations[0].endswith("Goal: Who wrote with Ada?")
+    assert model.observations[1:] == ["Please load the AuthorNet first.", "AuthorNet is loaded.", "['Bob', 'Eve']"]
+    outcome, _ = run_task(
         data, 2 - 1, call("loadPaperNet"), call("paperNodeCheck", node="Notes"), call("finish", answer=1843)
     )
     assert outcome.scores == {"success": 1.0, "progress": 1.0}
 
 
-def test_progress_is_the_share_of_subgoals(data: Path) -> None:
-    outcome, _ = played(data, 0, call("loadAuthorNet"), call("loadAuthorNet"), call("finish", answer="Bob"))
+def test_progress_is_the_fraction_of_subgoals(data: Path) -> None:
+    outcome, _ = run_task(data, 0, call("loadAuthorNet"), call("loadAuthorNet"), call("finish", answer="Bob"))
     assert outcome.scores == {"success": 0.0, "progress": pytest.approx(1 / 3)}
     assert outcome.failure == "wrong-answer"
     steps = [call("loadAuthorNet"), call("neighbourCheck", graph="AuthorNet", node="Ada")] * 10
-    outcome, _ = played(data, 0, *steps)
-    assert outcome.scores == {"success": 0.0, "progress": 1.0}  # all was seen, but never said
+    outcome, _ = run_task(data, 0, *steps)
+    assert outcome.scores == {"success": 0.0, "progress": 1.0}  # all results were observed, but finish was never called
     assert outcome.failure == "steps-used-up"
 
 
-def test_tools_tell(data: Path) -> None:
-    asked = [
+def test_results_of_tools(data: Path) -> None:
+    calls = [
         call("loadPaperNet"),
         call("loadAuthorNet"),
         call("authorEdgeCheck", node1="Ada", node2="Bob"),
@@ -130,8 +130,8 @@ def test_tools_tell(data: Path) -> None:
         call("fly"),
         call("finish", answer=""),
     ]
-    _, model = played(data, 0, *asked)
-    assert model.heard[3:10] == [
+    _, model = run_task(data, 0, *calls)
+    assert model.observations[3:10] == [
         "{'weight': 1, 'collaborative_papers': ['Notes', 'More']}",
         "There is no edge between Bob and Eve.",
         "{'name': 'Eve', 'org': 'Z'}",
@@ -140,16 +140,16 @@ def test_tools_tell(data: Path) -> None:
         "There is no edge between More and Notes.",
         "['More']",
     ]
-    assert "CarNet" in model.heard[10]
-    assert model.heard[11].startswith("There is no action fly")
-    _, again = played(data, 0, *asked)
-    assert again.heard == model.heard
+    assert "CarNet" in model.observations[10]
+    assert model.observations[11].startswith("There is no action fly")
+    _, again = run_task(data, 0, *calls)
+    assert again.observations == model.observations
 
 
-def test_only_the_tool_that_is_here_is_asked_for(data: Path) -> None:
+def test_tasks_of_other_tools_are_skipped(data: Path) -> None:
     suite = ToolQuery(Options(data=data / "tool-query"))
     assert [(task.id, task.group) for task in suite.tasks()] == [("academia/0", "easy"), ("academia/2", "")]
-    assert suite.left_out == 1
+    assert suite.skipped == 1
 
 
 class Evil:
@@ -159,8 +159,8 @@ class Evil:
 
 def test_pickles_run_nothing(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (data / "tool-query/academia/raw/paper_net.pkl").write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(UserError, match=r"paper_net\.pkl: cannot be read \(it holds builtins\.print"):
-        played(data, 0, call("loadPaperNet"), call("paperNodeCheck", node="Notes"))
+    with pytest.raises(UserError, match=r"paper_net\.pkl: cannot be read \(it contains builtins\.print"):
+        run_task(data, 0, call("loadPaperNet"), call("paperNodeCheck", node="Notes"))
     assert "executed" not in capsys.readouterr().out
 
 
@@ -189,7 +189,7 @@ def put(index: int) -> bytes:
         b"",
     ],
 )
-def test_pickles_that_ask_for_much_memory_are_refused(tmp_path: Path, pickled: bytes) -> None:
+def test_pickles_that_request_too_much_memory_are_refused(tmp_path: Path, pickled: bytes) -> None:
     (tmp_path / "paper_net.pkl").write_bytes(pickled)
     tracemalloc.start()
     try:
@@ -213,7 +213,7 @@ def test_pickles_of_plain_data_are_read(tmp_path: Path, protocol: int) -> None:
         assert Library(tmp_path).papers == values  # pyright: ignore[reportUnnecessaryComparison]
 
 
-def test_a_result_without_end_is_not_shown(data: Path) -> None:
+def test_a_very_long_result_is_not_shown(data: Path) -> None:
     path = data / "tool-query/academia/raw/paper_net.pkl"
     nodes: dict[str, Any] = {"p1": {"x": "y"}}
     for _ in range(60):
@@ -221,15 +221,15 @@ def test_a_result_without_end_is_not_shown(data: Path) -> None:
     papers: Any = nx.DiGraph()
     papers.add_node("p1", **nodes["p1"])
     path.write_bytes(pickle.dumps(papers))
-    _, model = played(data, 0, call("loadPaperNet"), call("paperNodeCheck", node="Notes"), call("finish", answer=""))
-    assert model.heard[2] == "The result is too long to be shown."
+    _, model = run_task(data, 0, call("loadPaperNet"), call("paperNodeCheck", node="Notes"), call("finish", answer=""))
+    assert model.observations[2] == "The result is too long to be shown."
 
 
-def test_what_is_missing_is_told(data: Path, tmp_path: Path) -> None:
+def test_errors(data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--data is missing"):
         ToolQuery(Options())
     (data / "tool-query/academia/raw/id2title_dict.pkl").unlink()
-    with pytest.raises(UserError, match=r"id2title_dict\.pkl: is not there"):
+    with pytest.raises(UserError, match=r"id2title_dict\.pkl: does not exist"):
         ToolQuery(Options(data=data))
     (data / "tool-query/test.jsonl").write_text(
         '{"goal": "x", "subgoals": [], "additional_info": {"tool": "academia"}}\n'

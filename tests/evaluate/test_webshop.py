@@ -1,4 +1,4 @@
-"""WebShop: the pages of the original as they are written, our shop's, and what a broken server leads to."""
+"""WebShop: pages of the original, our shop, and failing servers."""
 
 import asyncio
 import html
@@ -20,7 +20,7 @@ from xlam_jax.evaluate import shop
 from xlam_jax.evaluate.suite import Task
 from xlam_jax.evaluate.suites.webshop import Page, Shopping
 
-# with the original's habits: attributes on both sides of a comment, headings that another tag closes, hidden parts
+# like the original: attributes on both sides of a comment, headings closed by other tags, hidden parts
 RESULTS = """<!DOCTYPE html><html><head><link rel="stylesheet" href="x.css">
 <script src="jquery.js"></script></head><body>
 <div class="container py-5"><div id="instruction-text"><h4 style="padding:2px">Instruction: i need a lamp</h4>
@@ -48,8 +48,8 @@ DONE = """<html><body><div><h1>Thank you for shopping with us!</h1>
 
 
 @contextmanager
-def paged(pages: list[Reply]) -> Iterator[str]:
-    """A server that answers with these pages in turn."""
+def serve_pages(pages: list[Reply]) -> Iterator[str]:
+    """Runs a server that answers with these pages in turn."""
 
     class Pages(Handler):
         def do_GET(self) -> None:
@@ -85,34 +85,34 @@ def test_pages_of_the_original():
 
 
 def test_shopping():
-    """What makes no sense is told; options stay until another product is opened."""
+    """Observations describe invalid actions; options are kept until another product is opened."""
     goal = shop.goal(3)
 
-    async def go(url: str) -> list[str]:
+    async def act(url: str) -> list[str]:
         shopping = Shopping(url)
-        seen = [(await shopping.reset(Task("fixed_3", "fixed_3")))[0]]
+        observations = [(await shopping.reset(Task("fixed_3", "fixed_3")))[0]]
         for name, text in (
             ("click", "Buy Now"), ("search", goal.product.title + " a/b"), ("search", "x"),
             ("click", f"[{goal.product.asin}]"),
             ("click", goal.options["color"].upper()), ("click", "Description"), ("click", "< Back to Item Page"),
             ("click", "Back to Search"), ("search", goal.product.title), ("click", goal.product.asin),
         ):  # fmt: skip
-            seen.append((await shopping.step(ToolCall(None, name, {"x": text}))).observation)
+            observations.append((await shopping.step(ToolCall(None, name, {"x": text}))).observation)
         assert shopping.outcome()[1] == "no-purchase"
-        return seen
+        return observations
 
     with shop.serve() as url:
-        seen = asyncio.run(go(url))
-    assert goal.instruction in seen[0]
-    assert "[Search]" in seen[0]
-    assert seen[1].startswith("There is no [Buy Now]")
-    assert f"[{goal.product.asin}]" in seen[2]
-    assert seen[3].startswith("This page has no search. Click one of: [Back to Search]")
-    assert "Chosen" not in seen[4]
-    assert seen[5].startswith(f"Chosen: color {goal.options['color']}\n")
-    assert goal.product.kind in seen[6]
-    assert seen[7].startswith("Chosen: color")
-    assert "Chosen" not in seen[10]
+        observations = asyncio.run(act(url))
+    assert goal.instruction in observations[0]
+    assert "[Search]" in observations[0]
+    assert observations[1].startswith("There is no [Buy Now]")
+    assert f"[{goal.product.asin}]" in observations[2]
+    assert observations[3].startswith("This page has no search. Click one of: [Back to Search]")
+    assert "Chosen" not in observations[4]
+    assert observations[5].startswith(f"Chosen: color {goal.options['color']}\n")
+    assert goal.product.kind in observations[6]
+    assert observations[7].startswith("Chosen: color")
+    assert "Chosen" not in observations[10]
 
 
 def test_rewards_of_the_shop():
@@ -124,8 +124,8 @@ def test_rewards_of_the_shop():
     assert all(goal.price >= goal.product.price for goal in map(shop.goal, range(shop.GOALS)))
 
 
-def test_the_shop_shows_hostile_searches_as_text():
-    """Words of a search are the only texts from outside; they are also parts of links."""
+def test_the_shop_escapes_hostile_searches():
+    """Search words are the only untrusted texts; links contain them too."""
     hostile = "lamp \"'><script>alert(1)</script><img src=x onerror=alert(2)>"
     status, url = shop.answer("/fixed_0", {"search_query": [hostile]})
     assert status == 302
@@ -141,7 +141,7 @@ def test_the_shop_shows_hostile_searches_as_text():
     assert hostile in html.unescape(text)
 
 
-def test_the_shop_as_a_command(commands: Commands):
+def test_the_command_of_the_shop(commands: Commands):
     process = commands.start("xlam_jax.evaluate.shop", "--port", 0)
     assert process.stdout
     try:
@@ -155,8 +155,8 @@ def test_the_shop_as_a_command(commands: Commands):
         process.communicate()
 
 
-def test_a_server_that_is_no_shop(commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Is an error of the environment, and no score."""
+def test_a_server_that_is_not_a_shop(commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Such a server is an error of the environment, and not scored."""
     monkeypatch.setattr("xlam_jax.evaluate._http.TRIES", 1)
     with serve(answers(200, "hello")) as other, serve(says("x")) as server:
         commands.call(
@@ -167,31 +167,36 @@ def test_a_server_that_is_no_shop(commands: Commands, tmp_path: Path, monkeypatc
     assert (summary["errors"], summary["scored"], summary["scores"]) == ({"environment": 2}, 0, {})
 
 
-@pytest.mark.parametrize("there", [False, True], ids=["nothing", "another-server"])
-def test_without_a_shop_the_run_ends(there: bool, commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """After ten examples in a row, not after all 500; and the message names the shop."""
+@pytest.mark.parametrize("other_server", [False, True], ids=["nothing", "another-server"])
+def test_without_a_shop_the_run_ends(
+    other_server: bool, commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The run ends after ten examples in a row, not after all 500, and the message names the shop."""
     monkeypatch.setattr("xlam_jax.evaluate._http.TRIES", 1)
     with serve(answers(200, "hello")) as other, serve(says("x")) as server:
-        shop_url = other.url.removesuffix("/v1") if there else "http://127.0.0.1:9"
-        said = commands.fails(
+        shop_url = other.url.removesuffix("/v1") if other_server else "http://127.0.0.1:9"
+        error = commands.fails(
             "xlam_jax.evaluate", "--suite", "webshop", "--base-url", server.url, "--model", "tiny",
             "--concurrency", 1, "--set", f"url={shop_url}", "--out", tmp_path / "out",
         )  # fmt: skip
         assert server.requests == []
-    assert f"{shop_url}/fixed_9" in said
-    assert "10 examples in a row" in said
+    assert f"{shop_url}/fixed_9" in error
+    assert "10 examples in a row" in error
     summary = json.loads((tmp_path / "out/summary.json").read_text(encoding="utf-8"))
     assert (summary["errors"], summary["wanted"]) == ({"environment": 10}, 500)
 
 
-def test_a_shop_that_is_away_for_a_while_does_not_end_the_run(
+def test_temporary_failures_of_the_shop_do_not_end_the_run(
     commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Only failures in a row count."""
+    """Only consecutive failures end a run."""
     monkeypatch.setattr("xlam_jax.evaluate._http.TRIES", 1)
     page = RESULTS.replace("Page 1", '<form action="/search"><input name="search_query"></form>')
-    away, open_ = answers(500, "away"), answers(200, page, "text/html")
-    with serve(says("Thought: no.")) as server, paged([away] * 9 + [open_] + [away] * 9 + [open_]) as url:
+    unavailable, available = answers(500, "unavailable"), answers(200, page, "text/html")
+    with (
+        serve(says("Thought: no.")) as server,
+        serve_pages([unavailable] * 9 + [available] + [unavailable] * 9 + [available]) as url,
+    ):
         commands.call(
             "xlam_jax.evaluate", "--suite", "webshop", "--base-url", server.url, "--model", "tiny", "--concurrency", 1,
             "--set", f"url={url}", "--set", "tasks=20", "--set", "max_steps=1", "--out", tmp_path / "out", code=1,

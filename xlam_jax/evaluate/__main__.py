@@ -1,4 +1,4 @@
-"""`python -m xlam_jax.evaluate --suite NAME --base-url URL --model NAME --out DIR`: a benchmark against a server."""
+"""`python -m xlam_jax.evaluate --suite NAME --base-url URL --model NAME --out DIR`: evaluates a served model."""
 
 import argparse
 import sys
@@ -15,18 +15,18 @@ PAGE = "report.html"
 
 
 class _Parser(Parser):
-    """Looks into all suites and agents when they are to be listed, and not before."""
+    """Imports the suites and agents only for `--help`, which lists them."""
 
     def format_help(self) -> str:
         from xlam_jax.evaluate import agents, suites
 
-        def listed(of: Any) -> str:
-            found = [(name, of.load(name).about) for name in of.names()]
-            return "\n".join(f"  {name:16}{about}" for name, about in found)
+        def list_all(registry: Any) -> str:
+            entries = [(name, registry.load(name).about) for name in registry.names()]
+            return "\n".join(f"  {name:16}{about}" for name, about in entries)
 
         self.epilog = (
-            f"suites:\n{listed(suites)}\n\nagents:\n{listed(agents)}\n\n"
-            "A suite or an agent of your own is one file: --suite FILE.py, --agent FILE.py; docs/evaluation.md has both"
+            f"suites:\n{list_all(suites)}\n\nagents:\n{list_all(agents)}\n\n"
+            "To use your own suite or agent, pass its file: --suite FILE.py, --agent FILE.py; see docs/evaluation.md"
         )
         return super().format_help()
 
@@ -35,31 +35,33 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m xlam_jax.evaluate",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Asks the examples of a suite of a served model, and scores the answers. DIR gets one JSON line\n"
-        "an example as it ends (examples.jsonl) and the scores (summary.json). The same command goes on where it was\n"
-        "stopped. A request that fails is an error: listed, never scored, and asked again by the next run.\n"
-        "Exit code: 0 all are scored, 1 some are not, 2 it could not be run.",
+        description="Runs the examples of a suite against a served model, and scores the answers. Writes to DIR one\n"
+        "JSON line per example as it ends (examples.jsonl), and the scores (summary.json). The same command\n"
+        "continues a stopped evaluation. A request that fails is an error: it is listed but not scored, and the\n"
+        "next run repeats it. Exit code: 0 if all examples are scored, 1 if some are not, 2 if none can be run.",
     )
-    parser.add_argument("--suite", metavar="NAME", help="the benchmark, by name or as FILE.py")
+    parser.add_argument("--suite", metavar="NAME", help="the benchmark: a name, or FILE.py")
     add_server(parser, required=False, retries=5)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where records and scores go")
-    parser.add_argument("--agent", metavar="NAME", help="how the model is led (default: the suite's)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for records and scores")
+    parser.add_argument("--agent", metavar="NAME", help="prompting strategy (default: the suite's)")
     parser.add_argument("--data", type=Path, metavar="PATH", help="your copy of the suite's data")
-    parser.add_argument("--limit", type=positive, metavar="N", help="ask the first N examples only")
-    parser.add_argument("--concurrency", type=positive, default=8, metavar="K", help="examples at once (default: 8)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of what is random in a suite (default: 0)")
+    parser.add_argument("--limit", type=positive, metavar="N", help="run only the first N examples")
+    parser.add_argument("--concurrency", type=positive, default=8, metavar="K", help="parallel examples (default: 8)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="random seed of the suite (default: 0)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help="a setting of the suite"
     )
-    parser.add_argument("--report", action="store_true", help=f"write DIR/{PAGE}; without --suite, of what is there")
-    parser.add_argument("--temperature", type=number(0), default=0.0, metavar="T", help="default: 0, greedy")
-    parser.add_argument("--max-tokens", type=positive, metavar="N", help="of an answer (default: the server's room)")
-    parser.add_argument("--stream", action="store_true", help="ask for answers in pieces")
+    parser.add_argument(
+        "--report", action="store_true", help=f"write DIR/{PAGE}; without --suite, from existing records"
+    )
+    parser.add_argument("--temperature", type=number(0), default=0.0, metavar="T", help="default: 0 (greedy)")
+    parser.add_argument("--max-tokens", type=positive, metavar="N", help="limit per answer (default: the server's)")
+    parser.add_argument("--stream", action="store_true", help="request streamed answers")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Runs the command line and returns the exit code."""
     options = _parser().parse_args(arguments)
     if options.suite is None and options.report:
         _report(options.out)
@@ -70,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         summary = evaluate(options)
     except KeyboardInterrupt:
-        print(f"stopped; the same command goes on with {options.out}", file=sys.stderr)
+        print(f"stopped; the same command continues {options.out}", file=sys.stderr)
         return 130
     if options.report:
         _report(options.out)
@@ -78,43 +80,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
-    """Runs what the command line asks for; returns the summary. Raises `UserError`."""
+    """Runs the evaluation that the command line describes; returns its summary. Raises `UserError`."""
     from contextlib import closing
-    from datetime import UTC, datetime
 
     from xlam_jax.evaluate import agents, suites
     from xlam_jax.evaluate.endpoint import Model
     from xlam_jax.evaluate.records import SUMMARY, Records
-    from xlam_jax.evaluate.runner import ask
+    from xlam_jax.evaluate.runner import run_tasks
     from xlam_jax.evaluate.suite import Options
-    from xlam_jax.evaluate.summary import summarize, table, told
+    from xlam_jax.evaluate.summary import list_notes, summarize, table
     from xlam_jax.outputs import write_json
 
     kind = suites.load(options.suite)
     name = options.agent or kind.agent
-    known = agents.names() if kind.agents is None else kind.agents
-    if name not in known and not (kind.agents is None and name.endswith(".py")):
-        raise UserError(f"--agent {name}: {kind.name} runs with {', '.join(known)}{nearest(name, known)}")
+    allowed = agents.names() if kind.agents is None else kind.agents
+    if name not in allowed and not (kind.agents is None and name.endswith(".py")):
+        raise UserError(f"--agent {name}: {kind.name} runs with {', '.join(allowed)}{nearest(name, allowed)}")
     agent = agents.load(name)
     extra = _settings(options.settings, kind)
-    suite, tasks = _opened(kind, Options(data=options.data, seed=options.seed, extra=extra))
+    suite, tasks = _open_suite(kind, Options(data=options.data, seed=options.seed, extra=extra))
     with closing(suite):
         _check_ids(tasks)
-        about = {
-            "suite": kind.name,
-            "model": options.model,
-            "agent": name,
-            "seed": options.seed,
-            "data": str(options.data.resolve()) if options.data else None,
-            "settings": {key: value for key, value in extra.items() if not key.endswith("key")},  # no secrets
-            "temperature": options.temperature,
-            "max_tokens": options.max_tokens,
-            "main_score": kind.main_score,
-            "examples": _digest([[task.id, task.group, task.data] for task in tasks]),
-            "code": _digest([Path(one).read_text("utf-8") for one in (options.suite, name) if one.endswith(".py")]),
-            "base_url": options.base_url,
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
+        about = _run_settings(options, kind, name, extra, tasks)
         tasks = tasks[: options.limit]
         model = Model.connect(
             options.base_url,
@@ -129,20 +116,43 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
         )
         with Records(options.out, about) as records:
             try:
-                ask(suite, agent, model, tasks, records, options.concurrency)
+                run_tasks(suite, agent, model, tasks, records, options.concurrency)
             finally:
-                found = [records.examples[task.id] for task in tasks if task.id in records.examples]
-                summary = summarize(about, found, len(tasks), kind.overall)
+                examples = [records.examples[task.id] for task in tasks if task.id in records.examples]
+                summary = summarize(about, examples, len(tasks), kind.overall)
                 summary["notes"] = suite.notes(summary)
                 write_json(options.out / SUMMARY, summary)
     print(f"{kind.name}, {options.model}, {name}\n{table(summary)}")
-    for line in told(summary):
+    for line in list_notes(summary):
         print(line)
     return summary
 
 
-def _opened(kind: Any, options: Any) -> tuple[Any, list[Any]]:
-    """A suite, and its tasks. Raises `UserError` where its data or settings are of no use."""
+def _run_settings(
+    options: argparse.Namespace, kind: Any, agent: str, extra: dict[str, str], tasks: Sequence[Any]
+) -> dict[str, Any]:
+    """Returns the content of run.json: the settings, and fingerprints of examples and user code."""
+    from datetime import UTC, datetime
+
+    return {
+        "suite": kind.name,
+        "model": options.model,
+        "agent": agent,
+        "seed": options.seed,
+        "data": str(options.data.resolve()) if options.data else None,
+        "settings": {key: value for key, value in extra.items() if not key.endswith("key")},  # no secrets
+        "temperature": options.temperature,
+        "max_tokens": options.max_tokens,
+        "main_score": kind.main_score,
+        "examples": _digest([[task.id, task.group, task.data] for task in tasks]),
+        "code": _digest([Path(path).read_text("utf-8") for path in (options.suite, agent) if path.endswith(".py")]),
+        "base_url": options.base_url,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _open_suite(kind: Any, options: Any) -> tuple[Any, list[Any]]:
+    """Creates a suite and its tasks. Raises `UserError` if its data or settings are invalid."""
     try:
         suite = kind(options)
         tasks = list(suite.tasks())
@@ -151,30 +161,30 @@ def _opened(kind: Any, options: Any) -> tuple[Any, list[Any]]:
     except Exception as error:
         raise UserError(f"--suite {kind.name}: its data are not as expected: {errors.fault(error)}") from None
     if not tasks:
-        raise UserError(f"--suite {kind.name}: there is no example; check --data and --set")
+        raise UserError(f"--suite {kind.name}: has no examples; check --data and --set")
     return suite, tasks
 
 
-def _digest(what: list[Any]) -> str | None:
-    """Tells other data, or other code, under the same path; None of nothing."""
+def _digest(items: list[Any]) -> str | None:
+    """Returns a fingerprint that detects changed data or code under the same path; None for an empty list."""
     from dataclasses import asdict, is_dataclass
 
-    def plain(one: Any) -> Any:
-        return asdict(one) if is_dataclass(one) and not isinstance(one, type) else type(one).__name__
+    def plain(value: Any) -> Any:
+        return asdict(value) if is_dataclass(value) and not isinstance(value, type) else type(value).__name__
 
-    return json_digest(what, length=16, sort_keys=False, default=plain) if what else None
+    return json_digest(items, length=16, sort_keys=False, default=plain) if items else None
 
 
-def _settings(given: Sequence[str], kind: Any) -> dict[str, str]:
+def _settings(assignments: Sequence[str], kind: Any) -> dict[str, str]:
     extra = {}
-    for one in given:
-        key, equals, value = one.partition("=")
+    for assignment in assignments:
+        key, equals, value = assignment.partition("=")
         if not equals:
-            raise UserError(f"--set {one}: is not of the form KEY=VALUE")
+            raise UserError(f"--set {assignment}: must have the form KEY=VALUE")
         if key not in kind.settings:
-            known = ", ".join(kind.settings) or "none"
+            names = ", ".join(kind.settings) or "none"
             raise UserError(
-                f"--set {key}: {kind.name} has no such setting{nearest(key, kind.settings)}; known: {known}"
+                f"--set {key}: {kind.name} has no such setting{nearest(key, kind.settings)}; known: {names}"
             )
         extra[key] = value
     return extra
@@ -184,7 +194,7 @@ def _check_ids(tasks: Sequence[Any]) -> None:
     seen = set()
     for task in tasks:
         if task.id in seen:
-            raise UserError(f"two examples have the id {task.id}; a rerun continues by ids, so each has its own")
+            raise UserError(f"two examples have the id {task.id}; a rerun continues by id, so ids must be unique")
         seen.add(task.id)
 
 

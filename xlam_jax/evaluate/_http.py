@@ -1,4 +1,4 @@
-"""Fetches pages from the servers of suites: a shop, Wikipedia, tools."""
+"""Fetches pages from the servers of suites, such as a shop or Wikipedia."""
 
 import asyncio
 import ssl
@@ -16,15 +16,14 @@ LONGEST = 10 << 20
 
 @cache
 def _certificates() -> ssl.SSLContext:
-    return httpx2.create_ssl_context()  # slow: once, and not for each page
+    return httpx2.create_ssl_context()  # slow, hence cached
 
 
 async def fetch(url: str, form: dict[str, str] | None = None, *, timeout: float = 30.0) -> tuple[str, str]:
-    """Returns (the address after redirects, the page). `form` is sent by POST. `timeout` is in seconds, for
-    each read and write.
+    """Returns (address after redirects, page). `form` is sent by POST. `timeout` is in seconds per read or write.
 
-    Retries temporary failures (no connection, 429, 5xx) with growing pauses. Raises `EndpointFault` of the kind
-    environment.
+    Retries temporary failures (no connection, 429, 5xx) with increasing pauses. Raises `EndpointFault` of the kind
+    `environment`.
     """
     fault = ""
     for attempt in range(TRIES):
@@ -43,7 +42,7 @@ async def fetch(url: str, form: dict[str, str] | None = None, *, timeout: float 
 
 
 async def _check_port(request: httpx2.Request) -> None:
-    """Called for redirects too; the operating system's error would not be one of httpx2's."""
+    """Raises `httpx2.InvalidURL` for an invalid port, also in redirects; connecting would raise another error."""
     if (request.url.port or 0) > 65535:
         raise httpx2.InvalidURL("the port is larger than 65535")
 

@@ -1,4 +1,4 @@
-"""What an expression of numbers comes to, without executing it."""
+"""Evaluates arithmetic expressions without executing code."""
 
 import ast
 import operator
@@ -15,21 +15,21 @@ _OPERATIONS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
 }
 _LARGEST_BASE = 1e9
 _LARGEST_EXPONENT = 64
-_LARGEST = 10**4300
-"""Beyond it Python writes no integer, and products of ever larger ones would take hours."""
+_LARGEST_INTEGER = 10**4300
+"""Python cannot print larger integers, and products of even larger ones would take hours."""
 
 
-def number(node: ast.expr) -> int | float:
-    """The number that a parsed expression stands for; raises `ValueError` for what is none, and `ArithmeticError`."""
+def evaluate(node: ast.expr) -> int | float:
+    """Returns the value of a parsed expression. Raises `ArithmeticError`, and `ValueError` if it is not a number."""
     match node:
         case ast.Constant(value=int() | float() as value) if not isinstance(value, bool):
             return value
         case ast.UnaryOp(op=ast.USub(), operand=operand):
-            return -number(operand)
+            return -evaluate(operand)
         case ast.UnaryOp(op=ast.UAdd(), operand=operand):
-            return number(operand)
+            return evaluate(operand)
         case ast.BinOp(left=left, op=ast.Pow(), right=right):
-            base, exponent = number(left), number(right)
+            base, exponent = evaluate(left), evaluate(right)
             if abs(exponent) > _LARGEST_EXPONENT or abs(base) > _LARGEST_BASE:
                 raise ValueError("a power that is too large")
             value = base**exponent
@@ -37,8 +37,8 @@ def number(node: ast.expr) -> int | float:
                 raise ValueError("a complex number")
             return value
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATIONS:
-            value = _OPERATIONS[type(op)](number(left), number(right))
-            if isinstance(value, int) and abs(value) >= _LARGEST:
+            value = _OPERATIONS[type(op)](evaluate(left), evaluate(right))
+            if isinstance(value, int) and abs(value) >= _LARGEST_INTEGER:
                 raise ValueError("a number that is too large")
             return value
-    raise ValueError(f"{type(node).__name__} is no number")
+    raise ValueError(f"{type(node).__name__} is not a number")

@@ -1,4 +1,4 @@
-"""The model behind an OpenAI-compatible server, as suites and agents ask it."""
+"""The client of suites and agents: sends chat requests to the evaluated model's OpenAI-compatible server."""
 
 import asyncio
 import re
@@ -23,21 +23,21 @@ KINDS = (
     "environment",
     "suite",
 )
-"""Of faults. `environment`: the suite's own server (a shop, a tool server) failed; `suite`: its code did."""
+"""Kinds of faults. `environment`: the suite's own server (a shop, a tool server) failed; `suite`: its code failed."""
 CALLS: ContextVar[list[ToolCall]] = ContextVar("CALLS")
-"""Where it is set, the calls of all answers are added: the runner sets it anew for each example."""
+"""If set, collects the calls of all answers. The runner sets a new list for each example."""
 REPEATS = 2
-"""Of a request whose answer was unreadable or broke off, at most; for all other faults `retries` holds."""
-_LONE = re.compile("[\ud800-\udfff]")
-"""Half a surrogate pair, which JSON can hold and neither files nor databases can."""
-_HOPELESS = (401, 403, 404)
-"""Statuses that no other request would change: the key or the model's name is wrong."""
+"""Maximum number of retries after an unreadable or truncated answer; `retries` applies to all other faults."""
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half of a surrogate pair: valid in JSON, but not in files and databases."""
+_FATAL = (401, 403, 404)
+"""Statuses that every request would get: the key or the model's name is wrong."""
 _NOT_REPEATED = ("broken-stream", "malformed")
-"""Faults that the OpenAI client does not repeat by itself: what came had the status 200."""
+"""Faults that the OpenAI client does not retry, because the response had status 200."""
 
 
-class EndpointFault(Exception):  # noqa: N818 - a fault of the way, no error of ours
-    """A request that got no answer to be scored. `kind` is one of `KINDS`; `messages` are those that were sent."""
+class EndpointFault(Exception):  # noqa: N818 - not an error in this code
+    """A request without an answer to score. `kind` is one of `KINDS`; `messages` are the messages that were sent."""
 
     def __init__(self, kind: str, message: str, messages: Sequence[dict[str, Any]] = ()):
         super().__init__(message)
@@ -46,29 +46,29 @@ class EndpointFault(Exception):  # noqa: N818 - a fault of the way, no error of 
 
 
 class Answer(NamedTuple):
-    """What a model answered."""
+    """The answer of a model."""
 
-    asked: list[dict[str, Any]]
-    """The messages that it answered."""
+    prompt: list[dict[str, Any]]
+    """The messages of the request."""
     content: str
     calls: tuple[ToolCall, ...]
-    """Each with an id of its own."""
+    """Tool calls with unique ids."""
     finish_reason: str | None
     unreadable: bool = False
-    """The content was meant to be calls, and cannot be read as such."""
+    """Whether the content was meant to be calls, but cannot be parsed."""
 
     @property
     def message(self) -> dict[str, Any]:
-        """The assistant's message in OpenAI form."""
+        """The assistant message in OpenAI form."""
         return to_openai([Message("assistant", self.content, self.calls)])[0]
 
 
 class Model:
-    """Asks one model; usable by many tasks at once. An async context manager, which closes the connections."""
+    """Sends requests to one model, also from concurrent tasks. An async context manager that closes the connections."""
 
     def __init__(self, llm: xLAMChatCompletion, *, stream: bool = False, seed: int | None = None):
-        """`stream` asks for answers in pieces, which keeps slow ones from the time-outs of proxies. `seed` goes with
-        each request; a greedy answer needs none."""
+        """`stream` requests streamed answers, so that proxies do not time out on slow ones. `seed` is sent with each
+        request; greedy decoding needs none."""
         self._llm, self._stream = llm, stream
         self._options: dict[str, Any] = {} if seed is None else {"seed": seed}
 
@@ -86,7 +86,10 @@ class Model:
         stream: bool = False,
         seed: int = 0,
     ) -> Self:
-        """A model by its server's address and its name there; see `xLAMConfig`. Greedy but for a `temperature`."""
+        """Returns a client for a model, given the address of its server and its name there; see `xLAMConfig`.
+
+        `timeout` is in seconds. Decoding is greedy unless `temperature` is above 0.
+        """
         config = xLAMConfig(
             base_url=base_url,
             model=model,
@@ -101,7 +104,7 @@ class Model:
 
     @property
     def name(self) -> str:
-        """The model's, at its server."""
+        """The name of the model at its server."""
         return self._llm.config.model
 
     async def __aenter__(self) -> Self:
@@ -113,43 +116,45 @@ class Model:
     async def chat(
         self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None, **options: Any
     ) -> Answer:
-        """One answer. `options` are parameters of OpenAI's chat completions (stop, max_tokens, …).
+        """Returns one answer. `options` are parameters of OpenAI's chat completions (stop, max_tokens, …).
 
-        Calls that the server found, or that stand in the text where tools were given, are `calls`; text that is no
-        readable call is `content`, for the suite to judge. Raises `EndpointFault` once repeating does not help, and
-        `UserError` where no request can succeed (a wrong key, a model that the server does not have).
+        `calls` of the answer are those that the server parsed or, if tools were given, those in the text. Any other
+        text is `content`, for the suite to judge. Raises `EndpointFault` after the last retry, and `UserError` if no
+        request can succeed (a wrong key, or a model that the server does not have).
         """
-        asked = list(messages)
+        prompt = list(messages)
         fault: EndpointFault | None = None
         for attempt in range(min(self._llm.config.retries, REPEATS) + 1):
             if attempt:
                 await asyncio.sleep(0.5 * 2 ** (attempt - 1))
             try:
-                choice = await self._ask(asked, tools, self._options | options)
+                reply = await self._request(prompt, tools, self._options | options)
             except ServerError as error:
-                if error.status in _HOPELESS:
+                if error.status in _FATAL:
                     raise
-                fault = EndpointFault(error.kind, str(error), asked)
+                fault = EndpointFault(error.kind, str(error), prompt)
                 if error.kind not in _NOT_REPEATED or not (self._stream or error.kind == "malformed"):
                     raise fault from None
-            except UserError as error:  # what the model or the data put into the messages can't be sent
-                raise EndpointFault("bad-request", str(error), asked) from None
+            except UserError as error:  # the messages contain something that can't be sent
+                raise EndpointFault("bad-request", str(error), prompt) from None
             else:
-                found = choice["message"]["tool_calls"]
-                if not found or "error" not in choice:  # or else some of them cannot be read
-                    ids = call_ids([call["id"] for call in found], len(asked))
+                parsed = reply["message"]["tool_calls"]
+                if not parsed or "error" not in reply:  # otherwise some of the calls cannot be parsed
+                    ids = call_ids([call["id"] for call in parsed], len(prompt))
                     calls = tuple(
-                        ToolCall(id, call["name"], call["arguments"]) for id, call in zip(ids, found, strict=True)
+                        ToolCall(id, call["name"], call["arguments"]) for id, call in zip(ids, parsed, strict=True)
                     )
                     CALLS.get([]).extend(calls)
-                    content = _LONE.sub("\ufffd", choice["message"]["content"])
-                    unreadable = "error" in choice and bool(content.strip())  # the other error is an empty answer
-                    return Answer(asked, content, calls, choice["finish_reason"], unreadable)
-                fault = EndpointFault("malformed", choice["error"], asked)
+                    content = _LONE_SURROGATE.sub("\ufffd", reply["message"]["content"])
+                    unreadable = "error" in reply and bool(
+                        content.strip()
+                    )  # the error of an empty answer is not a call
+                    return Answer(prompt, content, calls, reply["finish_reason"], unreadable)
+                fault = EndpointFault("malformed", reply["error"], prompt)
         assert fault
         raise fault
 
-    async def _ask(
+    async def _request(
         self, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]] | None, options: dict[str, Any]
     ) -> dict[str, Any]:
         if not self._stream:

@@ -1,4 +1,4 @@
-"""One task under way: the environment that an agent acts in, and what was done and said."""
+"""Tasks, the environments in which an agent acts, and the state of a running episode."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -10,14 +10,14 @@ class Task(NamedTuple):
     """One example of a suite."""
 
     id: str
-    """Unique in the suite, and the same in every run: a rerun continues by it."""
+    """Unique in the suite and the same in every run, because a rerun uses it to continue."""
     data: Any
     group: str = ""
-    """By which scores are also told: a category, a difficulty."""
+    """Category or difficulty; scores are also reported per group."""
 
 
 class Step(NamedTuple):
-    """What an action led to."""
+    """The result of an action."""
 
     observation: str
     reward: float = 0.0
@@ -25,37 +25,37 @@ class Step(NamedTuple):
 
 
 class Environment(Protocol):
-    """A world for one task. Each task has its own; nothing is shared but what is only read.
+    """The environment of one task. Environments share only read-only data.
 
-    One with connections has besides `async def aclose(self)`, which is called at the end. Where its own server fails it
-    raises `EndpointFault("environment", …)`.
+    An environment with connections also defines `async def aclose(self)`, which is called at the end. When its own
+    server fails, it raises `EndpointFault("environment", …)`.
     """
 
     async def reset(self, task: Task) -> tuple[str, list[dict[str, Any]]]:
-        """The first observation (the task in words), and the tools in OpenAI form."""
+        """Returns the first observation (the description of the task), and the tools in OpenAI form."""
         ...
 
     async def step(self, action: ToolCall) -> Step:
-        """Does what is asked. An action that makes no sense is told in the observation, and raises nothing."""
+        """Executes an action. The observation describes an invalid action; nothing is raised."""
         ...
 
     def outcome(self) -> tuple[Mapping[str, float], str, Mapping[str, Any]]:
-        """Scores, failure and details as in `Outcome`, of what was done since `reset`."""
+        """Returns scores, failure and details as in `Outcome`, for all actions since `reset`."""
         ...
 
 
 class Demonstration(NamedTuple):
-    """A task done well, for the prompts of the agents that learn from an example."""
+    """A solved task, for the prompts of few-shot agents."""
 
     task: str
     """The first observation."""
     plan: str
     steps: Sequence[tuple[str, ToolCall, str]]
-    """Thought, action, and what was observed; after the last, nothing."""
+    """Thought, action and observation of each step; the last observation is empty."""
 
 
 class Episode:
-    """A task under way: what an agent sees of the world, what it did, and what was said."""
+    """A running task: what the agent observes, the steps that it took, and the conversation."""
 
     def __init__(
         self,
@@ -74,38 +74,38 @@ class Episode:
         self.examples = examples
         names = list(self.tools)
         self.labour = labour or {name: [name] for name in names}
-        """For agents of several models: each one's name, and the tools that are its."""
+        """For multi-agent systems: labour agent → its tools."""
         self.messages: list[dict[str, Any]] = []
-        """What was said, in OpenAI form; the agent adds to it."""
+        """The conversation in OpenAI form; the agent appends to it."""
         self.steps = 0
-        """Actions, those that made no sense with them."""
+        """Number of actions, including invalid ones."""
         self.unreadable = 0
-        """Answers that held no action."""
+        """Number of answers without an action."""
         self.done = False
 
     @property
     def over(self) -> bool:
-        """Whether nothing more is to be done."""
+        """Whether the task is done or its steps are used up."""
         return self.done or self.steps >= self.max_steps
 
     async def act(self, action: ToolCall) -> str:
-        """Takes a step; returns what is observed. A call that does not fit the tools goes no further."""
+        """Takes a step; returns the observation. Calls that do not match the tools do not reach the environment."""
         self.steps += 1
         if action.name not in self.tools:
             return f"There is no action {action.name}; the actions are: {', '.join(self.tools)}."
         if problem := self._problem(action):
-            return f"{action.name} cannot be done so: {problem}."
+            return f"{action.name} cannot be called like this: {problem}."
         step = await self._environment.step(action)
         self.done = step.done
         return step.observation
 
-    def misunderstood(self) -> None:
-        """Counts an answer in which there was no action; it is a step too."""
+    def count_unreadable(self) -> None:
+        """Counts an answer without an action, which is a step too."""
         self.steps += 1
         self.unreadable += 1
 
     def _problem(self, action: ToolCall) -> str:
-        from xlam_jax.data.codec import to_json  # imports NumPy, which --help should not wait for
+        from xlam_jax.data.codec import to_json  # imports NumPy, and the next one jsonschema: too slow for `--help`
         from xlam_jax.data.schemas import compiled
 
         parameters = compiled(to_json(self.tools[action.name].get("parameters")))

@@ -1,7 +1,8 @@
-"""The next call: recorded conversations up to a turn that calls tools, and how near an answer comes to that turn.
+"""Next-call evaluation: the model answers a recorded conversation that is cut before a turn with tool calls, and its
+calls are compared with those of the turn.
 
-Nothing is random: which trajectories and which of their turns are asked for follows from hashes of their ids, so the
-same held-out data give the same requests in every run, and fewer requests are the beginning of more.
+Nothing is random: hashes of the ids select the trajectories and their turns. The same held-out data give the same
+requests in every run, and a shorter list of requests is a prefix of a longer one.
 """
 
 from collections import Counter
@@ -22,57 +23,57 @@ if TYPE_CHECKING:
 
 
 class Request(NamedTuple):
-    """A conversation that a model is to continue with calls."""
+    """A conversation that a model has to continue with calls."""
 
     source: str
     id: str
-    """The trajectory's."""
+    """The id of the trajectory."""
     turn: int
-    """The assistant turn that is asked for, an index into the trajectory's conversation."""
+    """Index of the requested assistant turn in the trajectory's conversation."""
     messages: list[dict[str, Any]]
-    """What is before it, in OpenAI form, system text in front."""
+    """The messages before that turn, in OpenAI form, beginning with system text."""
     tools: list[dict[str, Any]]
     expected: tuple[ToolCall, ...]
     """The recorded calls, at least one."""
 
 
 class Prompted(NamedTuple):
-    """A request and the tokens that it is asked with."""
+    """A request and the token ids of its prompt."""
 
     request: Request
     prompt: list[int]
 
 
 class Prompts(NamedTuple):
-    """Requests that can be asked, and why others cannot."""
+    """Requests that can be sent to the model, and the number of dropped requests."""
 
-    asked: list[Prompted]
-    left_out: Counter[str]
-    """Reason → requests: too-long, not-representable."""
+    prompted: list[Prompted]
+    dropped: Counter[str]
+    """Reason (too-long, not-representable) → number of requests."""
 
 
 class Score(NamedTuple):
-    """How near an answer's calls come to those recorded. Calls of one turn are parallel: their order does not count."""
+    """Comparison of an answer's calls with the recorded ones. The calls of a turn are parallel: any order is right."""
 
     parsable: bool
-    """There is a call."""
+    """There is at least one call."""
     schema_valid: bool
     """Each call names a declared tool, and its arguments satisfy that tool's JSON Schema."""
     right_function: bool
     """The same functions are called, each as often as recorded."""
     exact: bool
-    """The same calls: names and arguments are equal as JSON (1 equals 1.0, and not true), ids don't count."""
+    """The same calls: names and arguments are equal as JSON (1 equals 1.0, but not true). Ids are ignored."""
 
 
-class Answer(NamedTuple):
-    """What a model answered to a request."""
+class ScoredAnswer(NamedTuple):
+    """A model's answer to a request, and its score."""
 
     request: Request
     completion: Completion
     score: Score
 
     def record(self, step: int) -> dict[str, Any]:
-        """The line of samples.jsonl."""
+        """Returns the row for samples.jsonl; `step` is the optimizer step."""
         request, completion = self.request, self.completion
         return {
             "step": step,
@@ -90,43 +91,43 @@ class Answer(NamedTuple):
 
 
 def turns(trajectory: Trajectory) -> list[int]:
-    """The turns that can be asked for: they call tools, are worth learning (no `loss: false`), and answer the user or
-    a tool."""
+    """Returns the indices of turns that can be requested: they call tools, contribute to the loss (no `loss: false`),
+    and follow a turn of the user or a tool."""
     conversation = trajectory.conversation
     return [
-        at
-        for at, turn in enumerate(conversation)
-        if turn.tool_calls and turn.loss is not False and conversation[at - 1].role in ("user", "tool")
+        index
+        for index, turn in enumerate(conversation)
+        if turn.tool_calls and turn.loss is not False and conversation[index - 1].role in ("user", "tool")
     ]
 
 
 def request(source: str, trajectory: Trajectory, turn: int) -> Request:
-    """Asks for one of a trajectory's `turns`."""
+    """Returns the request for one of a trajectory's `turns`."""
     conversation = trajectory.conversation
     messages = to_messages(replace(trajectory, conversation=conversation[:turn]))
     return Request(source, trajectory.id, turn, messages, trajectory.tools, conversation[turn].tool_calls)
 
 
 def requests(samples: Iterable[tuple[str, Trajectory]]) -> Iterator[Request]:
-    """One request of each trajectory that has one, from the sources in turn; `samples` are (source, trajectory).
+    """Yields one request per trajectory that has one, from the sources in turn; `samples` are (source, trajectory).
 
-    A source's trajectories come in the order of hashes of their ids, whatever theirs was; another hash chooses the
-    turn.
+    Trajectories of a source are sorted by hashes of their ids, whatever the order of `samples`. Another hash selects
+    the turn.
     """
     by_source: dict[str, list[Trajectory]] = {}
     for source, trajectory in samples:
         by_source.setdefault(source, []).append(trajectory)
     for source, trajectories in by_source.items():
-        trajectories.sort(key=lambda one: (_hash("order", source, one.id), one.id))
+        trajectories.sort(key=lambda trajectory: (_hash("order", source, trajectory.id), trajectory.id))
 
-    def asked(source: str) -> Iterator[Request]:
+    def from_source(source: str) -> Iterator[Request]:
         for trajectory in by_source[source]:
-            if possible := turns(trajectory):
-                yield request(source, trajectory, possible[_hash("turn", source, trajectory.id) % len(possible)])
+            if candidates := turns(trajectory):
+                yield request(source, trajectory, candidates[_hash("turn", source, trajectory.id) % len(candidates)])
 
-    for one in chain.from_iterable(zip_longest(*map(asked, by_source))):
-        if one is not None:
-            yield one
+    for item in chain.from_iterable(zip_longest(*map(from_source, by_source))):
+        if item is not None:
+            yield item
 
 
 def _hash(*names: str) -> int:
@@ -136,47 +137,47 @@ def _hash(*names: str) -> int:
 def prompts(
     requests: Iterable[Request], tokenizer: "PreTrainedTokenizerFast", format: str, *, longest: int, count: int
 ) -> Prompts:
-    """Renders the first `count` requests that can be asked: by the format's rules, with at most `longest` tokens.
+    """Renders the first `count` requests that the format can represent in at most `longest` tokens.
 
-    The tokens are those that training reads before the turn. `longest` should leave room for the answer in the model's
-    positions.
+    The tokens equal those before the turn in training. `longest` should be small enough for prompt and answer to fit
+    into the model's context.
     """
-    from xlam_jax.data.render import render_prompt  # who asks a server needs no tokenizer
+    from xlam_jax.data.render import render_prompt  # evaluations of a server need no tokenizer
 
-    asked: list[Prompted] = []
-    left_out: Counter[str] = Counter()
-    for one in requests:
-        if len(asked) == count:
+    prompted: list[Prompted] = []
+    dropped: Counter[str] = Counter()
+    for request in requests:
+        if len(prompted) == count:
             break
         try:
-            prompt = render_prompt(one.messages, one.tools, tokenizer, format)
-        except UserError:  # the same message for each of them would help nobody
-            left_out["not-representable"] += 1
+            prompt = render_prompt(request.messages, request.tools, tokenizer, format)
+        except UserError:  # counted instead of reported, as the message would be the same for many requests
+            dropped["not-representable"] += 1
             continue
         if len(prompt) > longest:
-            left_out["too-long"] += 1
+            dropped["too-long"] += 1
         else:
-            asked.append(Prompted(one, prompt))
-    return Prompts(asked, left_out)
+            prompted.append(Prompted(request, prompt))
+    return Prompts(prompted, dropped)
 
 
 def answer(
-    asked: Sequence[Prompted],
+    prompted: Sequence[Prompted],
     generate: Callable[[list[list[int]]], list[list[int]]],
     tokenizer: "PreTrainedTokenizerFast",
     stops: Collection[int] | None = None,
-) -> list[Answer]:
-    """Lets a model answer; `generate` gives the new tokens of each prompt, up to and with one of the tokens `stops`
-    (as in `read_completion`) where it came."""
+) -> list[ScoredAnswer]:
+    """Returns a model's scored answers. `generate` maps prompts to new token ids, which end with one of the tokens
+    `stops` (as in `read_completion`) if the model generated one."""
     answers = []
-    for one, new in zip(asked, generate([one.prompt for one in asked]), strict=True):
+    for item, new in zip(prompted, generate([item.prompt for item in prompted]), strict=True):
         completion = read_completion(new, tokenizer, stops)
-        answers.append(Answer(one.request, completion, score(one.request, completion.calls)))
+        answers.append(ScoredAnswer(item.request, completion, score(item.request, completion.calls)))
     return answers
 
 
 def score(request: Request, calls: Sequence[ToolCall] | None) -> Score:
-    """Compares an answer's calls with the recorded ones; None, and no call, is an answer that could not be parsed."""
+    """Compares an answer's calls with the recorded ones; None or no calls mean that the answer cannot be parsed."""
     if not calls:
         return Score(False, False, False, False)
     parameters = {tool["function"]["name"]: tool["function"].get("parameters") for tool in request.tools}
@@ -197,8 +198,8 @@ def _counted(calls: Sequence[ToolCall]) -> Counter[Any]:
 
 
 def summarize(scores: Sequence[Score]) -> dict[str, float]:
-    """The number of requests and, if there is one, each share of them (0 to 1) by the name of the score's field."""
+    """Returns the number of requests and, if there are any, the fraction (0 to 1) that meets each field of `Score`."""
     if not scores:
         return {"requests": 0}
-    shares = {name: sum(each) / len(scores) for name, *each in zip(Score._fields, *scores, strict=True)}
-    return {"requests": len(scores), **shares}
+    fractions = {name: sum(values) / len(scores) for name, *values in zip(Score._fields, *scores, strict=True)}
+    return {"requests": len(scores), **fractions}

@@ -11,7 +11,7 @@ from xlam_jax import documents
 from xlam_jax.errors import UserError
 from xlam_jax.evaluate import records
 from xlam_jax.evaluate.records import RUN, SUMMARY
-from xlam_jax.evaluate.summary import OVERALL, told
+from xlam_jax.evaluate.summary import OVERALL, list_notes
 from xlam_jax.pages import document
 
 GENERATOR = "xlam_jax.evaluate"
@@ -143,7 +143,7 @@ def _content(run: Run, examples: Sequence[Mapping[str, Any]], runs: Sequence[Run
     scores = _main_score_first(run.summary)
     return Content(
         written=datetime.now(UTC),
-        warnings=[line for line in told(run.summary) if not line.startswith("failures")],
+        warnings=[line for line in list_notes(run.summary) if not line.startswith("failures")],
         values=[Value(_number(run.summary["scores"][name]), name) for name in scores],
         facts=_facts(run),
         scores=_scores(run.summary),

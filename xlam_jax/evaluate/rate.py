@@ -1,11 +1,11 @@
-"""A model as rater: whole trajectories scored from 0 to 5, with reasons.
+"""A model as rater: scores whole trajectories from 0 to 5, with reasons.
 
-The rater is AgentRater's of AgentOhana (https://arxiv.org/abs/2402.15506), which keeps trajectories from 4 on, and
-criticLAM's of ActionStudio (https://arxiv.org/abs/2503.22673); the prompt is our own.
+The method is that of AgentRater in AgentOhana (https://arxiv.org/abs/2402.15506), which keeps trajectories with a score
+of at least 4, and of criticLAM in ActionStudio (https://arxiv.org/abs/2503.22673). The prompt is our own.
 
-Each answer is a line of `<out>.ratings.jsonl`, written as it comes: a run that was killed goes on from there. When all
-are there the trajectories are written to `out`, the rating as their `score`; a score that they had before stays in the
-line of the rating, and is what the ratings are compared with.
+Each answer is appended to `<out>.ratings.jsonl` when it arrives, so that a killed run continues from there. In the end
+the trajectories are written to `out`, with the rating as their `score`. Their earlier score is stored with the rating,
+and the ratings are compared with it.
 """
 
 import asyncio
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 HIGHEST = 5
 FAILURES = 20
-"""Answers without a rating, and none with one, after which a run ends."""
+"""Number of answers after which a run ends if none of them contains a rating."""
 LONGEST_RESULT = 4000
-"""Characters of a tool's result that the rater is shown: half from its beginning, half from its end."""
+"""Maximum length of a tool's result in the prompt, in characters: half from its beginning, half from its end."""
 
 PROMPT = """You rate how well an AI agent did its task. You are given the task, the tools that the agent had, and all
 that happened: what the user said, what the agent thought, said and called, and what the tools returned.
@@ -43,7 +43,7 @@ Consider
 - the outcome: does the agent reach what was asked for, completely, and is its last answer right and supported by what
   the tools returned?
 - the calls: are they the right tools, with arguments that follow from the conversation and fit the tools' schemas?
-- the way: no needless or repeated steps, errors noticed and mended, nothing made up, questions asked where something
+- the way: no needless or repeated steps, errors noticed and fixed, nothing made up, questions asked where something
   is missing.
 
 The scale: 0 nothing useful; 1 mostly wrong; 2 parts right, the task failed; 3 the task partly done, or done with
@@ -52,8 +52,8 @@ serious faults; 4 the task done with small faults; 5 the task done, each step ri
 Answer with one JSON object and nothing else: {"reason": "two or three sentences", "score": a number from 0 to 5}"""
 
 
-class BadRating(ValueError):  # noqa: N818 - a kind to count by, not a failure of ours
-    """An answer that is no rating; `kind` is a short code: no-json, no-score, out-of-range."""
+class BadRating(ValueError):  # noqa: N818 - a kind of answer, not an error in this code
+    """An answer that is not a rating; `kind` is a short code: no-json, no-score, out-of-range."""
 
     def __init__(self, kind: str, detail: str):
         super().__init__(f"{kind}: {detail}")
@@ -61,7 +61,7 @@ class BadRating(ValueError):  # noqa: N818 - a kind to count by, not a failure o
 
 
 class Rating(NamedTuple):
-    """What the rater said."""
+    """The rating of a trajectory."""
 
     score: float
     """0 to 5."""
@@ -69,21 +69,21 @@ class Rating(NamedTuple):
 
 
 def messages(trajectory: Trajectory) -> list[dict[str, Any]]:
-    """What the rater is asked."""
+    """Returns the request to the rater, in OpenAI form."""
     tools = [json.dumps(tool["function"], ensure_ascii=False) for tool in trajectory.tools]
     parts = [f"Task instruction:\n{trajectory.task_instruction}"] if trajectory.task_instruction else []
     parts.append("Tools:\n" + ("\n".join(tools) or "none"))
-    parts.append("Trajectory:\n" + "\n\n".join(map(_told, trajectory.conversation)))
+    parts.append("Trajectory:\n" + "\n\n".join(map(_format_message, trajectory.conversation)))
     return [{"role": "system", "content": PROMPT}, {"role": "user", "content": "\n\n".join(parts)}]
 
 
-def _told(message: Message) -> str:
+def _format_message(message: Message) -> str:
     content = message.content
     if message.role == "tool":
-        over = len(content) - LONGEST_RESULT
-        if over > 0:
+        surplus = len(content) - LONGEST_RESULT
+        if surplus > 0:
             half = LONGEST_RESULT // 2
-            content = f"{content[:half]} [… {over} characters …] {content[-half:]}"
+            content = f"{content[:half]} [… {surplus} characters …] {content[-half:]}"
     calls = [
         f"calls {json.dumps({'name': call.name, 'arguments': call.arguments}, ensure_ascii=False)}"
         for call in message.tool_calls
@@ -93,11 +93,11 @@ def _told(message: Message) -> str:
 
 
 def parse(text: str) -> Rating:
-    """Reads an answer: the last JSON object in it that has a score. Raises `BadRating`."""
+    """Parses an answer: the last JSON object in it with a score. Raises `BadRating`."""
     last: dict[str, Any] | None = None
-    for found in objects_in(text):
-        if last is None or "score" in found:
-            last = found
+    for candidate in objects_in(text):
+        if last is None or "score" in candidate:
+            last = candidate
     if last is None:
         raise BadRating("no-json", f"{text[:200]!r}")
     score = last.get("score")
@@ -115,29 +115,29 @@ def parse(text: str) -> Rating:
 
 
 class Ratings:
-    """The ratings so far, in a journal that a killed run leaves readable; a context manager."""
+    """The ratings so far, in a journal that stays readable when a run is killed; a context manager."""
 
     def __init__(self, path: Path, model: str):
-        """Opens or creates the journal. Raises `UserError` when it holds the ratings of another model or prompt, or
-        another process has it."""
+        """Opens or creates the journal. Raises `UserError` if it contains ratings of another model or prompt, or is in
+        use by another process."""
         self.path = path
         self._made_by = {"model": model, "prompt": hex_digest(PROMPT, length=12)}
         self._journal = journal.Journal(path, "wait for it, or give another --out")
         try:
             self.of = self._read()
-            """Ratings by the key of their trajectory."""
+            """Key of a trajectory → its rating."""
         except BaseException:
             self._journal.close()
             raise
 
     def _read(self) -> dict[str, Rating]:
-        problem = "is no rating; remove the line, and the trajectory is rated again"
+        problem = "is not a rating; remove the line, and the trajectory is rated again"
         ratings: dict[str, Rating] = {}
-        for number, (name, rating, made_by) in enumerate(journal.read(self.path, self._parse, problem), 1):
-            if made_by != self._made_by:
+        for number, (name, rating, rater) in enumerate(journal.read(self.path, self._parse, problem), 1):
+            if rater != self._made_by:
                 raise UserError(
-                    f"{self.path}:{number}: was rated by {made_by}, not {self._made_by}; "
-                    "give another --out, or --force to begin anew"
+                    f"{self.path}:{number}: was rated by {rater}, not {self._made_by}; "
+                    "give another --out, or --force to start over"
                 )
             if rating:
                 ratings[name] = rating
@@ -148,7 +148,7 @@ class Ratings:
         return row["key"], rating, {key: row.get(key) for key in self._made_by}
 
     def write(self, key: str, row: dict[str, Any], rating: Rating | None) -> None:
-        """Appends a line; without a rating, that of a failed attempt."""
+        """Appends a line; None is the rating of a failed attempt."""
         self._journal.append({"key": key, **row, **self._made_by, **(rating._asdict() if rating else {})})
         if rating:
             self.of[key] = rating
@@ -161,7 +161,7 @@ class Ratings:
 
 
 def key(trajectory: Trajectory) -> str:
-    """The same for equal trajectories, whatever file they are in and whatever score they have."""
+    """Returns a fingerprint that is equal for equal trajectories, regardless of their file and score."""
     row = to_dict(replace(trajectory, score=None))
     return json_digest(row, length=24, sort_keys=False, ensure_ascii=False)
 
@@ -180,9 +180,9 @@ def rate(
 ) -> dict[str, Any]:
     """Rates the trajectories of `files` and writes them to `out`; returns the report.
 
-    `limit`: of the first so many. `good`: the known score from which a trajectory is a good one (default: the highest
-    that occurs), `keep`: the rating from which it is kept. Trajectories without a rating are left out and counted by
-    reason; run again, only they are asked for. Raises `UserError`.
+    `limit`: number of trajectories to read. `good`: minimum known score of a good trajectory (default: the highest of
+    its source). `keep`: minimum rating of a kept trajectory. Trajectories without a rating are skipped and counted by
+    reason; the next run rates only them. Raises `UserError`.
     """
     journal_path = out.with_name(f"{out.name}.ratings.jsonl")
     if out.resolve() in [Path(file).resolve() for file in files]:
@@ -197,31 +197,31 @@ def rate(
         before = len(ratings.of)
         failures = asyncio.run(_ask_all(files, limit, ratings, model, concurrency, progress))
         if failures.counts and not ratings.of:
-            raise UserError(f"{journal_path}: not one rating, but {failures}")
+            raise UserError(f"{journal_path}: no ratings, but {failures}")
         result = _write(files, limit, out, ratings, failures)
-    known = result.pop("known")
+    compared = result.pop("compared")
     return {
         "inputs": [str(path) for path in files],
         **result,
         "asked": len(ratings.of) - before + failures.counts.total(),
-        "ratings": dict(sorted(Counter(f"{rated:g}" for _, _, rated in known.all).items())),
-        "kept": sum(rated >= keep for _, _, rated in known.all),
+        "ratings": dict(sorted(Counter(f"{rated:g}" for _, _, rated in compared.rows).items())),
+        "kept": sum(rated >= keep for _, _, rated in compared.rows),
         "keep": keep,
-        "agreement": agreement(known.all, good, keep),
+        "agreement": agreement(compared.rows, good, keep),
     }
 
 
 class _Failures:
-    """Answers without a rating: how many of each kind, and what was wrong with the last of them."""
+    """Answers without a rating: their number by kind, and the last error message of each kind."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self.details: dict[str, str] = {}
         self.refused = 0
-        """Requests in a row that found no server."""
+        """Number of consecutive requests that did not reach the server."""
 
     def add(self, error: "BadRating | EndpointFault") -> None:
-        """Counts an answer that has no rating."""
+        """Counts an answer without a rating."""
         self.counts[error.kind] += 1
         self.details[error.kind] = str(error).removeprefix(f"{error.kind}: ")
         self.refused = self.refused + 1 if error.kind == "refused" else 0
@@ -230,22 +230,22 @@ class _Failures:
         return "; ".join(f"{count} × {kind} ({self.details[kind]})" for kind, count in self.counts.items())
 
 
-class _Known(NamedTuple):
-    all: list[tuple[str, float | None, float]]
-    """Source, known score, rating."""
+class _Compared(NamedTuple):
+    rows: list[tuple[str, float | None, float]]
+    """(source, known score, rating) of each rated trajectory."""
 
 
 def _trajectories(files: Sequence[Path], limit: int | None) -> Iterator[tuple[str, Trajectory | str]]:
-    """(where, trajectory or why it is none) of the rows, as they are read."""
+    """Yields (place of a row, its trajectory, or the reason why it is not a trajectory)."""
     items = sources.read(Source(name="rate", files=[str(path) for path in files]))
     for number, item in enumerate(items):
         if number == limit:
             return
-        found = item.trajectory
-        if isinstance(found, Trajectory):
-            yield item.where, found
+        trajectory = item.trajectory
+        if isinstance(trajectory, Trajectory):
+            yield item.where, trajectory
         else:
-            yield item.where, found.reason if isinstance(found, InvalidTrajectory) else "a-pair"
+            yield item.where, trajectory.reason if isinstance(trajectory, InvalidTrajectory) else "a-pair"
 
 
 async def _ask_all(
@@ -256,22 +256,22 @@ async def _ask_all(
     concurrency: int,
     progress: Callable[[str], None],
 ) -> _Failures:
-    """Asks for all ratings that are missing; returns what failed. Raises `UserError` where nothing else is to come."""
+    """Requests all missing ratings; returns the failures. Raises `UserError` if all further requests would fail too."""
     from xlam_jax.evaluate.endpoint import EndpointFault
 
     failures = _Failures()
-    asked: set[str] = set(ratings.of)
+    requested: set[str] = set(ratings.of)
     rows = _trajectories(files, limit)
     answers = Throughput("rating", unit="answers", out=progress)
 
     async def work() -> None:
-        for where, trajectory in rows:  # shared: each takes the next
+        for where, trajectory in rows:  # the iterator is shared: each worker takes the next row
             if isinstance(trajectory, str):
                 continue
             name = key(trajectory)
-            if name in asked:
+            if name in requested:
                 continue
-            asked.add(name)
+            requested.add(name)
             row: dict[str, Any] = {"where": where, "id": trajectory.id, "known": trajectory.score}
             rating = None
             try:
@@ -284,7 +284,7 @@ async def _ask_all(
             answers.add(unrated=f"{failures.counts.total():,}")
             enough = max(FAILURES, 2 * concurrency)
             if answers.done == failures.counts.total() >= enough:
-                raise UserError(f"not one rating in {answers.done} answers: {failures}")
+                raise UserError(f"no ratings in {answers.done} answers: {failures}")
             if failures.refused >= enough:
                 raise UserError(f"{row['detail']} ({failures.refused} requests in a row); the same command continues")
 
@@ -296,43 +296,44 @@ async def _ask_all(
 def _write(
     files: Sequence[Path], limit: int | None, out: Path, ratings: Ratings, failures: _Failures
 ) -> dict[str, Any]:
-    """Writes what has a rating, and counts the rest."""
-    left_out: Counter[str] = Counter()
-    known = _Known([])
+    """Writes the rated trajectories, and counts the others."""
+    skipped: Counter[str] = Counter()
+    compared = _Compared([])
     read = 0
     with new_file(out) as lines:
         for _, trajectory in _trajectories(files, limit):
             read += 1
             if isinstance(trajectory, str):
-                left_out[trajectory] += 1
+                skipped[trajectory] += 1
                 continue
             rating = ratings.of.get(key(trajectory))
             if rating is None:
-                left_out["no-rating"] += 1
+                skipped["no-rating"] += 1
                 continue
-            known.all.append((trajectory.source or "", trajectory.score, rating.score))
+            compared.rows.append((trajectory.source or "", trajectory.score, rating.score))
             lines.write(json.dumps(to_dict(replace(trajectory, score=rating.score)), ensure_ascii=False) + "\n")
-        if not known.all:
-            why = ", ".join(f"{count} × {reason}" for reason, count in left_out.items()) or "there is none"
-            raise UserError(f"{', '.join(map(str, files))}: no trajectory could be rated: {why}")
+        if not compared.rows:
+            reasons = ", ".join(f"{count} × {reason}" for reason, count in skipped.items()) or "the input is empty"
+            raise UserError(f"{', '.join(map(str, files))}: no trajectory could be rated: {reasons}")
     return {
         "trajectories": read,
-        "rated": len(known.all),
-        "left_out": dict(left_out.most_common()),
+        "rated": len(compared.rows),
+        "left_out": dict(skipped.most_common()),
         "failed": dict(failures.counts.most_common()),
         "failures": failures.details,
-        "known": known,
+        "compared": compared,
     }
 
 
 def agreement(
     rated: Sequence[tuple[str, float | None, float]], good: float | None, keep: float
 ) -> dict[str, dict[str, Any]]:
-    """How ratings agree with known scores, by source and for all; nothing of sources without known scores.
+    """Returns the agreement of ratings with known scores, by source and for all; sources without scores are missing.
 
-    rank_correlation is Spearman's (None where one side never varies). Then a trajectory counts as good from the known
-    score `good` on (None: the source's highest), and as kept from the rating `keep` on: accuracy is the share on which
-    both agree, precision the share of the kept that are good, recall the share of the good that are kept.
+    `rated` is a list of (source, known score, rating). rank_correlation is Spearman's (None if one side is constant).
+    A trajectory is good if its known score is at least `good` (None: the highest score of its source), and kept if its
+    rating is at least `keep`. accuracy is the fraction on which both agree, precision the fraction of kept trajectories
+    that are good, recall the fraction of good trajectories that are kept.
     """
     pairs = [(source, score, rating) for source, score, rating in rated if score is not None and math.isfinite(score)]
     groups: dict[str, list[tuple[float, float, float]]] = {}
@@ -342,7 +343,7 @@ def agreement(
         bar = max(score for score, _, _ in group) if good is None else good
         groups[name] = [(score, rating, bar) for score, rating, _ in group]
     if len(groups) > 1:
-        groups["all"] = [one for group in groups.values() for one in group]
+        groups["all"] = [item for group in groups.values() for item in group]
     return {name or "all": _agreement(group, keep) for name, group in groups.items()}
 
 
@@ -363,12 +364,12 @@ def _agreement(group: Sequence[tuple[float, float, float]], keep: float) -> dict
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
-    """Spearman's rank correlation, -1 to 1; equal values share the mean of their ranks. None where one never varies."""
+    """Returns Spearman's rank correlation, -1 to 1; equal values share their mean rank. None if one is constant."""
     ranks = [_ranks(values) for values in (a, b)]
     means = [sum(rank) / len(rank) for rank in ranks]
-    apart = [[value - mean for value in rank] for rank, mean in zip(ranks, means, strict=True)]
-    spread = math.prod(sum(value * value for value in one) for one in apart)
-    shared = sum(x * y for x, y in zip(*apart, strict=True))
+    deviations = [[value - mean for value in rank] for rank, mean in zip(ranks, means, strict=True)]
+    spread = math.prod(sum(value * value for value in row) for row in deviations)
+    shared = sum(x * y for x, y in zip(*deviations, strict=True))
     return shared / math.sqrt(spread) if spread else None
 
 
@@ -380,26 +381,26 @@ def _ranks(values: Sequence[float]) -> list[float]:
         end = at
         while end < len(order) and values[order[end]] == values[order[at]]:
             end += 1
-        for one in order[at:end]:
-            ranks[one] = (at + end - 1) / 2
+        for index in order[at:end]:
+            ranks[index] = (at + end - 1) / 2
         at = end
     return ranks
 
 
 def summary(out: Path, report: dict[str, Any]) -> str:
-    """The report for people."""
+    """Returns the report as text."""
     ratings = ", ".join(f"{count} × {score}" for score, count in report["ratings"].items())
     lines = [f"{out}: {report['rated']} of {report['trajectories']} trajectories rated ({ratings or 'none'})"]
-    lines.append(f"  {report['kept']} with {report['keep']:g} or more; {report['asked']} asked now")
-    lines += [f"  left out {count} ({reason})" for reason, count in report["left_out"].items()]
+    lines.append(f"  {report['kept']} with {report['keep']:g} or more; {report['asked']} requested in this run")
+    lines += [f"  skipped {count} ({reason})" for reason, count in report["left_out"].items()]
     lines += [
         f"  {count} answers without a rating ({kind}), the last: {report['failures'][kind]}"
         for kind, count in report["failed"].items()
     ]
-    for name, one in report["agreement"].items():
+    for name, figures in report["agreement"].items():
         shares = ", ".join(
-            f"{what} {'–' if one[key] is None else f'{one[key]:.2f}'}"
-            for what, key in (
+            f"{label} {'–' if figures[key] is None else f'{figures[key]:.2f}'}"
+            for label, key in (
                 ("rank correlation", "rank_correlation"),
                 ("accuracy", "accuracy"),
                 ("precision", "precision"),
@@ -407,8 +408,9 @@ def summary(out: Path, report: dict[str, Any]) -> str:
             )
         )
         lines.append(
-            f"  known scores, {name}: {one['trajectories']} ({one['good']} good, from {one['good_from']:g}): {shares}"
+            f"  known scores, {name}: {figures['trajectories']} "
+            f"({figures['good']} good, from {figures['good_from']:g}): {shares}"
         )
     if not report["agreement"]:
-        lines.append("  no known scores to compare with")
+        lines.append("  no known scores for a comparison")
     return "\n".join(lines)

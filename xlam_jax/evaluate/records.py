@@ -16,22 +16,22 @@ FREE = ("base_url", "started", "limit")
 
 
 class Records:
-    """The records of one evaluation, open for one process; a context manager.
+    """The records of one evaluation, open in one process only; a context manager.
 
-    The last record of an id counts. An example whose record was cut off is not recorded, and so evaluated again.
+    The last record of an id counts. An example whose record was truncated counts as not run.
     """
 
     def __init__(self, folder: Path, about: Mapping[str, Any]):
-        """Creates the folder, or continues in it. `about` holds the settings of the evaluation, stored as run.json.
+        """Creates the folder, or continues in it. `about` contains the settings of the evaluation (run.json).
 
-        Raises `UserError` where the folder belongs to another evaluation, contains other files, or is in use.
+        Raises `UserError` if the folder belongs to another evaluation, contains other files, or is in use.
         """
         self.folder = folder
         _check(folder, about)
         folder.mkdir(parents=True, exist_ok=True)
         self._journal = journal.Journal(folder / EXAMPLES, "wait for it, or name another --out")
         self.torn = self._journal.torn
-        """Whether a cut off last line was removed."""
+        """Whether a truncated last line was removed."""
         try:
             if not (folder / RUN).exists():
                 write_json(folder / RUN, about)
@@ -54,16 +54,16 @@ class Records:
 
 
 def read(folder: Path) -> dict[str, dict[str, Any]]:
-    """Returns the last record of each example by its id, in the order in which they ended. Raises `UserError`."""
+    """Returns the last record of each example by id, in order of completion. Raises `UserError`."""
     examples: dict[str, dict[str, Any]] = {}
-    problem = "is no record of an example; remove the line, and its example is evaluated again"
-    for record in journal.read(folder / EXAMPLES, _checked, problem):
+    problem = "is not the record of an example; remove the line, and its example is evaluated again"
+    for record in journal.read(folder / EXAMPLES, _check_record, problem):
         examples.pop(record["id"], None)
         examples[record["id"]] = record
     return examples
 
 
-def _checked(record: Any) -> dict[str, Any]:
+def _check_record(record: Any) -> dict[str, Any]:
     scores = record["scores"].values() if "error" not in record else ()
     if not isinstance(record["id"], str) or not all(isinstance(score, int | float) for score in scores):
         raise ValueError
@@ -78,21 +78,21 @@ def about(folder: Path) -> dict[str, Any]:
     return documents.read_object(path, "the record of an evaluation is expected; name another --out")
 
 
-def _check(folder: Path, wanted: Mapping[str, Any]) -> None:
+def _check(folder: Path, settings: Mapping[str, Any]) -> None:
     """Raises `UserError` unless the folder is new, or belongs to an evaluation with the same settings."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder}: is a file; name a folder")
     if not (folder / RUN).exists():
         if folder.is_dir() and not _is_leftover(list(folder.iterdir())):
             raise UserError(
-                f"--out {folder}: holds files, and no {RUN}; name a new folder, or the folder of an evaluation"
+                f"--out {folder}: contains files, but no {RUN}; name a new folder, or the folder of an evaluation"
             )
         return
     before = about(folder)
-    keys = [key for key in {**before, **wanted} if key not in FREE and before.get(key) != wanted.get(key)]
+    keys = [key for key in {**before, **settings} if key not in FREE and before.get(key) != settings.get(key)]
     if keys:
         differences = "; ".join(
-            f"{key}: {_shown(before.get(key))} there, {_shown(wanted.get(key))} now" for key in keys
+            f"{key}: {_to_json(before.get(key))} there, {_to_json(settings.get(key))} now" for key in keys
         )
         raise UserError(
             f"--out {folder}: belongs to another evaluation ({differences}); name another folder, or use the settings "
@@ -101,9 +101,9 @@ def _check(folder: Path, wanted: Mapping[str, Any]) -> None:
 
 
 def _is_leftover(entries: Sequence[Path]) -> bool:
-    """Whether these are files of a first start that was killed before it had written run.json."""
+    """Whether these files are the remains of a first start that was killed before it wrote run.json."""
     return all(entry.name == EXAMPLES or (RUN in entry.name and entry.suffix == PART) for entry in entries)
 
 
-def _shown(value: Any) -> str:
+def _to_json(value: Any) -> str:
     return "none" if value is None else json.dumps(value, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""Runs the examples of a suite, many at once, and records each as it ends."""
+"""Runs the examples of a suite concurrently, and records each as it ends."""
 
 import asyncio
 import time
@@ -17,15 +17,15 @@ from xlam_jax.progress import Progress, Throughput
 UNREACHED = 10
 """Consecutive examples for which a server failed, after which the evaluation ends: the others would fail too."""
 _SERVERS = ("refused", "environment")
-"""Kinds of faults whose cause is a server that does not run: that of the model, or that of the suite."""
+"""Kinds of faults that mean a server is down: the model's, or the suite's."""
 
 
-def ask(
+def run_tasks(
     suite: Suite, agent: Agent, model: Model, tasks: Sequence[Task], records: Records, concurrency: int = 1
 ) -> None:
-    """Runs the tasks that have no score yet, `concurrency` at once; those that ended in an error run again.
+    """Runs the tasks without a score, `concurrency` at a time; tasks that ended in an error run again.
 
-    Raises `UserError` when no server is reached, or no request can succeed; what was recorded stays.
+    Raises `UserError` when no server is reached, or no request can succeed; existing records are kept.
     """
     pending = [task for task in tasks if "error" in records.examples.get(task.id, {"error": None})]
     with Progress() as progress:
@@ -36,12 +36,12 @@ def ask(
             note = f"; {again} that ended in an error are evaluated again" if again else ""
             progress.line(f"{len(tasks) - len(pending)} of {len(tasks)} examples are scored already{note}")
         try:
-            asyncio.run(_ask(suite, agent, model, pending, records, concurrency, _Report(progress, len(pending))))
+            asyncio.run(_run_tasks(suite, agent, model, pending, records, concurrency, _Report(progress, len(pending))))
         except BaseExceptionGroup as group:
             raise group.exceptions[0] from None
 
 
-async def _ask(
+async def _run_tasks(
     suite: Suite,
     agent: Agent,
     model: Model,
@@ -97,20 +97,20 @@ def _result(outcome: Outcome) -> dict[str, Any]:
 
 
 def _check_scores(record: dict[str, Any], records: Records) -> None:
-    """Raises `UserError` when a record has other scores than those before: their means would mean nothing."""
+    """Raises `UserError` when a record has other scores than earlier ones: their means would not be comparable."""
     if "error" in record:
         return
     first = next((example for example in records.examples.values() if "error" not in example), record)
     names, expected = (", ".join(sorted(example["scores"])) for example in (record, first))
     if names != expected:
         raise UserError(
-            f"example {record['id']} has the scores {names}, example {first['id']} has {expected}; every outcome of a "
-            "suite has the same"
+            f"example {record['id']} has the scores {names}, example {first['id']} has {expected}; all outcomes of a "
+            "suite must have the same scores"
         )
 
 
 class _Report:
-    """Reports how many examples have ended, and the errors among them."""
+    """Prints the number of finished examples and of errors."""
 
     def __init__(self, progress: Progress, total: int):
         self._progress, self._total = progress, total
@@ -120,7 +120,7 @@ class _Report:
         """Consecutive examples for which a server failed."""
 
     def add(self, record: dict[str, Any]) -> None:
-        """Counts an example that has ended."""
+        """Counts a finished example."""
         kind = record.get("error", {}).get("kind")
         self.unreached = self.unreached + 1 if kind in _SERVERS else 0
         if kind is not None:

@@ -1,12 +1,13 @@
-"""A sandbox for a model's Python code: a child process that sees no network and no files but Python's own.
+"""A sandbox for a model's Python code: a child process without network, and without files other than Python's own.
 
-`_shut_in` sets it up with Linux namespaces, a seccomp filter and resource limits, and describes what each is for. One
-process runs the code; it can start threads and no other processes, so that the limits of one process bound them all.
-If a machine does not allow every part of that, nothing is executed.
+`_isolate` sets it up with Linux namespaces, a seccomp filter and resource limits, and describes their purpose. One
+process runs the code; it can start threads but no other processes, so the limits of one process apply to all of the
+code. If a machine does not allow all parts of the set-up, nothing is executed.
 
-Not bubblewrap: its file system in memory has no limit on the number of files, and what root starts in it still counts
-as root outside, which is exempt from the limit of threads. It starts its program after loading the seccomp filter, and
-this filter refuses to start programs. With it, `_shut_in` would still be needed for all but its namespaces and mounts.
+bubblewrap is not an alternative: its file system in memory does not limit the number of files, and a process that root
+starts in it still counts as root outside, which is exempt from the limit of threads. It starts its program after
+loading the seccomp filter, but this filter refuses to start programs. It could replace only the namespaces and mounts
+of `_isolate`.
 """
 
 import asyncio
@@ -35,8 +36,10 @@ class Sandbox:
     def __init__(self, *, seconds: float = 30, memory_mb: int = 2048):
         """Limits each piece of code to `seconds`, and the process to `memory_mb` of address space, plus `DISK_MB` for
         the files that it writes. Raises `UserError` if the machine does not allow a sandbox."""
-        if problem := why_not():
-            raise UserError(f"a model's code is only executed in a sandbox, and this machine allows none: {problem}")
+        if problem := find_problem():
+            raise UserError(
+                f"a model's code is only executed in a sandbox, which this machine does not allow: {problem}"
+            )
         self._seconds, self._memory = seconds, memory_mb
         self._process: asyncio.subprocess.Process | None = None
 
@@ -47,9 +50,9 @@ class Sandbox:
         await self._end()
 
     async def run(self, code: str) -> str:
-        """Executes code; returns what it printed, the value of its last expression, and its error.
+        """Executes code; returns its output, the value of its last expression, and its error.
 
-        If the code takes too long or ends the process, the session restarts, and the returned text says so.
+        If the code takes too long or ends the process, the session restarts, and the returned text describes it.
         """
         if self._process is None:
             self._process = await self._start()
@@ -61,7 +64,7 @@ class Sandbox:
             line = await asyncio.wait_for(process.stdout.readline(), self._seconds)
             output = json.loads(line)
             if not isinstance(output, str):
-                raise ValueError("not written by _sandboxed.py")
+                raise ValueError("not written by _execute.py")
         except TimeoutError:
             await self._end()
             return f"Timed out after {self._seconds:g} seconds; all variables are gone."
@@ -69,7 +72,7 @@ class Sandbox:
             ValueError,
             RecursionError,
             ConnectionError,
-        ):  # the process ended, or the code wrote to the output of _sandboxed.py
+        ):  # the process ended, or the code wrote to the output of _execute.py
             await self._end()
             return "The process ended (out of memory, perhaps); all variables are gone."
         if len(output) > LONGEST_OUTPUT:
@@ -78,7 +81,7 @@ class Sandbox:
 
     async def _start(self) -> asyncio.subprocess.Process:
         return await asyncio.create_subprocess_exec(
-            *_command(_source("_sandboxed.py"), self._memory, str(LONGEST_OUTPUT + 1)),
+            *_command(_source("_execute.py"), self._memory, str(LONGEST_OUTPUT + 1)),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,
@@ -92,7 +95,7 @@ class Sandbox:
             return
         process, self._process = self._process, None
         if process.returncode is None:
-            # Ends the waiting process outside by its group, and the one inside with it, as its parent dies.
+            # Kills the process group of the outer process; the inner one dies with its parent.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
         if process.stdin:
@@ -101,7 +104,7 @@ class Sandbox:
 
 
 _ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1"}
-"""Contains none of the user's variables, which may hold keys."""
+"""Contains none of the user's variables, because they may contain keys."""
 _PROBE = """
 import os, socket, sys, threading
 
@@ -135,21 +138,21 @@ print(", ".join(one for one in has if one is not True))
 
 
 @cache
-def why_not() -> str:
+def find_problem() -> str:
     """Returns why this machine does not allow a sandbox; empty if it does."""
     if sys.platform != "linux":
         return f"{sys.platform} has no Linux namespaces"
-    from xlam_jax.evaluate._shut_in import THREADS
+    from xlam_jax.evaluate._isolate import THREADS
 
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             _command(_PROBE, 512, str(THREADS)), capture_output=True, text=True, env=_ENVIRONMENT, timeout=60
         )
     except (OSError, subprocess.SubprocessError) as error:
         return str(error)
-    if done.returncode:
-        return (done.stderr.strip() or f"its set-up ended with code {done.returncode}").splitlines()[-1]
-    return f"the code would still have {done.stdout.strip()}" if done.stdout.strip() else ""
+    if process.returncode:
+        return (process.stderr.strip() or f"its set-up ended with code {process.returncode}").splitlines()[-1]
+    return f"the code would still have {process.stdout.strip()}" if process.stdout.strip() else ""
 
 
 def _command(program: str, memory_mb: int, *arguments: str) -> list[str]:
@@ -168,7 +171,7 @@ def _command(program: str, memory_mb: int, *arguments: str) -> list[str]:
         "disk_mb": DISK_MB,
         "memory_mb": memory_mb,
     }
-    return [sys.executable, "-I", "-c", _source("_shut_in.py"), json.dumps(settings), *arguments]
+    return [sys.executable, "-I", "-c", _source("_isolate.py"), json.dumps(settings), *arguments]
 
 
 def _source(name: str) -> str:

@@ -1,4 +1,4 @@
-"""A small shop with the pages of WebShop (Yao et al., arXiv 2207.01206), to try agents without the original.
+"""A small shop with the pages of WebShop (Yao et al., arXiv 2207.01206), for trying out agents without the original.
 
 The original needs Java, Python 3.8 and 5 GB of data; this one runs as `python -m xlam_jax.evaluate.shop --port 3000`.
 Addresses, forms and reward are the same; the products are invented. A session named `…_N` gets request number N, like
@@ -49,9 +49,9 @@ class Goal(NamedTuple):
     @property
     def instruction(self) -> str:
         """The request in words, in the style of WebShop."""
-        wanted = " and ".join(f"{name} {value}" for name, value in self.options.items())
+        options = " and ".join(f"{name} {value}" for name, value in self.options.items())
         traits = ", ".join(self.product.traits)
-        return f"i need a {traits} {self.product.kind}, {wanted}, and price lower than {self.price:.2f} dollars"
+        return f"i need a {traits} {self.product.kind}, {options}, and price lower than {self.price:.2f} dollars"
 
 
 def _products() -> dict[str, Product]:
@@ -95,10 +95,10 @@ def reward(goal: Goal, bought: Product, options: Mapping[str, str]) -> float:
 
 def search(words: Sequence[str]) -> list[Product]:
     """Returns the products that contain any of the words: most matches first, then cheapest first."""
-    wanted = {word.strip(",.").lower() for word in words}
+    query = {word.strip(",.").lower() for word in words}
 
     def score(product: Product) -> int:
-        return len(wanted & set(f"{product.title} {product.kind}".lower().replace(",", "").split()))
+        return len(query & set(f"{product.title} {product.kind}".lower().replace(",", "").split()))
 
     matches = (product for product in PRODUCTS.values() if score(product))
     return sorted(matches, key=lambda product: (-score(product), product.price))
@@ -239,7 +239,7 @@ class _Server(ThreadingHTTPServer):
 
 @contextlib.contextmanager
 def serve(port: int = 0) -> Iterator[str]:
-    """Runs the shop in a thread and yields its address. port: 0 for any free one."""
+    """Runs the shop in a thread and yields its address. Port 0 selects a free port."""
     with _Server(("127.0.0.1", port), _Handler) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         thread.start()
@@ -256,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m xlam_jax.evaluate.shop",
         description="A small shop with the pages of WebShop, to try out the suite webshop. Stop it with Ctrl-C.",
     )
-    parser.add_argument("--port", type=int, default=3000, metavar="N", help="of 127.0.0.1 (default: 3000)")
+    parser.add_argument("--port", type=int, default=3000, metavar="N", help="port on 127.0.0.1 (default: 3000)")
     options = parser.parse_args(arguments)
     try:
         with serve(options.port) as url, contextlib.suppress(KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""What a suite is: tasks, how a model is led through one of them, and how outcomes become scores.
+"""The base classes of suites. A suite provides tasks, runs a model on a task, and scores the outcome.
 
     class Riddles(Suite):
         name, about = "riddles", "questions with one word as their answer"
@@ -8,11 +8,10 @@
 
         async def run(self, task, model, agent):
             answer = await model.chat([{"role": "user", "content": task.data["question"]}])
-            return Outcome({"accuracy": answer.content == task.data["answer"]}, [*answer.asked, answer.message])
+            return Outcome({"accuracy": answer.content == task.data["answer"]}, [*answer.prompt, answer.message])
 
-A suite in which a model acts gives an `Environment` for each task, and leaves `run` to the agents' one loop
-(`AgentSuite`). What goes wrong on the way to the model is `EndpointFault`: it ends the task, is recorded as an error,
-and never becomes a score.
+A suite in which a model acts provides an `Environment` for each task; its base class `AgentSuite` implements `run`.
+A request that fails raises `EndpointFault`, which ends the task: it is recorded as an error, and never scored.
 """
 
 from abc import ABC, abstractmethod
@@ -48,73 +47,73 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What a suite is given; what it does not use it ignores, what it misses it asks for by name."""
+    """The options of a suite. It raises `UserError` if one that it needs is missing."""
 
     data: Path | None = None
     """The user's copy of the suite's data."""
     seed: int = 0
     extra: Mapping[str, str] = field(default_factory=dict)
-    """`--set key=value`: a suite's own settings, by the names in its `settings`."""
+    """`--set key=value`: settings of this suite; `Suite.settings` lists their names."""
 
 
 class Outcome(NamedTuple):
-    """How a task ended, other than by an `EndpointFault`."""
+    """The result of a task that did not end in an `EndpointFault`."""
 
     scores: Mapping[str, float]
-    """Name → 0 to 1; every outcome of a suite has the same names."""
+    """Name → 0 to 1; all outcomes of a suite have the same names."""
     messages: Sequence[dict[str, Any]]
-    """The conversation in OpenAI form, the model's last words with it."""
+    """The conversation in OpenAI form, including the model's last answer."""
     failure: str = ""
-    """In a word or two why it is no full score, one kind for many tasks (wrong-arguments, no-answer, steps-used-up)."""
+    """Short code of the reason for a lower score (wrong-arguments, no-answer, steps-used-up), or empty."""
     details: Mapping[str, Any] = {}
-    """JSON: what the score was made of (answer, expected, the checker's words)."""
+    """JSON: what the score is based on (answer, expected, the checker's message)."""
 
 
 class Suite(ABC):
-    """A benchmark. Made once a run; `run` is called for many tasks at once, so it keeps nothing on the suite."""
+    """A benchmark. Created once per evaluation. `run` must not store state on the suite: its calls are concurrent."""
 
     name: ClassVar[str]
     about: ClassVar[str]
     """One line for `--help`."""
     settings: ClassVar[Mapping[str, str]] = {}
-    """Own settings: name → what it is."""
+    """Settings of this suite: name → description."""
     main_score: ClassVar[str] = "accuracy"
-    """The score that is told first."""
+    """The score that is shown first."""
     overall: ClassVar[str] = "all"
-    """The name of the row of all examples, whose scores are the means over them."""
+    """Name of the row with the means over all examples."""
     agent: ClassVar[str] = "native"
-    """The agent that it runs with unless another is asked for."""
+    """The default agent."""
     agents: ClassVar[Sequence[str] | None] = ("native",)
-    """The agents that it can run with; None: all."""
+    """The supported agents; None: all."""
 
     def __init__(self, options: Options):
-        """Raises `UserError` where data are missing or malformed, before any request is made."""
+        """Raises `UserError` if data are missing or malformed, before any request is sent."""
         self.options = options
 
     @abstractmethod
     def tasks(self) -> list[Task]:
-        """All tasks, in an order that is the same in every run: `--limit N` takes the first."""
+        """Returns all tasks, in the same order in every run: `--limit N` selects the first N."""
 
     @abstractmethod
     async def run(self, task: Task, model: "Model", agent: Agent) -> Outcome:
-        """Leads the model through a task. Raises `EndpointFault`, which the runner records."""
+        """Runs the model on a task. Raises `EndpointFault`, which the runner records."""
 
     def notes(self, summary: Mapping[str, Any]) -> list[str]:
-        """What a reader of the scores must know, a sentence each; `summary` is that of `summary.json`."""
+        """Returns notes to show with the scores, one sentence each; `summary` is the content of `summary.json`."""
         return []
 
     def close(self) -> None:  # noqa: B027 - most have nothing to close
-        """Ends what the suite has open."""
+        """Closes the suite's files and connections."""
 
 
 class AgentSuite(Suite):
-    """A suite in which a model acts: it gives an `Environment` for each task, and any agent can lead."""
+    """A suite in which a model acts in an `Environment` per task. All agents can run it."""
 
     agent: ClassVar[str] = "react"
     agents: ClassVar[Sequence[str] | None] = None
-    settings: ClassVar[Mapping[str, str]] = {"max_steps": "actions that a task may take"}
+    settings: ClassVar[Mapping[str, str]] = {"max_steps": "maximum number of actions per task"}
     max_steps: ClassVar[int] = 15
-    """Unless `--set max_steps=N` says otherwise."""
+    """Default of `--set max_steps=N`."""
     examples: ClassVar[Sequence[Demonstration]] = ()
     labour: ClassVar[Mapping[str, Sequence[str]] | None] = None
     """See `Episode`."""
@@ -123,14 +122,14 @@ class AgentSuite(Suite):
         super().__init__(options)
         self.steps = setting(options, "max_steps", int, self.max_steps)
         if self.steps < 1:
-            raise UserError(f"--set max_steps={self.steps}: a task takes at least one action")
+            raise UserError(f"--set max_steps={self.steps}: must be at least 1")
 
     @abstractmethod
     def environment(self, task: Task) -> Environment:
-        """A new world for a task."""
+        """Returns a new environment for a task."""
 
     async def run(self, task: Task, model: "Model", agent: Agent) -> Outcome:
-        """Lets the agent act until the task is done or its steps are used up."""
+        """Runs the agent until the task is done or its steps are used up."""
         environment = self.environment(task)
         episode: Episode | None = None
         try:
@@ -138,7 +137,7 @@ class AgentSuite(Suite):
             episode = Episode(environment, observation, tools, self.steps, self.examples, self.labour)
             await agent.lead(model, episode)
             scores, failure, details = environment.outcome()
-        except EndpointFault as fault:  # of the environment: it does not know what was said
+        except EndpointFault as fault:  # a fault of the environment does not contain the conversation
             fault.messages = fault.messages or (episode.messages if episode else [])
             raise
         finally:
@@ -151,17 +150,19 @@ class AgentSuite(Suite):
 
 
 def setting(options: Options, name: str, kind: Callable[[str], T], default: T) -> T:
-    """A suite's own setting, read with `kind` (int, float, str, …). Raises `UserError` for what is none."""
+    """Returns a setting of a suite, parsed by `kind` (int, float, str, …). Raises `UserError` for an invalid value."""
     if name not in options.extra:
         return default
     try:
         return kind(options.extra[name])
     except ValueError:
-        what = getattr(kind, "__name__", "value")
-        raise UserError(f"--set {name}={options.extra[name]}: is no {what}; the default is {default}") from None
+        expected = getattr(kind, "__name__", "value")
+        raise UserError(
+            f"--set {name}={options.extra[name]}: is not a valid {expected}; the default is {default}"
+        ) from None
 
 
 def text_tool(name: str, description: str, argument: str) -> dict[str, Any]:
-    """A tool of one argument, a text, in OpenAI form."""
+    """Returns a tool with one string argument, in OpenAI form."""
     parameters = {"type": "object", "properties": {argument: {"type": "string"}}, "required": [argument]}
     return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}

@@ -99,12 +99,12 @@ class Requests:
         generate = Generate(setup.model, setup.mesh, dtype=setup.dtype, quantized=setup.options.quantized)
         self._generate = partial(generate, rows=rows, max_new_tokens=section.max_new_tokens, eos_id=self._stops)
 
-    def answer(self, params: Params, frozen: Params) -> list[next_call.Answer]:
+    def answer(self, params: Params, frozen: Params) -> list[next_call.ScoredAnswer]:
         """The answers of the model with these parameters, decoded greedily."""
         generate = partial(self._generate, params, frozen)
         return next_call.answer(self._prompts, generate, self._tokenizer, self._stops)
 
     @staticmethod
-    def summary(answers: Sequence[next_call.Answer]) -> dict[str, float]:
+    def summary(answers: Sequence[next_call.ScoredAnswer]) -> dict[str, float]:
         """The requests record."""
         return next_call.summarize([answer.score for answer in answers])

@@ -1,14 +1,14 @@
-"""The agents: ways to lead a model through an `Episode`. Each module here that does not begin with `_` is one, known by
-the module's name, and holds one class with its prompts.
+"""The agents: strategies to prompt a model through an `Episode`. Each module here that does not begin with `_` defines
+one, named like the module.
 
-All of them but `native` speak in words: what they may do stands in the prompt, and `Action: name[argument]` is read
-from what the model writes, so they work with any chat model. BOLAA (arXiv 2308.05960) compared them, Act apart.
+All but `native` are text-based: the prompt lists the actions, and `Action: name[argument]` is parsed from the answer,
+so they work with any chat model. BOLAA (arXiv 2308.05960) compared them, except for Act.
 """
 
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from xlam_jax.evaluate import _named
+from xlam_jax.evaluate import _registry
 from xlam_jax.evaluate.episode import Episode
 
 if TYPE_CHECKING:
@@ -16,22 +16,22 @@ if TYPE_CHECKING:
 
 
 class Agent(ABC):
-    """Leads a model through episodes, many at once: it keeps nothing on itself."""
+    """Prompts a model through episodes. Episodes are concurrent, so an agent stores no state."""
 
     about: ClassVar[str]
-    """One line for `--help`, with its paper."""
+    """One line for `--help`, with the paper."""
 
     @abstractmethod
     async def lead(self, model: "Model", episode: Episode) -> None:
-        """Acts until the episode is over; adds all that is said to its messages. Raises `EndpointFault`."""
+        """Acts until the episode is over; appends the conversation to its messages. Raises `EndpointFault`."""
 
 
 def names() -> list[str]:
-    """All of them."""
-    return _named.names(__name__)
+    """Returns the names of all agents."""
+    return _registry.names(__name__)
 
 
 def load(name: str) -> Agent:
-    """An agent by its name, or by the path of a user's file. Raises `UserError`."""
-    kind: Any = _named.load("agent", name, __name__, Agent)
+    """Returns an agent, given its name or the path of a user's file. Raises `UserError`."""
+    kind: Any = _registry.load("agent", name, __name__, Agent)
     return kind()

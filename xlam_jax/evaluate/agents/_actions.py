@@ -1,6 +1,6 @@
-"""Actions in words: how they are written in prompts, and read from what a model wrote.
+"""Actions as text: formats them for prompts, and parses them from a model's answers.
 
-`Action: search[Oslo]` is the way of ReAct (arXiv 2210.03629). A tool of several arguments takes them as a JSON object:
+`Action: search[Oslo]` is the form of ReAct (arXiv 2210.03629). A tool with several arguments takes a JSON object:
 `Action: book[{"from": "Oslo", "to": "Bergen"}]`.
 """
 
@@ -18,11 +18,11 @@ from xlam_jax.data.wire import parse_completion
 _LINE = re.compile(r"^[ \t*_`#>-]*action(?:[ \t]*\d+)?[ \t*_`]*:[\s*_`]*(.+)$", re.IGNORECASE | re.MULTILINE)
 _SHAPE = re.compile(r"([A-Za-z_][\w.-]*(?: +[\w.-]+)*)\s*([\[(])(.*)", re.DOTALL)
 _CLOSES = {"[": "]", "(": ")"}
-_AFTER = re.compile(r"\n[ \t]*[*_`]*(?:observation|thought|action)(?:[ \t]*\d+)?[*_`]*[ \t]*:", re.IGNORECASE)
+_NEXT = re.compile(r"\n[ \t]*[*_`]*(?:observation|thought|action)(?:[ \t]*\d+)?[*_`]*[ \t]*:", re.IGNORECASE)
 
 
-def written(action: ToolCall) -> str:
-    """An action as a model is to write it."""
+def format_action(action: ToolCall) -> str:
+    """Returns an action in the form in which a model has to write it."""
     values = list(action.arguments.values())
     plain = len(values) == 1 and isinstance(values[0], str)
     return (
@@ -30,8 +30,8 @@ def written(action: ToolCall) -> str:
     )
 
 
-def described(tools: Iterable[Mapping[str, Any]]) -> str:
-    """The actions as a prompt lists them; `tools` are functions in OpenAI form."""
+def describe_tools(tools: Iterable[Mapping[str, Any]]) -> str:
+    """Returns the list of actions for a prompt; `tools` are functions in OpenAI form."""
     lines = []
     for tool in tools:
         properties = (tool.get("parameters") or {}).get("properties") or {}
@@ -44,41 +44,43 @@ def described(tools: Iterable[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def read(text: str, tools: Mapping[str, Mapping[str, Any]]) -> ToolCall | None:
-    """The first action in a text; None where there is none.
+def parse_action(text: str, tools: Mapping[str, Mapping[str, Any]]) -> ToolCall | None:
+    """Returns the first action in a text; None if there is none.
 
-    Read are an `Action:` line, in Markdown's dress or with a number; a line that begins with the name of a tool and a
-    bracket; and calls in JSON, as `parse_completion` reads them. A bracket may be round, or lack its end.
+    Accepts an `Action:` line, also with Markdown or a number; a line that begins with a tool's name and a bracket; and
+    calls in JSON, as in `parse_completion`. Brackets may be round, and the closing one may be missing.
     """
     lines = list(_LINE.finditer(text))
-    # where each is over, so that no part of a text is read for several of them
-    ends = sorted({after.start() for after in _AFTER.finditer(text)} | {line.start() for line in lines} | {len(text)})
+    # the end of each action, so that no part of a text is parsed more than once
+    ends = sorted(
+        {following.start() for following in _NEXT.finditer(text)} | {line.start() for line in lines} | {len(text)}
+    )
     for line in lines:
         rest = text[line.start(1) : ends[bisect_right(ends, line.start(1))]]
-        if (action := _action(rest.strip(" *_`\n"), tools, known=False)) is not None:
+        if (action := _parse_action(rest.strip(" *_`\n"), tools, only_tools=False)) is not None:
             return action
     for line in filter(None, text.splitlines()):
-        if (action := _action(line.strip(" *_`-"), tools, known=True)) is not None:
+        if (action := _parse_action(line.strip(" *_`-"), tools, only_tools=True)) is not None:
             return action
     _, calls = parse_completion(text)
     return calls[0] if calls else None
 
 
-def _action(text: str, tools: Mapping[str, Mapping[str, Any]], *, known: bool) -> ToolCall | None:
-    """An action that stands at the beginning of a text. `known`: only one of the tools."""
+def _parse_action(text: str, tools: Mapping[str, Mapping[str, Any]], *, only_tools: bool) -> ToolCall | None:
+    """Returns the action at the beginning of a text. `only_tools` ignores actions that are not tools."""
     if calls := parse_completion(f"[{text}]" if text.startswith("{") else text)[1]:
         return calls[0]
     by_name = {name.lower(): name for name in tools}
     shape = _SHAPE.match(text)
     if shape is None:
         name = by_name.get(text.strip().lower(), "")
-        return ToolCall(None, name, {}) if name and not known else None
-    name = by_name.get(shape[1].strip().lower(), "" if known else shape[1].strip())
+        return ToolCall(None, name, {}) if name and not only_tools else None
+    name = by_name.get(shape[1].strip().lower(), "" if only_tools else shape[1].strip())
     return ToolCall(None, name, _arguments(_inside(shape[3], shape[2]), tools.get(name, {}))) if name else None
 
 
 def _inside(text: str, opening: str) -> str:
-    """What is between the bracket and the one that closes it; else the first line's rest."""
+    """Returns the text up to the matching closing bracket; without one, the rest of the first line."""
     depth = 1
     for at, character in enumerate(text):
         depth += (character == opening) - (character == _CLOSES[opening])
@@ -92,11 +94,11 @@ def _arguments(text: str, tool: Mapping[str, Any]) -> dict[str, Any]:
     properties = (tool.get("parameters") or {}).get("properties") or {}
     if text.startswith("{"):
         try:
-            given = parse_json(text)
+            parsed = parse_json(text)
         except InvalidTrajectory:
-            given = None
-        if isinstance(given, dict):
-            return given
+            parsed = None
+        if isinstance(parsed, dict):
+            return parsed
     if not properties:
         return {} if not text else {"argument": text}
     name, schema = next(iter(properties.items()))
@@ -105,6 +107,6 @@ def _arguments(text: str, tool: Mapping[str, Any]) -> dict[str, Any]:
     if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
         value = value[1:-1]
     if schema.get("type", "string") != "string":
-        with contextlib.suppress(InvalidTrajectory):  # the schema tells what is wrong with it
+        with contextlib.suppress(InvalidTrajectory):  # the check against the schema reports the error
             value = parse_json(value)
     return {name: value}

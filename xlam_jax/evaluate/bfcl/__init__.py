@@ -1,1 +1,1 @@
-"""What the suite `bfcl` needs of the Berkeley Function Calling Leaderboard: data, checkers, ways of asking."""
+"""Data, checkers and prompts of the Berkeley Function Calling Leaderboard, for the suite `bfcl`."""

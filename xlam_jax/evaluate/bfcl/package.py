@@ -1,8 +1,8 @@
-"""`bfcl-eval`, from which data and checkers come, and how it is used without what it requires.
+"""The package `bfcl-eval`: its data and checkers, used without its dependencies.
 
-It requires 150 packages in exact versions, of which several cannot stand beside JAX; but its checkers import none of
-them, except through one module: the table of vendors' models. A stand-in takes that module's place while the checker
-is loaded, under no name, so that whoever else imports `bfcl_eval` finds what they would have found.
+It requires exact versions of 150 packages, several of which conflict with JAX. Its checkers import none of them, except
+through one module: the table of vendors' models. A stub replaces that module while the checker is loaded. Neither is
+left in `sys.modules`, so that other users of `bfcl_eval` import the original modules.
 """
 
 import importlib
@@ -21,55 +21,58 @@ from xlam_jax.errors import UserError
 VERSION = "2026.3.23"
 INSTALL = f"run `make eval`, or `pip install --no-deps bfcl-eval=={VERSION}` and `pip install mpmath`"
 MODES = ("fc", "prompt")
-"""Function calling: tools are in the request, and dots in names become underscores. Prompt: they are in its text."""
+"""fc (function calling): tools are a field of the request, and dots in names become underscores. prompt: they are in
+the system prompt."""
 
 _MODELS = "bfcl_eval.constants.model_config"
 _CHECKER = "bfcl_eval.eval_checker.ast_eval.ast_checker"
 _TURNS = "bfcl_eval.eval_checker.multi_turn_eval"
-_runs = itertools.count()
+_world_numbers = itertools.count()
 
 
 class Verdict(NamedTuple):
-    """What a checker says."""
+    """The result of a checker."""
 
     valid: bool
     kind: str = ""
-    """Why not, in a word or two."""
+    """Short code of the failure."""
     words: Any = ""
-    """The checker's own."""
+    """The checker's message."""
 
 
-def data_folder(given: Path | None = None) -> Path:
-    """The folder with `BFCL_v4_*.json`: the user's, or the installed package's. Raises `UserError`."""
+def data_folder(user_folder: Path | None = None) -> Path:
+    """Returns the folder with `BFCL_v4_*.json`: the user's, or that of the installed package. Raises `UserError`."""
     if find_spec("bfcl_eval") is None:
         raise UserError(f"the suite bfcl needs the package bfcl-eval, which is not installed; {INSTALL}")
-    folder = given or Path(str(_module("bfcl_eval").__path__[0]), "data")
+    folder = user_folder or Path(str(_module("bfcl_eval").__path__[0]), "data")
     if not (folder / "BFCL_v4_simple_python.json").exists():
-        raise UserError(f"{folder}: holds no BFCL_v4_simple_python.json; give the folder `data` of bfcl-eval {VERSION}")
+        raise UserError(
+            f"{folder}: contains no BFCL_v4_simple_python.json; give the folder `data` of bfcl-eval {VERSION}"
+        )
     return folder
 
 
 def prompts() -> ModuleType:
-    """The texts of BFCL's prompts, and its limit of steps."""
+    """Returns the module with BFCL's prompts, and its limit of steps."""
     return _module("bfcl_eval.constants.default_prompts")
 
 
 def check_calls(
     functions: Sequence[Mapping[str, Any]], calls: Any, expected: Any, category: str, language: str, mode: str
 ) -> Verdict:
-    """Checks calls, `[{name: arguments}, …]`, against the answers that are possible (BFCL's `ast_checker`)."""
+    """Compares calls, `[{name: arguments}, …]`, with the possible answers (BFCL's `ast_checker`)."""
     checker = _ast_checker()
     try:
-        said = checker.ast_checker(functions, calls, expected, checker.Language(language), category, mode)
-    except Exception as error:  # what a model can answer is more than the checker was written for
+        result = checker.ast_checker(functions, calls, expected, checker.Language(language), category, mode)
+    except Exception as error:  # the checker does not support all possible answers
         return Verdict(False, "checker-failed", f"{type(error).__name__}: {error}")
-    if said["valid"]:
+    if result["valid"]:
         return Verdict(True)
-    where, _, kind = str(said["error_type"]).partition(":")
-    return Verdict(False, _KINDS.get(kind) or where, said["error"])
+    category_of_error, _, kind = str(result["error_type"]).partition(":")
+    return Verdict(False, _FAILURES.get(kind) or category_of_error, result["error"])
 
 
-_KINDS: dict[str, str] = {
+_FAILURES: dict[str, str] = {
     "wrong_func_name": "wrong-function",
     "wrong_count": "wrong-number-of-calls",
     "missing_required": "missing-argument",
@@ -82,23 +85,23 @@ _KINDS: dict[str, str] = {
 
 
 class World:
-    """The simulated classes of one multi-turn task, with their state. Use it in a `with`, which forgets them.
+    """The simulated classes of one multi-turn task, with their state. Use it in a `with`, which deletes the state.
 
-    BFCL executes calls as source text, by `eval`, and keeps the state under the names of model and task; so each world
-    has a model's name of its own, and is given none but calls of the classes' public methods (`source`).
+    BFCL executes calls as source text, with `eval`, and stores the state by the names of model and task. Each world
+    therefore has a unique model name, and only executes calls of the classes' public methods (`to_source`).
     """
 
     def __init__(self, row: Mapping[str, Any]):
         self._row = row
-        self._name = f"world{next(_runs)}"
+        self._name = f"world{next(_world_numbers)}"
         self._utils = _module(f"{_TURNS}.multi_turn_utils")
         self._long = "long_context" in row["id"]
         modules = _module("bfcl_eval.constants.executable_backend_config").CLASS_FILE_PATH_MAPPING
         classes = [getattr(_module(modules[name]), name) for name in row["involved_classes"]]
         self.methods = frozenset(
             name
-            for one in classes
-            for name, _ in inspect.getmembers(one, inspect.isfunction)
+            for cls in classes
+            for name, _ in inspect.getmembers(cls, inspect.isfunction)
             if not name.startswith("_")
         )
 
@@ -106,12 +109,12 @@ class World:
         return self
 
     def __exit__(self, *_: object) -> None:
-        kept = vars(self._utils)
-        for name in [name for name in kept if name.startswith(f"{self._name}_")]:
-            del kept[name]
+        state = vars(self._utils)
+        for name in [name for name in state if name.startswith(f"{self._name}_")]:
+            del state[name]
 
     def execute(self, calls: Sequence[str]) -> list[str]:
-        """Does what calls in `source` form say; returns what each gave, or the error that it met."""
+        """Executes calls in `to_source` form; returns the result or error of each."""
         results, _ = self._utils.execute_multi_turn_func_call(
             list(calls),
             self._row["initial_config"],
@@ -123,21 +126,21 @@ class World:
         return results
 
     def check(self, turns: Sequence[Sequence[Sequence[str]]], expected: Sequence[Sequence[str]]) -> Verdict:
-        """Compares turns of steps of calls in `source` form with the expected ones: the states that they lead to, and
-        what they return (BFCL's `multi_turn_checker`)."""
+        """Compares calls in `to_source` form, indexed by turn, step and call, with the expected ones: the resulting
+        states, and the return values (BFCL's `multi_turn_checker`)."""
         checker = _module(f"{_TURNS}.multi_turn_checker")
         try:
-            said = checker.multi_turn_checker(turns, expected, self._row, self._row["id"], self._name)
-        except Exception as error:  # as above
+            result = checker.multi_turn_checker(turns, expected, self._row, self._row["id"], self._name)
+        except Exception as error:  # as in `check_calls`
             return Verdict(False, "checker-failed", f"{type(error).__name__}: {error}")
-        if said["valid"]:
+        if result["valid"]:
             return Verdict(True)
-        return Verdict(False, said["error_type"].split(":")[-1].replace("_", "-"), said["error_message"])
+        return Verdict(False, result["error_type"].split(":")[-1].replace("_", "-"), result["error_message"])
 
 
 @cache
 def _ast_checker() -> ModuleType:
-    """BFCL's checker of calls, its table of models replaced: a mode takes a model's place."""
+    """Loads BFCL's checker of calls with a stub for the table of models, in which modes replace models."""
     spec = find_spec(_CHECKER)
     if spec is None or spec.loader is None:
         raise UserError(f"the installed bfcl-eval has no {_CHECKER}; {INSTALL}")

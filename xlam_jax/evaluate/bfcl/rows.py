@@ -1,4 +1,4 @@
-"""The tasks of BFCL as its own generator reads them: questions, functions, expected answers."""
+"""Reads the tasks of BFCL like its own generator: questions, functions, expected answers."""
 
 import copy
 import json
@@ -13,9 +13,9 @@ PYTHON = ("simple_python", "multiple", "parallel", "parallel_multiple")
 LIVE = ("live_simple", "live_multiple", "live_parallel", "live_parallel_multiple")
 MULTI_TURN = ("multi_turn_base", "multi_turn_miss_func", "multi_turn_miss_param", "multi_turn_long_context")
 AST = (*PYTHON, "simple_java", "simple_javascript", *LIVE)
-"""Calls are compared with those expected; nothing is executed."""
+"""Categories in which calls are compared with the expected ones; nothing is executed."""
 RELEVANCE = ("irrelevance", "live_irrelevance", "live_relevance")
-"""Whether anything is called at all."""
+"""Categories that only check whether there is a call."""
 CATEGORIES = (*AST, *RELEVANCE, *MULTI_TURN)
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "all": CATEGORIES,
@@ -27,7 +27,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "single_turn": (*AST, *RELEVANCE),
     "multi_turn": MULTI_TURN,
 }
-_ELSEWHERE = ("memory", "web_search", "format_sensitivity")
+_UNSUPPORTED = ("memory", "web_search", "format_sensitivity")
 
 _DOCUMENTS = {
     "GorillaFileSystem": "gorilla_file_system",
@@ -39,7 +39,7 @@ _DOCUMENTS = {
     "TravelAPI": "travel_booking",
     "VehicleControlAPI": "vehicle_control",
 }
-"""Class of a multi-turn task → the file that describes its functions."""
+"""Class of a multi-turn task → name of the file with its functions."""
 
 
 class Row(NamedTuple):
@@ -48,14 +48,14 @@ class Row(NamedTuple):
     id: str
     category: str
     turns: list[list[dict[str, Any]]]
-    """The messages of each of the user's turns; one turn but in multi-turn categories. An empty one hands out functions
+    """The messages of each user turn; more than one turn only in multi-turn categories. An empty turn adds functions
     that were held back."""
     functions: list[dict[str, Any]]
-    """As the checker takes them."""
+    """In the form that the checker expects."""
     held_back: dict[int, list[dict[str, Any]]]
-    """Turn → functions that the model has from then on."""
+    """Turn → functions that are added in that turn."""
     expected: list[Any]
-    """Possible answers, or each turn's calls as source text; nothing in categories of relevance."""
+    """Possible answers, or the calls of each turn as source text; empty in the `RELEVANCE` categories."""
     raw: dict[str, Any]
     """The entry of BFCL's file."""
 
@@ -67,79 +67,86 @@ class Row(NamedTuple):
         )
 
 
-def chosen(text: str) -> tuple[str, ...]:
-    """Categories from a list of names of them, and of groups, with commas. Raises `UserError`."""
+def parse_categories(text: str) -> tuple[str, ...]:
+    """Parses a comma-separated list of categories and groups into categories. Raises `UserError`."""
     names: list[str] = []
     for name in filter(None, (part.strip() for part in text.split(","))):
-        if name in _ELSEWHERE or name.startswith(("memory_", "web_search_")):
-            raise UserError(f"categories: '{name}' needs services of others; run it with bfcl-eval's own command")
+        if name in _UNSUPPORTED or name.startswith(("memory_", "web_search_")):
+            raise UserError(f"categories: '{name}' needs external services; run it with bfcl-eval's own command")
         if name not in CATEGORIES and name not in GROUPS:
-            known = ", ".join([*GROUPS, *CATEGORIES])
-            raise UserError(f"categories: no '{name}'; known: {known}{nearest(name, [*GROUPS, *CATEGORIES])}")
+            supported = ", ".join([*GROUPS, *CATEGORIES])
+            raise UserError(
+                f"categories: there is no '{name}'; known: {supported}{nearest(name, [*GROUPS, *CATEGORIES])}"
+            )
         names.extend(GROUPS.get(name, (name,)))
     if not names:
-        raise UserError(f"categories: names none; known: {', '.join([*GROUPS, *CATEGORIES])}")
+        raise UserError(f"categories: is empty; known: {', '.join([*GROUPS, *CATEGORIES])}")
     return tuple(dict.fromkeys(names))
 
 
-def read(folder: Path, category: str) -> list[Row]:
-    """All rows of a category, in the file's order. Raises `UserError`."""
-    entries = _lines(folder / f"BFCL_v4_{category}.json")
+def read_rows(folder: Path, category: str) -> list[Row]:
+    """Returns all rows of a category, in the order of the file. Raises `UserError`."""
+    entries = _read_lines(folder / f"BFCL_v4_{category}.json")
     if category in RELEVANCE:
         truths: Sequence[Any] = [[]] * len(entries)
-    else:  # by position: some ids differ between the two files
-        truths = [one["ground_truth"] for one in _lines(folder / "possible_answer" / f"BFCL_v4_{category}.json")]
+    else:  # matched by position, as some ids differ between the two files
+        truths = [
+            answer["ground_truth"] for answer in _read_lines(folder / "possible_answer" / f"BFCL_v4_{category}.json")
+        ]
     if len(truths) != len(entries):
-        raise UserError(f"{folder}: {category} has {len(entries)} tasks and {len(truths)} answers; install it anew")
-    return [_row(folder, category, *pair) for pair in zip(entries, truths, strict=True)]
+        raise UserError(f"{folder}: {category} has {len(entries)} tasks and {len(truths)} answers; reinstall bfcl-eval")
+    return [_make_row(folder, category, *pair) for pair in zip(entries, truths, strict=True)]
 
 
-def _row(folder: Path, category: str, entry: dict[str, Any], expected: list[Any]) -> Row:
+def _make_row(folder: Path, category: str, entry: dict[str, Any], expected: list[Any]) -> Row:
     if category not in MULTI_TURN:
         return Row(entry["id"], category, entry["question"], entry["function"], {}, expected, entry)
-    functions = [one for name in entry["involved_classes"] for one in _lines_once(folder, _DOCUMENTS[name])]
+    functions = [
+        function for name in entry["involved_classes"] for function in _read_document(folder, _DOCUMENTS[name])
+    ]
     missed = {int(turn): names for turn, names in entry.get("missed_function", {}).items()}
     held_back = {
-        turn: [one for name in names for one in functions if one["name"] == name] for turn, names in missed.items()
+        turn: [function for name in names for function in functions if function["name"] == name]
+        for turn, names in missed.items()
     }
-    away = {name for names in missed.values() for name in names}
-    functions = [one for one in functions if one["name"] not in away]
+    missed_names = {name for names in missed.values() for name in names}
+    functions = [function for function in functions if function["name"] not in missed_names]
     return Row(entry["id"], category, entry["question"], functions, held_back, expected, entry)
 
 
 @cache
-def _lines_once(folder: Path, name: str) -> list[dict[str, Any]]:
-    return _lines(folder / "multi_turn_func_doc" / f"{name}.json")
+def _read_document(folder: Path, name: str) -> list[dict[str, Any]]:
+    return _read_lines(folder / "multi_turn_func_doc" / f"{name}.json")
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def _read_lines(path: Path) -> list[dict[str, Any]]:
     try:
         with path.open(encoding="utf-8") as lines:
             return [json.loads(line) for line in lines if line.strip()]
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:
-        raise UserError(f"{path}: is no file of JSON lines ({error})") from None
+        raise UserError(f"{path}: is not a file of JSON lines ({error})") from None
 
 
-def described(functions: Sequence[Mapping[str, Any]], language: str) -> list[dict[str, Any]]:
-    """Functions as a model is told them: with the language in the description, and arguments of Java and JavaScript as
-    text, in which their literals are written."""
-    told = copy.deepcopy([dict(one) for one in functions])
-    for one in told:
-        one["description"] += f" Note that the provided function is in {_SYNTAX[language]} syntax."
+def describe(functions: Sequence[Mapping[str, Any]], language: str) -> list[dict[str, Any]]:
+    """Returns the functions for a request: the description names the language, and arguments of Java and JavaScript are
+    strings with the source text of their literals."""
+    described = copy.deepcopy([dict(function) for function in functions])
+    for function in described:
+        function["description"] += f" Note that the provided function is in {_SYNTAX[language]} syntax."
         if language != "python":
-            for parameter in one["parameters"]["properties"].values():
-                _as_text(parameter, _NAMES[language])
-    return told
+            for parameter in function["parameters"]["properties"].values():
+                _convert_to_text(parameter, _NAMES[language])
+    return described
 
 
 _SYNTAX = {"python": "Python 3", "java": "Java 8 SDK", "javascript": "JavaScript"}
 _NAMES = {"java": "Java", "javascript": "JavaScript"}
 
 
-def _as_text(parameter: dict[str, Any], language: str) -> None:
-    """Makes a parameter a text that holds a literal, as BFCL words it."""
+def _convert_to_text(parameter: dict[str, Any], language: str) -> None:
+    """Converts a parameter to a string that contains a literal. The texts are BFCL's."""
     kind = parameter["type"]
     if kind == "any":
         words = f" This parameter can be of any type of {language} object in string representation."

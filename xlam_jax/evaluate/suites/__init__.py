@@ -1,17 +1,17 @@
-"""The suites: each module here that does not begin with `_` is one, known by the module's name, and holds one class.
+"""The suites: each module here that does not begin with `_` defines one, named like the module.
 
-They are imported when they are asked for, and cost nothing before; a module imports what is heavy in its functions.
+A suite is imported when it is requested. Heavy imports are inside functions.
 """
 
-from xlam_jax.evaluate import _named
+from xlam_jax.evaluate import _registry
 from xlam_jax.evaluate.suite import Suite
 
 
 def names() -> list[str]:
-    """All of them."""
-    return _named.names(__name__)
+    """Returns the names of all suites."""
+    return _registry.names(__name__)
 
 
 def load(name: str) -> type[Suite]:
-    """A suite by its name, or by the path of a user's file. Raises `UserError`."""
-    return _named.load("suite", name, __name__, Suite)
+    """Returns a suite, given its name or the path of a user's file. Raises `UserError`."""
+    return _registry.load("suite", name, __name__, Suite)

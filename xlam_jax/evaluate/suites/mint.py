@@ -1,13 +1,13 @@
 """MINT (Wang et al., ICLR 2024, https://arxiv.org/abs/2309.10691): reasoning tasks within k = 1…5 turns.
 
-In each turn the model runs Python code or proposes a solution, of which it has two (one where k is 1). Data are the
-user's: `data/processed/<set>/test_prompts.json` of https://github.com/xingyaoww/mint-bench (Apache-2.0), JSON lines of
-id, prompt, reference (and answer_type in theoremqa).
+In each turn the model runs Python code or proposes a solution; it may propose two (one if k is 1). The user provides
+the data: `data/processed/<set>/test_prompts.json` of https://github.com/xingyaoww/mint-bench (Apache-2.0), JSON lines
+with id, prompt and reference (and answer_type in theoremqa).
 
-Code is only executed with `--set execute=yes`, in `xlam_jax.evaluate.sandbox`. There is no Wikipedia there, which MINT
-gives as a function, and no feedback in words by a second model. Answers are judged as MINT does: numbers within 5 %,
-words by containment, TheoremQA by its types; but letters of options are read as letters, where MINT's own code takes
-any answer in which the letter occurs.
+Code is only executed with `--set execute=yes`, in `xlam_jax.evaluate.sandbox`. Unlike in MINT, there is no Wikipedia
+function, and no feedback by a second model. Answers are judged as in MINT: numbers within 5 %, words by containment,
+TheoremQA by its types. The exception is multiple choice: MINT accepts any answer that contains the right letter, while
+this suite parses the letter of the chosen option.
 """
 
 import ast
@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from xlam_jax.errors import UserError, nearest
-from xlam_jax.evaluate.arithmetic import number
-from xlam_jax.evaluate.sandbox import Sandbox, why_not
+from xlam_jax.evaluate.arithmetic import evaluate
+from xlam_jax.evaluate.sandbox import Sandbox, find_problem
 from xlam_jax.evaluate.suite import Options, Outcome, Suite, Task, setting
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 SETS = ("gsm8k", "hotpotqa", "math", "mmlu", "theoremqa")
 STEPS = (1, 2, 3, 4, 5)
 SOLUTIONS = 2
-"""That may be proposed, as in MINT."""
+"""Maximum number of proposed solutions per task, as in MINT."""
 
 PROMPT = """You solve a task in turns. {tools}
 
@@ -54,7 +54,7 @@ WRONG = "Your answer is wrong."
 
 
 class Question(NamedTuple):
-    """A task and the turns for it."""
+    """A task and its number of turns (`steps`)."""
 
     set: str
     prompt: str
@@ -64,63 +64,70 @@ class Question(NamedTuple):
 
 
 class Mint(Suite):
-    """Success by the number of turns."""
+    """Success rate by number of turns."""
 
     name = "mint"
-    about = "MINT: reasoning tasks in 1 to 5 turns, with Python where --set execute=yes"
+    about = "MINT: reasoning tasks in 1 to 5 turns, with Python code if --set execute=yes"
     main_score = "success"
     settings: ClassVar = {
-        "k": "numbers of turns with commas, 1 to 5 (default: 1,2,3,4,5); each is a run of its own",
-        "sets": f"sets of tasks with commas (default: {','.join(SETS)})",
-        "execute": "yes: the model's Python code is executed, shut in without network (default: no)",
-        "seconds": "for a piece of code (default: 30)",
-        "memory_mb": "for the code's process (default: 2048)",
+        "k": "comma-separated numbers of turns, 1 to 5 (default: 1,2,3,4,5); each is evaluated separately",
+        "sets": f"comma-separated sets of tasks (default: {','.join(SETS)})",
+        "execute": "yes: execute the model's Python code, in a sandbox without network (default: no)",
+        "seconds": "time limit for each piece of code (default: 30)",
+        "memory_mb": "memory limit of the code's process (default: 2048)",
     }
 
     def __init__(self, options: Options):
         super().__init__(options)
         if options.data is None:
             raise UserError("mint: needs --data, a copy of https://github.com/xingyaoww/mint-bench")
-        self._steps = [_step(one) for one in _parts(options, "k", ",".join(map(str, STEPS)))]
-        self._sets = _parts(options, "sets", ",".join(SETS))
-        for one in self._sets:
-            if one not in SETS:
-                raise UserError(f"sets: no '{one}'; known: {', '.join(SETS)}{nearest(one, SETS)}")
+        self._steps = [_parse_turn_count(text) for text in _split_setting(options, "k", ",".join(map(str, STEPS)))]
+        self._sets = _split_setting(options, "sets", ",".join(SETS))
+        for name in self._sets:
+            if name not in SETS:
+                raise UserError(f"sets: there is no '{name}'; known: {', '.join(SETS)}{nearest(name, SETS)}")
         execute = options.extra.get("execute", "no")
         if execute not in ("yes", "no"):
-            raise UserError(f"execute: '{execute}' is neither yes nor no")
+            raise UserError(f"execute: '{execute}' is neither yes nor no; use one of them")
         self._execute = execute == "yes"
         self._seconds = setting(options, "seconds", float, 30.0)
         self._memory = setting(options, "memory_mb", int, 2048)
         for name, limit in (("seconds", self._seconds), ("memory_mb", self._memory)):
             if not 0 < limit < math.inf:
-                raise UserError(f"--set {name}={limit}: is no number over 0")
-        if self._execute and (problem := why_not()):
-            raise UserError(f"execute=yes: the code cannot be shut in on this machine ({problem}); so it is not run")
+                raise UserError(f"--set {name}={limit}: must be a number above 0")
+        if self._execute and (problem := find_problem()):
+            raise UserError(
+                f"execute=yes: this machine does not allow a sandbox ({problem}), so no code is executed; fix that, or "
+                "use execute=no"
+            )
         self._folder = next(
-            (path for path in (options.data / "data" / "processed", options.data) if _files(path, self._sets)), None
+            (path for path in (options.data / "data" / "processed", options.data) if _has_files(path, self._sets)), None
         )
         if self._folder is None:
-            raise UserError(f"{options.data}: holds no {self._sets[0]}/test_prompts.json, nor data/processed with it")
+            raise UserError(
+                f"{options.data}: contains no {self._sets[0]}/test_prompts.json, also not in data/processed; "
+                "check --data and --set sets=…"
+            )
         example = options.data / "mint/tasks/in_context_examples/reasoning/with_tool.txt"
         self._example = example.read_text(encoding="utf-8") if self._execute and example.exists() else ""
 
     def tasks(self) -> list[Task]:
-        """Of each set its first task with all numbers of turns, then of each its second, and so on."""
+        """Returns the first task of each set with all numbers of turns, then the second of each, and so on."""
         assert self._folder
         by_set = [
-            [self._of(name, row) for row in _rows(self._folder / name / "test_prompts.json")] for name in self._sets
+            [self._make_tasks(name, row) for row in _read_rows(self._folder / name / "test_prompts.json")]
+            for name in self._sets
         ]
         return [task for tasks in chain.from_iterable(zip_longest(*by_set)) if tasks for task in tasks]
 
-    def _of(self, name: str, row: dict[str, Any]) -> list[Task]:
-        asked = row["prompt"].strip()
+    def _make_tasks(self, name: str, row: dict[str, Any]) -> list[Task]:
+        prompt = row["prompt"].strip()
         if name == "theoremqa":
-            asked = f"Answer with a number, a list of numbers, or True or False. {asked}"
+            prompt = f"Answer with a number, a list of numbers, or True or False. {prompt}"
         return [
             Task(
                 f"{name}/{row['id']}@{steps}",
-                Question(name, asked, row["reference"], row.get("answer_type", ""), steps),
+                Question(name, prompt, row["reference"], row.get("answer_type", ""), steps),
                 f"{steps}-step",
             )
             for steps in self._steps
@@ -149,7 +156,7 @@ class Mint(Suite):
                     proposal = between(answer.content, "<solution>", "</solution>")
                     if proposal:
                         proposed.append(proposal)
-                        if right(question, proposal):
+                        if is_right(question, proposal):
                             return self._outcome(question, messages, proposed, code_run, step, "")
                         observation = WRONG
                     else:
@@ -161,9 +168,9 @@ class Mint(Suite):
                     observation = NOT_UNDERSTOOD
                 if len(proposed) == solutions:
                     break
-                left = f"{question.steps - step} turn(s) and {solutions - len(proposed)} solution(s) are left."
+                remaining = f"{question.steps - step} turn(s) and {solutions - len(proposed)} solution(s) are left."
                 if step < question.steps:
-                    messages.append({"role": "user", "content": f"Observation:\n{observation}\n{left}"})
+                    messages.append({"role": "user", "content": f"Observation:\n{observation}\n{remaining}"})
         failure = "wrong-answer" if proposed else "no-answer"
         return self._outcome(question, messages, proposed, code_run, None, failure)
 
@@ -191,7 +198,10 @@ class Mint(Suite):
 
 
 def between(text: str, opening: str, closing: str) -> str:
-    """What is between marks, a line for each pair. A pattern would search to the end of the text from each opening."""
+    """Returns the texts between pairs of marks, one line per pair.
+
+    A regular expression would take quadratic time, as it would search to the end of the text from each opening mark.
+    """
     parts, at = [], 0
     while (begin := text.find(opening, at)) >= 0 and (end := text.find(closing, begin + len(opening))) >= 0:
         parts.append(text[begin + len(opening) : end].strip())
@@ -199,24 +209,24 @@ def between(text: str, opening: str, closing: str) -> str:
     return "\n".join(parts)
 
 
-def _parts(options: Options, name: str, default: str) -> list[str]:
-    parts = [part.strip() for part in options.extra.get(name, default).split(",") if part.strip()]
-    if not parts:
-        raise UserError(f"{name}: names nothing; the default is {default}")
-    return list(dict.fromkeys(parts))
+def _split_setting(options: Options, name: str, default: str) -> list[str]:
+    names = [part.strip() for part in options.extra.get(name, default).split(",") if part.strip()]
+    if not names:
+        raise UserError(f"{name}: is empty; the default is {default}")
+    return list(dict.fromkeys(names))
 
 
-def _step(text: str) -> int:
+def _parse_turn_count(text: str) -> int:
     if text not in map(str, STEPS):
-        raise UserError(f"k: '{text}' is no number of turns; known: {', '.join(map(str, STEPS))}")
+        raise UserError(f"k: '{text}' is not a supported number of turns; known: {', '.join(map(str, STEPS))}")
     return int(text)
 
 
-def _files(folder: Path, sets: list[str]) -> bool:
+def _has_files(folder: Path, sets: list[str]) -> bool:
     return all((folder / name / "test_prompts.json").exists() for name in sets)
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def _read_rows(path: Path) -> list[dict[str, Any]]:
     rows = []
     for at, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
@@ -224,17 +234,17 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise UserError(f"{path}:{at}: is no JSON ({error})") from None
+            raise UserError(f"{path}:{at}: is not valid JSON ({error})") from None
         if missing := [key for key in ("id", "prompt", "reference") if not isinstance(row, dict) or key not in row]:
-            raise UserError(f"{path}:{at}: has no '{missing[0]}'; a line is an object of id, prompt and reference")
+            raise UserError(f"{path}:{at}: has no '{missing[0]}'; each line must have id, prompt and reference")
         if not isinstance(row["prompt"], str):
-            raise UserError(f"{path}:{at}: 'prompt' is no text: {row['prompt']!r}")
+            raise UserError(f"{path}:{at}: 'prompt' is not a string: {row['prompt']!r}")
         rows.append(row)
     return rows
 
 
-def right(question: Question, proposal: str) -> bool:
-    """Whether a proposed solution is right."""
+def is_right(question: Question, proposal: str) -> bool:
+    """Returns whether a proposed solution is right."""
     if question.set == "theoremqa":
         return theoremqa(question.reference, question.answer_type, proposal)
     if question.set == "mmlu":
@@ -243,7 +253,7 @@ def right(question: Question, proposal: str) -> bool:
 
 
 def reasoning(reference: str, proposal: str) -> bool:
-    """Two numbers within 5 % of the reference; else the reference's words are in the answer. gsm8k, math, hotpotqa."""
+    """Judges gsm8k, math and hotpotqa: a number within 5 % of the reference, or a text that contains the reference."""
     reference, proposal = reference.strip().lower(), proposal.strip().lower()
     try:
         return abs(float(reference) - float(proposal)) <= 0.05 * abs(float(reference))
@@ -255,7 +265,7 @@ _OPTION = re.compile(r"(?<![a-z])([a-z])\s*\)")
 
 
 def multiple_choice(prompt: str, reference: str, proposal: str) -> bool:
-    """The letter of the right option, with or without its text; or that text alone. mmlu."""
+    """Judges mmlu: the letter of the right option, with or without its text, or the text alone."""
     reference, proposal = reference.strip().lower().strip("() "), proposal.strip().lower()
     letters = set(_OPTION.findall(proposal)) or set(re.findall(r"^\(?([a-z])\)?[.:]?$", proposal))
     if letters:
@@ -266,45 +276,48 @@ def multiple_choice(prompt: str, reference: str, proposal: str) -> bool:
 
 
 def _options(prompt: str) -> dict[str, str]:
-    """Letter → text, from `Options: ['A) 1', 'B) 2']` or `Options: A ) 1 , B ) 2`."""
+    """Parses `Options: ['A) 1', 'B) 2']` or `Options: A ) 1 , B ) 2` into letter → text."""
     *_, listed = prompt.lower().rpartition("options:")
-    marks = list(_OPTION.finditer(listed))
-    ends = [mark.start() for mark in marks[1:]] + [len(listed)]
-    return {mark[1]: listed[mark.end() : end].strip(" ,.'\"[]\n") for mark, end in zip(marks, ends, strict=True)}
+    letters = list(_OPTION.finditer(listed))
+    ends = [mark.start() for mark in letters[1:]] + [len(listed)]
+    return {mark[1]: listed[mark.end() : end].strip(" ,.'\"[]\n") for mark, end in zip(letters, ends, strict=True)}
 
 
 def theoremqa(reference: Any, answer_type: str, proposal: str) -> bool:
-    """By TheoremQA's types: bool and option exactly, integers when rounded, floats within 4 %, lists in any order."""
-    found = _value(proposal)
+    """Judges theoremqa by type: bool and option exactly, integers after rounding, floats within 4 %, lists in any
+    order."""
+    answer = _parse_value(proposal)
     match answer_type.lower():
         case "bool":
-            return isinstance(found, bool) and found == reference
+            return isinstance(answer, bool) and answer == reference
         case "option":
-            return found == str(reference).strip("() ").lower()
+            return answer == str(reference).strip("() ").lower()
         case "integer" | "float":
-            return _close(found, reference)
+            return _is_close(answer, reference)
         case "list of integer" | "list of float":
-            if not isinstance(found, list) or not isinstance(reference, list) or len(found) != len(reference):
+            if not isinstance(answer, list) or not isinstance(reference, list) or len(answer) != len(reference):
                 return False
-            if not all(isinstance(one, int | float) for one in found):
+            if not all(isinstance(value, int | float) for value in answer):
                 return False
-            return all(_close(one, other) for one, other in zip(sorted(found), sorted(reference), strict=True))
+            return all(
+                _is_close(value, expected) for value, expected in zip(sorted(answer), sorted(reference), strict=True)
+            )
     return False
 
 
-def _close(found: Any, reference: Any) -> bool:
-    if not isinstance(found, int | float) or isinstance(found, bool) or not isinstance(reference, int | float):
+def _is_close(value: Any, reference: Any) -> bool:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not isinstance(reference, int | float):
         return False
     try:
         if isinstance(reference, float):
-            return abs(found - reference) <= 0.04 * abs(reference)
-        return round(found) == reference
+            return abs(value - reference) <= 0.04 * abs(reference)
+        return round(value) == reference
     except (OverflowError, ValueError):
         return False
 
 
-def _value(text: str) -> Any:
-    """What an answer in words stands for: a number, a list of numbers, a truth value, or an option's letter."""
+def _parse_value(text: str) -> Any:
+    """Parses an answer: a number, a list of numbers, a truth value, or the letter of an option; None otherwise."""
     text = re.split(r"[=≈]", text)[-1]
     text = re.sub(r"[`$°]|approximately|about", "", text).split(" or ")[0].strip().rstrip(".")
     lower = text.lower()
@@ -320,29 +333,29 @@ def _value(text: str) -> Any:
         parts = text[opening.end() : last].split(",") if opening and last > opening.start() else []
         if len(parts) > LONGEST_LIST:
             return None
-        numbers = [_one(part) for part in parts]
-        return numbers if numbers and None not in numbers else _one(text)
-    return _one(text)
+        numbers = [_parse_number(part) for part in parts]
+        return numbers if numbers and None not in numbers else _parse_number(text)
+    return _parse_number(text)
 
 
 LONGEST_NUMBER = 500
-"""Characters of a number, its unit with it."""
+"""Maximum length of a number with its unit, in characters."""
 LONGEST_LIST = 1000
-"""Numbers of an answer; each is parsed."""
+"""Maximum length of a list of numbers."""
 
 
-def _one(text: str) -> float | int | None:
-    """A number, with a unit before or after it or without, or an expression of numbers."""
+def _parse_number(text: str) -> float | int | None:
+    """Parses a number, with or without a unit before or after it, or an arithmetic expression."""
     text = text.strip()
     if len(text) > LONGEST_NUMBER:
         return None
     if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?", text):
         text = text.replace(",", "")
     for shape in (r"(.*)", r"([-+]?[\d.,]*\d(?:e[-+]?\d+)?)\s*[^\d\s]\S*", r"[^-+\d\s]\S*\s*([-+]?[\d.,]*\d)"):
-        if (found := re.fullmatch(shape, text, re.DOTALL)) is None:
+        if (match := re.fullmatch(shape, text, re.DOTALL)) is None:
             continue
         try:
-            return number(ast.parse(found[1].replace(",", ""), mode="eval").body)
+            return evaluate(ast.parse(match[1].replace(",", ""), mode="eval").body)
         except (SyntaxError, ValueError, ArithmeticError, RecursionError):
             continue
     return None

@@ -1,5 +1,6 @@
-"""Held-out trajectories, teacher-forced: each recorded conversation up to a turn that calls tools, and the model's
-calls beside those recorded. Scored as a run scores its own held-out requests (`xlam_jax.evaluate.next_call`)."""
+"""Held-out trajectories, teacher-forced: the model answers each recorded conversation up to a turn with tool calls, and
+its calls are compared with the recorded ones. Scores are those of a training run's held-out requests
+(`xlam_jax.evaluate.next_call`)."""
 
 from typing import ClassVar
 
@@ -9,28 +10,28 @@ from xlam_jax.errors import UserError
 from xlam_jax.evaluate.agents import Agent
 from xlam_jax.evaluate.endpoint import Model
 from xlam_jax.evaluate.suite import Options, Outcome, Suite, Task, setting
-from xlam_jax.evaluate.suites._rows import wanted
+from xlam_jax.evaluate.suites._rows import check_data
 
 
 class Trajectories(Suite):
-    """`exact`: the same calls; `right_function`: the same functions; `schema_valid`; `parsable`: there is a call."""
+    """The scores are the fields of `next_call.Score`."""
 
     name = "trajectories"
-    about = "the next call in held-out trajectories of your own (--data FILE.jsonl, unified), teacher-forced"
+    about = "the next call in your held-out trajectories (--data FILE.jsonl, unified format), teacher-forced"
     settings: ClassVar = {
-        "turns": "`one` turn of each trajectory (the default, as in a training run), or `all` that call tools"
+        "turns": "`one` turn of each trajectory (the default, as in training), or `all` turns that call tools"
     }
     main_score = "exact"
 
     def __init__(self, options: Options):
         super().__init__(options)
-        self._path = wanted(self.name, options.data, "a JSONL file of unified trajectories")
+        self._path = check_data(self.name, options.data, "a JSONL file of unified trajectories")
         self._turns = setting(options, "turns", str, "one")
         if self._turns not in ("one", "all"):
-            raise UserError(f"--set turns={self._turns}: is neither `one` nor `all`")
+            raise UserError(f"--set turns={self._turns}: must be `one` or `all`")
 
     def tasks(self) -> list[Task]:
-        """Raises `UserError` for a row that is no trajectory, and where none calls a tool."""
+        """Returns the requests. Raises `UserError` for an invalid trajectory, and if none calls a tool."""
         from xlam_jax.evaluate import next_call
 
         samples = []
@@ -45,18 +46,20 @@ class Trajectories(Suite):
             requests = list(next_call.requests(samples))
         else:
             requests = [
-                next_call.request(source, one, turn) for source, one in samples for turn in next_call.turns(one)
+                next_call.request(source, trajectory, turn)
+                for source, trajectory in samples
+                for turn in next_call.turns(trajectory)
             ]
         if not requests:
-            raise UserError(f"{self._path}: no turn of its {len(samples)} trajectories calls a tool; give others")
-        names = [f"{one.source}/{one.id}/{one.turn}" for one in requests]
+            raise UserError(f"{self._path}: no turn of its {len(samples)} trajectories calls a tool; use another file")
+        names = [f"{request.source}/{request.id}/{request.turn}" for request in requests]
         if len(set(names)) < len(names):
-            twice = next(name for at, name in enumerate(names) if name in names[:at])
-            raise UserError(f"{self._path}: two trajectories have the id {twice.rsplit('/', 1)[0]}; ids are unique")
-        return [Task(name, one, one.source) for name, one in zip(names, requests, strict=True)]
+            duplicate = next(name for at, name in enumerate(names) if name in names[:at])
+            raise UserError(f"{self._path}: two trajectories have the id {duplicate.rsplit('/', 1)[0]}; ids are unique")
+        return [Task(name, request, request.source) for name, request in zip(names, requests, strict=True)]
 
     async def run(self, task: Task, model: Model, agent: Agent) -> Outcome:
-        """One request."""
+        """Sends one request and scores the calls."""
         from xlam_jax.evaluate import next_call
 
         request = task.data
@@ -75,4 +78,4 @@ class Trajectories(Suite):
             )
         scores = {name: float(value) for name, value in score._asdict().items()}
         expected = [{"name": call.name, "arguments": call.arguments} for call in request.expected]
-        return Outcome(scores, [*answer.asked, answer.message], failure, {"expected": expected})
+        return Outcome(scores, [*answer.prompt, answer.message], failure, {"expected": expected})

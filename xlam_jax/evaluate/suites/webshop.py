@@ -1,7 +1,8 @@
-"""WebShop (Yao et al., arXiv 2207.01206): buy what a request describes, in the original's server or one with its pages.
+"""WebShop (Yao et al., arXiv 2207.01206): buy the product that a request describes, on the original server or one with
+the same pages.
 
-Each page is fetched and shown as text: [what can be clicked] in brackets, as in ReAct's prompts. Links, forms and
-options are followed as they stand on the page. Reward and success are what the server says when something is bought.
+Each page is fetched and shown as text, with [clickable elements] in brackets, as in ReAct's prompts. The suite follows
+the links, forms and options of the pages. The server computes the reward of a purchase.
 """
 
 from collections.abc import Mapping
@@ -18,14 +19,14 @@ from xlam_jax.evaluate.suite import AgentSuite, Demonstration, Options, Step, Ta
 SCORE = "Your score (min 0.0, max 1.0)"
 TOOLS = [
     text_tool("search", "Searches the shop; possible where the page has [Search].", "query"),
-    text_tool("click", "Clicks what stands in [brackets] on the page: a button, product or option.", "element"),
+    text_tool("click", "Clicks an element in [brackets] on the page: a button, product or option.", "element"),
 ]
 _EMPTY = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
 _HIDDEN = {"script", "style", "head", "title", "iframe"}
 
 
 class WebShop(AgentSuite):
-    """`reward` as the server gives it, `success`: the reward is 1; without a purchase both are 0."""
+    """`reward` is computed by the server; `success` means that it is 1. Without a purchase both are 0."""
 
     name = "webshop"
     about = "buy what a request describes, at a WebShop server (--set url=http://localhost:3000)"
@@ -33,7 +34,7 @@ class WebShop(AgentSuite):
     settings: ClassVar[Mapping[str, str]] = {
         **AgentSuite.settings,
         "url": "the server's address (default: http://localhost:3000)",
-        "tasks": "requests fixed_0 … fixed_N-1 are asked (default: 500, the original's test split)",
+        "tasks": "number N of requests, fixed_0 … fixed_N-1 (default: 500, the original's test split)",
     }
     max_steps = 15
     examples = (
@@ -62,29 +63,29 @@ class WebShop(AgentSuite):
             ),
         ),
     )
-    labour = {"search_agent": ["search"], "click_agent": ["click"]}  # noqa: RUF012 - as the base class has it
+    labour = {"search_agent": ["search"], "click_agent": ["click"]}  # noqa: RUF012 - declared in the base class
 
     def __init__(self, options: Options):
         super().__init__(options)
         if options.data is not None:
-            raise UserError(f"--data {options.data}: webshop reads no data; its server has them (--set url=…)")
+            raise UserError(f"--data {options.data}: webshop takes no data; they are on its server (--set url=…)")
         self._url = setting(options, "url", str, "http://localhost:3000").rstrip("/")
         check_address("--set url", self._url)
         self._count = setting(options, "tasks", int, 500)
         if self._count < 1:
-            raise UserError(f"--set tasks={self._count}: is less than 1")
+            raise UserError(f"--set tasks={self._count}: must be at least 1")
 
     def tasks(self) -> list[Task]:
-        """The server's requests, by their sessions."""
+        """Returns one task per request of the server; a task's id is the name of its session."""
         return [Task(f"fixed_{at}", f"fixed_{at}") for at in range(self._count)]
 
     def environment(self, task: Task) -> "Shopping":
-        """A session of its own."""
+        """Returns a new session."""
         return Shopping(self._url)
 
 
 class Shopping:
-    """One request, and the page that is open."""
+    """The environment of one request, with the open page."""
 
     def __init__(self, url: str):
         self._url = url
@@ -94,36 +95,36 @@ class Shopping:
         self._reward: float | None = None
 
     async def reset(self, task: Task) -> tuple[str, list[dict[str, Any]]]:
-        """The request, and search and click."""
+        """Returns the request, and the tools search and click."""
         await self._open(f"{self._url}/{task.data}")
         if not self._page.instruction or self._page.search is None:
-            told = self._page.text[:100]
+            beginning = self._page.text[:100]
             raise EndpointFault(
-                "environment", f"{self._at}: is no page of WebShop with a request and a search: {told!r}"
+                "environment", f"{self._at}: is not a WebShop page with a request and a search: {beginning!r}"
             )
         return f"{self._page.instruction}\n{self._page.text}", TOOLS
 
     async def step(self, action: ToolCall) -> Step:
-        """Searches or clicks."""
+        """Executes search or click."""
         argument = next(iter(action.arguments.values())).strip()
         if action.name == "search":
             if self._page.search is None:
                 return Step(f"This page has no search. Click one of: {self._listed()}")
             if not argument:
                 return Step("A search needs words.")
-            # the original reads the words from an address, in which a slash parts them from the rest
+            # the original parses the words from a URL, in which a slash ends them
             await self._open(urljoin(self._at, self._page.search), {"search_query": argument.replace("/", " ")})
             self._chosen = {}
             return Step(self._page.text)
-        wanted = argument.strip("[]").strip().lower()
-        found = next((name for name in self._page.clickable if name.lower() == wanted), None)
-        if found is None:
+        label = argument.strip("[]").strip().lower()
+        name = next((name for name in self._page.clickable if name.lower() == label), None)
+        if name is None:
             return Step(f"There is no [{argument}]{nearest(argument, self._page.clickable)}. Click: {self._listed()}")
-        if found in self._page.options:
-            self._chosen[self._page.options[found]] = found
-        elif "/item_" not in self._page.clickable[found]:
+        if name in self._page.options:
+            self._chosen[self._page.options[name]] = name
+        elif "/item_" not in self._page.clickable[name]:
             self._chosen = {}
-        await self._open(urljoin(self._at, self._page.clickable[found]))
+        await self._open(urljoin(self._at, self._page.clickable[name]))
         if self._page.score is not None:
             self._reward = self._page.score
             return Step(f"Bought. {SCORE}: {self._reward}", self._reward, done=True)
@@ -131,7 +132,7 @@ class Shopping:
         return Step(f"Chosen: {chosen}\n{self._page.text}" if chosen and self._page.options else self._page.text)
 
     def outcome(self) -> tuple[Mapping[str, float], str, Mapping[str, Any]]:
-        """The server's reward."""
+        """Returns the server's reward."""
         reward = self._reward or 0.0
         failure = (
             "no-purchase" if self._reward is None else "" if reward == 1 else "partly-right" if reward else "wrong"
@@ -147,16 +148,16 @@ class Shopping:
 
 
 class Page(HTMLParser):
-    """A page of WebShop as text."""
+    """Parses a page of WebShop into text, links and options."""
 
     def __init__(self, html: str):
         super().__init__()
         self.clickable: dict[str, str] = {}
-        """What can be clicked, and where it leads; of two with one name the first."""
+        """Label of a clickable element → its URL; of equal labels, the first."""
         self.options: dict[str, str] = {}
-        """What of it is an option, and of which name."""
+        """Label of a clickable element that is an option → the option's name, such as color."""
         self.search: str | None = None
-        """Where the search is sent, if the page has one."""
+        """URL of the search form; None if the page has none."""
         self.instruction = ""
         self._lines: list[str] = []
         self._open: list[tuple[str, bool, bool]] = []  # tag, hidden, in the instruction
@@ -168,34 +169,36 @@ class Page(HTMLParser):
 
     @property
     def text(self) -> str:
-        """What is seen, a line each, options in one line with their name."""
+        """The visible text, one element per line; options are in the line of their name."""
         return "\n".join(self._lines)
 
     @property
     def score(self) -> float | None:
-        """The reward, on the last page."""
+        """The reward on the last page; None on all others."""
         try:
             return float(self._lines[self._lines.index(SCORE) + 1])
         except (ValueError, IndexError):
             return None
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        given = {name: value or "" for name, value in attrs}
+        attributes = {name: value or "" for name, value in attrs}
         if tag == "form":
-            self._form = given.get("action", "")
+            self._form = attributes.get("action", "")
         elif tag == "a":
-            self._link = given.get("href", "")
+            self._link = attributes.get("href", "")
         elif tag == "label":
-            self._label = given.get("for", "")
+            self._label = attributes.get("for", "")
         elif tag == "input":
-            if given.get("name") == "search_query":
+            if attributes.get("name") == "search_query":
                 self.search = self._form
-            if "data-url" in given:
-                self._radios[given.get("id", "")] = (given["data-url"], given.get("name", ""))
+            if "data-url" in attributes:
+                self._radios[attributes.get("id", "")] = (attributes["data-url"], attributes.get("name", ""))
         if tag not in _EMPTY:
             last = self._open[-1] if self._open else ("", False, False)
-            hidden = last[1] or tag in _HIDDEN or "hidden" in given or "display:none" in given.get("style", "")
-            self._open.append((tag, hidden, last[2] or given.get("id") == "instruction-text"))
+            hidden = (
+                last[1] or tag in _HIDDEN or "hidden" in attributes or "display:none" in attributes.get("style", "")
+            )
+            self._open.append((tag, hidden, last[2] or attributes.get("id") == "instruction-text"))
 
     def handle_endtag(self, tag: str) -> None:
         if tag == "form":
@@ -204,11 +207,11 @@ class Page(HTMLParser):
             self._link = ""
         elif tag == "label":
             self._label = ""
-        # the original closes some headings with another one's tag
-        level = {"h1", "h2", "h3", "h4", "h5", "h6", "p"}
+        # the original closes some headings with the tag of another level
+        headings = {"h1", "h2", "h3", "h4", "h5", "h6", "p"}
         for at in range(len(self._open) - 1, -1, -1):
             opened = self._open[at][0]
-            if opened == tag or (tag in level and opened in level):
+            if opened == tag or (tag in headings and opened in headings):
                 del self._open[at:]
                 return
             if opened in ("div", "body", "html", "head") and tag != "html":
