@@ -149,8 +149,8 @@ def test_numbers_in_a_header_are_those_resolved(name):
         "lora.alpha": r"α (\d+)",
         "objective.beta": r"β (\d+\.\d+)",
         "train.learning_rate": r"learning rate (\d+e-\d+)",
-        "train.end_learning_rate": r"cosine to (\d+e-\d+|0)",
-        "train.warmup_steps": r"(\d+)\s+steps of warm-up",
+        "train.end_learning_rate": r"cosine decay to (\d+e-\d+|0)",
+        "train.warmup_steps": r"(\d+)\s+warm-up\s+steps",
     }
     for key, pattern in said.items():
         for number in re.findall(pattern, text):
