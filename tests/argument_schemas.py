@@ -1,4 +1,4 @@
-"""Schemas of tool arguments: what a grammar follows, with arguments that fit and that do not, and what it cannot."""
+"""Schemas of tool arguments: supported by the grammar, with matching and non-matching arguments, and unsupported."""
 
 from typing import Any
 
