@@ -1,4 +1,4 @@
-"""Fixtures of all tests: a tiny run, and a way to start the commands as a user does."""
+"""Fixtures of all tests: a tiny run, and a way to start commands like a user."""
 
 import fcntl
 import json
@@ -19,12 +19,12 @@ Once = Callable[[str, Callable[[Path], str]], tuple[Path, str]]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Compiled programs are shared by all tests of a session, by its workers and by the commands that they start."""
+    """Shares compiled programs among all tests of a session, its workers, and the commands that they start."""
     if hasattr(config, "workerinput"):
         return
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     compiled = tempfile.mkdtemp(prefix="compiled-")
-    # Python's own bytecode, too: some machines are set up to keep none, and each start compiles 1,700 modules in 10 s
+    # also Python bytecode: on machines that do not store it, each start compiles 1,700 modules in 10 s
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     os.environ |= {
         "PYTHONPYCACHEPREFIX": f"{compiled}/bytecode",
@@ -43,7 +43,8 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
-    """Has a folder made by the first worker that asks for it: `once(name, make)` gives it, and what `make` said."""
+    """Returns `once(name, make)`, which has a folder created by the first worker that needs it, and returns the folder
+    and the result of `make`."""
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
@@ -60,14 +61,14 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
 
 @pytest.fixture(scope="session")
 def environment() -> dict[str, str]:
-    """The environment of commands that tests start: without torch, which takes longer to import than all else."""
+    """The environment of commands that tests start: without torch, whose import takes longer than all others."""
     path = os.pathsep.join(map(str, (ROOT / "tests/core_only", ROOT, ROOT / "tests")))
     return {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1", "PYTHONPATH": path}
 
 
 @pytest.fixture(scope="session")
 def eight_devices(environment: dict[str, str]) -> dict[str, str]:
-    """The same, with the CPU split into 8 devices as `parallel.mesh.split_cpu` does it."""
+    """The same, with the CPU split into 8 devices like by `parallel.mesh.split_cpu`."""
     return environment | {"JAX_NUM_CPU_DEVICES": "8", "PJRT_NPROC": "34"}
 
 
@@ -103,7 +104,7 @@ checkpoint: {{every: 3}}
 
 @pytest.fixture(scope="session")
 def trained(commands: Commands, tiny_config: Path, once: Once) -> tuple[Path, str]:
-    """The folder of a finished run of the tiny config, and what the command said. To read, not to write."""
+    """The folder of a finished run of the tiny config, and the output of the command. Read-only."""
     return once(
         "trained",
         lambda run: (
@@ -114,7 +115,7 @@ def trained(commands: Commands, tiny_config: Path, once: Once) -> tuple[Path, st
 
 @pytest.fixture(scope="session")
 def exported(commands: Commands, trained: tuple[Path, str], once: Once) -> Path:
-    """The finished run as a Hugging Face folder. To read, not to write."""
+    """The finished run as a Hugging Face folder. Read-only."""
     return once(
         "exported",
         lambda folder: commands.run("converters.orbax_to_hf", "--checkpoint", trained[0], "--out", folder).stderr,
@@ -123,7 +124,7 @@ def exported(commands: Commands, trained: tuple[Path, str], once: Once) -> Path:
 
 @pytest.fixture
 def libtpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The TPU's compiler in this process, without a cache: what it compiled can't be read back without a TPU."""
+    """The TPU compiler in this process, without a cache, because compiled programs cannot be loaded without a TPU."""
     import jax
     import jax.numpy as jnp
 

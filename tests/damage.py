@@ -1,4 +1,4 @@
-"""Kinds of damage to the files of a checkpoint, and what reading it afterwards comes to."""
+"""Kinds of damage to the files of a checkpoint, and the outcome of reading it."""
 
 import random
 import shutil
@@ -26,7 +26,7 @@ def flip(path: Path, at: int, bit: int = 0) -> None:
 
 
 def damage(path: Path, kind: str, seed: str) -> None:
-    """Damages a file; the same seed chooses the same place."""
+    """Damages a file; the same seed selects the same place."""
     draw = random.Random(f"{kind} {seed}")
     size = path.stat().st_size
     if kind == "delete":
@@ -45,12 +45,12 @@ def damage(path: Path, kind: str, seed: str) -> None:
 
 
 def bits(tree: Any) -> list[bytes]:
-    """The bytes of a tree's arrays."""
+    """Returns the bytes of a tree's arrays."""
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
 
 
 def resumed(run: Path, items: dict[str, Any]) -> tuple[int, Any]:
-    """The step that a run continues from, and all that it reads there. Raises `UserError`."""
+    """Returns the step from which a run continues, and everything that it reads there. Raises `UserError`."""
     newest = max(checkpoint.whole_steps(run), default=0)
     restored = restore_newest(run, newest, items, on_damage="fallback", hosts=Hosts(), report=lambda line: None)
     rest = {key: value for key, value in restored.metadata.items() if key != checkpoint.DIGEST}
@@ -58,7 +58,7 @@ def resumed(run: Path, items: dict[str, Any]) -> tuple[int, Any]:
 
 
 def read_for_export(folder: Path) -> Any:
-    """All that an export reads. Raises `UserError`."""
+    """Returns everything that an export reads. Raises `UserError`."""
     step = checkpoint.resolve(folder)
     tokenizer = checkpoint.tokenizer_dir(step)
     files = {path.name: path.read_bytes() for path in sorted(tokenizer.iterdir())} if tokenizer else {}
@@ -66,7 +66,8 @@ def read_for_export(folder: Path) -> Any:
 
 
 def outcome(read: Callable[[], Any], expected: dict[Any, Any]) -> str:
-    """What reading came to: `expected` maps results to names. Anything but a `UserError` is raised."""
+    """Returns the outcome of reading: `expected` maps results to names. Exceptions other than `UserError` are
+    raised."""
     try:
         result = read()
     except UserError:
@@ -78,14 +79,14 @@ def outcome(read: Callable[[], Any], expected: dict[Any, Any]) -> str:
 
 
 def files_of(folder: Path, step: str) -> list[Path]:
-    """What is read back of a run or a converted model, relative to its folder."""
+    """Returns the files of a run or a converted model that are read again, relative to its folder."""
     own = [path for path in (folder / checkpoint.STEPS / step).rglob("*") if path.is_file()]
     beside = [folder / checkpoint.HF_CONFIG, *(folder / checkpoint.TOKENIZER).iterdir()]
     return sorted(path.relative_to(folder) for path in own + beside if path.stat().st_size)
 
 
 def copy(folder: Path, to: Path) -> Path:
-    """A copy of what is read back."""
+    """Copies these files."""
     shutil.rmtree(to, ignore_errors=True)
     shutil.copytree(folder, to, ignore=shutil.ignore_patterns("tensorboard", "*.png", "hf"))
     return to

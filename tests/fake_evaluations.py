@@ -1,4 +1,4 @@
-"""Folders of evaluations as a command would leave them, with texts that try to be HTML."""
+"""Folders of evaluations like those of the command, with texts that contain HTML."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ EVIL = "</script><script>document.title = 'taken'</script><img src=http://127.0.
 
 
 def example(at: int) -> dict[str, Any]:
-    """Of three one is right, one wrong, and one an error now and then."""
+    """Returns a record: one of three is right, one wrong, and some are errors."""
     group = ("easy", "medium", "hard")[at % 3]
     messages = [
         {"role": "user", "content": f"Question: number {at}? {EVIL}"},

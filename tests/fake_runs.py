@@ -1,4 +1,4 @@
-"""Run folders as a training run leaves them, with made-up numbers: to be read by what reads runs."""
+"""Run folders like those of a training run, with invented numbers, for tests of readers."""
 
 import json
 from pathlib import Path
@@ -71,7 +71,7 @@ def write_run(
 
 
 def make_config(folder: Path, steps: int, pairs: bool, sources: tuple[str, ...], changes: dict[str, Any]) -> Config:
-    """A config whose sources are not there."""
+    """Returns a config whose sources do not exist."""
     form = "pairs" if pairs else "unified"
     values: dict[str, Any] = {
         "output_dir": str(folder),
@@ -94,14 +94,14 @@ def make_config(folder: Path, steps: int, pairs: bool, sources: tuple[str, ...],
 
 
 def _level(step: float, steps: int, at: int) -> float:
-    """Where a source's loss is after a step."""
+    """Returns the loss of a source after a step."""
     return 0.25 + 0.08 * at + (1.9 - 0.2 * at) * np.exp(-8 * step / steps)
 
 
 def train_record(
     rng: np.random.Generator, step: int, steps: int, pairs: bool, sources: tuple[str, ...]
 ) -> dict[str, Any]:
-    """A step's record."""
+    """Returns the record of a step."""
     counts = [max(0, int(rng.normal(SHARES[at % 4] * TRAINED[at % 4] * 100, 900))) for at in range(len(sources))]
     if pairs:
         counts = [int(rng.poisson(SHARES[at % 4] * 24)) for at in range(len(sources))]
@@ -132,7 +132,7 @@ def train_record(
 def heldout_record(
     rng: np.random.Generator, step: int, steps: int, pairs: bool, sources: tuple[str, ...]
 ) -> dict[str, Any]:
-    """The record of an evaluation."""
+    """Returns the record of an evaluation."""
     levels = [1.06 * _level(step, steps, at) for at in range(len(sources))]
     record: dict[str, Any] = {
         "step": step,
@@ -173,7 +173,7 @@ CITIES = ("Oslo", "Quito", "Tromsø", "Bogotá", "Kyoto", "Tunis")
 
 
 def sample(at: int, share: float, step: int) -> dict[str, Any]:
-    """The answer to the `at`-th request; the larger `share`, the better."""
+    """Returns the answer to the `at`-th request; it is better for larger `share`."""
     city = CITIES[at % len(CITIES)]
     expected = [{"name": "get_weather", "arguments": {"city": city, "unit": "celsius", "days": at % 3 + 1}}]
     if at % 3 == 0:

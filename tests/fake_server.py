@@ -1,4 +1,4 @@
-"""A real HTTP server on a thread, which answers what a test tells it to."""
+"""A real HTTP server in a thread, with answers defined by the test."""
 
 import json
 import threading
@@ -42,14 +42,14 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Running:
-    """A server and what it was asked."""
+    """A server and the requests that it received."""
 
     def __init__(self, server: Any):
         self._server = server
         self.url = f"http://127.0.0.1:{server.server_port}/v1"
 
     def answer(self, *replies: Reply) -> None:
-        """Answers the requests from now on with these."""
+        """Sets the answers to the following requests."""
         self._server.replies = list(replies)
 
     @property
@@ -64,7 +64,7 @@ class _Server(ThreadingHTTPServer):
 
 @contextmanager
 def serve(*replies: Reply) -> Iterator[Running]:
-    """Answers the requests in order, the last reply for all that follow."""
+    """Answers the requests in order; the last answer is repeated for all further ones."""
     server: Any = _Server(("127.0.0.1", 0), Handler)
     server.replies, server.requests = list(replies), []
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
@@ -78,13 +78,13 @@ def serve(*replies: Reply) -> Iterator[Running]:
 
 
 def call(name: str, arguments: Any, id: str = "call_1") -> dict[str, Any]:
-    """A call as servers write it; arguments that are no text become JSON."""
+    """Returns a call in the form of a server; arguments other than strings are encoded as JSON."""
     text = arguments if isinstance(arguments, str) else json.dumps(arguments)
     return {"id": id, "type": "function", "function": {"name": name, "arguments": text}}
 
 
 def says(content: str | None, calls: list[dict[str, Any]] | None = None, finish: str = "stop") -> Reply:
-    """A completion, in pieces of three characters where a stream is asked for."""
+    """Answers with a completion; if a stream is requested, in pieces of three characters."""
 
     def reply(handler: Handler, request: dict[str, Any]) -> None:
         if not request.get("stream"):
@@ -106,7 +106,7 @@ def says(content: str | None, calls: list[dict[str, Any]] | None = None, finish:
 
 
 def sends(message: dict[str, Any], deltas: list[dict[str, Any]], finish: str = "stop") -> Reply:
-    """A message as it is, or the deltas where a stream is asked for."""
+    """Answers with a message unchanged; if a stream is requested, with the deltas."""
 
     def reply(handler: Handler, request: dict[str, Any]) -> None:
         if request.get("stream"):
@@ -118,7 +118,7 @@ def sends(message: dict[str, Any], deltas: list[dict[str, Any]], finish: str = "
 
 
 def events(deltas: list[dict[str, Any]], finish: str | None, cut: bool = False) -> Reply:
-    """A stream of deltas. Without `finish` it ends too early; with `cut` the connection does."""
+    """Answers with a stream of deltas. Without `finish` the stream ends early; with `cut` the connection closes."""
 
     def reply(handler: Handler, request: dict[str, Any]) -> None:
         handler.send_response(200)
@@ -139,21 +139,21 @@ def events(deltas: list[dict[str, Any]], finish: str | None, cut: bool = False) 
 
 
 def answers(status: int, body: str, kind: str = "application/json") -> Reply:
-    """Any status and body."""
+    """Answers with any status and body."""
     return lambda handler, request: handler.send(status, body, kind)
 
 
 def hangs_up(handler: Handler, request: dict[str, Any]) -> None:
-    """Closes the connection without a word."""
+    """Closes the connection without an answer."""
     handler.close_connection = True
 
 
 def never(handler: Handler, request: dict[str, Any]) -> None:
-    """Gives no answer for as long as the client waits."""
+    """Gives no answer while the client waits."""
     handler.rfile.read(1)  # nothing comes, until the client hangs up
     handler.close_connection = True
 
 
 def refuses(status: int, message: str) -> Reply:
-    """An error as OpenAI's API tells it."""
+    """Answers with an error in the form of OpenAI's API."""
     return answers(status, json.dumps({"error": {"message": message, "type": "error", "code": status}}))

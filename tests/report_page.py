@@ -1,4 +1,4 @@
-"""Reads a report's page back: what is drawn, as numbers."""
+"""Parses a report page: the plotted curves as numbers."""
 
 import re
 from html.parser import HTMLParser
@@ -51,16 +51,16 @@ class Page(HTMLParser):
 
     @property
     def text(self) -> str:
-        """All that is to be read."""
+        """All visible text."""
         return " ".join(" ".join(self._texts).split())
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        given = {name: value or "" for name, value in attrs}
-        self.tags.append((tag, given))
+        attributes = {name: value or "" for name, value in attrs}
+        self.tags.append((tag, attributes))
         if tag == "figure":
-            self._figure = {"given": [given], "paths": [], "caption": [], "legend": []}
-        if tag == "path" and given["class"].split()[0] not in ("grid", "base"):
-            self._figure["paths"].append(given)
+            self._figure = {"attributes": [attributes], "paths": [], "caption": [], "legend": []}
+        if tag == "path" and attributes["class"].split()[0] not in ("grid", "base"):
+            self._figure["paths"].append(attributes)
         if tag not in VOID and tag != "path":
             self._open.append(tag)
 
@@ -85,8 +85,10 @@ class Page(HTMLParser):
                     self._figure[part].append(data)
 
 
-def _figure(given: list[dict[str, str]], paths: list[dict[str, str]], caption: list[str], legend: list[str]) -> Figure:
-    low, high, log = float(given[0]["data-low"]), float(given[0]["data-high"]), "data-log" in given[0]
+def _figure(
+    attributes: list[dict[str, str]], paths: list[dict[str, str]], caption: list[str], legend: list[str]
+) -> Figure:
+    low, high, log = float(attributes[0]["data-low"]), float(attributes[0]["data-high"]), "data-log" in attributes[0]
     curves: dict[str, Curve] = {}
     unnamed: dict[str, list[Curve]] = {}
     for path in paths:
@@ -118,5 +120,5 @@ def _curve(data: str, low: float, high: float, log: bool) -> Curve:
 
 
 def read(path: Path) -> Page:
-    """The page of a file."""
+    """Parses the page in a file."""
     return Page(path.read_text(encoding="utf-8"))

@@ -8,20 +8,20 @@ TRADES = ("baker", "glazier", "cooper", "weaver", "printer", "miller", "potter",
 
 
 def pages() -> list[dict[str, str]]:
-    """200 pages: a hundred people, and the street that each lived in."""
-    found = []
+    """Returns 200 pages: a hundred people, and the street in which each lived."""
+    rows = []
     for at, (place, trade) in enumerate((place, trade) for place in PLACES for trade in TRADES):
         street = f"{trade.title()} Street ({place})"
-        found.append(
+        rows.append(
             {
                 "title": f"The {trade} of {place}",
                 "text": f"The {trade} of {place} was known everywhere. Many visited. Few stayed. It rained. It snowed."
                 f" The workshop stood in {street}.",
             }
         )
-        found.append({"title": street, "text": f"{street} is a street. It was laid out in {1500 + at}."})
-    assert len(found) == 200
-    return found
+        rows.append({"title": street, "text": f"{street} is a street. It was laid out in {1500 + at}."})
+    assert len(rows) == 200
+    return rows
 
 
 def question(place: str, trade: str) -> str:

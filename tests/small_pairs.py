@@ -1,4 +1,4 @@
-"""Pairs that differ in the function that is called, and a config that trains a tiny dense model on them."""
+"""Pairs whose sides call different functions, and a config that trains a tiny dense model on them."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ MODEL = {
 
 
 def row(number: int) -> dict[str, Any]:
-    """A pair whose chosen side takes the thing; the rejected one leaves it and looks again."""
+    """Returns a pair whose chosen side takes the thing; the rejected side leaves it and looks again."""
 
     def call(name: str) -> dict[str, Any]:
         function = {"name": name, "arguments": {"thing": number}}

@@ -1,4 +1,4 @@
-"""What tests draw with hypothesis: arbitrary JSON and worse, and rows with a few of their parts broken."""
+"""Hypothesis strategies: arbitrary JSON and invalid values, and rows with some of their parts broken."""
 
 import copy
 from typing import Any
@@ -30,7 +30,7 @@ JSON = st.recursive(
 
 @st.composite
 def broken(draw, row: dict) -> object:
-    """A row with up to four of its parts, at any depth, replaced by anything or removed."""
+    """Returns a row with up to four of its parts, at any depth, replaced by anything or removed."""
     row = copy.deepcopy(row)
     for _ in range(draw(st.integers(1, 4))):
         at: Any = row

@@ -1,4 +1,4 @@
-"""What tests share that is no fixture: starting commands, reading runs, comparing arrays."""
+"""Helpers shared by tests, except fixtures: starting commands, reading runs, comparing arrays."""
 
 import contextlib
 import importlib
@@ -23,13 +23,13 @@ ROOT = Path(__file__).parent.parent
 
 
 def deadline(seconds: float) -> float:
-    """How long to wait for what must be done within `seconds`: exactly so long in `make test-nightly`, which is for an
-    idle machine, and else long enough for a busy one, so that only what hangs for ever fails."""
+    """Returns the time limit for something that should take at most `seconds`: exactly that in `make test-nightly`,
+    which needs an idle machine; otherwise long enough for a busy machine, so that only hangs fail."""
     return seconds if "REAL_DEADLINES" in os.environ else 20 * seconds
 
 
 def wait_until(condition: Callable[[], object], *, within: float = 60) -> None:
-    """Returns as soon as a condition holds; fails when it does not within a `deadline`."""
+    """Returns as soon as a condition holds; fails if it does not hold within a `deadline`."""
     until = time.monotonic() + deadline(within)
     while not condition():
         assert time.monotonic() < until, "it did not come to pass in time"
@@ -37,7 +37,7 @@ def wait_until(condition: Callable[[], object], *, within: float = 60) -> None:
 
 
 class Watched(io.StringIO):
-    """Keeps what is written to it, and does something as soon as a certain text is."""
+    """Records what is written to it, and runs an action when a certain text appears."""
 
     def __init__(self, at: Mapping[str, Callable[[], object]]):
         super().__init__()
@@ -69,7 +69,7 @@ class Commands:
 
     def kill(self, module: str, *arguments: object, at: str, count: int = 1, delay: float = 0.0, **extra: str) -> str:
         """Starts a command and ends it with SIGKILL, `delay` seconds after its stderr has had `at` in `count` lines.
-        Returns its stderr. The command must not end by itself before."""
+        Returns its stderr. The command must not end before."""
         process = self.start(module, *arguments, **extra)
         assert process.stderr
         lines: list[str] = []
@@ -87,7 +87,7 @@ class Commands:
     def run(
         self, module: str, *arguments: object, code: int = 0, limit: float = 600, **extra: str
     ) -> subprocess.CompletedProcess[str]:
-        """Runs it to its end, for `limit` seconds at most, and checks the exit code."""
+        """Runs it to its end, for at most `limit` seconds, and checks the exit code."""
         process = self.start(module, *arguments, **extra)
         out, err = process.communicate(timeout=limit)
         assert process.returncode == code, f"exit {process.returncode}\n{out}\n{err}"
@@ -101,9 +101,9 @@ class Commands:
         at: Mapping[str, Callable[[], object]] | None = None,
         folder: Path = ROOT,
     ) -> subprocess.CompletedProcess[str]:
-        """Runs a command to its end inside this process: spares its imports, where a process is not the point.
+        """Runs a command to its end inside this process, which saves its imports.
 
-        `at` maps texts of its stderr to what is done when they are written, the command waiting for it.
+        `at` maps texts of its stderr to actions that run when they are written, while the command waits.
         """
         argv = [module, *map(str, arguments)]
         program = importlib.import_module(module)
@@ -113,7 +113,7 @@ class Commands:
         terminates = signal.getsignal(signal.SIGTERM)
         with (
             contextlib.chdir(folder),
-            # a training run starts itself again where this is missing
+            # without this, a training run restarts itself
             mock.patch.dict(os.environ, GLIBC_TUNABLES="glibc.malloc.hugetlb=1"),
             mock.patch.object(sys, "argv", argv),
             contextlib.redirect_stdout(out),
@@ -134,9 +134,9 @@ class Commands:
 
 @contextlib.contextmanager
 def cpu_limit(seconds: float) -> Iterator[None]:
-    """Fails what takes more CPU time of this thread; how busy the machine and other threads are does not matter.
+    """Fails if the body needs more CPU time of this thread; the load of the machine and other threads do not matter.
 
-    What is too slow runs to its end: an exception that a signal raised could land in a finalizer, or in pytest.
+    A body that is too slow runs to its end: an exception raised by a signal could occur in a finalizer, or in pytest.
     """
     begin = time.thread_time()
     yield
@@ -145,7 +145,7 @@ def cpu_limit(seconds: float) -> Iterator[None]:
 
 
 def train_losses(run: Path) -> dict[int, float]:
-    """Step → loss of a run; a step that stands there twice is an error."""
+    """Returns the loss of each step of a run; a step that occurs twice is an error."""
     losses: dict[int, float] = {}
     for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
@@ -156,7 +156,7 @@ def train_losses(run: Path) -> dict[int, float]:
 
 
 def saved_arrays(run: Path) -> Any:
-    """Everything that the newest checkpoint of a run holds: parameters, optimizer, state of the data."""
+    """Returns everything in the newest checkpoint of a run: parameters, optimizer, position in the data."""
     import jax
     import numpy as np
     from orbax.checkpoint import v1 as ocp
@@ -164,13 +164,13 @@ def saved_arrays(run: Path) -> Any:
     newest = max((run / "checkpoints").iterdir(), key=lambda step: int(step.name))
     path = str(newest.absolute())
     items: Any = ocp.checkpointables_metadata(path).metadata
-    # arrays without memory of their own: Orbax takes them for a request of numpy arrays
+    # abstract arrays, which Orbax restores as numpy arrays
     like = jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), dict(items))
     return ocp.load_checkpointables(path, like)
 
 
 def records(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without what depends on time; a step that is there twice is an error."""
+    """Returns the lines of metrics.jsonl without values that depend on time; a step that occurs twice is an error."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [(line["step"], line["kind"]) for line in lines]
     assert len(set(steps)) == len(steps), steps
@@ -178,7 +178,8 @@ def records(run: Path) -> list[dict[str, Any]]:
 
 
 def assert_same_run(whole: Path, killed: Path) -> None:
-    """A run that was killed and resumed equals an uninterrupted one bit for bit; nothing is lost or left behind."""
+    """Checks that a run that was killed and resumed equals an uninterrupted one bit for bit, without lost or extra
+    files."""
     assert records(whole) == records(killed)
     for name in ("samples.jsonl", "config.json"):
         assert (whole / name).exists() == (killed / name).exists()
@@ -190,7 +191,7 @@ def assert_same_run(whole: Path, killed: Path) -> None:
 
 
 def as_killed(run: Path, to: Path) -> None:
-    """Copies a run that goes on as it lies there now: what a kill at this moment would leave."""
+    """Copies a run in progress in its current state, as a kill at this moment would leave it."""
 
     def copy(source: str, target: str) -> None:
         with contextlib.suppress(FileNotFoundError):  # renamed by a save in the background
@@ -201,7 +202,7 @@ def as_killed(run: Path, to: Path) -> None:
 
 
 def same_arrays(first: object, second: object) -> bool:
-    """Whether two trees of arrays are the same bits."""
+    """Returns whether two trees of arrays have the same bits."""
     import jax
     import numpy as np
 

@@ -35,19 +35,19 @@ def test_killed_runs_end_with_the_same_bits(commands: Commands, tiny_config: Pat
 
 def test_adapters_train_beside_a_base_that_stays(commands: Commands, tiny_config: Path, exported: Path, tmp_path: Path):
     run, merged, adapter = tmp_path / "run", tmp_path / "merged", tmp_path / "adapter"
-    mine = tmp_path / "mine"
-    shutil.copytree(exported, mine)
+    own_base = tmp_path / "mine"
+    shutil.copytree(exported, own_base)
     sampling = {"do_sample": True, "temperature": 0.6, "eos_token_id": [9]}
-    (mine / "generation_config.json").write_text(json.dumps(sampling), encoding="utf-8")
-    common = ("--config", tiny_config, f"output_dir={run}", f"model.init_from={mine}", *LORA)
+    (own_base / "generation_config.json").write_text(json.dumps(sampling), encoding="utf-8")
+    common = ("--config", tiny_config, f"output_dir={run}", f"model.init_from={own_base}", *LORA)
     said = commands.call(TRAIN, *common).stderr
-    assert f"weights from {mine}" in said
+    assert f"weights from {own_base}" in said
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     heldout = [record["loss"] for record in records if record["kind"] == "heldout"]
     assert heldout[-1] < heldout[0]
     step = checkpoint.resolve(run)
     names = {name for name in checkpoint.load_params(step)["blocks"]}
-    assert names == {f"{target}_{factor}" for target in "qkvo" for factor in "ab"}  # the base is not saved again
+    assert names == {f"{target}_{factor}" for target in "qkvo" for factor in "ab"}  # without the base
     commands.call("converters.orbax_to_hf", "--checkpoint", run, "--out", merged)
     commands.call("converters.orbax_to_hf", "--checkpoint", run, "--out", adapter, "--lora", "adapter")
     assert (adapter / "adapter_config.json").is_file()
@@ -60,19 +60,19 @@ def test_adapters_train_beside_a_base_that_stays(commands: Commands, tiny_config
     assert same_arrays(after, whole)
     for name in before["blocks"]:
         assert np.array_equal(before["blocks"][name], after["blocks"][name]) == (name not in "qkvo")
-    # the adapters go on from a PEFT folder in a run of their own
+    # another run continues to train the adapters of a PEFT folder
     again = tmp_path / "again"
-    fresh = ("--config", tiny_config, f"model.init_from={mine}", f"lora.init_from={adapter}", *LORA)
+    fresh = ("--config", tiny_config, f"model.init_from={own_base}", f"lora.init_from={adapter}", *LORA)
     commands.call(TRAIN, *fresh, f"output_dir={again}", at={"step 1/10  loss": terminate}, code=75)
     assert train_losses(again)[1] < train_losses(run)[1]
-    # beside another base they mean nothing
-    other = load_hf(mine)[1]
+    # adapters are refused on another base
+    other = load_hf(own_base)[1]
     from safetensors.numpy import load_file, save_file
 
-    tensors = load_file(mine / "model.safetensors")
+    tensors = load_file(own_base / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"] * 1.01
-    save_file(tensors, mine / "model.safetensors", metadata={"format": "pt"})
-    assert not same_arrays(other, load_hf(mine)[1])
+    save_file(tensors, own_base / "model.safetensors", metadata={"format": "pt"})
+    assert not same_arrays(other, load_hf(own_base)[1])
     message = commands.fails(TRAIN, *common, "train.log_every=2")
     assert "its adapters were trained with base weights of fingerprint" in message
     assert "with base weights of fingerprint" in commands.fails(
@@ -87,7 +87,9 @@ def test_wrong_adapters_are_refused_at_once(commands: Commands, tiny_config: Pat
         TRAIN, *common, "lora.targets=[q_proj]"
     )
     assert "no weight 'w11'; did you mean" in commands.fails(TRAIN, *common, "lora.targets=[w11]")
-    assert "adapters on w1 take none" in commands.fails(TRAIN, *common, "lora.targets=[q,w1]", "lora.dropout=0.1")
+    assert "adapters on w1 do not support dropout" in commands.fails(
+        TRAIN, *common, "lora.targets=[q,w1]", "lora.dropout=0.1"
+    )
     assert "no such file; a PEFT adapter with adapter_config.json" in commands.fails(
         TRAIN, *common, f"lora.init_from={tmp_path}"
     )

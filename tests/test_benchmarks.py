@@ -1,4 +1,4 @@
-"""The data benchmark: the other side does what its description says, and the command's figures are the batches'."""
+"""The data benchmark: the other side matches its description, and the command's figures match the batches."""
 
 import json
 import subprocess
@@ -27,7 +27,7 @@ def tokenizer(peer):
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    """The shortest two hotpotqa trajectories, and one with a turn that says nothing."""
+    """The shortest two hotpotqa trajectories, and one with an empty turn."""
     lines = sorted((QUICKSTART / "hotpotqa.jsonl").read_text(encoding="utf-8").splitlines(), key=len)[:2]
     silent = json.loads(lines[0]) | {
         "unique_trajectory_id": "silent",
@@ -44,13 +44,13 @@ def file(tmp_path: Path) -> Path:
 
 
 def assistant_turns(file: Path) -> list[dict]:
-    """The assistant turns of a file that have something to say."""
+    """Returns the non-empty assistant turns of a file."""
     turns = [turn for line in file.read_text("utf-8").splitlines() for turn in json.loads(line)["conversation"]]
     return [turn for turn in turns if turn["role"] == "assistant" and (turn["content"].strip() or "tool_calls" in turn)]
 
 
 def expected_answer(turn: dict, thoughts: bool) -> str:
-    """What the other side trains on a turn."""
+    """Returns the text that the other side trains for a turn."""
     if "tool_calls" not in turn:
         return turn["content"]
     calls = json.dumps([call["function"] for call in turn["tool_calls"]])
@@ -81,7 +81,7 @@ def test_peer_pads_each_row_and_trains_its_answer_alone(
     sources = peer.prepare({"some": [file]}, tmp_path, keep_thoughts=True, prefix="[TOOL_CALLS]")
     rows = peer.PaddedRows(sources, tokenizer, length=1024, seed=0)
     answers = sorted(expected_answer(turn, True) + tokenizer.eos_token for turn in assistant_turns(file))
-    monkeypatch.setattr(peer, "FORMATTED_AT_ONCE", len(answers))  # else the first rows come from several passes
+    monkeypatch.setattr(peer, "FORMATTED_AT_ONCE", len(answers))  # otherwise the first rows come from several passes
     seen = []
     for batch in islice(peer.batches(rows, 1), len(answers)):
         ids, labels, attended = (column[0] for column in batch)
@@ -101,7 +101,7 @@ def test_peer_skips_what_does_not_fit(peer, tokenizer, file: Path, tmp_path: Pat
     sources = peer.prepare({"some": [file]}, tmp_path, keep_thoughts=True, prefix="[TOOL_CALLS]")
     whole = list(islice(peer.PaddedRows(sources, tokenizer, length=1024, seed=0), sources.rows["some"]))
     lengths = sorted(int(row.attention_mask.sum()) for row in whole)
-    rows = peer.PaddedRows(sources, tokenizer, length=lengths[-1], seed=0)  # the longest just does not fit
+    rows = peer.PaddedRows(sources, tokenizer, length=lengths[-1], seed=0)  # one token too few for the longest
     seen = list(islice(rows, 3 * len(lengths)))
     assert rows.skipped
     assert max(int(row.attention_mask.sum()) for row in seen) == lengths[-2]
@@ -114,7 +114,7 @@ def benchmark(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_benchmark_compares_the_same_tokens(tmp_path: Path):
-    """Of a source without `loss: false`, both sides train the same tokens in a pass; ours in far fewer rows."""
+    """For a source without `loss: false`, both sides train the same tokens in a pass; ours in far fewer rows."""
     lines = (QUICKSTART / "webshop.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:6]
     (tmp_path / "shop.jsonl").write_text("".join(lines), encoding="utf-8")
     result = benchmark(

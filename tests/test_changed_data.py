@@ -1,4 +1,4 @@
-"""A run that is resumed on other data, with another tokenizer, or on another number of CPUs."""
+"""A run that is resumed with other data, another tokenizer, or another number of CPUs."""
 
 import json
 import os
@@ -16,7 +16,7 @@ QUICKSTART = Path("examples/quickstart")
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A working directory with what the tiny config reads, to change."""
+    """A working directory with modifiable copies of the tiny config's inputs."""
     (tmp_path / QUICKSTART).mkdir(parents=True)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     shutil.copytree(ROOT / QUICKSTART / "tokenizer", tmp_path / QUICKSTART / "tokenizer")
@@ -27,7 +27,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def stopped(trained: tuple[Path, str], tmp_path: Path) -> Path:
-    """The tiny run as a kill before its last checkpoint leaves it: at step 9 of 10."""
+    """The tiny run, as left by a kill before its last checkpoint: at step 9 of 10."""
     run = tmp_path / "run"
     shutil.copytree(trained[0], run)
     shutil.rmtree(run / "checkpoints" / "10")
@@ -35,7 +35,7 @@ def stopped(trained: tuple[Path, str], tmp_path: Path) -> Path:
 
 
 def swap_ids(file: Path) -> None:
-    """Exchanges the ids of two ordinary tokens."""
+    """Swaps the ids of two ordinary tokens."""
     values = json.loads(file.read_text(encoding="utf-8"))
     vocabulary = values["model"]["vocab"]
     first, second = [token for token in vocabulary if token.isalpha() and len(token) > 2][:2]
@@ -68,7 +68,7 @@ def test_rows_that_were_removed(commands: Commands, tiny_config: Path, folder: P
     assert before - 14 <= now < before
     assert change["sources"]["hammer"]["continues"]["now"]["examples"] == now
     assert list(change["sources"]) == ["hammer"]
-    # what was saved since then belongs to the data of now
+    # later checkpoints belong to the new data
     assert "is finished" in commands.call(TRAIN, *common, folder=folder).stderr
 
 
@@ -83,7 +83,7 @@ def test_a_tokenizer_whose_ids_were_swapped(commands: Commands, tiny_config: Pat
 
 @pytest.fixture
 def one_cpu() -> Iterator[None]:
-    """Processes started meanwhile may use one CPU."""
+    """Restricts processes started in the body to one CPU."""
     allowed = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(allowed)})
     yield

@@ -346,7 +346,7 @@ def test_lists_of_names_agree_with_the_schema():
 def test_presets_and_resolved_configs_fit_the_json_schema(path: Path):
     schema = configs.json_schema()
     jsonschema.Draft202012Validator.check_schema(schema)
-    # 1e-4 is a text in YAML 1.1, which PyYAML reads
+    # PyYAML follows YAML 1.1, in which 1e-4 is a string
     text = re.sub(r"\b(\d+)e-(\d+)\b", r"\1.0e-\2", path.read_text(encoding="utf-8"))
     jsonschema.validate(yaml.safe_load(text), schema)
     jsonschema.validate(configs.to_values(configs.load(path).config), schema)

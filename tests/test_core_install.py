@@ -12,29 +12,30 @@ from support import ROOT, Commands, train_losses
 
 
 def core_distributions() -> set[str]:
-    """The names of what `pip install xlam_jax` brings, by the requirements of what is installed here."""
+    """Returns the names of the distributions that `pip install xlam_jax` installs, from the requirements of the
+    installed ones."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     declared = re.search(r"^dependencies = \[(.*?)^\]", text, re.DOTALL | re.MULTILINE)
     assert declared
     waiting = [Requirement(one) for one in re.findall(r'"([^"]+)"', declared[1])]
-    found: set[str] = set()
+    required: set[str] = set()
     seen: set[str] = set()
     while waiting:
         requirement = waiting.pop()
         if str(requirement) in seen:
             continue
         seen.add(str(requirement))
-        found.add(requirement.name)
+        required.add(requirement.name)
         for text in metadata.requires(requirement.name) or []:
             needed = Requirement(text)
             extras = requirement.extras or {""}
             if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in extras):
                 waiting.append(needed)
-    return found
+    return required
 
 
 def linked(distributions: set[str], folder: Path) -> None:
-    """Fills `folder` with links to the files of these distributions: site-packages with nothing else in it."""
+    """Fills `folder` with links to the files of these distributions, as a site-packages folder with nothing else."""
     for name in distributions:
         distribution = metadata.distribution(name)
         for top in {file.parts[0] for file in distribution.files or [] if file.parts[0] not in ("..", "__pycache__")}:
@@ -54,7 +55,7 @@ def test_core_trains_exports_and_answers_without_torch_and_vllm(commands: Comman
     environment = {**commands.environment, "PYTHONPATH": os.pathsep.join([str(ROOT), str(site)])}
 
     def run(*arguments: object) -> str:
-        # -S leaves out the real site-packages, so that only the links are seen.
+        # -S disables the real site-packages, so that only the links are visible.
         command = [sys.executable, "-S", *map(str, arguments)]
         result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stderr

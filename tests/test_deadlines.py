@@ -1,4 +1,4 @@
-"""No test that runs by default has a verdict that depends on how busy the machine is."""
+"""The verdict of no default test depends on the load of the machine."""
 
 import ast
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ HOURS = {"run": 300, "communicate": 300, "wait": 300, "join": 300, "get": 300}
 
 
 def is_time(node: ast.AST) -> bool:
-    """`time.monotonic()` and its like; CPU time does not count."""
+    """Returns whether a call is `time.monotonic()` or similar; CPU time does not count."""
     names = ("monotonic", "time", "perf_counter")
     return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in names
 
@@ -37,7 +37,7 @@ def faults(test: ast.AST) -> Iterator[str]:
 
 
 def marks(node: ast.AST) -> set[str]:
-    """Marks of a test function."""
+    """Returns the marks of a test function."""
     decorators = getattr(node, "decorator_list", [])
     return {word for decorator in decorators for word in ast.unparse(decorator).split("(")[0].split(".")}
 
@@ -47,7 +47,7 @@ FILES = [path for path in sorted(TESTS.rglob("*.py")) if "browser" not in path.p
 
 @pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(TESTS)) for path in FILES])
 def test_deadlines_are_those_of_the_nightly_tests(path: Path):
-    """Write `deadline(60)`, `wait_until(…)`, or mark the test `nightly`."""
+    """Use `deadline(60)` or `wait_until(…)`, or mark the test `nightly`."""
     module = ast.parse(path.read_text(encoding="utf-8"))
     if any(
         f"pytest.mark.{mark}" in ast.unparse(node)
@@ -56,8 +56,8 @@ def test_deadlines_are_those_of_the_nightly_tests(path: Path):
         if "pytestmark" in ast.unparse(node)
     ):
         return
-    found = [fault for node in module.body if not marks(node) & (APART | {"nightly"}) for fault in faults(node)]
-    assert not found, f"{path}: {found}"
+    violations = [fault for node in module.body if not marks(node) & (APART | {"nightly"}) for fault in faults(node)]
+    assert not violations, f"{path}: {violations}"
 
 
 def test_the_check_sees_what_it_is_for():

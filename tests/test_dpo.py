@@ -1,4 +1,4 @@
-"""Training on pairs: the reference policy, kill and resume, wrong input; and what a run tells of itself."""
+"""Training on pairs: the reference policy, kill and resume, invalid input, and the metrics of a run."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def config(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny dense model on pairs that differ in the function that is called."""
+    """A tiny dense model on pairs whose sides call different functions."""
     return write_config(tmp_path_factory.mktemp("config"), pairs)
 
 
@@ -49,7 +49,7 @@ def records_of(run: Path) -> list[dict[str, Any]]:
 
 
 def test_adapters_off_and_precomputed_are_one_reference(config: Path, tmp_path: Path):
-    """Adapters start as nothing, so the model without them is what the run starts from."""
+    """New adapters have no effect, so the model without them is the start of the run."""
     resident = started(config, tmp_path / "off", *LORA)
     computed = started(config, tmp_path / "computed", *LORA, "objective.reference=precomputed")
     assert len(resident) == len(computed) == 8 + 3
@@ -95,13 +95,14 @@ def test_a_reference_of_something_else_is_refused(config: Path, pairs: Path, tmp
 
 
 def first_loss(records: list[dict[str, Any]]) -> float:
-    """The held-out loss before the first step: ln 2 where the reference is what the run starts from."""
+    """Returns the held-out loss before the first step: ln 2 if the reference is the start of the run."""
     return next(record["loss"] for record in records if record["kind"] == "heldout")
 
 
 @pytest.mark.parametrize("method", [(), (*LORA, "objective.reference=precomputed")], ids=["full", "lora"])
 def test_a_lost_reference_is_computed_from_the_weights_it_names(config: Path, tmp_path: Path, method: tuple[str, ...]):
-    """Once more after a kill, with the reference gone or another cache named: never from what is trained by then."""
+    """After a kill, with the reference deleted or another cache selected, it is recomputed from the initial weights,
+    not from trained ones."""
     whole, killed, cache = tmp_path / "whole", tmp_path / "killed", tmp_path / "cache"
     started(config, whole, *method)
     shutil.copytree(whole, killed)
@@ -111,7 +112,7 @@ def test_a_lost_reference_is_computed_from_the_weights_it_names(config: Path, tm
     assert_same_run(whole, killed)
     for file in (whole / "reference").iterdir():
         assert file.read_bytes() == (cache / file.name).read_bytes()
-    # another run finds in the cache what it starts from
+    # the cache contains the reference of another run
     other = started(config, tmp_path / "other", *method, f"objective.reference_cache={cache}", "train.steps=1")
     np.testing.assert_allclose(first_loss(other), np.log(2), rtol=1e-6)
 
@@ -128,7 +129,7 @@ def test_a_reference_whose_weights_are_gone_is_refused(config: Path, tmp_path: P
         started(config, run, named)
     assert f"model.init_from, {base}, now has " in str(error.value)
     assert not (run / "reference").exists()
-    started(config, run, named, f"objective.reference_cache={started_from}")  # its numbers are still those of the base
+    started(config, run, named, f"objective.reference_cache={started_from}")  # its scores are still those of the base
 
 
 def test_a_loss_that_is_no_number_stops_the_run(config: Path, tmp_path: Path):
@@ -151,7 +152,7 @@ def test_a_dry_run_tells_the_costs_and_writes_nothing(config: Path, tmp_path: Pa
     assert dry_run(configs.load(config, [f"output_dir={run}", *LORA])) == 0
     said = capsys.readouterr().out
     assert not run.exists()
-    for name in ("parameters", "memory a device", "tokens a step", "model FLOPs", "time", "the whole run"):
+    for name in ("parameters", "memory per device", "tokens per step", "model FLOPs", "time", "the whole run"):
         assert f"\n{name}" in f"\n{said}"
     with pytest.raises(UserError, match="no such folder"):
         dry_run(configs.load(config, [f"output_dir={run}", f"model.init_from={tmp_path}/weights"]))
@@ -159,21 +160,21 @@ def test_a_dry_run_tells_the_costs_and_writes_nothing(config: Path, tmp_path: Pa
 
 def test_the_best_checkpoint_the_average_and_the_answers_of_a_run(commands: Commands, config: Path, tmp_path: Path):
     run = tmp_path / "run"
-    # a process of its own: XLA's profiler ends one in which other tests have loaded the TPU's compiler
+    # a separate process: XLA's profiler ends a process in which other tests have loaded the TPU compiler
     commands.run(
         TRAIN, "--config", config, f"output_dir={run}", "--profile", "2:3", "checkpoint.best=heldout.log_p_rejected",
         "checkpoint.keep=1", "train.ema=0.9", "eval.requests=3", "eval.max_new_tokens=8", "train.steps=9",
         "eval.every=2",
     )  # fmt: skip
     records = records_of(run)
-    asked = [record for record in records if record["kind"] == "requests"]
-    assert [record["step"] for record in asked] == [0, 2, 4, 6, 8, 9]
-    assert all(record["requests"] == 3 for record in asked)
+    answered = [record for record in records if record["kind"] == "requests"]
+    assert [record["step"] for record in answered] == [0, 2, 4, 6, 8, 9]
+    assert all(record["requests"] == 3 for record in answered)
     lines = [json.loads(line) for line in (run / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["step"] for line in lines] == [step for step in (0, 2, 4, 6, 8, 9) for _ in range(3)]
     assert lines[0]["expected"][0]["name"] == "take"
     steps = sorted(int(path.name) for path in (run / "checkpoints").iterdir())
-    assert steps == [2, 9]  # it falls from the first step on; and the newest
+    assert steps == [2, 9]  # the loss falls from the first step on; plus the newest
     held = ocp.checkpointables_metadata(str(run / "checkpoints" / "9")).metadata
     assert set(held) == {"params", "ema", "opt", "data"}
     assert list((run / "profile").rglob("*.xplane.pb"))
@@ -207,8 +208,8 @@ def test_wrong_combinations_are_told_before_anything_starts(config: Path, overri
 
 @pytest.mark.slow
 def test_a_tiny_model_learns_to_prefer_the_better_of_recorded_answers(tmp_path: Path):
-    """Held-out tasks, mined pairs: from no preference, 0.5, to more than 0.7."""
+    """Held-out tasks, mined pairs: the accuracy rises from 0.5 to more than 0.7."""
     records = started(ROOT / "configs/quickstart_dpo.yaml", tmp_path / "run", "track.to=[]")
     heldout = [record["accuracy"] for record in records if record["kind"] == "heldout"]
-    assert heldout[0] == 0.5  # no reward differs yet
+    assert heldout[0] == 0.5  # all rewards are equal at first
     assert heldout[-1] > 0.7

@@ -30,7 +30,7 @@ def test_a_run_does_not_begin_with_a_folder_in_the_way(tmp_path: Path):
     config = load(run, f"export={folder}", "train.steps=30")
     check_export(config, run / "config.yaml")
     folder.mkdir()
-    for step in (None, 20):  # not begun, and interrupted
+    for step in (None, 20):  # not started, and interrupted
         if step:
             (run / f"checkpoints/{step}").mkdir(parents=True)
             (run / "config.yaml").write_text(configs.to_yaml(config), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The hardware figures of the README, the docs and the launch files are those that `plan` gives today."""
+"""The hardware figures in the README, the docs and the launch files equal those of `plan`."""
 
 import re
 import shlex
@@ -35,7 +35,8 @@ def load(config: str, *overrides: str) -> Resolved:
 
 
 def estimated(config: str, topology: str, *overrides: str) -> Plan:
-    """The plan of a config by the estimate alone; a TPU slice is planned as so many GPUs, whose layout is the same."""
+    """Returns the plan of a config from the estimate only; a TPU slice is planned as the same number of GPUs, with the
+    same layout."""
     place, resolved = parse(topology), load(config, *overrides)
     if place.platform == "tpu":
         assert place.chip
@@ -45,7 +46,7 @@ def estimated(config: str, topology: str, *overrides: str) -> Plan:
 
 
 def rows(page: str) -> Iterator[tuple[str, list[str]]]:
-    """Each table row about a config of ours: its name and cells."""
+    """Yields each table row about one of our configs: its name and cells."""
     for line in page.splitlines():
         if line.startswith("|") and (config := CONFIG.search(line)):
             yield config[1], [cell.strip() for cell in line.strip("|").split("|")]
@@ -82,7 +83,7 @@ def test_what_the_readme_says_of_the_allocator():
 
 
 def test_the_memory_of_presets():
-    """That of weights, gradients and optimizer, on all devices together."""
+    """Memory of weights, gradients and optimizer, on all devices together."""
     seen = set()
     for _, cells in rows(TRAINING):
         names = CONFIG.findall(cells[0])
@@ -107,8 +108,8 @@ SLICES = re.findall(r"^\| `(\w+)` \| (v\w+:\w+) \((\d+)\) \| (\w+) \| (.*) \|$",
 
 @pytest.mark.parametrize(("config", "topology", "chips", "remat", "figures"), SLICES)
 def test_the_compiled_slices_that_the_page_shows(config: str, topology: str, chips: str, remat: str, figures: str):
-    """FLOPs and their time as the estimate has them, which is within 5 % of the compiler's; the other figures are
-    compared with compiled modules in test_plan."""
+    """Compares FLOPs and their time with the estimate, which is within 5 % of the compiler's; test_plan compares the
+    other figures with compiled modules."""
     memory, ratio, compute, *_ = figures.split(" | ")
     place = parse(topology)
     assert place.count == int(chips)
@@ -126,7 +127,7 @@ def test_the_compiled_slices_that_the_page_shows(config: str, topology: str, chi
 
 
 def launched(name: str) -> tuple[str, list[str]]:
-    """The devices of a launch file, and the words of its training command."""
+    """Returns the devices of a launch file, and the words of its training command."""
     text = (LAUNCH / name).read_text(encoding="utf-8")
     if name == "skypilot.yaml":
         task = yaml.safe_load(text)
@@ -152,7 +153,7 @@ def test_the_run_of_a_launch_file_fits_its_devices(name: str):
     assert estimated(config, topology, *overrides).fits
 
 
-# ---- what plan says of a run that does not fit ----------------------------------------------------------------------
+# ---- advice of plan for a run that does not fit ---------------------------------------------------------------------
 
 
 def advised(config: str, topology: str, *overrides: str) -> list[tuple[str, bool]]:
@@ -169,7 +170,7 @@ def advised(config: str, topology: str, *overrides: str) -> list[tuple[str, bool
 def test_each_change_that_is_enough_makes_the_run_fit(
     config: str, topology: str, commands: Commands, monkeypatch: pytest.MonkeyPatch
 ):
-    """As a user would type it."""
+    """Applies the changes like a user would."""
     changes = advised(config, topology)
     assert len(changes) >= 2
     for text, fits in changes:

@@ -1,4 +1,4 @@
-"""Runs of every kind that are killed again and again, at random moments, end as if nothing had happened."""
+"""Runs of every kind that are killed repeatedly at random moments end like uninterrupted ones."""
 
 import os
 import random
@@ -31,7 +31,7 @@ IMPORTED = (
 
 
 class Lines:
-    """A stderr whose text goes through a connection."""
+    """A stderr that sends its text through a connection."""
 
     def __init__(self, connection: Connection):
         self._connection = connection
@@ -41,33 +41,33 @@ class Lines:
         return len(text)
 
     def flush(self) -> None:
-        """Nothing is kept back."""
+        """Does nothing: there is no buffer."""
 
     def isatty(self) -> bool:
         return False
 
 
 def run_training(arguments: list[str], connection: Connection) -> None:
-    """The training command, in a process of its own."""
-    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"  # else it would start itself again, without the imports
+    """Runs the training command in a separate process."""
+    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"  # otherwise it would restart itself, without the imports
     sys.argv = [TRAIN, *arguments]
     sys.stderr = Lines(connection)  # pyright: ignore[reportAttributeAccessIssue]
     cli.run(train.main)
 
 
 def train_forked(arguments: list[str], kill: tuple[str, int, float] | None = None) -> str:
-    """Runs a training command to its end, or kills it: (text, count, delay) is `delay` seconds after its stderr has had
-    the text for the `count`-th time. Returns its stderr until then."""
+    """Runs a training command to its end, or kills it: (text, count, delay) means `delay` seconds after its stderr has
+    had the text for the `count`-th time. Returns its stderr until then."""
     context = get_context("forkserver")
     context.set_forkserver_preload(list(IMPORTED))
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=run_training, args=(arguments, theirs))
+    parent_end, child_end = context.Pipe(duplex=False)
+    process = context.Process(target=run_training, args=(arguments, child_end))
     process.start()
-    theirs.close()
+    child_end.close()
     said = ""
     while kill is None or said.count(kill[0]) < kill[1]:
         try:
-            said += ours.recv()
+            said += parent_end.recv()
         except EOFError:  # it has ended by itself
             break
     if kill:
@@ -93,7 +93,7 @@ def test_random_kills_change_no_bit(kind: str, tiny_config: Path, tmp_path: Path
     train_forked([*common, f"output_dir={whole}"])
     resumed = 0
     for _ in range(KILLS):
-        at, count = f"/{STEPS}  loss", draw.randint(2, 4)  # a step was saved, most times
+        at, count = f"/{STEPS}  loss", draw.randint(2, 4)  # in most cases, a step was saved
         if draw.random() < 0.25:
             at, count = draw.choice(START_UP), 1
         said = train_forked([*common, f"output_dir={killed}"], kill=(at, count, draw.random() * 0.05))

@@ -1,6 +1,6 @@
-"""Whatever a model writes, it is read in time that grows with its length: one answer must not stop a server or a run.
+"""Whatever a model writes is parsed in linear time, so that no answer can stall a server or a run.
 
-Where reading took time that grows with the square of the length, most of these texts would take minutes.
+With quadratic time, most of these texts would take minutes.
 """
 
 import asyncio
@@ -150,7 +150,7 @@ def mint_answers(text: str) -> None:
 
 
 def hotpotqa_answers(text: str) -> None:
-    text = text.encode(errors="replace").decode()  # as the endpoint gives it
+    text = text.encode(errors="replace").decode()  # as returned by the endpoint
 
     async def act() -> None:
         corpus = Local.of([("Oslo", "Oslo is a city. It is in Norway.")])
@@ -240,7 +240,7 @@ WORST = [
 
 
 def check(reader: str, patterns: Iterable[str | tuple[str, str, str]], length: int, seconds: float) -> None:
-    READERS[reader]("x")  # imports are not to count
+    READERS[reader]("x")  # excludes the time of imports
     for pattern in patterns:
         begin, piece, end = ("", pattern, "") if isinstance(pattern, str) else pattern
         text = begin + piece * (length // len(piece)) + end

@@ -1,4 +1,4 @@
-"""What the Makefile installs, and from where."""
+"""What the Makefile installs, and from which index."""
 
 import shlex
 import shutil

@@ -1,4 +1,4 @@
-"""Outputs appear when they are complete; a folder has one process at a time, and none after its end."""
+"""Outputs appear only when complete; one process has a folder at a time, and none after its end."""
 
 import errno
 import fcntl
@@ -127,7 +127,7 @@ def test_a_disk_that_fails_is_an_error(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(UserError, match=r"out: can't be written \(Input/output error\); nothing is left behind"):
         write_text(tmp_path / "out", "text")
     assert not list(tmp_path.iterdir())
-    number = errno.EINVAL  # a file system that can't synchronize
+    number = errno.EINVAL  # a file system without fsync
     write_text(tmp_path / "out", "text")
     assert (tmp_path / "out").read_text() == "text"
 
@@ -174,7 +174,7 @@ def test_an_interrupted_folder_is_continued(tmp_path: Path):
     with pytest.raises(SourceError):
         interrupted(SourceError)
     with (tmp_path / ".out.part" / ".done").open("a") as journal:
-        journal.write('"seco')  # what a power cut leaves
+        journal.write('"seco')  # the state after a power failure
     with resumable_folder(out, {"from": "a"}) as work:
         assert work.done == {"first"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -189,7 +189,7 @@ def test_an_unfinished_folder_of_an_older_version_is_refused(tmp_path: Path):
     part = tmp_path / ".out.part"
     part.mkdir()
     (part / ".source.json").write_text('{"from": "a"}')
-    (part / ".done").write_text("model.embed_tokens.weight\n")  # not yet JSON
+    (part / ".done").write_text("model.embed_tokens.weight\n")  # not yet valid JSON
     with (
         pytest.raises(UserError, match=rf"\.done:1: names no finished part; remove {part}, and run again"),
         resumable_folder(tmp_path / "out", {"from": "a"}),

@@ -38,21 +38,21 @@ COMPILER = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": "", "JAX_ENABLE_
 
 
 def planned(commands: Commands, *arguments: object) -> dict[str, Any]:
-    """What a plan says, as JSON."""
+    """Returns a plan as JSON."""
     return json.loads(commands.run(PLAN, *arguments, "--json", limit=1800, **COMPILER).stdout)
 
 
 def check(plan: dict[str, Any], config: Path, overrides: Sequence[str], *, remat_overhead: float) -> None:
-    """What holds of every layout whose only axis is fsdp."""
+    """Checks properties of every layout whose only axis is fsdp."""
     assert plan["compiled"]
     assert plan["fits"]
     assert plan["unknown_loops"] == 0
     # computed from the config alone, and read from the module
     assert plan["estimated_arguments"] == pytest.approx(plan["arguments"], rel=0.05)
     assert plan["estimated_flops"] == pytest.approx(plan["flops"], rel=0.05)
-    # nothing is computed twice but what remat says: an activation that all devices hold would be
+    # only remat recomputes: a replicated activation would be computed more often
     assert plan["model_flops"] <= plan["flops"] <= remat_overhead * plan["model_flops"]
-    # weights are gathered forward and backward, gradients scattered once, and nothing else is exchanged
+    # weights are gathered forward and backward, gradients are scattered once, and nothing else is exchanged
     resolved = configs.load(config, overrides)
     trained = sum(cost.trainable_sizes(resolved.model).values())
     shared = (plan["mesh"]["fsdp"] - 1) / plan["mesh"]["fsdp"]
@@ -60,7 +60,7 @@ def check(plan: dict[str, Any], config: Path, overrides: Sequence[str], *, remat
     reduced = sum(size for name, size in plan["exchanges"].items() if name.startswith("all-reduce"))
     assert set(plan["exchanges"]) <= {"all-gather fsdp", "reduce-scatter fsdp", "all-reduce fsdp"}
     assert gathered + scattered + reduced <= 1.1 * shared * (2 * 2 * plan["parameters"] + 4 * trained)
-    # and a half of it is not lost in reading
+    # no large part is lost when the module is read
     assert gathered >= 0.9 * shared * 2 * plan["parameters"]
     assert scattered + reduced >= 0.9 * shared * 4 * trained
 
@@ -74,8 +74,8 @@ def test_a_small_step_compiled_for_a_tpu(commands: Commands):
 
 @pytest.fixture
 def refused(monkeypatch: pytest.MonkeyPatch, libtpu: None) -> list[int]:
-    """Instead of a whole step, the first plan compiles a product whose tile is too large for a kernel on a v5e, so that
-    the real compiler refuses it; further plans compile something small. The list's number counts down."""
+    """The first plan compiles a product whose tile is too large for a kernel on a v5e instead of the whole step, so
+    that the real compiler refuses it; further plans compile something small. The list's number counts down."""
     left = [1]
 
     def lower(layout: Any, *arrays: Any) -> Any:
@@ -181,7 +181,7 @@ def test_a_failed_compilation_is_reported_in_full(
 @pytest.mark.parametrize(
     ("preset", "topology", "chips", "overrides", "remat_overhead"),
     [
-        # 4/3 is the floor of full remat with all pairs of attention computed; splash leaves out half of those.
+        # 4/3 is the minimum of full remat if all pairs of attention are computed; splash skips half of them.
         ("mixtral_8x7b_sft", "v5p:4x4x4", 64, ["model.remat=full"], 1.36),
         ("mixtral_8x7b_sft", "v5p:4x4x4", 64, ["model.remat=dots"], 1.15),
         ("mixtral_8x22b_sft", "v5p:4x8x8", 256, [], 1.36),
@@ -220,7 +220,7 @@ def test_gpus_are_computed_and_it_says_so(commands: Commands):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "expected"),
     [
         (["fsdp=2"], "attention: pallas; experts: triton"),
         (["fsdp=2", "model.attention=xla", "model.experts=xla"], "attention: xla; experts: xla"),
@@ -230,10 +230,10 @@ def test_gpus_are_computed_and_it_says_so(commands: Commands):
         (["fsdp=2", "data.sequence_length=500"], "attention: xla (pallas is not used: data.sequence_length 500 is"),
     ],
 )
-def test_kernels_are_chosen_and_named(commands: Commands, arguments: list[str], told: str):
+def test_kernels_are_chosen_and_named(commands: Commands, arguments: list[str], expected: str):
     small = (*QUICKSTART, "--topology", "gpu:h100:2", "train.batch_size=8", "train.microbatches=1")
     said = commands.call(PLAN, *small, "--mesh", *arguments).stdout
-    assert told in next(line for line in said.splitlines() if line.startswith("kernels "))
+    assert expected in next(line for line in said.splitlines() if line.startswith("kernels "))
 
 
 def test_search_ranks_layouts(commands: Commands):
@@ -254,7 +254,7 @@ def test_search_ranks_layouts(commands: Commands):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--topology", "v5p:4x4"], "--topology v5p:4x4: v5p has no slice '4x4'; known are 2x2x1"),
         (["--topology", "cpu:2", "--mesh", "fdsp=2"], "--mesh: 'fdsp=2' is not AXIS=N; axes are data, fsdp"),
@@ -271,8 +271,8 @@ def test_search_ranks_layouts(commands: Commands):
         (["--topology", "gpu:h100:64", "--search", "train.batch_size=1"], "--search: no mesh of 64 devices divides"),
     ],
 )
-def test_wrong_input(commands: Commands, arguments: list[str], told: str):
-    assert told in commands.fails(PLAN, *QUICKSTART, *arguments, "train.microbatches=1")
+def test_wrong_input(commands: Commands, arguments: list[str], message: str):
+    assert message in commands.fails(PLAN, *QUICKSTART, *arguments, "train.microbatches=1")
 
 
 def test_without_libtpu_it_says_what_to_install(commands: Commands, tmp_path: Path):

@@ -141,7 +141,7 @@ def test_a_header_cites_its_source(name):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_numbers_in_a_header_are_those_resolved(name):
-    """What a header says of rank, α, β, rates and steps is not left behind when a value changes."""
+    """Rank, α, β, rates and steps in a header must change with the values."""
     values = dict(flatten(configs.load(FILES[name]).config))
     text = header(name).replace("\n#", "").split("An older script")[0]
     said = {
@@ -149,8 +149,8 @@ def test_numbers_in_a_header_are_those_resolved(name):
         "lora.alpha": r"α (\d+)",
         "objective.beta": r"β (\d+\.\d+)",
         "train.learning_rate": r"learning rate (\d+e-\d+)",
-        "train.end_learning_rate": r"cosine to (\d+e-\d+|0)",
-        "train.warmup_steps": r"(\d+)\s+steps of warm-up",
+        "train.end_learning_rate": r"cosine decay to (\d+e-\d+|0)",
+        "train.warmup_steps": r"(\d+)\s+warm-up\s+steps",
     }
     for key, pattern in said.items():
         for number in re.findall(pattern, text):
@@ -172,12 +172,12 @@ def test_a_preset_holds_only_what_differs(name):
     def leaves(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
         base = values.pop("extends", None)
-        found = leaves(path.parent / base) if base else {}
+        merged = leaves(path.parent / base) if base else {}
         for section, inner in values.items():
             for key, value in inner.items() if isinstance(inner, dict) else [("", inner)]:
                 if path == FILES[name]:
-                    assert found.get(f"{section}.{key}") != value, f"{section}.{key} is that of {base}"
-                found[f"{section}.{key}"] = value
-        return found
+                    assert merged.get(f"{section}.{key}") != value, f"{section}.{key} is that of {base}"
+                merged[f"{section}.{key}"] = value
+        return merged
 
     leaves(FILES[name])

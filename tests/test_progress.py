@@ -1,4 +1,4 @@
-"""The panel on a real pseudo-terminal, seen through a terminal emulator; plain lines where there is none."""
+"""The panel on a real pseudo-terminal, seen through a terminal emulator; plain lines without a terminal."""
 
 import errno
 import fcntl
@@ -35,7 +35,7 @@ def status(step: int, steps: int = 1000, left: float = 3723.0) -> Status:
 
 
 class Out(io.TextIOWrapper):
-    """What a program writes to; what it flushes is read at once, for a pseudo-terminal holds only a little."""
+    """The output of a program; flushed data is read at once, because a pseudo-terminal buffers little."""
 
     def __init__(self, slave: int, encoding: str, read: Callable[[], None]):
         super().__init__(os.fdopen(slave, "wb"), encoding=encoding)
@@ -47,7 +47,7 @@ class Out(io.TextIOWrapper):
 
 
 class Terminal:
-    """A pseudo-terminal and what stands on its screen."""
+    """A pseudo-terminal and the contents of its screen."""
 
     def __init__(self, columns: int, rows: int = 24, encoding: str = "utf-8"):
         self._master, slave = os.openpty()
@@ -62,7 +62,7 @@ class Terminal:
         self._screen.resize(rows, columns)
 
     def rows(self) -> list[str]:
-        """The rows that have something on them, top to bottom, with those that scrolled away."""
+        """Returns the non-empty rows, top to bottom, including those that scrolled away."""
         with self._lock:
             top = self._screen.history.top
             gone = ["".join(row[column].data for column in range(self._screen.columns)) for row in top]
@@ -83,7 +83,7 @@ class Terminal:
 
 @pytest.fixture(autouse=True)
 def always_drawn(monkeypatch: pytest.MonkeyPatch):
-    """Each step at once, and never from the other thread: what stands on the screen is known."""
+    """Draws each step at once, and never from the other thread, so that the contents of the screen are known."""
     monkeypatch.setattr(module, "REST", 0.0)
     monkeypatch.setattr(module, "TICK", 1000.0)
     monkeypatch.delenv("TERM", raising=False)
@@ -128,7 +128,7 @@ def test_narrower_and_wider_there_is_one_panel():
         assert terminal.rows() == [f"at {columns}" for columns in (120, 40, 200, 60, 41, 100)]
 
 
-@pytest.mark.slow  # not for its time: it needs tmux, a terminal that wraps lines anew when it is resized
+@pytest.mark.slow  # slow not because of its time, but because it needs tmux, which rewraps lines when it is resized
 def test_a_terminal_that_wraps_lines_anew_keeps_one_panel(tmp_path: Path):
     tmux = ["tmux", "-S", str(tmp_path / "socket"), "-f", os.devnull]
     drawn, script = tmp_path / "drawn", tmp_path / "draw.py"
@@ -291,7 +291,7 @@ def test_durations():
 
 
 class Gone(io.StringIO):
-    """A terminal that was closed, or a pipe without a reader."""
+    """A closed terminal, or a pipe without a reader."""
 
     def write(self, text: str) -> int:
         raise OSError(errno.EIO, "Input/output error")
@@ -305,7 +305,7 @@ def test_a_reader_that_goes_away_does_not_end_the_run():
 
 
 class Clock:
-    """Seconds that pass when a test says so."""
+    """Seconds that pass only when the test advances them."""
 
     def __init__(self) -> None:
         self.now = 100.0

@@ -1,4 +1,4 @@
-"""The README's commands: those that need no foreign weights are run as they stand there."""
+"""The commands of the README and the docs run as written, unless they need foreign weights or a server."""
 
 import copy
 import json
@@ -22,7 +22,7 @@ PAGES = {"README.md": README} | {
 
 
 def commands_of(page: str) -> list[str]:
-    """Each command line of a page's plain code blocks, continuations joined."""
+    """Returns the command lines of a page's plain code blocks, with continuations joined."""
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", PAGES[page], re.DOTALL | re.MULTILINE)
     plain = [block.replace("\\\n", " ") for language, block in blocks if not language]
     return [line.strip() for block in plain for line in block.splitlines() if line.strip()]
@@ -33,7 +33,7 @@ TINY = ("train.steps=3", "train.warmup_steps=0", "model.overrides.num_hidden_lay
 
 @pytest.fixture(scope="module")
 def quickstart(commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `make quickstart` leaves in runs/quickstart, but for its size."""
+    """The output of `make quickstart`, but smaller."""
     run = tmp_path_factory.mktemp("quickstart") / "run"
     commands.call("xlam_jax.train", "--config", "configs/quickstart.yaml", f"output_dir={run}", *TINY)
     commands.call("converters.orbax_to_hf", "--checkpoint", run, "--out", run / "hf")
@@ -42,7 +42,7 @@ def quickstart(commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    """A folder that stands in for a clone, with the data that a user would bring."""
+    """A folder that looks like a clone, with the data that a user would provide."""
     for entry in ("configs", "examples", "Makefile", "xlam_jax", "converters", "serving", "benchmarks"):
         (tmp_path / entry).symlink_to(ROOT / entry)
     hammer = ROOT / "examples/quickstart/hammer.jsonl"
@@ -56,7 +56,7 @@ def clone(tmp_path: Path) -> Path:
 
 
 def run_page(page: str, commands: Commands, folder: Path) -> int:
-    """Runs a page's commands in order; returns how many."""
+    """Runs the commands of a page in order; returns their number."""
     ran = 0
     for line in commands_of(page):
         words = shlex.split(line.partition("#")[0])
@@ -90,7 +90,7 @@ def test_commands_of_the_readme_run(commands: Commands, clone: Path, quickstart:
 
 
 ELSEWHERE = {"docs/benchmarks.md"}
-"""Pages whose commands need a server that their own test plays."""
+"""Pages whose commands need a server, which separate tests fake."""
 
 
 @pytest.mark.parametrize("page", sorted(PAGES.keys() - {"README.md"} - ELSEWHERE))
@@ -100,7 +100,7 @@ def test_commands_of_the_pages_run(commands: Commands, clone: Path, quickstart: 
 
 
 def test_snippets_of_the_training_page_are_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Each resolves over a preset."""
+    """Each resolves on top of a preset."""
     monkeypatch.chdir(ROOT)
     blocks = re.findall(r"^```yaml\n(.*?)^```$", PAGES["docs/training.md"], re.DOTALL | re.MULTILINE)
     for at, block in enumerate(blocks):

@@ -23,7 +23,7 @@ HOSTILE = "</script><script>alert(1)</script>\"'><img src=x onerror=alert(2)>&lt
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory) -> Path:
-    """A run on four sources, killed twice and not at its end."""
+    """A run on four sources, killed twice and still unfinished."""
     return write_run(tmp_path_factory.mktemp("runs") / "single", steps=320, done=300, started=3)
 
 
@@ -33,12 +33,12 @@ def pairs(tmp_path_factory) -> Path:
 
 
 def report(*arguments: object) -> None:
-    """The command."""
+    """Runs the command."""
     assert main([str(one) for one in arguments]) == 0
 
 
 def page_of(tmp_path: Path, *paths: Path) -> Page:
-    """The page about runs."""
+    """Returns the parsed page about runs."""
     out = tmp_path / "page.html"
     report(*paths, "--out", out)
     return report_page.read(out)
@@ -64,14 +64,14 @@ def write_records(run: Path, lines: list[dict[str, Any]]) -> None:
 
 
 def check(curve: Curve, expected: list[tuple[int, float]]) -> None:
-    """The curve's points are the expected ones: steps exactly, values to what can be drawn."""
+    """Checks the points of a curve: steps exactly, values within the precision of the drawing."""
     assert curve.steps == [step for step, _ in expected]
     for drawn, (step, value) in zip(curve.values, expected, strict=True):
         assert abs(drawn - value) <= curve.resolution, f"step {step}: {drawn} drawn, {value} recorded"
 
 
 def mean_around(points: list[tuple[int, float, float]], window: int) -> list[tuple[int, float]]:
-    """The weighted mean of a window of (step, value, weight), by the definition."""
+    """Returns the weighted mean of a window of (step, value, weight), by definition."""
     means = []
     for at, (step, _, _) in enumerate(points):
         near = points[max(0, at - (window - 1) // 2) : at + window // 2 + 1]
@@ -79,7 +79,7 @@ def mean_around(points: list[tuple[int, float, float]], window: int) -> list[tup
     return means
 
 
-# ---- what is drawn are the metrics ----------------------------------------------------------------------------------
+# ---- the plots show the metrics -------------------------------------------------------------------------------------
 
 
 def test_losses_are_the_recorded_ones(single, page):
@@ -95,11 +95,11 @@ def test_losses_are_the_recorded_ones(single, page):
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_losses_of_a_source(single, page, source):
-    """Only the steps in which the source occurs, and their mean weighted by its tokens."""
+    """Only steps in which the source occurs, and their mean weighted by its tokens."""
     figure = page.figures[f"{source} nats per trained token"]
-    given = [(one["step"], one["sources"][source]) for one in records(single, "train") if source in one["sources"]]
-    check(figure.unnamed["faint"][0], [(step, one["loss"]) for step, one in given])
-    check(figure.curves["train"], mean_around([(step, one["loss"], one["tokens"]) for step, one in given], 6))
+    points = [(one["step"], one["sources"][source]) for one in records(single, "train") if source in one["sources"]]
+    check(figure.unnamed["faint"][0], [(step, one["loss"]) for step, one in points])
+    check(figure.curves["train"], mean_around([(step, one["loss"], one["tokens"]) for step, one in points], 6))
     held = [(one["step"], one["sources"][source]["loss"]) for one in records(single, "heldout")]
     check(figure.curves["held-out"], held)
 
@@ -161,7 +161,7 @@ def test_unknown_peak_shows_achieved_flops(tmp_path):
 
 
 def test_mixture_of_tokens(single, page):
-    """Realised shares are sums of tokens; the target share of examples becomes one of tokens by their mean lengths."""
+    """Actual shares are sums of tokens; target shares of examples are converted with the mean lengths."""
     train = records(single, "train")
     sums = [sum(one["sources"].get(name, {"tokens": 0})["tokens"] for one in train) for name in SOURCES]
     wanted = [share * tokens for share, tokens in zip(SHARES, TRAINED, strict=True)]
@@ -181,12 +181,12 @@ def test_mixture_of_tokens(single, page):
 
 
 def test_mixture_of_pairs(pairs, pairs_page):
-    """Pairs are counted, and their target is the share of examples itself."""
+    """Pairs are counted, and the target share applies to examples directly."""
     train = records(pairs, "train")
     sums = [sum(one["sources"].get(name, {"tokens": 0})["tokens"] for one in train) for name in SOURCES]
     for at, name in enumerate(SOURCES):
-        told = f"{name} {sums[at]:,} {SHARES[at]:.1%} {sums[at] / sum(sums):.1%} {sums[at] / 1000:.2f}"
-        assert told in pairs_page.text
+        row = f"{name} {sums[at]:,} {SHARES[at]:.1%} {sums[at] / sum(sums):.1%} {sums[at] / 1000:.2f}"
+        assert row in pairs_page.text
 
 
 def test_preferences(pairs, pairs_page):
@@ -209,15 +209,15 @@ def test_preferences(pairs, pairs_page):
 
 
 def test_header_tells_the_run(single, page):
-    for told in ("steps 300 of 320", "state unfinished; last record", "7.25 B, of which 41.9 M (0.58%) train",
+    for fragment in ("steps 300 of 320", "state unfinished; last record", "7.25 B, of which 41.9 M (0.58%) train",
                  "8 × NVIDIA H100 80GB HBM3", "SFT, LoRA rank 32 on q, k, v, o, adamw"):  # fmt: skip
-        assert told in page.text
+        assert fragment in page.text
     seconds = sum(one["tokens"] / one["tokens_per_second"] for one in records(single, "train"))
     assert f"about {int(seconds // 60)}:{round(seconds % 60):02}" in page.text
 
 
 def test_spikes_do_not_press_the_rest_flat(tmp_path):
-    """A step far off is drawn at the edge and told."""
+    """A step far outside is drawn at the edge and reported."""
     run = write_run(tmp_path / "run", steps=250, requests=0)
     lines = records(run, "train")
     lines[200]["grad_norm"] = 5000.0
@@ -226,7 +226,7 @@ def test_spikes_do_not_press_the_rest_flat(tmp_path):
     (caption,) = [caption for caption in figures if caption.startswith("Gradient norm")]
     assert re.search(r"; [12] pale steps? lies? beyond the axis, up to 5,000$", caption)
     faint = figures[caption].unnamed["faint"][0]
-    assert faint.values[200] == max(faint.values) < 1100  # the mean of five steps holds it
+    assert faint.values[200] == max(faint.values) < 1100  # the mean of five steps includes it
     for drawn, one in zip(faint.values, lines, strict=True):
         if one["grad_norm"] < 500:
             assert drawn == pytest.approx(one["grad_norm"], rel=faint.resolution)
@@ -300,7 +300,7 @@ def test_a_resumed_run_has_no_gap_and_no_double_point(single, page, tmp_path, ca
     page_of(tmp_path, single)
     assert capsys.readouterr().err == ""
     assert "continued twice 2026-11-21 08:00:00, 2026-11-22 08:00:00" in page.text
-    assert not [given for tag, given in page.tags if given.get("class") == "warnings"]
+    assert not [attributes for tag, attributes in page.tags if attributes.get("class") == "warnings"]
     for figure in page.figures.values():
         for curve in [*figure.curves.values(), *figure.unnamed.get("faint", [])]:
             assert len(set(curve.steps)) == len(curve.steps)
@@ -309,22 +309,22 @@ def test_a_resumed_run_has_no_gap_and_no_double_point(single, page, tmp_path, ca
 def test_missing_and_doubled_steps_are_told(tmp_path, capsys):
     run = write_run(tmp_path / "run", steps=150, requests=0)
     train, held = records(run, "train"), records(run, "heldout")
-    again = [one | {"loss": 9.0} for one in train[9:12]]  # written by a run that went on after step 9
+    again = [one | {"loss": 9.0} for one in train[9:12]]  # written by a run that resumed after step 9
     kept = [one for one in train if one["step"] not in (40, 41, 42, 60)]
     write_records(run, [*kept[:12], *again, *kept[12:], *held, held[-1]])
     page = page_of(tmp_path, run)
     warnings = capsys.readouterr().err
-    told = [
+    expected = [
         f"{run}/metrics.jsonl: steps 10 to 12: more than one train record; the last is shown",
         f"{run}/metrics.jsonl: steps 40 to 42, step 60: no train record; the curves have a gap there",
         f"{run}/metrics.jsonl: step 150: more than one heldout record; the last is shown",
     ]
-    assert warnings.splitlines() == [f"warning: {one}" for one in told]
-    assert all(one in page.text for one in told)
+    assert warnings.splitlines() == [f"warning: {one}" for one in expected]
+    assert all(one in page.text for one in expected)
     figure = page.figures["Loss nats per trained token"]
     (faint,) = figure.unnamed["faint"]
     check(faint, [(one["step"], 9.0 if one["step"] in (10, 11, 12) else one["loss"]) for one in kept])
-    assert faint.starts == figure.curves["train"].starts == 3  # a stroke, and one after each of two gaps
+    assert faint.starts == figure.curves["train"].starts == 3  # one stroke, and one more after each of two gaps
     assert figure.curves["held-out"].steps == [0, 50, 100, 150]
 
 
@@ -370,15 +370,15 @@ def test_many_damaged_lines_are_counted(tmp_path, capsys):
 
 
 def test_numbers_that_are_not_finite_are_told(tmp_path, capsys):
-    """As the run writes them: null, and named in words."""
+    """As written by a run: null, with the value as a string."""
     run = write_run(tmp_path / "run", steps=20, requests=0)
     lines = records(run, "train")
     lines[-1] |= {"loss": None, "grad_norm": None, "not_finite": {"loss": "nan", "grad_norm": "inf"}}
     write_records(run, lines)
     page = page_of(tmp_path, run)
-    told = f"{run}/metrics.jsonl: step 20, train: loss is nan, grad_norm is inf: not drawn"
-    assert capsys.readouterr().err == f"warning: {told}\n"
-    assert told in page.text
+    expected = f"{run}/metrics.jsonl: step 20, train: loss is nan, grad_norm is inf: not drawn"
+    assert capsys.readouterr().err == f"warning: {expected}\n"
+    assert expected in page.text
     assert page.figures["Loss nats per trained token"].curves["train"].steps == list(range(1, 20))
     assert page.figures["Learning rate"].curves["rate"].steps == list(range(1, 21))
 
@@ -472,19 +472,19 @@ def test_where_the_page_goes(tmp_path, capsys, monkeypatch):
     assert (run / "report.html").exists()
     assert (tmp_path / "report.html").exists()
     assert re.search(r"report: report.html \(0\.\d MB\)", capsys.readouterr().out)
-    report(run)  # a page of ours is written anew
+    report(run)  # a page of this command is overwritten
     assert not list(tmp_path.glob("**/*.partial"))
 
 
 def test_what_is_there_is_kept(tmp_path):
     run = write_run(tmp_path / "run", steps=5, requests=0)
-    mine = tmp_path / "mine.html"
-    mine.write_text("<p>my notes on xlam_jax.report", encoding="utf-8")
+    own_page = tmp_path / "mine.html"
+    own_page.write_text("<p>my notes on xlam_jax.report", encoding="utf-8")
     with pytest.raises(UserError, match="exists and is not a page of this command"):
-        report(run, "--out", mine)
-    assert mine.read_text(encoding="utf-8").startswith("<p>my notes")
-    report(run, "--out", mine, "--force")
-    assert "Loss nats per trained token" in report_page.read(mine).figures
+        report(run, "--out", own_page)
+    assert own_page.read_text(encoding="utf-8").startswith("<p>my notes")
+    report(run, "--out", own_page, "--force")
+    assert "Loss nats per trained token" in report_page.read(own_page).figures
     with pytest.raises(UserError, match="is a folder; name a file"):
         report(run, "--out", tmp_path)
     with pytest.raises(UserError, match="does not exist; make it first"):
@@ -496,7 +496,7 @@ def test_the_command(commands, tmp_path, single):
 
 
 def test_help_is_quick():
-    """Nothing heavy is imported before the arguments are read."""
+    """No slow import happens before the arguments are parsed."""
     code = "import sys, xlam_jax.report.__main__; print({'numpy', 'pydantic', 'jax', 'matplotlib'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 
@@ -543,7 +543,7 @@ def test_differences_of_calls_are_marked(tmp_path):
     got = [{"name": "f", "arguments": {"kept": 1, "changed": "b", "new": None}}]
     page = page_of(tmp_path, _with_samples(tmp_path / "run", [_sample(5, expected, got)])).source
     answer = page[page.index("<h4><b>step 5</b>") :]
-    for told in (
+    for fragment in (
         "<code>kept</code>: <code>1</code>",
         "<code>changed</code>: <del><code>&#34;a&#34;</code></del> <ins><code>&#34;b&#34;</code></ins>",
         "<del><code>gone: [1]</code></del> <em>missing</em>",
@@ -552,13 +552,13 @@ def test_differences_of_calls_are_marked(tmp_path):
         '<span class="bad">✗ exact</span>',
         '<span class="good">✓ right function</span>',
     ):
-        assert answer.count(told) == 1, told
+        assert answer.count(fragment) == 1, fragment
     assert '<blockquote class="text">last question</blockquote>' in page
     assert "as it came" not in page  # it could be parsed
 
 
 def test_answers_by_step(tmp_path):
-    """The last one is open, those before it folded; what can't be parsed is shown as it came."""
+    """The last step is open, earlier ones are folded; unparsable answers are shown unchanged."""
     lines = [_sample(step, [], [], content=f"said after {step}.") for step in range(0, 1300, 100)]
     lines[-1] |= {"parsable": False, "finish_reason": "length"}
     page = page_of(tmp_path, _with_samples(tmp_path / "run", lines))
@@ -616,7 +616,7 @@ def test_hostile_text_stays_text(tmp_path):
     for paths in ([run], [run, other]):
         page, plain = page_of(tmp_path, *paths), page_of(tmp_path, *paths[1:], third)
         assert {tag for tag, _ in page.tags} <= {tag for tag, _ in plain.tags} | {"ul", "li", "del", "ins", "em"}
-        assert not [key for _, given in page.tags for key in given if key.startswith(("on", "src"))]
+        assert not [key for _, attributes in page.tags for key in attributes if key.startswith(("on", "src"))]
         assert page.scripts == plain.scripts
         assert len(page.scripts) == 1
         assert page.text.count("<img src=x onerror=alert(2)>") > 15
@@ -626,13 +626,17 @@ def test_hostile_text_stays_text(tmp_path):
 @pytest.mark.parametrize("which", ["page", "pairs_page"])
 def test_the_page_loads_nothing(request, which):
     page = request.getfixturevalue(which)
-    (policy,) = [given["content"] for tag, given in page.tags if given.get("http-equiv") == "Content-Security-Policy"]
+    (policy,) = [
+        attributes["content"]
+        for tag, attributes in page.tags
+        if attributes.get("http-equiv") == "Content-Security-Policy"
+    ]
     digest = base64.b64encode(hashlib.sha256(page.scripts[0].encode()).digest()).decode()
     assert policy == f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    links = [given["href"] for _, given in page.tags if "href" in given]
+    links = [attributes["href"] for _, attributes in page.tags if "href" in attributes]
     assert links
     assert all(link.startswith("#") for link in links)
-    anchors = {given.get("id") for _, given in page.tags}
+    anchors = {attributes.get("id") for _, attributes in page.tags}
     assert {link[1:] for link in links} <= anchors
     assert "url(" not in page.source
     assert "@import" not in page.source
@@ -641,7 +645,7 @@ def test_the_page_loads_nothing(request, which):
 
 
 def test_reading_keeps_what_records_lack_apart(tmp_path):
-    """A column is NaN where its record has none, wherever that is."""
+    """A column is NaN if its record has no value, at any position."""
     run = write_run(tmp_path / "run", steps=4, requests=0)
     lines = [{"step": at, "kind": "train", "loss": float(at)} for at in (1, 2, 3, 4)]
     write_records(run, [lines[0], lines[1] | {"x": 2}, lines[2] | {"x": 3.0}, lines[3]])

@@ -1,4 +1,4 @@
-"""Configs of earlier and later versions, and texts that YAML takes for something else."""
+"""Configs of earlier and later versions, and strings that YAML would read as other types."""
 
 from pathlib import Path
 

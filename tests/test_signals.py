@@ -1,4 +1,4 @@
-"""What signals do to a run: the first stops it, a second Ctrl-C ends it, and no traceback is printed."""
+"""Effects of signals on a run: the first stops it, a second Ctrl-C ends it, and no traceback is printed."""
 
 import signal
 import subprocess
@@ -39,7 +39,7 @@ cli.run(main)
 def run(
     case: str, *numbers: signal.Signals, until: Sequence[str] = (), before: Sequence[str] = ()
 ) -> tuple[int, str, str]:
-    """Runs a program that is sent signals, one after the other; after the first `until` is awaited on its stderr."""
+    """Runs a program and sends it signals, one after the other; the first after `until` appears on its stderr."""
     process = subprocess.Popen(
         [*before, sys.executable, "-c", PROGRAM, case],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -78,7 +78,7 @@ def test_a_second_ctrl_c_ends_a_long_step_at_once():
 
 
 def test_a_signal_that_is_ignored_stays_ignored():
-    """As for what nohup starts."""
+    """As in processes started with nohup."""
     code, out, _ = run("ignored", signal.SIGHUP, signal.SIGTERM, before=["sh", "-c", 'trap "" HUP; exec "$@"', "sh"])
     assert (code, out) == (75, "saved SIGTERM\n")
 

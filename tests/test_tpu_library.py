@@ -1,4 +1,4 @@
-"""The TPU's library on machines without a TPU: no process loads it but `plan`."""
+"""The TPU library on machines without a TPU: only `plan` loads it."""
 
 import importlib
 import importlib.metadata
@@ -31,7 +31,7 @@ atexit.register(check)
 
 @pytest.fixture
 def unset(environment: dict[str, str]) -> dict[str, str]:
-    """The environment of a user who has set nothing: JAX chooses the platform."""
+    """The environment of a user who has set no variables: JAX chooses the platform."""
     return {
         name: value
         for name, value in environment.items()
@@ -57,7 +57,7 @@ def test_a_tpu_is_known_by_its_device_files(tmp_path: Path, file: str, expected:
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The package as if JAX had just imported it, and nothing said of platforms."""
+    """The package in the state just after JAX imported it, without a choice of platforms."""
     package = ModuleType("libtpu")
     monkeypatch.setitem(sys.modules, "libtpu", package)
     monkeypatch.setattr(tpu_library, "_hidden", {})

@@ -1,4 +1,4 @@
-"""The training command as a user meets it: start, kill, resume, other meshes, wrong input."""
+"""The training command from a user's view: start, kill, resume, other meshes, invalid input."""
 
 import json
 import os
@@ -22,17 +22,17 @@ TRAIN = "xlam_jax.train"
 
 
 def final_state(run: Path) -> object:
-    """Parameters of the last checkpoint."""
+    """Returns the parameters of the last checkpoint."""
     return checkpoint.load_params(checkpoint.resolve(run))
 
 
 def terminate(number: signal.Signals = signal.SIGTERM) -> None:
-    """A signal to the run that this process executes."""
+    """Sends a signal to the run in this process."""
     signal.raise_signal(number)
 
 
 def interrupt() -> None:
-    """Ends what this process executes, as an error in the middle of it."""
+    """Ends the run in this process like an error in the middle of it."""
     raise KeyboardInterrupt
 
 
@@ -46,7 +46,7 @@ def test_killed_runs_end_with_the_same_bits(
 ):
     whole, killed = trained[0], tmp_path / "killed"
     common = ("--config", tiny_config, f"model.compute_dtype={dtype}")
-    if dtype != "float32":  # what the tiny run computes in
+    if dtype != "float32":  # the dtype of the tiny run
         whole = tmp_path / "whole"
         commands.run(TRAIN, *common, f"output_dir={whole}")
     for step in kills:
@@ -76,7 +76,7 @@ def test_ctrl_c_and_a_closed_terminal_save_as_sigterm_does(
 ):
     run = tmp_path / "run"
     common = ("--config", tiny_config, f"output_dir={run}", "checkpoint.every=1000")
-    before = signal.signal(number, signal.SIG_DFL)  # the tests may run in the background, where it is ignored
+    before = signal.signal(number, signal.SIG_DFL)  # it is ignored if the tests run in the background
     try:
         err = commands.call(TRAIN, *common, at={"step 2/10  loss": lambda: terminate(number)}, code=75).stderr
     finally:
@@ -88,7 +88,7 @@ def test_ctrl_c_and_a_closed_terminal_save_as_sigterm_does(
 def test_a_step_is_saved_before_its_evaluation(
     commands: Commands, tiny_config: Path, trained: tuple[Path, str], tmp_path: Path
 ):
-    """And a run that ends in the evaluation repeats that alone: nothing is there twice, and nothing is missing."""
+    """A run that ends during the evaluation repeats only that: no record is duplicated or missing."""
     run = tmp_path / "run"
     common = ("--config", tiny_config, f"output_dir={run}")
     commands.call(TRAIN, *common, at={"step 10/10  held-out": interrupt}, code=130)
@@ -138,10 +138,10 @@ def test_meshes_agree(
         commands.run(TRAIN, *common, f"output_dir={whole}")
     sizes = [f"mesh.{axis}={size}" for axis, size in axes.items()]
     commands.run(TRAIN, *common, f"output_dir={on_mesh}", "mesh.cpu_devices=8", *sizes)
-    ours, theirs = train_losses(on_mesh), train_losses(whole)
-    assert ours.keys() == theirs.keys()
-    np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=1e-5)
-    # its weights are a start for any other devices
+    actual, expected = train_losses(on_mesh), train_losses(whole)
+    assert actual.keys() == expected.keys()
+    np.testing.assert_allclose(list(actual.values()), list(expected.values()), rtol=1e-5)
+    # its weights can be loaded on any other devices
     other = configs.load(tiny_config, [f"model.init_from={on_mesh}"])
     assert same_arrays(weights.read_base(other), final_state(on_mesh))
 
@@ -158,7 +158,7 @@ def test_a_run_is_told_and_recorded(commands: Commands, tiny_config: Path, train
         r"step 7/10  loss [\d.]+  [\d,]+ tok/s  trained \d+%  lr [\d.e-]+  grad norm [\d.]+  left \d+:\d\d",
         said,
     )
-    assert "\x1b" not in said  # plain lines where there is no terminal
+    assert "\x1b" not in said  # plain lines without a terminal
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
@@ -294,18 +294,18 @@ def test_the_trained_export_is_the_trained_model(trained: tuple[Path, str], expo
     tools = json.loads((ROOT / "examples/quickstart/tools.json").read_text(encoding="utf-8"))
     prompt = tokenizer.apply_chat_template(request["messages"], tools=tools, return_dict=True, return_tensors="pt")
     with torch.no_grad():
-        theirs = AutoModelForCausalLM.from_pretrained(exported).eval()(**prompt).logits.numpy()
+        hf_logits = AutoModelForCausalLM.from_pretrained(exported).eval()(**prompt).logits.numpy()
     tokens_BT = prompt["input_ids"].numpy()
     model = find_model(trained[0]).load()
     positions_BT = np.arange(tokens_BT.shape[1])[None]
     ours = jax.jit(lambda: model.logits(model(tokens_BT, positions_BT, np.ones_like(tokens_BT))[0]))()
-    np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
+    np.testing.assert_allclose(ours, hf_logits, atol=1e-4 * np.abs(hf_logits).max())
 
 
 def test_full_disk_keeps_the_previous_checkpoint(commands: Commands, tiny_config: Path, tmp_path: Path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    # The whole story happens in a mount namespace of its own, with a small disk that ends with it.
+    # The test runs in a separate mount namespace, with a small disk that disappears with it.
     script = f"""
         mount -t tmpfs -o size=4m tmpfs {disk} || exit 90
         {sys.executable} -m {TRAIN} --config {tiny_config} output_dir={disk}/run checkpoint.every=2 checkpoint.keep=9
@@ -337,6 +337,6 @@ def test_config_errors_and_help_answer_at_once(commands: Commands, tiny_config: 
     ):
         before = os.times()
         subprocess.run([sys.executable, "-m", TRAIN, *map(str, arguments)], cwd=ROOT, capture_output=True, check=False)
-        now = os.times()  # time of a processor: the machine may be busy, the command is not
+        now = os.times()  # CPU time, because the machine may be busy
         took = now.children_user + now.children_system - before.children_user - before.children_system
         assert took < 2, (arguments, took)

@@ -1,4 +1,4 @@
-"""Files of users are run as they are now, and their faults told with the line."""
+"""Files of users are executed in their current version, and errors are reported with their line."""
 
 import sys
 from pathlib import Path
@@ -11,7 +11,7 @@ from xlam_jax.errors import UserError
 
 def test_a_file_is_run_as_it_is_now(tmp_path: Path):
     path = tmp_path / "mine.py"
-    for value in (1, 2):  # of one size, in one second: bytecode of the first would pass for that of the second
+    for value in (1, 2):  # same size, same second: cached bytecode of the first could be used for the second
         path.write_text(
             "from __future__ import annotations\nfrom dataclasses import dataclass\n"
             f"@dataclass\nclass Mine:\n    it: int = {value}\n"

@@ -1,4 +1,4 @@
-"""Packed rows of random tokens, of unequal lengths and with unequal numbers of tokens that carry loss."""
+"""Packed rows of random tokens, of unequal lengths and with unequal numbers of trained tokens."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +7,8 @@ from xlam_jax.training.step import Batch
 
 
 def sequences(rows: int, length: int, vocab: int, seed: int = 0) -> Batch:
-    """Rows of one to three sequences. The first row has far more tokens to train on than the others, the last none."""
+    """Returns rows of one to three sequences. The first row has far more trained tokens than the others, the last
+    none."""
     rng = np.random.default_rng(seed)
     sizes = [rng.integers(length // 6, length // 3, 1 + row % 3) for row in range(rows)]
     trained = [0.9] + [0.1 + 0.3 * (row % 2) for row in range(rows - 2)] + [0.0]
@@ -15,7 +16,7 @@ def sequences(rows: int, length: int, vocab: int, seed: int = 0) -> Batch:
 
 
 def pairs(rows: int, length: int, vocab: int, seed: int = 0) -> Batch:
-    """Rows of one to three pairs of unequal sides; the second half of a side carries loss."""
+    """Returns rows of one to three pairs of unequal sides; the second half of a side is trained."""
     rng = np.random.default_rng(seed)
     sizes = [rng.integers(length // 12, length // 6, 2 * (1 + row % 3)) for row in range(rows)]
     return _packed(length, vocab, sizes, [0.5] * rows, rng)

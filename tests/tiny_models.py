@@ -25,13 +25,13 @@ SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
-    # Large enough that attention is peaked and the experts disagree: an error then shows.
+    # Large enough that attention is peaked and the experts disagree, so that errors are visible.
     "initializer_range": 0.2,
 }
 
 
 def hf_model(family: str, *, seed: int = 0, **overrides: Any) -> Any:
-    """A transformers model with random weights; its norm scales are random too, so that they matter."""
+    """Returns a transformers model with random weights; its norm scales are random too, so that they matter."""
     own = {"sliding_window": None} if family == "mistral" else {}
     torch.manual_seed(seed)
     config = CONFIGS[family](architectures=[f"{family.capitalize()}ForCausalLM"], **(SIZES | own | overrides))
@@ -53,12 +53,12 @@ def skew_routing(model: Any) -> None:
 
 
 def model_config(model: Any) -> ModelConfig:
-    """Our config, as it is read from what the model would save."""
+    """Returns our config, as read from the model's config.json."""
     return ModelConfig.from_hf(model.config.to_dict())
 
 
 def file_tensors(named: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    """Parameters (or gradients) of a transformers model under the names and in the shapes of its files."""
+    """Returns the parameters (or gradients) of a transformers model with the names and shapes of its files."""
     out = {}
     for name, value in named.items():
         array = value.detach().numpy()
@@ -75,7 +75,7 @@ def file_tensors(named: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
 
 
 def params_of(model: Any) -> Params:
-    """The model's weights in our layout."""
+    """Returns the weights of the model in our layout."""
     config = model_config(model)
     named = file_tensors(dict(model.named_parameters()))
     params = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes(config))
@@ -88,5 +88,5 @@ def params_of(model: Any) -> Params:
 
 
 def tokens(rows: int, length: int, seed: int = 0) -> np.ndarray:
-    """Random token ids that avoid the special ones (0 to 2)."""
+    """Returns random token ids without the special ones (0 to 2)."""
     return np.random.default_rng(seed).integers(3, VOCAB, (rows, length), dtype=np.int32)

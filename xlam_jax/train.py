@@ -1,4 +1,4 @@
-"""`python -m xlam_jax.train --config configs/NAME.yaml [section.key=value …]`: trains a model, from config to weights.
+"""`python -m xlam_jax.train --config configs/NAME.yaml [section.key=value …]`: trains a model.
 
 Running the same command again continues the run in its output_dir.
 """
@@ -29,16 +29,16 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = cli.Parser(
         prog="python -m xlam_jax.train",
-        description="Train a model as a config says; run again to continue.",
+        description="Train a model as described in a config; run the same command again to continue.",
         epilog="fields of a config:\n" + configs.field_help(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", required=True, type=Path, metavar="FILE.yaml")
-    parser.add_argument("--print-config", action="store_true", help="show the resolved config and where it comes from")
+    parser.add_argument("--print-config", action="store_true", help="show each value of the config and its origin")
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="read the data, compile and time the step, report its costs; write nothing",
+        help="read the data, compile and time the step, report memory and time; write nothing",
     )
     parser.add_argument(
         "--profile", type=_steps, metavar="START:STOP", help="trace these steps for XProf, into output_dir/profile"
@@ -71,7 +71,7 @@ def main() -> int:
 
 
 def check(arguments: argparse.Namespace) -> Resolved:
-    """Loads the config, and checks what can be checked at once. Raises `UserError`."""
+    """Loads the config, and checks everything that needs neither data nor devices. Raises `UserError`."""
     resolved = configs.load(arguments.config, arguments.overrides)
     if not arguments.print_config:
         check_trackers(resolved.config.track)
@@ -89,9 +89,9 @@ def _steps(text: str) -> range:
 
 
 def with_huge_pages() -> None:
-    """Starts this program again with transparent huge pages for malloc, which the C library reads only at start.
+    """Restarts this program with transparent huge pages for malloc; the C library reads this setting only at start.
 
-    XLA on a CPU takes fresh memory each step; faulting it in by small pages costs up to a third of the step.
+    XLA on CPUs allocates new memory in each step; page faults of small pages take up to a third of the step's time.
     """
     tunable = "glibc.malloc.hugetlb=1"
     present = os.environ.get("GLIBC_TUNABLES", "")
@@ -103,7 +103,7 @@ def with_huge_pages() -> None:
 def train(
     resolved: Resolved, run: Path, progress: "Progress", hosts: Hosts, stop: Stop, profiled: range | None = None
 ) -> int:
-    """The whole run, in the order in which things happen. Returns the exit code: `STOPPED` when `stop` ended it."""
+    """Runs the training, top to bottom. Returns the exit code: `STOPPED` if `stop` ended the run."""
     from xlam_jax.data.identity import identify
     from xlam_jax.parallel.mesh import keep_cpu_threads
     from xlam_jax.training.setup import set_up
@@ -120,7 +120,7 @@ def train(
         keep_cpu_threads(threads[hosts.process if len(threads) == hosts.count else 0], config.mesh.cpu_devices)
     start = open_start(resolved, run, hosts, progress.line)
     setup = set_up(resolved, progress)
-    if config.train.epochs is not None:  # a number of steps, now that the data are known
+    if config.train.epochs is not None:  # now replaced by a number of steps
         resolved, config = setup.resolved, setup.resolved.config
         check_run_folder(run, resolved)
         check_names(run, range(start.step + 1, config.train.steps + 1))
@@ -141,7 +141,7 @@ def train(
 
 
 def _data_facts(identity: "Identity") -> dict[str, Any]:
-    """What must be the same on all hosts: the tokenizer and the examples of each source."""
+    """Returns facts that must be the same on all hosts: the tokenizer and the examples of each source."""
     from xlam_jax.data.identity import describe_source, describe_tokenizer
 
     sources = {

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Trains on all hosts of a TPU slice (or several) that is up and that gcloud can reach:
+# Trains on all hosts of one or several running TPU slices that gcloud can reach:
 #
 #   configs/launch/tpu_vm.sh NAME ZONE --config configs/mixtral_8x7b_sft.yaml output_dir=/mnt/shared/run
 #
-# Copies this folder to each host, installs it, and starts the same command everywhere; the hosts find each other by the
-# metadata of their slice. output_dir must be on a file system that all hosts have mounted at the same place.
+# Copies this repository to each host, installs it, and starts the same command everywhere; the hosts find each other
+# through the metadata of their slice. All hosts must have mounted the file system of output_dir at the same path.
 set -euo pipefail
 
 if [[ $# -lt 3 ]]; then
@@ -14,8 +14,9 @@ fi
 name=$1 zone=$2
 shift 2
 
-# 3 or killed: a host was lost, and the others ended. 75: a signal stopped the run, which saved. The same command
-# continues from the last checkpoint. Any other code, and a signal to this script (Ctrl-C too), ends it.
+# Restarts the command after 3 or a kill (a host was lost, and the others exited) and after 75 (a signal stopped the run,
+# and it saved); the run continues from the last checkpoint. Stops after any other code, or a signal to this script
+# (including Ctrl-C).
 read -r -d '' remote <<SCRIPT || true
 cd xlam_jax && python3 -m pip install --quiet --user uv \\
     && ~/.local/bin/uv venv --quiet --allow-existing --python 3.12 .venv && . .venv/bin/activate \\

@@ -1,7 +1,7 @@
-"""Makes the quickstart's trajectories from the raw sources: `python make_data.py RAW_FOLDER`.
+"""Creates the quickstart's trajectories from the raw sources: `python make_data.py RAW_FOLDER`.
 
-RAW_FOLDER holds one folder a source, with the raw files named below and a LICENSE_NOTE.txt. The same raw files give the
-same bytes.
+RAW_FOLDER contains one folder per source, with the raw files listed below and a LICENSE_NOTE.txt. The same raw files
+give the same bytes.
 """
 
 import argparse
@@ -24,22 +24,22 @@ FILES = {
     "hammer": ["apibank_l1.json", "toolalpaca.json"],
 }
 COUNTS = {"webshop": 30, "hotpotqa": 230, "seal_tools": 70, "hammer": 180}
-PARALLEL = 10  # Seal-Tools rows with several calls, on top of those with one
+PARALLEL = 10  # Seal-Tools rows with several calls, in addition to those with one
 LONGEST = 3400  # characters; about 1000 tokens of the quickstart's tokenizer
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Picks short, successful trajectories whose arguments fit the tools' schemas, and writes them with licences."""
+    """Selects short, successful trajectories whose arguments match the tool schemas, and writes them with licences."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("raw", type=Path, help="folder of the raw sources")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="where to write; default: here")
+    parser.add_argument("raw", type=Path, help="folder that contains the raw sources")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="output folder (default: the script's)")
     options = parser.parse_args(arguments)
     for source, names in FILES.items():
         paths = [options.raw / source / name for name in names]
         for path in (*paths, options.raw / source / "LICENSE_NOTE.txt"):
             if not path.is_file():
                 raise UserError(
-                    f"{path}: not found; the raw folder holds {source}/ with {', '.join(names)} and a licence"
+                    f"{path}: not found; the raw folder must contain {source}/ with {', '.join(names)} and a licence"
                 )
         converted = [item.trajectory for item in CONVERTERS[source](paths) if isinstance(item, Converted)]
         chosen = choose(converted, source)
@@ -73,7 +73,7 @@ def choose(trajectories: Iterable[Trajectory], source: str) -> list[Trajectory]:
 
 
 def length(trajectory: Trajectory) -> int:
-    """Returns about how many characters the trajectory renders to."""
+    """Estimates the number of characters of the rendered trajectory."""
     return (
         len(trajectory.task_instruction)
         + len(json.dumps(trajectory.tools))
@@ -85,7 +85,7 @@ def length(trajectory: Trajectory) -> int:
 
 
 def arguments_fit(trajectory: Trajectory) -> bool:
-    """Returns whether every call's arguments are known to its tool and valid by its JSON Schema."""
+    """Returns whether each call has only declared arguments that match the JSON Schema of its tool."""
     schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in trajectory.tools}
     return all(
         call.arguments.keys() <= schemas[call.name]["properties"].keys()
@@ -96,7 +96,7 @@ def arguments_fit(trajectory: Trajectory) -> bool:
 
 
 def license_text(note: str, source: str) -> str:
-    """Returns the licence of a source, with a head that says what of it is here."""
+    """Returns the licence of a source, with a header that describes the selection in this folder."""
     head, line, licence = note.partition("-" * 70)
     kept = [entry for entry in head.splitlines() if entry.startswith(("Source:", "License:"))]
     kept.append(f"{source}.jsonl holds trajectories converted and selected from it ({', '.join(FILES[source])}).")

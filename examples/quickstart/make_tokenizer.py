@@ -1,7 +1,7 @@
-"""Makes the quickstart's tokenizer from its trajectories: `python make_tokenizer.py`.
+"""Trains the quickstart's tokenizer on its trajectories: `python make_tokenizer.py`.
 
-A byte-level BPE of 2048 entries with Mistral's control tokens and the `xlam` chat template. The same data give the
-same bytes.
+It is a byte-level BPE of 2048 entries with Mistral's control tokens and the `xlam` chat template. The same data give
+the same bytes.
 """
 
 import argparse
@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Trains the tokenizer and writes it as a Hugging Face folder."""
     here = Path(__file__).parent
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--out", type=Path, default=here / "tokenizer", help="where to write; default: tokenizer/")
+    parser.add_argument("--out", type=Path, default=here / "tokenizer", help="output folder (default: tokenizer/)")
     options = parser.parse_args(arguments)
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -56,11 +56,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def texts(folder: Path) -> Iterator[str]:
-    """Streams what the trajectories render to, between control tokens."""
+    """Yields the text of the rendered trajectories, without control tokens."""
     for source in SOURCES:
         for number, trajectory in read_jsonl(folder / f"{source}.jsonl"):
             if isinstance(trajectory, InvalidTrajectory):
-                raise UserError(f"{folder / source}.jsonl:{number}: {trajectory}; remake it with make_data.py")
+                raise UserError(f"{folder / source}.jsonl:{number}: {trajectory}; recreate it with make_data.py")
             yield json.dumps(trajectory.tools, ensure_ascii=False)
             yield system_text(trajectory.task_instruction, trajectory.conversation)
             for turn in trajectory.conversation:

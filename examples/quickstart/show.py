@@ -1,4 +1,4 @@
-"""Asks the trained model ten requests that it was trained on, and shows its tool call beside the recorded one.
+"""Sends ten training requests to the trained model, and prints its tool calls next to the recorded ones.
 
 python -m examples.quickstart.show --model runs/quickstart/hf --config configs/quickstart.yaml
 """
@@ -18,17 +18,17 @@ from xlam_jax.generate import complete, find_model
 
 
 def requests(resolved: configs.Resolved, count: int) -> list[Trajectory]:
-    """The first training trajectories of each source in turn that open with a tool call."""
+    """Returns the first training trajectories whose first answer calls a tool, from the sources in turn."""
     data = resolved.config.data
     by_source = []
     for source in data.sources:
-        trajectories = (found for file in source.files for _, found in read_jsonl(file))
+        trajectories = (trajectory for file in source.files for _, trajectory in read_jsonl(file))
         by_source.append(
-            found
-            for found in trajectories
-            if isinstance(found, Trajectory)
-            and not is_heldout(source.name, found.id, data.heldout)
-            and found.conversation[first_answer(found)].tool_calls
+            trajectory
+            for trajectory in trajectories
+            if isinstance(trajectory, Trajectory)
+            and not is_heldout(source.name, trajectory.id, data.heldout)
+            and trajectory.conversation[first_answer(trajectory)].tool_calls
         )
     chosen: list[Trajectory] = []
     while len(chosen) < count:
@@ -37,43 +37,44 @@ def requests(resolved: configs.Resolved, count: int) -> list[Trajectory]:
 
 
 def first_answer(trajectory: Trajectory) -> int:
-    """The place of the first assistant turn."""
+    """The index of the first assistant turn."""
     return next(at for at, message in enumerate(trajectory.conversation) if message.role == "assistant")
 
 
 def question(trajectory: Trajectory) -> list[dict[str, Any]]:
     """The messages before the first assistant turn."""
-    messages = to_messages(trajectory)  # a system message may stand in front here
+    messages = to_messages(trajectory)  # may begin with an additional system message
     return messages[: next(at for at, message in enumerate(messages) if message["role"] == "assistant")]
 
 
-def shown(calls: list[dict[str, Any]]) -> str:
-    """Calls on one line."""
+def format_calls(calls: list[dict[str, Any]]) -> str:
+    """Formats calls on one line."""
     return "; ".join(f"{call['name']}({json.dumps(call['arguments'], ensure_ascii=False)})" for call in calls) or "-"
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Shows what a quickstart model answers to ten training requests.")
-    parser.add_argument("--model", required=True, type=Path)
-    parser.add_argument("--config", required=True, type=Path)
-    parser.add_argument("--count", type=int, default=10)
+    parser = argparse.ArgumentParser(description="Prints the answers of a quickstart model to training requests.")
+    parser.add_argument("--model", required=True, type=Path, help="Hugging Face folder or run")
+    parser.add_argument("--config", required=True, type=Path, help="config of the run, which names the data")
+    parser.add_argument("--count", type=int, default=10, help="number of requests (default: 10)")
     arguments = parser.parse_args()
-    chosen = requests(configs.load(arguments.config), arguments.count)
-    found = find_model(arguments.model)
-    prompts = [render_prompt(question(one), one.tools, found.tokenizer) for one in chosen]
-    answers = complete(found.load(), found.tokenizer, prompts, stops=found.stops, max_new_tokens=160)
+    trajectories = requests(configs.load(arguments.config), arguments.count)
+    model = find_model(arguments.model)
+    prompts = [render_prompt(question(trajectory), trajectory.tools, model.tokenizer) for trajectory in trajectories]
+    answers = complete(model.load(), model.tokenizer, prompts, stops=model.stops, max_new_tokens=160)
     equal = 0
-    for one, answer in zip(chosen, answers, strict=True):
+    for trajectory, answer in zip(trajectories, answers, strict=True):
         recorded = [
-            {"name": call.name, "arguments": call.arguments} for call in one.conversation[first_answer(one)].tool_calls
+            {"name": call.name, "arguments": call.arguments}
+            for call in trajectory.conversation[first_answer(trajectory)].tool_calls
         ]
         same = answer["tool_calls"] == recorded
         equal += same
-        print(f"\n{one.source}: {' '.join(question(one)[-1]['content'].split())[:110]}")
-        print(f"  recorded   {shown(recorded)}")
-        print(f"  generated  {shown(answer['tool_calls'])}  {'✓' if same else '✗ ' + answer['content'][:60]}")
-    print(f"\n{equal} of {len(chosen)} tool calls are exactly the recorded ones.")
+        print(f"\n{trajectory.source}: {' '.join(question(trajectory)[-1]['content'].split())[:110]}")
+        print(f"  recorded   {format_calls(recorded)}")
+        print(f"  generated  {format_calls(answer['tool_calls'])}  {'✓' if same else '✗ ' + answer['content'][:60]}")
+    print(f"\n{equal} of {len(trajectories)} answers have exactly the recorded tool calls.")
 
 
 if __name__ == "__main__":

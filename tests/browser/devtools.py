@@ -1,4 +1,4 @@
-"""Headless Chromium, driven through its DevTools pipe: one page at a time, and every request that it makes is known."""
+"""Headless Chromium, driven through its DevTools pipe: one page at a time, with a record of all its requests."""
 
 import base64
 import json
@@ -22,20 +22,20 @@ PATIENCE = 60.0
 
 
 def find() -> str:
-    """The browser's program; without one the tests fail and say what to install."""
-    found = next((path for name in NAMES if (path := shutil.which(name))), None)
-    assert found, (
+    """Returns the path of the browser; without one, the tests fail with advice on what to install."""
+    executable = next((path for name in NAMES if (path := shutil.which(name))), None)
+    assert executable, (
         f"none of {', '.join(NAMES)} is on the PATH: install Chromium (Debian, Ubuntu: apt-get install chromium) or "
         "Google Chrome to run the tests of pages"
     )
-    return found
+    return executable
 
 
 class Browser:
-    """A browser of its own profile with one open page.
+    """A browser with a separate profile and one open page.
 
-    The protocol (chromedevtools.github.io/devtools-protocol) is JSON messages that end with a zero byte; with
-    --remote-debugging-pipe the browser reads them from file descriptor 3 and answers on 4.
+    The protocol (chromedevtools.github.io/devtools-protocol) consists of JSON messages that end with a zero byte; with
+    --remote-debugging-pipe, the browser reads them from file descriptor 3 and answers on 4.
     """
 
     def __init__(self, profile: Path):
@@ -51,7 +51,7 @@ class Browser:
         self._to, self._from = self._process.stdin, self._process.stdout
         self._buffer, self._count, self._session = b"", 0, None
         self.events: list[dict[str, Any]] = []
-        """What the browser told unasked since the page was opened."""
+        """Events that the browser has sent since the page was opened."""
         pages = [one for one in self.call("Target.getTargets")["targetInfos"] if one["type"] == "page"]
         attached = self.call("Target.attachToTarget", targetId=pages[0]["targetId"], flatten=True)
         self._session = attached["sessionId"]
@@ -78,11 +78,11 @@ class Browser:
         self._to.flush()
         number = self._count
         while True:
-            told = self._read()
-            if told.get("id") == number:
-                assert "error" not in told, told["error"]
-                return told["result"]
-            self.events.append(told)
+            reply = self._read()
+            if reply.get("id") == number:
+                assert "error" not in reply, reply["error"]
+                return reply["result"]
+            self.events.append(reply)
 
     def _read(self) -> dict[str, Any]:
         deadline = time.monotonic() + PATIENCE
@@ -108,20 +108,20 @@ class Browser:
             self.events.append(self._read())
 
     def run(self, expression: str) -> Any:
-        """The value of a JavaScript expression on the page; a promise is waited for."""
+        """Returns the value of a JavaScript expression on the page; waits for a promise."""
         result = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
 
     def screenshot(self) -> bytes:
-        """The whole page as PNG, however long it is."""
+        """Returns the whole page as PNG, whatever its height."""
         size = self.call("Page.getLayoutMetrics")["cssContentSize"]
         clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
         shot = self.call("Page.captureScreenshot", format="png", clip=clip, captureBeyondViewport=True)
         return base64.b64decode(shot["data"])
 
     def requests(self) -> list[str]:
-        """The addresses that were asked for since the page was opened, allowed or not."""
+        """Returns the addresses requested since the page was opened, allowed or not."""
         self.run("new Promise(done => setTimeout(done, 200))")
         return [
             event["params"]["request"]["url"]
@@ -130,7 +130,7 @@ class Browser:
         ]
 
     def complaints(self) -> list[str]:
-        """Errors and uncaught exceptions since the page was opened."""
-        told = [event["params"] for event in self.events if event.get("method") == "Log.entryAdded"]
+        """Returns errors and uncaught exceptions since the page was opened."""
+        logged = [event["params"] for event in self.events if event.get("method") == "Log.entryAdded"]
         thrown = [event["params"] for event in self.events if event.get("method") == "Runtime.exceptionThrown"]
-        return [one["entry"]["text"] for one in told] + [one["exceptionDetails"]["text"] for one in thrown]
+        return [one["entry"]["text"] for one in logged] + [one["exceptionDetails"]["text"] for one in thrown]

@@ -1,4 +1,4 @@
-"""The report of an evaluation in a real browser: filtered, a transcript read, nothing loaded."""
+"""The report of an evaluation in a real browser: filters and transcripts work, nothing is loaded."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The report's page in a real browser: every plot drawn, readable on a screen and on a telephone, nothing loaded."""
+"""The report page in a real browser: every plot is drawn and readable on a screen and on a phone; nothing is loaded."""
 
 import io
 from pathlib import Path
@@ -68,7 +68,7 @@ def pages(tmp_path_factory) -> dict[str, Path]:
 
 
 def coloured(browser: Browser) -> dict[str, int]:
-    """How many pixels of each plot have a colour, counted on a screenshot of the whole page."""
+    """Counts the coloured pixels of each plot on a screenshot of the whole page."""
     pixels = np.asarray(Image.open(io.BytesIO(browser.screenshot())).convert("RGB"))
     counts: dict[str, int] = {}
     for at, plot in enumerate(browser.run(PLOTS)):
@@ -80,7 +80,7 @@ def coloured(browser: Browser) -> dict[str, int]:
 
 
 def empty(browser: Browser, least: int = COLOURED) -> list[str]:
-    """The plots in which nothing is drawn."""
+    """Returns the plots that contain no drawing."""
     return [name for name, count in coloured(browser).items() if count < least]
 
 
@@ -96,7 +96,7 @@ def test_a_page_is_drawn_and_readable(browser, pages, name, width):
         assert min(plot["lengths"]) >= len("M0 0h0"), plot["caption"]
         assert plot["width"] > 0.6 * min(width, 390), plot
         assert plot["height"] > 100, plot
-    assert empty(browser, least=2 if name == "begun" else COLOURED) == []  # a single step is a dot
+    assert empty(browser, least=2 if name == "begun" else COLOURED) == []  # a single step is drawn as a dot
     assert browser.run("document.documentElement.scrollWidth") <= width
     assert browser.run(f"{BEYOND}({width})") == []
     sizes = browser.run(TEXTS)
@@ -131,13 +131,13 @@ def test_pointing_at_a_plot_tells_its_values(browser, pages):
     )
     at = {"x": box["left"] + box["width"] - 1, "y": box["top"] + box["height"] / 2}
     browser.call("Input.dispatchMouseEvent", type="mouseMoved", **at)
-    told = browser.run('document.querySelector(".tip").innerText').splitlines()
+    tooltip = browser.run('document.querySelector(".tip").innerText').splitlines()
     legend = browser.run(
         '[...document.querySelectorAll("figure.plot")[0].querySelectorAll("b")].map(b => +b.textContent)'
     )
-    assert told[0] == "step 300"
-    assert [line.rsplit(" ", 1)[0] for line in told[1:]] == ["train", "held-out"]
-    assert [float(line.rsplit(" ", 1)[1]) for line in told[1:]] == pytest.approx(legend, abs=3e-4)
+    assert tooltip[0] == "step 300"
+    assert [line.rsplit(" ", 1)[0] for line in tooltip[1:]] == ["train", "held-out"]
+    assert [float(line.rsplit(" ", 1)[1]) for line in tooltip[1:]] == pytest.approx(legend, abs=3e-4)
     browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=2, y=2)
     assert browser.run('document.querySelector(".tip").hidden') is True
 
@@ -168,7 +168,7 @@ def test_an_empty_plot_is_found(browser, pages, width):
 
 
 def test_requests_are_seen(browser, tmp_path):
-    """Also one that the page's policy forbids would be told."""
+    """Also requests that the page's policy forbids."""
     body = '<img src="http://127.0.0.1:9/a.png"><script>fetch("http://127.0.0.1:9/b").catch(() => 0)</script>'
     page = tmp_path / "page.html"
     page.write_text(f"<!doctype html><title>x</title>{body}", encoding="utf-8")
@@ -177,7 +177,7 @@ def test_requests_are_seen(browser, tmp_path):
 
 
 def test_a_script_of_another_is_not_run(browser, pages, tmp_path):
-    """Even if text of a run were taken for HTML."""
+    """Even if the text of a run were interpreted as HTML."""
     page = tmp_path / "page.html"
     text = pages["one"].read_text(encoding="utf-8")
     for code in ("<script>document.title = 'taken'</script>", "<img src=x onerror=\"document.title = 'taken'\">"):

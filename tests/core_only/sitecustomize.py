@@ -1,4 +1,4 @@
-"""Read by each Python that a test starts: hides torch, as it is on a machine with the core alone."""
+"""Loaded by each Python process that a test starts: hides torch, as on a machine with only the core."""
 
 import sys
 

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def nested(levels: int) -> list[Any]:
-    """A list in a list in a list."""
+    """Returns a deeply nested list."""
     value: list[Any] = []
     for _ in range(levels):
         value = [value]
@@ -40,7 +40,7 @@ def _places(value: Any) -> list[tuple[Any, Any]]:
 
 
 def mutate(draw: Random, value: Any) -> Any:
-    """A copy of a JSON value with one to four of its parts replaced, removed, renamed, moved or doubled."""
+    """Returns a copy of a JSON value with one to four of its parts replaced, removed, renamed, moved or duplicated."""
     root = [copy.deepcopy(value)]
     for _ in range(draw.choice((1, 1, 1, 2, 2, 4))):
         places = _places(root)
@@ -63,7 +63,7 @@ def mutate(draw: Random, value: Any) -> Any:
 
 
 def mutate_bytes(draw: Random, data: bytes) -> bytes:
-    """Bytes with a few of them flipped, cut out, inserted, doubled, or cut off at the end."""
+    """Returns bytes with a few of them flipped, removed, inserted or duplicated, or truncated."""
     content = bytearray(data)
     for _ in range(draw.choice((1, 1, 2, 8))):
         at = draw.randrange(len(content) + 1)

@@ -1,4 +1,4 @@
-"""Every reader of files that users write, download or keep: each reads one mutated input per call."""
+"""All readers of files that users write, download or keep: each reads one mutated input per call."""
 
 import json
 from collections.abc import Callable
@@ -89,7 +89,7 @@ def overrides(_: Path) -> Read:
     texts = [value if isinstance(value, str) else json.dumps(value) for value in ODD]
 
     def read(draw: Random) -> None:
-        given = []
+        drawn = []
         for _ in range(draw.choice((1, 1, 2, 3))):
             name, value = draw.choice(fields), draw.choice(texts)
             if draw.random() < 0.2:
@@ -99,8 +99,8 @@ def overrides(_: Path) -> Read:
             text = f"{name}={value}"
             if draw.random() < 0.2:
                 text = mutate_bytes(draw, text.encode(errors="surrogatepass")).decode(errors="surrogateescape")
-            given.append(text)
-        configs.load(QUICKSTART, given)
+            drawn.append(text)
+        configs.load(QUICKSTART, drawn)
 
     return read
 
@@ -197,7 +197,7 @@ def tokenizer(folder: Path) -> Read:
     values = {"tokenizer.json": small, "tokenizer_config.json": json.loads(texts["tokenizer_config.json"]),
               "special_tokens_map.json": special}  # fmt: skip
     frame = {key: value for key, value in small.items() if key != "model"}
-    load_tokenizer(str(source))  # imports, which take longer than any input
+    load_tokenizer(str(source))  # imports take longer than any input
 
     def read(draw: Random) -> None:
         for name, text in texts.items():
@@ -206,7 +206,7 @@ def tokenizer(folder: Path) -> Read:
         name = draw.choice((*values, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"))
         if name not in values:
             content = mutate_bytes(draw, texts[name].encode())
-        elif name == "tokenizer.json" and draw.random() < 0.6:  # its parts, apart from the vocabulary
+        elif name == "tokenizer.json" and draw.random() < 0.6:  # its parts except the vocabulary
             part = mutate(draw, frame)
             content = json.dumps({**part, "model": small["model"]} if isinstance(part, dict) else part).encode()
         else:
@@ -223,7 +223,7 @@ def tokenizer(folder: Path) -> Read:
 
 
 def run(folder: Path) -> Read:
-    """A run folder: what the report, a resumed run and an export read of it without its arrays."""
+    """A run folder, as read by the report, a resumed run and an export, without its arrays."""
     kept = fake_runs.write_run(folder / "run", steps=20, every=10, requests=2)
     text = configs.to_yaml(configs.load(QUICKSTART).config)
     (kept / "config.yaml").write_text(text, encoding="utf-8")
@@ -352,15 +352,15 @@ def rows(folder: Path) -> Read:
     for name in FORMATS:
         paths = [DATA / file for file in FILES.get(name, ())]
         if name == "apibench":  # one row per line, whatever the file's name says
-            given: list[Any] = [parse_json(line) for path in paths for _, line in read_lines(path)]
+            candidates: list[Any] = [parse_json(line) for path in paths for _, line in read_lines(path)]
         else:
-            given = OTHERS.get(name) or [
+            candidates = OTHERS.get(name) or [
                 read.row for path in paths for read in read_rows(path) if isinstance(read.row, dict)
             ]
         if name == "unified":
             lines = (ROOT / "examples/quickstart/webshop.jsonl").read_bytes().splitlines()[:2]
-            given = [parse_json(line) for line in lines]
-        starts[name] = sorted(given, key=lambda row: len(str(row)))[:4]
+            candidates = [parse_json(line) for line in lines]
+        starts[name] = sorted(candidates, key=lambda row: len(str(row)))[:4]
         starts[name] += [MIXED] * (name in ("xlam60k", "hammer"))
     alone = [name for name in FORMATS if row_converter(name) is not None]
 

@@ -1,4 +1,4 @@
-"""Command lines that can't work: exit code 2 and one message, no traceback."""
+"""Invalid command lines give exit code 2 and one message without a traceback."""
 
 import socket
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ BASES: dict[str, list[str]] = {
     "serving.chat": ["--base-url", "http://127.0.0.1:9/v1"],
 }
 """Commands with arguments that argparse takes."""
-CONFIGURED = [name for name, given in BASES.items() if CONFIG in given]
+CONFIGURED = [name for name, arguments in BASES.items() if CONFIG in arguments]
 BAD_PATHS = ("/none/there", "x" * 300, "FOLDER/binary", "FOLDER/empty", "FOLDER", "FOLDER/locked/x", "FOLDER/text/x")
 BAD_OVERRIDES = (
     "train.steps", "train.steps=x", "train.steps=-1", "train.stepz=1", "=", "train=3", "train.steps.x=1", "seed=[",
@@ -44,7 +44,7 @@ BAD_OVERRIDES = (
 
 
 def command_lines() -> list[tuple[str, list[str]]]:
-    """At least 300 of them: a command, and its arguments."""
+    """Returns at least 300 of them: a command, and its arguments."""
     lines = []
     for name, base in BASES.items():
         lines += [(name, [*base, "--no-such-option"]), (name, [])]
@@ -100,11 +100,11 @@ def test_there_are_300_command_lines():
 
 def check(commands: Commands, folder: Path, silent: int, lines: list[tuple[str, list[str]]]) -> list[str]:
     problems = []
-    for name, given in lines:
+    for name, arguments in lines:
         module, *command = name.split()
         words = [
             word.replace("FOLDER", str(folder)).replace("FILE", str(folder / "text")).replace("SILENT", str(silent))
-            for word in given
+            for word in arguments
         ]
         words = [str(folder / "new") if word == "NEW" else word for word in words]
         try:
@@ -114,12 +114,12 @@ def check(commands: Commands, folder: Path, silent: int, lines: list[tuple[str, 
         except (Exception, AssertionError) as error:
             problem = f"{type(error).__name__}: {error}"[-300:]
         if problem:
-            problems.append(f"{name} {' '.join(given)[:200]}: {problem}")
+            problems.append(f"{name} {' '.join(arguments)[:200]}: {problem}")
     return problems
 
 
 def test_misused_command_lines_give_one_message(commands: Commands, folder: Path, silent: int):
-    """Every ninth; all of them in the slow group."""
+    """Every ninth by default; all of them in the slow tests."""
     assert check(commands, folder, silent, command_lines()[::9]) == []
 
 

@@ -1,4 +1,4 @@
-"""Whatever is wrong with a file, its reader raises one of our errors: no foreign exception, no hang, bounded memory."""
+"""For any damaged file, its reader raises one of our errors: no foreign exception, no hang, bounded memory."""
 
 import resource
 import time
@@ -51,7 +51,7 @@ def fuzz(name: str, folder: Path, inputs: range) -> int:
 @pytest.mark.parametrize("name", READERS)
 def test_damaged_input_raises_our_error(name: str, tmp_path: Path):
     refused = fuzz(name, tmp_path, range(FEW))
-    assert name == "rows" or refused > FEW // 10  # the mutations reach what is checked
+    assert name == "rows" or refused > FEW // 10  # enough mutations are detected
 
 
 @pytest.mark.slow

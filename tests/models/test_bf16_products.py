@@ -1,8 +1,8 @@
-"""XLA on a CPU with bf16 instructions: every product of bf16 numbers is one that its library computes.
+"""XLA on a CPU with bf16 instructions: its library must compute every product of bf16 numbers.
 
-XLA has no bf16 product of its own on a CPU. One that is left outside the library's fusions compiles and then ends the
-run ("Unsupported element type for DotThunk::Execute: BF16 x BF16 = F32"). What XLA leaves does not depend on the CPU,
-so these tests find it on every machine.
+XLA itself has no bf16 product on CPUs. A product outside the library's fusions compiles, but then ends the run
+("Unsupported element type for DotThunk::Execute: BF16 x BF16 = F32"). Which products are outside does not depend on the
+CPU, so these tests detect them on every machine.
 """
 
 import subprocess
@@ -47,7 +47,7 @@ EQUATIONS = [
 
 @pytest.fixture(autouse=True)
 def bf16_instructions(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Products as on a CPU that multiplies bf16 numbers."""
+    """Compiles products as on a CPU with bf16 instructions."""
     monkeypatch.setattr(linear, "_bf16_instructions", lambda: True)
     jax.clear_caches()
     yield
@@ -55,7 +55,8 @@ def bf16_instructions(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def count_products(text: str) -> tuple[int, list[str]]:
-    """How many products of bf16 numbers a compiled module has, and those outside the library's fusions."""
+    """Returns the number of products of bf16 numbers in a compiled module, and of those outside the library's
+    fusions."""
     module = Module(text)
     in_library = {
         computation
@@ -92,7 +93,7 @@ def test_a_product_is_that_of_einsum(equation: str):
         jax.random.normal(key, [sizes[axis] for axis in axes], jnp.bfloat16)
         for key, axes in zip(keys, equation.split("->")[0].split(","), strict=True)
     )
-    # nothing around the product but transposes, which XLA would merge into it
+    # only transposes around the product, which XLA would merge into it
     product = jax.jit(lambda x, y: linear.dot(equation, x.T.T, y.T.T).T).lower(x, y).compile()
     check(product)
     expected = np.einsum(equation, np.asarray(x, np.float64), np.asarray(y, np.float64))
@@ -101,7 +102,7 @@ def test_a_product_is_that_of_einsum(equation: str):
 
 @pytest.mark.parametrize("captured", [False, True])
 def test_gradients_of_attention_run(captured: bool):
-    shape = (2, 256, 2, 64)  # one chunk of queries: nothing is added up between the product and the transpose
+    shape = (2, 256, 2, 64)  # one chunk of queries: no sum between the product and the transpose
     q, k, v = (jax.random.normal(key, shape, jnp.bfloat16) for key in jax.random.split(jax.random.key(0), 3))
     positions, segments = jnp.arange(256) * jnp.ones((2, 1), jnp.int32), jnp.ones((2, 256), jnp.int32)
     where = Places(positions, segments, positions, segments)

@@ -1,4 +1,4 @@
-"""Answers from sharded parameters are those of one device: full, LoRA and QLoRA, on three meshes of 8 devices."""
+"""Sharded parameters generate the same answers as one device: full, LoRA and QLoRA, on three meshes of 8 devices."""
 
 import json
 import subprocess
@@ -51,7 +51,7 @@ PROMPTS = [np.random.default_rng(at).integers(3, 96, 3 + 5 * at).tolist() for at
 
 
 def parts(tree: str) -> tuple[Params, Params]:
-    """What trains and what does not; no adapter is zero."""
+    """Returns the trainable and the frozen parameters; no adapter is zero."""
     rng = np.random.default_rng(1)
     params, frozen = trainable(
         TREES[tree],
@@ -61,7 +61,7 @@ def parts(tree: str) -> tuple[Params, Params]:
 
 
 def on_a_mesh(tree: str, layout: str, both: tuple[Params, Params]) -> partial[Any]:
-    """The generation on a mesh, with the parts sharded as training shards them."""
+    """Returns the generation on a mesh, with the parameters sharded as in training."""
     model, sizes, quantized = TREES[tree], MESHES[layout], tree == "qlora"
     mesh = make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
     specs = param_specs(model, mesh), frozen_specs(model, mesh, quantized=quantized)
@@ -71,7 +71,7 @@ def on_a_mesh(tree: str, layout: str, both: tuple[Params, Params]) -> partial[An
 
 
 def likeliest(tree: str, both: tuple[Params, Params], texts: list[list[int]]) -> list[list[int]]:
-    """The token that a plain forward pass over each text expects after each of its tokens."""
+    """Returns the most likely next token after each token of each text, by a plain forward pass."""
     tokens_BT = jnp.array([text + [0] * (max(map(len, texts)) - len(text)) for text in texts])
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
 
@@ -84,7 +84,8 @@ def likeliest(tree: str, both: tuple[Params, Params], texts: list[list[int]]) ->
 
 
 def answers(tree: str, layouts: list[str]) -> dict[str, Any]:
-    """What each mesh answers: greedily, with an end token, and (lora only) drawn; and what a forward pass expects."""
+    """Returns the answers of each mesh: greedy, with an end token, and (lora only) sampled; and the expected ones of a
+    forward pass."""
     both = parts(tree)
     results: dict[str, Any] = {}
     for layout in layouts:

@@ -1,4 +1,4 @@
-"""What the tests of several processes share: a config with short rows."""
+"""Fixtures for tests of several processes: a config with short rows."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from support import ROOT
 
 @pytest.fixture(scope="session")
 def short_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A config that trains a tiny Mixtral on rows of 256 tokens; all that is not a step is left out."""
+    """A config that trains a tiny Mixtral on rows of 256 tokens, without evaluation and other extras."""
     path = tmp_path_factory.mktemp("config") / "short.yaml"
     path.write_text(
         f"""

@@ -1,4 +1,4 @@
-"""Where a process is among others, by flags and by what each launcher sets; what hosts compare; the launch files."""
+"""Finding a process's place from flags and launcher variables; agreement between hosts; the launch files."""
 
 import io
 import json
@@ -76,7 +76,7 @@ GKE_TPU = {
 
 
 def seek(environment: Mapping[str, str], monkeypatch: pytest.MonkeyPatch, *flags: object) -> Place | None:
-    """What is found with these variables and flags alone."""
+    """Returns the place found with these variables and flags only."""
     for name in list(distributed.os.environ):
         if re.match("JOBSET|JOB_|SLURM|OMPI|MASTER|TPU_|CUDA_VIS|MEGASCALE", name):
             monkeypatch.delenv(name)
@@ -120,7 +120,7 @@ def test_neighbouring_jobs_of_a_node_share_no_port(monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture
 def tpu_vm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What JAX finds out when it is imported on a TPU VM."""
+    """Simulates what JAX detects on import on a TPU VM."""
     for module in (cloud_tpu_init, cloud_tpu_cluster):
         monkeypatch.setattr(module, "running_in_cloud_tpu_vm", True)
 
@@ -135,8 +135,8 @@ def test_a_tpu_pod_in_gke(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.usefixtures("tpu_vm")
 def test_a_tpu_pod_of_vms(monkeypatch: pytest.MonkeyPatch):
-    told = {"agent-worker-number": "2", "tpu-env": "ZONE: 'z'", "worker-network-endpoints": "localhost,b,c,d"}
-    monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", lambda key: (told[key], 200))
+    metadata = {"agent-worker-number": "2", "tpu-env": "ZONE: 'z'", "worker-network-endpoints": "localhost,b,c,d"}
+    monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", lambda key: (metadata[key], 200))
     assert seek({"JAX_PLATFORMS": ""}, monkeypatch) == Place("TPU pod", "localhost", 8482, 4, 2)
     assert seek({"JAX_PLATFORMS": "cpu"}, monkeypatch) is None
 
@@ -188,7 +188,7 @@ def test_variables_that_do_not_fit(monkeypatch: pytest.MonkeyPatch, environment:
 
 
 def together(values: list[Any], ask: Any) -> list[str | None]:
-    """Calls `ask(hosts, value)` on as many hosts as there are values; the message of each, None for none."""
+    """Calls `ask(hosts, value)` on one host per value; returns each host's error message, None for none."""
     port = free_ports()
     Hub(port, len(values), timeout=deadline(20))
 
@@ -223,22 +223,22 @@ def test_hosts_that_differ_are_told_all_values_and_who_has_them():
 
 def test_many_differences_are_counted():
     first, second = ({f"key {at:02}": at + host for at in range(15)} for host in range(2))
-    told = together([first, second], agree)[0]
-    assert told
-    assert len(told.splitlines()) == 12
-    assert told.endswith("\n  and 5 more")
+    message = together([first, second], agree)[0]
+    assert message
+    assert len(message.splitlines()) == 12
+    assert message.endswith("\n  and 5 more")
 
 
 def test_what_is_compared(short_config: Path, tmp_path: Path):
-    def told(*overrides: str) -> dict[str, Any]:
+    def facts(*overrides: str) -> dict[str, Any]:
         return facts_of_run(configs.load(short_config, ["output_dir=x", *overrides]))
 
-    one = told()
+    reference = facts()
     for same in ("train.log_every=7", "data.cache=/elsewhere", "track.to=[tensorboard]"):
-        assert told(same) == one
+        assert facts(same) == reference
     differ = ("train.learning_rate=0.5", "seed=1", "mesh.tensor=2", "model.overrides.hidden_size=64", "output_dir=y")
     for other in differ:
-        assert told(other) != one
+        assert facts(other) != reference
 
 
 def test_code_is_compared_by_content(tmp_path: Path):
@@ -260,7 +260,7 @@ def test_a_folder_that_one_host_does_not_see(tmp_path: Path, monkeypatch: pytest
     messages = together(list(files), check_shared)
     assert all(message and f"what host 0 writes is not seen by host 2 ({socket.gethostname()})" in message
                for message in messages)  # fmt: skip
-    # a file system may be late
+    # a network file system may lag
     late = threading.Timer(0.1, lambda: (files[2].parent.mkdir(), files[2].write_text("a")))
     monkeypatch.setattr(distributed, "LAG", 5.0)
     late.start()
@@ -273,23 +273,23 @@ def test_the_newest_checkpoint_that_all_see_is_taken(tmp_path: Path):
         for run, own in zip(runs, steps, strict=True):
             for step in own:
                 (run / "checkpoints" / str(step) / "params").mkdir(parents=True, exist_ok=True)
-            (run / "checkpoints" / "99.orbax-checkpoint-tmp").mkdir(parents=True, exist_ok=True)  # not whole
-        taken, told = [], io.StringIO()
+            (run / "checkpoints" / "99.orbax-checkpoint-tmp").mkdir(parents=True, exist_ok=True)  # incomplete
+        taken, log = [], io.StringIO()
 
         def ask(hosts: Hosts, run: Path) -> None:
-            taken.append(run_folder.newest_step(run, hosts, Progress(told, quiet=not hosts.first).line))
+            taken.append(run_folder.newest_step(run, hosts, Progress(log, quiet=not hosts.first).line))
 
         messages = together(runs, ask)
-        return taken, told.getvalue().splitlines(), messages
+        return taken, log.getvalue().splitlines(), messages
 
     assert seen([[], []]) == ([0, 0], [], [None, None])
     assert seen([[3, 6], [3, 6]]) == ([6, 6], [], [None, None])
-    taken, told, _ = seen([[3, 6], [3, 6, 9], [3, 6]])
+    taken, reports, _ = seen([[3, 6], [3, 6, 9], [3, 6]])
     name = socket.gethostname()
     assert taken == [6, 6, 6]
-    assert len(told) == 1
-    assert f"host 1 ({name}) sees 3, 6, 9" in told[0]
-    assert told[0].endswith("continuing from 6, which all of them see")
+    assert len(reports) == 1
+    assert f"host 1 ({name}) sees 3, 6, 9" in reports[0]
+    assert reports[0].endswith("continuing from 6, which all of them see")
     taken, _, messages = seen([[3, 6], []])
     assert taken == []
     assert all(message and f"host 1 ({name}) sees none); output_dir must be on a file system" in message
@@ -297,7 +297,7 @@ def test_the_newest_checkpoint_that_all_see_is_taken(tmp_path: Path):
 
 
 def test_hosts_fall_back_together(tmp_path: Path):
-    """Damage that one host alone meets makes all of them take the older step."""
+    """If one host finds a damaged checkpoint, all hosts take the older one."""
     saves = Checkpoints(tmp_path / "0", keep=2, metadata={})
     for step in (1, 2):
         saves.save(step, {"params": {"w": jnp.full(8, step)}}, {})
@@ -324,7 +324,7 @@ FILES = ROOT / "configs/launch"
 
 
 def commands(text: str) -> list[str]:
-    """The training commands of a launch file, continuations joined."""
+    """Returns the training commands of a launch file, with continuation lines joined."""
     return re.findall(r"-m xlam_jax\.train(.*)", text.replace("\\\n", " "))
 
 
@@ -334,12 +334,13 @@ def test_scripts_are_bash(name: str):
 
 
 def test_the_tpu_script_passes_arguments_on(tmp_path: Path):
-    """With a gcloud that runs here what is to run on each worker, and a python that tells its arguments."""
-    bin_, home, told = (tmp_path / name for name in ("bin", "home", "told"))
+    """Fakes gcloud, which runs the workers' commands here, and python, which records its arguments."""
+    bin_, home, received = (tmp_path / name for name in ("bin", "home", "received"))
     scripts = {
         "gcloud": 'case $4 in scp) cp -r "$6" "$HOME" ;; ssh) cd "$HOME" && bash -c "${@: -1}" ;; esac',
         "python3": "exit 0",
-        "python": f'printf "%s\\n" "$@" >> {told}; codes=(0 3 75 0); exit ${{codes[$(grep -c xlam_jax.train {told})]}}',
+        "python": f'printf "%s\\n" "$@" >> {received}; codes=(0 3 75 0); '
+        f"exit ${{codes[$(grep -c xlam_jax.train {received})]}}",
         "sleep": "exit 0",
     }
     uv = home / ".local/bin/uv"
@@ -355,7 +356,7 @@ def test_the_tpu_script_passes_arguments_on(tmp_path: Path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert (
-        told.read_text().splitlines()
+        received.read_text().splitlines()
         == ["-m", "xlam_jax.train", "--config", "a b.yaml", "data.sources=[{name: x, files: ['*.jsonl']}]"] * 3
     )
     assert (home / "xlam_jax/pyproject.toml").exists()
@@ -378,7 +379,7 @@ def test_the_slurm_script_continues_what_was_lost_or_stopped(
     tmp_path: Path, codes: list[int], state: str, requeued: bool
 ):
     programs = {
-        # as srun does: one task of each node, and the highest of their codes
+        # like srun: one task per node, and the highest exit code
         "srun": f"""
             while [[ $1 == --* ]]; do echo "$1" >> {tmp_path}/options; shift; done
             highest=0
@@ -411,7 +412,8 @@ def schema(name: str) -> dict[str, Any]:
 
 
 def closed(node: Any) -> Any:
-    """A schema of Kubernetes as its API server applies it on request (`kubectl --validate=strict`): no other fields."""
+    """Returns a Kubernetes schema without additional properties, as the API server applies it with `kubectl
+    --validate=strict`."""
     if not isinstance(node, dict):
         return node
     node = {key: closed(value) for key, value in node.items()}
@@ -438,7 +440,7 @@ def test_the_jobset_is_started_again_but_for_errors():
     (rule,) = job["podFailurePolicy"]["rules"]
     assert rule["action"] == "FailJob"
     assert rule["onExitCodes"] == {"containerName": "train", "operator": "In", "values": [1, 2]}
-    assert job["backoffLimit"] == 0  # any other code fails the job, too, and JobSet starts all of them again
+    assert job["backoffLimit"] == 0  # any other code fails the job too, and JobSet restarts all of them
     (other,) = jobset["spec"]["failurePolicy"]["rules"]
     assert (other["action"], other["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
 
@@ -448,21 +450,21 @@ def test_the_skypilot_task_fits_its_schema():
     schemas = schema("skypilot.json")
     jsonschema.validate(task, schemas["task"])
     jsonschema.validate(task["resources"], schemas["resources"])
-    # SkyPilot starts again where any node's code is one of these; on an error all nodes have that error's
+    # SkyPilot restarts if the exit code of any node is one of these; after an error, all nodes have its code
     assert task["resources"]["job_recovery"] == {"recover_on_exit_codes": [LOST, STOPPED]}
     with pytest.raises(jsonschema.ValidationError, match="recover_on_exit_code'"):
         jsonschema.validate({"job_recovery": {"recover_on_exit_code": [3]}}, schemas["resources"])
 
 
 def test_the_slurm_script_uses_options_that_exist():
-    known, text = schema("slurm.json"), (FILES / "slurm.sbatch").read_text()
+    options, text = schema("slurm.json"), (FILES / "slurm.sbatch").read_text()
     of_sbatch = re.findall(r"^#SBATCH --([\w-]+)", text, re.MULTILINE)
     (called,) = re.findall(r"^srun (.*?) bash", text, re.MULTILINE)
     of_srun = re.findall(r"--([\w-]+)", called)
     assert len(of_sbatch) > 5
     assert len(of_srun) > 2
-    assert set(of_sbatch) <= set(known["sbatch"])
-    assert set(of_srun) <= set(known["srun"])
+    assert set(of_sbatch) <= set(options["sbatch"])
+    assert set(of_srun) <= set(options["srun"])
 
 
 def test_the_slurm_script_starts_one_process_a_node():
@@ -483,7 +485,7 @@ def test_the_jobset_sets_what_is_read(monkeypatch: pytest.MonkeyPatch):
         "jobset.sigs.k8s.io/replicatedjob-name": job["name"],
         "jobset.sigs.k8s.io/job-index": "0",
     }
-    environment = {"JOB_COMPLETION_INDEX": "15"}  # by Kubernetes, as the job is Indexed
+    environment = {"JOB_COMPLETION_INDEX": "15"}  # set by Kubernetes for an Indexed job
     assert spec["completionMode"] == "Indexed"
     for one in container["env"]:
         if "value" in one:

@@ -1,4 +1,4 @@
-"""Processes that are killed, hang, are asked to stop, or can't hear each other: the others end and say who it was."""
+"""Processes that are killed, hang, are asked to stop or lose the network: the others end and name the lost one."""
 
 import contextlib
 import json
@@ -67,7 +67,7 @@ def main():
 
 cli.run(main)
 """
-"""A host that only counts: all but the link is left out."""
+"""A host that only counts steps: a run reduced to the control channel."""
 
 
 class Group:
@@ -89,12 +89,12 @@ class Group:
         within: Sequence[str] = (),
         secret: str = "",
     ) -> None:
-        """Starts some of `count` hosts, by a command such as `ip netns exec NAME`."""
+        """Starts some of `count` hosts, within a command such as `ip netns exec NAME`."""
         for process in range(count) if processes is None else processes:
-            told = json.dumps([address, port, process, count, timeout, heartbeat_timeout])
+            arguments = json.dumps([address, port, process, count, timeout, heartbeat_timeout])
             self.started.append(
                 subprocess.Popen(
-                    [*within, sys.executable, "-c", HOST, told],
+                    [*within, sys.executable, "-c", HOST, arguments],
                     env=self._env | {"XLAM_JAX_SECRET": secret},
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
@@ -103,40 +103,40 @@ class Group:
             )
 
     def met(self) -> None:
-        """Returns when all have met."""
+        """Waits until all hosts have joined."""
         for process in self.started:
             assert process.stdout
             assert process.stdout.readline() == "here\n", process.communicate()[1]
 
     def ended(self) -> list[tuple[int, str, str]]:
-        """Code, stdout and stderr of each."""
+        """Returns code, stdout and stderr of each host."""
         said = [process.communicate(timeout=AT_MOST) for process in self.started]
         return [(process.returncode, *both) for process, both in zip(self.started, said, strict=True)]
 
 
 @pytest.fixture
 def group(environment: dict[str, str]) -> Iterator[Group]:
-    made = Group(environment)
-    yield made
-    for process in made.started:
+    hosts = Group(environment)
+    yield hosts
+    for process in hosts.started:
         process.kill()
         process.communicate()
 
 
 @pytest.mark.parametrize(
-    ("lost", "how", "why"),
+    ("lost", "signal_sent", "why"),
     [
-        (2, signal.SIGKILL, "ended without a word: it was killed"),
-        (0, signal.SIGKILL, "ended without a word: it was killed"),
-        pytest.param(1, signal.SIGSTOP, "has not been heard of for 6 s: it hangs", marks=pytest.mark.nightly),
-        pytest.param(0, signal.SIGSTOP, "has not been heard of for 6 s: it hangs", marks=pytest.mark.nightly),
+        (2, signal.SIGKILL, "closed its connection without a message: it was killed"),
+        (0, signal.SIGKILL, "closed its connection without a message: it was killed"),
+        pytest.param(1, signal.SIGSTOP, "sent no heartbeat for 6 s: it hangs", marks=pytest.mark.nightly),
+        pytest.param(0, signal.SIGSTOP, "sent no heartbeat for 6 s: it hangs", marks=pytest.mark.nightly),
     ],
 )
-def test_a_lost_host_is_named_by_all_others(group: Group, lost: int, how: signal.Signals, why: str):
+def test_a_lost_host_is_named_by_all_others(group: Group, lost: int, signal_sent: signal.Signals, why: str):
     group.start(4, port=free_ports())
     group.met()
     gone = group.started.pop(lost)
-    gone.send_signal(how)
+    gone.send_signal(signal_sent)
     ended = group.ended()
     gone.kill()
     gone.communicate()
@@ -158,7 +158,7 @@ def test_a_host_that_fails_says_why_to_all(group: Group, heard: bool):
     me = f"host 1 ({socket.gethostname()})"
     for process, (code, _, err) in enumerate(group.ended()):
         if process != 1:
-            assert code == 1  # and not that of a lost host: it would be started again, and come to the same error
+            assert code == 1  # not the code of a lost host: a restart would reach the same error
             assert err == f"error: {me} stopped: RuntimeError: boom; this host ends with code 1\n"
         else:
             assert code == 1
@@ -197,8 +197,8 @@ def test_a_host_that_never_comes_is_named(group: Group):
     for code, _, err in group.ended():
         assert code == 2
         assert err == (
-            "error: 3 of 4 processes came within 3 s; missing: process 2; were all of them started, and can they reach "
-            "host 0?\n"
+            "error: 3 of 4 processes joined within 3 s; missing: process 2; were all of them started, and can they "
+            "reach host 0?\n"
         )
 
 
@@ -236,7 +236,7 @@ STRANGE = [
 
 
 def call_as_strangers(port: int) -> None:
-    """Connects and sends all that; some stay and say nothing more."""
+    """Connects and sends the given bytes; some connections then stay open and silent."""
     for sent in STRANGE:
         with socket.create_connection(("localhost", port)) as stranger, contextlib.suppress(OSError):
             stranger.sendall(sent)
@@ -254,11 +254,11 @@ def test_strangers_do_not_stop_a_run(group: Group, secret: str):
         group.start(3, port=port, processes=(1,), secret=secret)
         group.met()
         call_as_strangers(port)
-        group.start(3, port=port, processes=(1,), secret=secret)  # one that was left over, or another run's
+        group.start(3, port=port, processes=(1,), secret=secret)  # left over, or of another run
         late = group.started.pop()
         _, err = late.communicate(timeout=AT_MOST)
         assert late.returncode == 2
-        assert "came when all 3 processes of the run were there" in err
+        assert "arrived after all 3 processes of the run had joined" in err
         group.started[1].terminate()
         ended = group.ended()
     assert [code for code, *_ in ended] == [0] * 3
@@ -304,7 +304,7 @@ def test_a_port_that_is_taken(group: Group):
     with socket.create_server(("", port)):
         group.start(2, port=port, processes=(0,))
         ((code, _, err),) = group.ended()
-    assert (code, f"port {port} of this machine can't be had" in err) == (2, True)
+    assert (code, f"port {port} of this machine is not available" in err) == (2, True)
 
 
 @pytest.mark.deadlines
@@ -318,12 +318,12 @@ def test_a_coordinator_that_never_answers(commands: Commands, short_config: Path
     )  # fmt: skip
     assert time.monotonic() - began < deadline(5)
     assert f"the coordinator, host 0 at localhost:{port + 1}, did not answer within 1 s" in said
-    with socket.create_server(("", port + 1)):  # takes connections and says nothing
+    with socket.create_server(("", port + 1)):  # accepts connections and sends nothing
         said = commands.fails(
             "xlam_jax.train", "--config", short_config, f"output_dir={tmp_path}/run", "--coordinator",
             f"localhost:{port}", *flags,
         )  # fmt: skip
-    assert f"host 0 at localhost:{port + 1} took the connection and said nothing for 1 s" in said
+    assert f"host 0 at localhost:{port + 1} accepted the connection and sent nothing for 1 s" in said
     assert not (tmp_path / "run").exists()
 
 
@@ -339,7 +339,7 @@ def test_hosts_with_different_configs(commands: Commands, short_config: Path, tm
     for process in started:
         _, err = process.communicate(timeout=AT_MOST)
         assert process.returncode == 2
-        # each finds it by itself, and may have heard it from the other before
+        # each host detects it, or learns it from the other
         assert err.count("error: ") - err.count("stopped: the hosts differ") <= 1, err
         assert "Traceback" not in err
         assert "the hosts differ; start all of them with the same code, config and data" in err
@@ -353,13 +353,13 @@ def test_hosts_with_different_configs(commands: Commands, short_config: Path, tm
 
 
 def children(launch: subprocess.Popen[str]) -> list[int]:
-    """The processes of a launch, by their number."""
+    """Returns the process ids of a launch, by process number."""
     pids = map(int, Path(f"/proc/{launch.pid}/task/{launch.pid}/children").read_text().split())
-    found = {}
+    by_process = {}
     for pid in pids:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
-        found[int(words[words.index("--process-id") + 1])] = pid
-    return [found[process] for process in sorted(found)]
+        by_process[int(words[words.index("--process-id") + 1])] = pid
+    return [by_process[process] for process in sorted(by_process)]
 
 
 def wait_for(path: Path, *running: subprocess.Popen[str]) -> None:
@@ -372,13 +372,13 @@ def wait_for(path: Path, *running: subprocess.Popen[str]) -> None:
 
 
 def tokens(run: Path) -> dict[int, float]:
-    """Step → trained tokens of its batch."""
+    """Returns the number of trained tokens of each step."""
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return {one["step"]: one["trained_tokens"] for one in map(json.loads, lines) if one["kind"] == "train"}
 
 
 def launch(processes: int, devices: int, config: Path, run: Path, *overrides: str) -> list[object]:
-    """The arguments of a launch."""
+    """Returns the arguments of a launch."""
     own = ["--config", config, f"output_dir={run}", "checkpoint.every=4", *overrides]
     return ["--processes", processes, "--devices-per-process", devices, "--", *own]
 
@@ -391,7 +391,7 @@ def test_the_time_in_which_all_end():
 def test_a_killed_process_ends_the_run_and_another_number_of_them_continues_it(
     commands: Commands, short_config: Path, tmp_path: Path
 ):
-    """Two processes train as one does, and after one of them is killed, one goes on alone with what both have saved."""
+    """Two processes train like one; after one is killed, a single process continues from what both have saved."""
     mesh = ("mesh.fsdp=2", "mesh.tensor=2")
     whole, run = tmp_path / "whole", tmp_path / "run"
     commands.run("xlam_jax.train", "--config", short_config, f"output_dir={whole}", "mesh.cpu_devices=4", *mesh)
@@ -404,10 +404,10 @@ def test_a_killed_process_ends_the_run_and_another_number_of_them_continues_it(
     assert time.monotonic() - began < AT_MOST
     assert started.returncode == 128 + signal.SIGKILL
     assert err.count("error: ") == 1, err
-    assert f"error: host 1 ({socket.gethostname()}) ended without a word" in err
+    assert f"error: host 1 ({socket.gethostname()}) closed its connection without a message" in err
     assert "Traceback" not in err
-    told = commands.run("xlam_jax.launch", *launch(1, 4, short_config, run, *mesh)).stderr
-    assert f"continuing {run} after step " in told
+    log = commands.run("xlam_jax.launch", *launch(1, 4, short_config, run, *mesh)).stderr
+    assert f"continuing {run} after step " in log
     losses, expected = train_losses(run), train_losses(whole)
     assert sorted(losses) == sorted(expected) == list(range(1, 21))
     assert max(abs(losses[step] - expected[step]) for step in losses) <= 1e-6
@@ -428,12 +428,12 @@ def test_one_of_four_is_killed_and_three_or_four_continue(commands: Commands, sh
     print(f"all ended {time.monotonic() - began:.1f} s after the kill:\n{err}")
     assert started.returncode == 128 + signal.SIGKILL
     assert err.count("error: ") == 1
-    assert f"error: host 2 ({socket.gethostname()}) ended without a word" in err
+    assert f"error: host 2 ({socket.gethostname()}) closed its connection without a message" in err
     for processes in (3, 4):
         copy = tmp_path / f"run-{processes}"
         shutil.copytree(run, copy)
-        told = commands.run("xlam_jax.launch", *launch(processes, 1, short_config, copy, batch)).stderr
-        assert f"continuing {copy} after step " in told
+        log = commands.run("xlam_jax.launch", *launch(processes, 1, short_config, copy, batch)).stderr
+        assert f"continuing {copy} after step " in log
         losses, expected = train_losses(copy), train_losses(whole)
         assert sorted(losses) == sorted(expected)
         difference = max(abs(losses[step] - expected[step]) for step in losses)
@@ -461,7 +461,7 @@ def test_sigterm_on_one_of_four_saves_and_ends_all(commands: Commands, short_con
 
 @pytest.fixture
 def link_of_two(tmp_path: Path) -> Iterator[tuple[str, str]]:
-    """Two network namespaces with a cable between them, 10.99.7.1 and 10.99.7.2."""
+    """Two network namespaces connected by a virtual cable, 10.99.7.1 and 10.99.7.2."""
     names = [f"xlam-{os.getpid()}-{at}" for at in range(2)]
     cable = [f"xl{os.getpid() % 10**6}{at}" for at in "ab"]
 
@@ -488,7 +488,7 @@ def link_of_two(tmp_path: Path) -> Iterator[tuple[str, str]]:
 
 
 def cut(name: str) -> None:
-    """Pulls the plug on one side."""
+    """Disconnects one side."""
     links = json.loads(subprocess.run(["ip", "-n", name, "-j", "link"], check=True, capture_output=True).stdout)
     (end,) = [one["ifname"] for one in links if one["ifname"].startswith("xl")]
     subprocess.run(["ip", "-n", name, "link", "set", end, "down"], check=True)
@@ -506,7 +506,7 @@ def test_a_cut_link_ends_both_sides(group: Group, link_of_two: tuple[str, str]):
     assert [code for code, *_ in ended] == [LOST] * 4
     for _, _, err in ended[:2]:
         assert err.startswith(("error: host 2 (", "error: host 3 ("))
-        assert "has not been heard of for 6 s: it hangs, or the network is cut" in err
+        assert "sent no heartbeat for 6 s: it hangs, or the network is interrupted" in err
     for _, _, err in ended[2:]:
         assert err.startswith("error: host 0 (")
 
@@ -542,7 +542,5 @@ def test_a_cut_link_ends_a_run(
             process.kill()
     for process, err, other in zip(started, said, (1, 0), strict=True):
         assert process.returncode == LOST
-        assert (
-            f"error: host {other} ({socket.gethostname()}) has not been heard of for {HEARTBEAT_TIMEOUT:.0f} s" in err
-        )
+        assert f"error: host {other} ({socket.gethostname()}) sent no heartbeat for {HEARTBEAT_TIMEOUT:.0f} s" in err
         assert "Traceback" not in err

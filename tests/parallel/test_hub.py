@@ -1,4 +1,4 @@
-"""When the hub reports a host as missing or lost, at times that the tests choose; and whom it lets in."""
+"""When the hub reports a host as missing or lost, at times chosen by the tests; and which hosts it admits."""
 
 import asyncio
 import json
@@ -34,7 +34,7 @@ class Host:
         self._socket.sendall(json.dumps(message).encode() + b"\n")
 
     def next(self, kind: str) -> dict[str, Any]:
-        """The next message of a kind."""
+        """Returns the next message of a kind."""
         return next(message for message in map(json.loads, self._lines) if kind in message)
 
     def close(self) -> None:
@@ -85,12 +85,12 @@ def test_a_silent_host_is_named(meet: Meet):
         end = host.next("end")
         assert end["code"] == LOST
         assert end["end"].startswith(
-            "host 1 (node1) has not been heard of for 3600 s: it hangs, or the network is cut;"
+            "host 1 (node1) sent no heartbeat for 3600 s: it hangs, or the network is interrupted;"
         )
 
 
 def test_after_a_pause_of_the_hub_itself_no_host_is_lost(meet: Meet):
-    """However long it was, it counts as one check; what the hosts have sent in the meantime is read after it."""
+    """However long the pause, it counts as one check; messages sent in the meantime are read after it."""
     hub, hosts = meet(2, 0, 1)
     call(hub, hub.check_heartbeats, BEATS)
     for host in hosts:
@@ -108,7 +108,7 @@ def test_a_host_that_does_not_come_is_named(meet: Meet):
         end = host.next("end")
         assert end["code"] == 2
         assert end["end"].startswith(
-            "3 of 4 processes came within 3600 s; missing: process 2; were all of them started"
+            "3 of 4 processes joined within 3600 s; missing: process 2; were all of them started"
         )
 
 
@@ -129,7 +129,7 @@ def test_a_name_that_would_spoil_a_log_is_refused(name: str, capsys: pytest.Capt
 
 
 def test_idle_connections_delay_no_host(monkeypatch: pytest.MonkeyPatch, meet: Meet):
-    """More of them than are kept open, none of which ends by itself; the oldest are closed, unless they have joined."""
+    """More idle connections than the hub keeps open: the oldest are closed, unless they have joined."""
     monkeypatch.setattr(hubs, "HELLO_TIMEOUT", HOUR)
     hub, hosts = meet(3, 0)
     port = hub.server.getsockname()[1]
@@ -148,7 +148,7 @@ def test_idle_connections_delay_no_host(monkeypatch: pytest.MonkeyPatch, meet: M
 
 
 def test_a_long_message_is_read_whole(meet: Meet):
-    """And one that is no message counts as the loss of its host."""
+    """A malformed message counts as the loss of its host."""
     _, hosts = meet(2, 0, 1)
     long = "x" * 3_000_000
     hosts[0].send({"value": long})
@@ -156,4 +156,4 @@ def test_a_long_message_is_read_whole(meet: Meet):
     assert hosts[0].next("values")["values"] == [long, 1]
     assert hosts[1].next("values")["values"] == [long, 1]
     hosts[1].send({"step": None, "requested": 7})
-    assert hosts[0].next("end")["end"].startswith("host 1 (node1) ended without a word")
+    assert hosts[0].next("end")["end"].startswith("host 1 (node1) closed its connection without a message")

@@ -1,4 +1,4 @@
-"""Runs of several processes: the same losses however many there are, and each reads what the others saved."""
+"""Runs of several processes: the losses do not depend on their number, and each reads checkpoints of the others."""
 
 import json
 import subprocess
@@ -32,7 +32,8 @@ def resolve(task: dict[str, Any], run: Path, mesh: dict[str, int]) -> configs.Re
 
 
 def work(task: dict[str, Any]) -> None:
-    """One process of several: trains on each mesh, then saves again, on the next mesh, what other runs saved."""
+    """One process of several: trains on each mesh, then loads checkpoints of other runs and saves them on the next
+    mesh."""
     place = distributed.Place("test", "localhost", task["port"], task["processes"], task["process"])
     root, meshes = Path(task["root"]), task["meshes"]
     first = resolve(task, root, {})
@@ -49,11 +50,11 @@ def work(task: dict[str, Any]) -> None:
 
         for other in task["others"]:
             for name, mesh in zip(meshes, [*list(meshes.values())[1:], *meshes.values()], strict=False):
-                made = set_up(resolve(task, root, mesh), progress)
+                target = set_up(resolve(task, root, mesh), progress)
                 saved = restore_newest(
                     Path(other) / name,
                     STEPS,
-                    made.state.trees(),
+                    target.state.trees(),
                     on_damage="error",
                     hosts=hosts,
                     report=progress.line,
@@ -65,7 +66,7 @@ def work(task: dict[str, Any]) -> None:
 
 
 def run(environment: dict[str, str], config: Path, root: Path, processes: int, devices: int, **task: Any) -> None:
-    """Runs `work` in so many processes with so many devices each."""
+    """Runs `work` in `processes` processes with `devices` devices each."""
     task |= {"root": str(root), "config": str(config), "processes": processes, "devices": devices}
     task["port"] = launch.free_ports()
     started = [
@@ -84,7 +85,7 @@ def run(environment: dict[str, str], config: Path, root: Path, processes: int, d
 
 
 def arrays(run: Path) -> dict[str, Any]:
-    """All that a checkpoint holds, on one device."""
+    """Returns all arrays of a checkpoint, on one device."""
     import jax
     from orbax.checkpoint import v1 as ocp
 
@@ -156,7 +157,7 @@ from pathlib import Path
 process, case = int(sys.argv[1]), sys.argv[2]
 print("[Gloo] Rank 0 is connected to 1 peer ranks.", flush=True)
 print(f"hello from {process}", flush=True)
-if case == "told by 0":
+if case == "reported by 0":
     time.sleep(0.5 * (process == 0))  # the other one fails first
     print(f"error: {process} says why\\nin two lines", file=sys.stderr)
     sys.exit(2)
@@ -165,7 +166,7 @@ if case == "killed":
         import os, signal
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(0.5)
-    print("error: host 0 ended without a word\\nreally", file=sys.stderr)
+    print("error: host 0 closed its connection without a message\\nreally", file=sys.stderr)
     sys.exit(3)
 if case in ("an error of 2", "stopped"):
     time.sleep(0.3 * process)  # the others end first
@@ -184,7 +185,7 @@ if case == "stays":
     [
         ("well", 0, "hello from 0\n", ["[1] hello from 1", "[2] hello from 2"]),
         (
-            "told by 0",
+            "reported by 0",
             2,
             "hello from 0\n",
             ["[1] hello from 1", "[2] hello from 2", "error: 0 says why", "in two lines"],
@@ -193,7 +194,12 @@ if case == "stays":
             "killed",
             137,
             "hello from 0\n",
-            ["[1] hello from 1", "[2] hello from 2", "[1] error: host 0 ended without a word", "really"],
+            [
+                "[1] hello from 1",
+                "[2] hello from 2",
+                "[1] error: host 0 closed its connection without a message",
+                "really",
+            ],
         ),
         ("an error of 2", 1, "hello from 0\n", ["[1] hello from 1", "[2] hello from 2"]),
         ("stopped", 75, "hello from 0\n", ["[1] hello from 1", "[2] hello from 2"]),
@@ -208,7 +214,7 @@ if case == "stays":
 def test_what_processes_say_and_how_they_end(
     environment: dict[str, str], tmp_path: Path, case: str, code: int, out: str, err: list[str]
 ):
-    """`launch` with processes that stand in for training commands."""
+    """`launch` with fake training commands."""
     (tmp_path / "child.py").write_text(CHILD)
     program = (
         f"import sys; from xlam_jax import launch; launch.GRACE = {1.0 if case == 'stays' else deadline(5)}\n"

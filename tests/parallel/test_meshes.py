@@ -1,4 +1,4 @@
-"""One step is the same on every mesh: loss and every parameter's gradient against a single device."""
+"""A step gives the same loss and parameter gradients on every mesh as on a single device."""
 
 import json
 import subprocess
@@ -48,7 +48,7 @@ MODEL = ModelConfig(
 
 
 def batch(length: int) -> steps.Batch:
-    """Packed rows whose sequences end anywhere, in the middle of a context shard too; some rows mostly padding."""
+    """Packed rows whose sequences end anywhere, also inside a context shard; some rows are mostly padding."""
     rng = np.random.default_rng(0)
     segments = np.zeros((ROWS, length), np.int32)
     positions = np.zeros((ROWS, length), np.int32)
@@ -66,7 +66,7 @@ def batch(length: int) -> steps.Batch:
 
 
 def gradient(case: str, layout: str) -> dict[str, list]:
-    """What a step tells, and the gradient of each parameter."""
+    """Returns the metrics of a step, and the gradient of each parameter."""
     model = MODEL
     if case == "window":
         model = replace(model, sliding_window=7)
@@ -83,7 +83,7 @@ def gradient(case: str, layout: str) -> dict[str, list]:
     params, frozen = trainable(model, whole)
     sizes = MESHES[layout]
     mesh = meshes.make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values()))) if sizes else 1])
-    tx = optax.chain(optax.trace(0.0), optax.scale(0.0))  # keeps the gradient, moves nothing
+    tx = optax.chain(optax.trace(0.0), optax.scale(0.0))  # keeps the gradient, leaves the parameters unchanged
     step = jax.jit(
         steps.make_train_step(
             model,
@@ -106,10 +106,10 @@ def gradient(case: str, layout: str) -> dict[str, list]:
         *(None if one is None else meshes.put_rows(mesh, one, ROWS) for one in batch(LENGTHS.get(case, 64)))
     )
     state, metrics = step(state, frozen, placed)
-    told = {name: np.asarray(metrics[name]).tolist() for name in ("loss", "aux_loss", "grad_norm", "trained_tokens")}
-    told |= {f"groups.{name}": np.asarray(one).tolist() for name, one in metrics["groups"]._asdict().items()}
+    results = {name: np.asarray(metrics[name]).tolist() for name in ("loss", "aux_loss", "grad_norm", "trained_tokens")}
+    results |= {f"groups.{name}": np.asarray(one).tolist() for name, one in metrics["groups"]._asdict().items()}
     leaves = jax.tree_util.tree_leaves_with_path(state.opt[0].trace)
-    return told | {jax.tree_util.keystr(path): np.asarray(leaf).ravel().tolist() for path, leaf in leaves}
+    return results | {jax.tree_util.keystr(path): np.asarray(leaf).ravel().tolist() for path, leaf in leaves}
 
 
 if __name__ == "__main__":
@@ -137,9 +137,9 @@ def test_every_mesh_has_the_same_loss_and_gradients(eight_devices: dict[str, str
     assert len(others) == len(layouts) - 1
     if case == "one expert":
         assert alone["aux_loss"] > 5  # 2 when balanced, 8 when two experts have everything
-    for layout, told in zip(layouts[1:], others, strict=True):
-        assert told.keys() == alone.keys()
-        for name, value in told.items():
+    for layout, results in zip(layouts[1:], others, strict=True):
+        assert results.keys() == alone.keys()
+        for name, value in results.items():
             expected = np.asarray(alone[name])
             scale = np.abs(expected).max()
             np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-5 * scale, err_msg=f"{layout}: {name}")

@@ -1,4 +1,4 @@
-"""Microbatches change nothing: rows with unequal numbers of trained tokens, or of pairs, give the same update."""
+"""Microbatches do not change the update: rows with unequal numbers of trained tokens, or of pairs."""
 
 from dataclasses import replace
 from typing import Any, get_args
@@ -29,7 +29,7 @@ def model(family: str, lora: bool) -> ModelConfig:
 
 
 def weights(config: ModelConfig) -> tuple[Params, Params]:
-    """What trains and what does not; no adapter is zero."""
+    """Returns the trainable and the frozen parameters; no adapter is zero."""
     rng = np.random.default_rng(0)
     return trainable(
         config, jax.tree.map(lambda leaf: rng.normal(scale=0.3, size=leaf.shape).astype(np.float32), shapes(config))
@@ -39,9 +39,9 @@ def weights(config: ModelConfig) -> tuple[Params, Params]:
 def gradients(
     config: ModelConfig, batch: steps.Batch, objective: steps.Objective, microbatches: int
 ) -> tuple[Params, dict[str, Any]]:
-    """What a step gives to the optimizer, and its metrics."""
+    """Returns the gradients that a step passes to the optimizer, and its metrics."""
     mesh = make_mesh({}, jax.devices()[:1])
-    tx = optax.trace(decay=0.0)  # one whose state is the gradient
+    tx = optax.trace(decay=0.0)  # an optimizer whose state is the gradient
     params, frozen = weights(config)
     step = steps.make_train_step(
         config,
@@ -64,9 +64,9 @@ def largest(tree: Params) -> float:
     return max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(tree))
 
 
-def same_metrics(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    for name in set(theirs) - {"aux_loss", "groups"}:  # the auxiliary loss is that of each microbatch
-        np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5, atol=1e-6, err_msg=name)
+def same_metrics(actual: dict[str, Any], expected: dict[str, Any]) -> None:
+    for name in set(expected) - {"aux_loss", "groups"}:  # the auxiliary loss is that of each microbatch
+        np.testing.assert_allclose(actual[name], expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_the_update_is_that_of_the_whole_batch(family: str, method: str):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [kind for kind in get_args(Kind) if kind != "kto_pair"])
 def test_every_loss_on_pairs_is_a_sum(kind: Any):
-    """All but kto_pair, whose baseline is a mean over the pairs of a microbatch."""
+    """Except for kto_pair, whose baseline is a mean over the pairs of a microbatch."""
     config = model("mistral", lora=True)
     preference = Preference(kind, 0.5, label_smoothing=0.1 * (kind == "sigmoid"), margin=0.5, sft_weight=0.3)
     objective = steps.Objective(preference, pairs=tiny_batches.PAIRS, adapters_off=kind not in UNREFERENCED)

@@ -29,7 +29,7 @@ def test_the_best_is_kept_beside_the_newest(tmp_path: Path, metric: str, best: i
 
     saves = opened()
     for step, value in values.items():
-        if step == 4:  # a run that is continued still knows the best
+        if step == 4:  # a resumed run remembers the best step
             saves.close()
             saves = opened()
         saves.save(step, {"params": {"w": jnp.full(3, step)}}, {})
@@ -62,7 +62,7 @@ def test_an_average_is_what_is_loaded(tmp_path: Path):
 
 
 def test_large_parameters_are_stored_by_layers(tmp_path: Path):
-    """And on a mesh each device's part of a layer: an export reads no more than it asks for."""
+    """On a mesh, each device stores its part of a layer: an export reads no more than it needs."""
     blocks = {
         "w1": jnp.arange(3 * 2 * 1024 * 1024, dtype=jnp.float32).reshape(3, 2, 1024, 1024),
         "q": jnp.zeros((4, 1024, 2, 1, 1024)),

@@ -1,4 +1,4 @@
-"""Damaged checkpoints are refused by name, or an older one is taken; no other values are ever read."""
+"""Damaged checkpoints are refused by name, or an older one is used; wrong values are never read."""
 
 import json
 import re
@@ -52,7 +52,7 @@ def newest(run: Path, on_damage: Any = "fallback", at: int = 99) -> tuple[Restor
 
 
 def data_file(step_dir: Path, item: str) -> Path:
-    """The file that contains most of an item's values."""
+    """Returns the file that contains most of an item's values."""
     return max((path for path in (step_dir / item).rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
 
 
@@ -92,7 +92,7 @@ def test_flips_in_every_item_are_detected(tmp_path: Path, item: str):
 
 
 def values_with_a_flip(step_dir: Path, item: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One value differs by a bit from the moment when it is read: past all that a file format detects."""
+    """Flips a bit of one value after it is read, so that no file format can detect it."""
     read_values = checkpoint.StoredParameter._raw
 
     def flipped(self: Any, at: Any) -> np.ndarray:
@@ -197,7 +197,7 @@ def test_foreign_entries_are_ignored(tmp_path: Path):
 
 
 def without_checksums(step_dir: Path) -> None:
-    """As an earlier version saved it."""
+    """Removes the checksums, as in checkpoints of an earlier version."""
     note = step_dir / "_CHECKPOINT_METADATA"
     content = json.loads(note.read_text())
     for key in (checkpoint.ARRAYS, checkpoint.FILES, checkpoint.DIGEST, checkpoint.METRICS):
@@ -231,7 +231,7 @@ def test_a_run_falls_back_and_ends_with_the_same_bits(
     run = copy(trained[0], tmp_path / "run")
     file = data_file(run / "checkpoints/10", "opt")
     flip(file, file.stat().st_size // 2)
-    shutil.rmtree(run / "tokenizer")  # a run takes the config's, and writes it anew
+    shutil.rmtree(run / "tokenizer")  # a run loads the config's tokenizer, and writes it again
     common = ("--config", tiny_config, f"output_dir={run}")
     refusal = commands.fails(TRAIN, *common, "checkpoint.on_damage=error")
     assert re.search(rf"{run}/checkpoints/10 is damaged: .*opt/", refusal)
@@ -240,12 +240,12 @@ def test_a_run_falls_back_and_ends_with_the_same_bits(
     assert f"continuing from {run}/checkpoints/9, the newest intact checkpoint" in said
     assert f"continuing {run} after step 9" in said
     assert train_losses(run) == train_losses(trained[0])
-    ours, theirs = (load_params(checkpoint.resolve(folder)) for folder in (run, trained[0]))
-    assert same_arrays(ours, theirs)
+    actual, expected = (load_params(checkpoint.resolve(folder)) for folder in (run, trained[0]))
+    assert same_arrays(actual, expected)
     assert sorted(entry.name for entry in (run / "checkpoints").iterdir()) == ["10", "10.damaged", "9"]
     for step in ("9", "10"):
         checkpoint.check_files(run / "checkpoints" / step)
-    # finished, it keeps what is there: another version might write other files than its checkpoints name
+    # a finished run keeps the files: another version might write files that its checkpoints do not name
     file = run / "tokenizer/tokenizer_config.json"
     content = file.read_bytes()
     file.write_bytes(content + b"\n")
@@ -268,7 +268,7 @@ def test_files_beside_the_steps_are_verified(tmp_path: Path):
         for read_file in (checkpoint.load_generation_config, checkpoint.tokenizer_dir):
             with pytest.raises(UserError, match=f"{file}: missing, damaged or changed since {step} was saved"):
                 read_file(step)
-        assert newest(tmp_path)[0].step == 2  # neither has a part in training
+        assert newest(tmp_path)[0].step == 2  # neither is used in training
         file.write_text('{"eos_token_id": 2}')
     checkpoint.check_files(step)
 
@@ -291,7 +291,7 @@ def test_an_export_of_damaged_files_is_refused(commands: Commands, trained: tupl
         (run / name).write_bytes(kept.replace(old, new, 1))
         assert expected in commands.fails(EXPORT, "--checkpoint", run, "--out", out)
         (run / name).write_bytes(kept)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["run"]  # no output, nor a part of one
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run"]  # neither an output nor a partial one
     damage(run / "config.yaml", "zeros", "")
     refusal = commands.fails(TRAIN, "--config", ROOT / "configs/quickstart.yaml", f"output_dir={run}")
     assert f"{run}/config.yaml: not valid YAML: " in refusal
@@ -353,7 +353,7 @@ def test_damage_to_a_converted_model_is_refused(converted: Path, tmp_path: Path)
 def after_damage(
     run: Path, file: Path, kind: str, resumes: dict[str, Any], exports: dict[str, Any], items: Any = None
 ) -> str:
-    """What an export and a resume of a run with a damaged file come to; all is as before afterwards."""
+    """Returns the outcomes of an export and a resume of a run with a damaged file, and restores the file."""
     content = (run / file).read_bytes()
     damage(run / file, kind, str(file))
     result = outcome(lambda: read_for_export(run), exports)

@@ -29,7 +29,8 @@ def model() -> ModelConfig:
 
 
 def batch(pairs: bool = False) -> steps.Batch:
-    """Two segments per row, of one source each; the second half of each contributes to the loss, weighted 1 or 0.5."""
+    """Two segments per row, from one source each; the second half of each contributes to the loss with weight 1 or
+    0.5."""
     rng = np.random.default_rng(0)
     tokens_BT = rng.integers(3, 500, (ROWS, LENGTH), dtype=np.int32)
     half = LENGTH // 2
@@ -125,7 +126,7 @@ def test_the_average_follows_the_parameters():
 
 @pytest.mark.parametrize("lora", [None, Lora(targets=("q", "w1", "head"), rank=4, alpha=8)])
 def test_model_flops_count_every_product(lora: Lora | None):
-    """2 operations per weight that a token uses in the forward pass; the same for each gradient."""
+    """2 operations per weight and token in the forward pass; the same for each gradient."""
     config = replace(model(), lora=lora)
     total = 0.0
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes(config)):

@@ -1,4 +1,4 @@
-"""The memory of LoRA-DPO is that of LoRA-SFT: its reference is the same weights, scored and forgotten."""
+"""LoRA-DPO needs as much memory as LoRA-SFT: its reference is the same weights, and its activations are not kept."""
 
 import subprocess
 import sys
@@ -49,7 +49,7 @@ def optimized() -> Iterator[None]:
 
 
 def compiled(objective: steps.Objective, remat: str, quantized: bool):
-    """The step, its compiled form, and the state and frozen parameters that it wants."""
+    """Returns the step, its compiled form, and the abstract state and frozen parameters."""
     mesh = make_mesh({}, jax.devices()[:1])
     tx = optimizer(Train(steps=10, batch_size=ROWS, learning_rate=1e-3, warmup_steps=0), MODEL)
     state = steps.abstract_state(MODEL, tx, mesh)
@@ -116,7 +116,7 @@ def test_a_process_takes_as_much_for_pairs(environment: dict[str, str]):
 
 
 def run(objective: steps.Objective) -> int:
-    """Takes two steps; returns the peak of the process's resident memory during them, in KiB."""
+    """Takes two steps; returns the peak resident memory of the process during them, in KiB."""
     step, tx, abstract, like = compiled(objective, "minimal", quantized=False)
 
     def drawn():
@@ -125,7 +125,7 @@ def run(objective: steps.Objective) -> int:
     state = steps.init_state(abstract, tx, lambda: drawn()[0])
     frozen = place(lambda: freeze(drawn()[1], jnp.bfloat16, quantized=False), like)
     batch = tiny_batches.pairs(ROWS, LENGTH, MODEL.vocab_size)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten: it was the compiler's
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, which the compiler caused
     for _ in range(2):
         state, metrics = step(state, frozen, batch)
     assert float(metrics["loss"]) > 0

@@ -42,7 +42,7 @@ class Clock:
 
 
 class FakeTrackers:
-    """Stands in for the trackers and keeps what it gets."""
+    """Records what trackers would receive."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[int, dict[str, float]]] = []
@@ -68,7 +68,7 @@ def metrics(run: Path, *, start: int = 0, steps: int = 100, out: io.StringIO | N
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    """Its lines, read by a parser that takes nothing but JSON."""
+    """Returns its lines, read by a strict JSON parser."""
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
@@ -149,7 +149,7 @@ def test_log_every_counts_in_a_log(tmp_path: Path):
 
 
 class Screen(Progress):
-    """Takes what a terminal would show."""
+    """Records what a terminal would show."""
 
     def __init__(self) -> None:
         super().__init__(io.StringIO())
@@ -180,7 +180,7 @@ def test_what_the_panel_shows_also_after_a_kill(tmp_path: Path):
         "held-out loss 1.2500 over 1,234 tokens (webshop 1.23, hammer 0.98)",
         "32 held-out requests",
     ]
-    last, below = screen.kept[-1]  # the last state stays when the panel goes
+    last, below = screen.kept[-1]  # the last state stays when the panel is removed
     assert last.startswith("step 2/100  loss 0.5000")
     assert below
     again = Screen()
@@ -201,7 +201,7 @@ def test_every_step_stands_once_after_a_kill(tmp_path: Path):
         writer.record(7, "heldout", HELDOUT)
     kept = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[:6]
     with (tmp_path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write('{"step": 8, "kind": "tr')  # the kill came while it wrote
+        file.write('{"step": 8, "kind": "tr')  # killed while writing
     with metrics(tmp_path, start=5) as writer:
         assert (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines() == kept
         for step in range(6, 11):

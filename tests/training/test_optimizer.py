@@ -1,4 +1,4 @@
-"""Schedules by their formulas; moments in few bits against those in f32; Muon's updates as the matrices they are."""
+"""Schedules against their formulas; quantized moments against f32 moments; Muon's updates per matrix."""
 
 import math
 from dataclasses import replace
@@ -105,7 +105,7 @@ def test_the_first_step_of_a_warm_up_moves_and_the_last_step_decays():
 
 
 def run(changes: dict, steps: int = 8, lora: bool = False):
-    """Parameters after some steps on a quadratic with a fixed target, and the optimizer's state."""
+    """Returns the parameters after some steps on a quadratic with a fixed target, and the optimizer's state."""
     config = tiny_models.model_config(tiny_models.hf_model("mixtral", num_local_experts=4))
     config = replace(config, lora=Lora(targets=("q", "w1"), rank=4, alpha=4)) if lora else config
     train = BASE.model_copy(update={"learning_rate": 1e-2, "warmup_steps": 0, "weight_decay": 0.1, **changes})
@@ -136,10 +136,10 @@ def moved(start, params) -> np.ndarray:
 def test_small_moments_do_what_large_ones_do(moments: str, bytes_a_parameter: float):
     *_, whole, _ = run({})
     _, start, small, state = run({"moments": moments})
-    theirs, ours = moved(start, whole), moved(start, small)
-    assert np.linalg.norm(ours - theirs) < 0.05 * np.linalg.norm(theirs)
+    expected, actual = moved(start, whole), moved(start, small)
+    assert np.linalg.norm(actual - expected) < 0.05 * np.linalg.norm(expected)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    assert size <= bytes_a_parameter * ours.size + 64
+    assert size <= bytes_a_parameter * actual.size + 64
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,8 @@ def test_small_moments_do_what_large_ones_do(moments: str, bytes_a_parameter: fl
 )
 @pytest.mark.parametrize("lora", [False, True])
 def test_every_rule_steps_as_far_as_the_learning_rate_says(changes: dict, lora: bool):
-    """Also where a parameter is zero. Adam with Nesterov momentum, next to Muon, starts with 1.5 times the update."""
+    """Also at parameters that are zero. Adam with Nesterov momentum, used with Muon, starts with 1.5 times the
+    update."""
     _, start, params, _ = run(changes | {"weight_decay": 0.0}, lora=lora, steps=1)
     for before, after in zip(*map(jax.tree.leaves, (start, params)), strict=True):
         assert 0.1e-2 < float(jnp.sqrt(jnp.mean(jnp.square(after - before)))) < 1.6e-2
@@ -162,7 +163,7 @@ def test_every_rule_steps_as_far_as_the_learning_rate_says(changes: dict, lora: 
 
 @pytest.mark.parametrize("rule", ["adamw", "lion", "adafactor", "muon"])
 def test_decay_is_of_the_learning_rate_and_spares_norms(rule: str):
-    """A step with decay differs from one without by learning rate × decay × weight."""
+    """The difference between a step with and without decay is learning rate × decay × weight."""
     (_, start, with_it, _), (*_, without, _) = (
         run({"optimizer": rule, "weight_decay": decay}, steps=1) for decay in (0.5, 0.0)
     )
@@ -178,8 +179,10 @@ def test_muon_takes_each_weight_as_its_product_does():
     axes = matrix_axes(config)
     assert axes["embedding"] is axes["blocks"]["router"] is axes["blocks"]["mlp_norm"] is None
     assert axes["blocks"]["o"] == ((1, 2, 3), (4,))
-    assert axes["blocks"]["w1"] == ((2,), (3,))  # of each layer's each expert
+    assert axes["blocks"]["w1"] == ((2,), (3,))  # per layer and expert
     update = np.asarray(params["blocks"]["w1"] - start["blocks"]["w1"])
     for expert in update.reshape(-1, config.hidden_size, config.mlp_size):
         singular = np.linalg.svd(expert, compute_uv=False)
-        assert singular.max() < 2 * singular.min()  # close to orthogonal, which a step on the stack as one would not be
+        assert (
+            singular.max() < 2 * singular.min()
+        )  # close to orthogonal, unlike an update of the stacked matrices as one

@@ -1,4 +1,4 @@
-"""Packed training sees what each trajectory alone would: the loss of every one, and the gradient of all."""
+"""Packed training equals training on each trajectory separately: the loss of each, and the gradient of all."""
 
 import json
 
@@ -49,7 +49,7 @@ def test_packed_and_alone_have_the_same_loss_and_gradient():
         return -jnp.sum(log_p_BT * weights * places)
 
     def alone(example: examples.Example) -> pipeline.Row:
-        """Right-padded to the length of a packed row, so that one compilation does."""
+        """Pads a trajectory on the right to the length of a packed row, so that one compilation suffices."""
         count = len(example["tokens"])
         empty = LENGTH - count
         return pipeline.Row(
@@ -73,6 +73,6 @@ def test_packed_and_alone_have_the_same_loss_and_gradient():
             gradients = gradient if gradients is None else jax.tree.map(jnp.add, gradients, gradient)
             checked += 1
         _, whole = loss_and_gradient(params, row, np.float32(1))
-        for ours, theirs in zip(jax.tree.leaves(whole), jax.tree.leaves(gradients), strict=True):
-            np.testing.assert_allclose(ours, theirs, atol=1e-5 * float(np.abs(theirs).max()) + 1e-7)
+        for actual, expected in zip(jax.tree.leaves(whole), jax.tree.leaves(gradients), strict=True):
+            np.testing.assert_allclose(actual, expected, atol=1e-5 * float(np.abs(expected).max()) + 1e-7)
     assert checked >= 5

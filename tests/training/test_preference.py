@@ -1,4 +1,4 @@
-"""Losses on pairs: each against its formula, written out for one pair at a time in float64."""
+"""Losses on pairs against their formulas, computed for one pair at a time in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ ROWS, LENGTH, PAIRS = 3, 60, 4
 
 
 def packed(seed: int = 0):
-    """Log-probabilities of policy and reference, weights and segments of rows with two or three pairs."""
+    """Returns log-probabilities of policy and reference, weights and segments of rows with two or three pairs."""
     rng = np.random.default_rng(seed)
     segments_BT = np.zeros((ROWS, LENGTH), np.int32)
     weights_BT = np.zeros((ROWS, LENGTH), np.float32)
@@ -31,7 +31,7 @@ def log_sigmoid(x: float) -> float:
 
 
 def by_hand(preference: Preference) -> list[float]:
-    """Every pair's loss."""
+    """Computes the loss of every pair."""
     log_p_BT, reference_BT, weights_BT, segments_BT = packed()
     pairs = []
     for row in range(ROWS):
@@ -101,9 +101,9 @@ def test_losses_are_those_of_the_papers(preference: Preference):
 
 @pytest.mark.parametrize("preference", CASES, ids=lambda preference: f"{preference.kind}-{preference.beta}")
 def test_gradients_are_those_of_differences(preference: Preference):
-    """Central differences of the loss in each log-probability, in float64."""
+    """Against central differences of the loss in each log-probability, in float64."""
     log_p_BT, reference_BT, weights_BT, segments_BT = packed(1)
-    if preference.kind == "kto_pair":  # no gradient flows into its baseline; both sides' are zero here
+    if preference.kind == "kto_pair":  # its baseline has no gradient, and is zero for both sides here
         reference_BT = log_p_BT + 0.1 * (weights_BT != 0)
 
     def loss(log_p_BT):

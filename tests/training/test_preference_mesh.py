@@ -1,4 +1,4 @@
-"""Training on pairs is the same on each mesh: losses and all that is watched, over some steps of 8 devices."""
+"""Training on pairs gives the same losses and metrics on each mesh, over some steps on 8 devices."""
 
 import json
 import subprocess
@@ -52,7 +52,7 @@ SHOWN = ("loss", "grad_norm", *WATCHED)
 
 
 def trained(kind: Any, layout: str) -> list[list[float]]:
-    """Of each step the loss and what is watched."""
+    """Returns the loss and the metrics of each step."""
     sizes = MESHES[layout]
     mesh = make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values()), initial=1))])
     model, tx = replace(MODEL, family="mistral", experts=0) if kind in UNREFERENCED else MODEL, optax.adam(3e-2)
@@ -60,8 +60,10 @@ def trained(kind: Any, layout: str) -> list[list[float]]:
     params, frozen = trainable(
         model, jax.tree.map(lambda leaf: rng.normal(scale=0.2, size=leaf.shape).astype(np.float32), shapes(model))
     )
-    params = jax.tree_util.tree_map_with_path(  # adapters nearly as new ones are: at zero rounding would decide
-        lambda path, leaf: 0.05 * leaf if path[-1].key.endswith("_b") else leaf, params
+    params = (
+        jax.tree_util.tree_map_with_path(  # adapters near their initial values: at exactly zero, rounding would decide
+            lambda path, leaf: 0.05 * leaf if path[-1].key.endswith("_b") else leaf, params
+        )
     )
     preference = Preference(kind, 0.3, label_smoothing=0.1 * (kind == "sigmoid"), margin=0.4, sft_weight=0.2)
     step = jax.jit(
@@ -96,7 +98,7 @@ if __name__ == "__main__":
 @pytest.mark.parametrize(
     ("kind", "layouts"),
     [
-        # the loss that looks at all pairs of a batch, on all axes
+        # the loss that depends on all pairs of a batch, on all axes
         ("kto_pair", ["alone", "data-fsdp-tensor", "context-expert-fsdp"]),
         *(
             pytest.param(
@@ -115,7 +117,7 @@ def test_every_mesh_trains_alike(eight_devices: dict[str, str], kind: str, layou
     assert done.returncode == 0, done.stderr
     alone, *others = np.array(json.loads(done.stdout.splitlines()[-1]))
     assert alone[-1, SHOWN.index("loss")] < alone[0, SHOWN.index("loss")]
-    if kind == "kto_pair":  # its baseline is not at its lower bound
+    if kind == "kto_pair":  # its baseline is above its lower bound
         assert alone[-1, SHOWN.index("rewards_chosen")] > 0.01
     assert len(others) == len(layouts) - 1
     for layout, values in zip(layouts[1:], others, strict=True):

@@ -1,8 +1,9 @@
-"""Losses on pairs against TRL's own code: the loss and the gradient of every weight, on the same model.
+"""Losses on pairs against TRL: the loss and the gradient of every weight, on the same model.
 
-TRL comes with the extra `slow`. Both sides start from the same weights: TRL pads a batch of sides, we pack pairs into
-rows and take a real step. TRL 1.16 has no kto_pair any more; its KTO trainer makes it, called once a side with the
-other side as what the distance to the reference is estimated on, as the paper and TRL's former `kto_pair` have it.
+TRL comes with the extra `slow`. Both sides start from the same weights: TRL pads a batch of sides; we pack pairs into
+rows and take a real step. TRL 1.16 no longer has kto_pair; it is computed with TRL's KTO trainer, called once per side
+with the other side as the data on which the distance to the reference is estimated, as in the paper and in TRL's former
+`kto_pair`.
 """
 
 from collections import defaultdict
@@ -28,7 +29,7 @@ from xlam_jax.weights.hf_map import tensors
 
 pytestmark = [
     pytest.mark.slow,
-    # TRL's use of other packages, and of its own trainers under `experimental`
+    # caused by TRL's use of other packages, and of its own trainers under `experimental`
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
     pytest.mark.filterwarnings("ignore:You are importing from .trl.experimental.:UserWarning"),
 ]
@@ -39,8 +40,8 @@ Side = tuple[np.ndarray, np.ndarray]
 
 
 def sides() -> list[tuple[Side, Side]]:
-    """Pairs of one prompt and two answers, all of different lengths; ORPO's likelihood is over prompts too in TRL, so
-    a prompt is one token, which nothing predicts."""
+    """Returns pairs of one prompt and two answers, all of different lengths. TRL's ORPO likelihood includes prompts, so
+    a prompt is one token, which is never predicted."""
     rng = np.random.default_rng(0)
     pairs = []
     for _ in range(5):
@@ -51,7 +52,7 @@ def sides() -> list[tuple[Side, Side]]:
 
 
 def packed(pairs: list[tuple[Side, Side]]) -> steps.Batch:
-    """Our rows: three pairs and two."""
+    """Returns our rows: three pairs and two pairs."""
     columns = {name: np.zeros((ROWS, LENGTH), np.int32) for name in ("tokens", "labels", "positions", "segments")}
     weights_BT = np.zeros((ROWS, LENGTH), np.float32)
     for row in range(ROWS):
@@ -69,7 +70,7 @@ def packed(pairs: list[tuple[Side, Side]]) -> steps.Batch:
 
 
 def padded(some: list[Side]) -> dict[str, torch.Tensor]:
-    """TRL's batch of sides."""
+    """Returns TRL's batch of sides."""
     length = max(len(tokens) for tokens, _ in some)
 
     def stack(rows: list[np.ndarray]) -> torch.Tensor:
@@ -83,7 +84,7 @@ def padded(some: list[Side]) -> dict[str, torch.Tensor]:
 
 
 def trainer(model: Any, reference: Any, **own: Any) -> Any:
-    """What TRL's losses read of a trainer."""
+    """Returns an object with the attributes that TRL's losses read from a trainer."""
     return SimpleNamespace(
         model=model,
         ref_model=reference,
@@ -117,7 +118,7 @@ def dpo(
         ld_alpha=None,
         use_weighting=False,
     )
-    # a pair at a time: TRL's likelihood is a mean over the tokens of a batch, ours over those of each pair
+    # one pair at a time: TRL's likelihood is a mean over the tokens of a batch, ours over those of each pair
     losses = [
         DPOTrainer._compute_loss(it, model, padded([chosen, rejected]), return_outputs=False)
         for chosen, rejected in pairs
@@ -152,7 +153,8 @@ def kto(
 def unreferenced(
     preference: Preference, model: Any, _: Any, pairs: list[tuple[Side, Side]]
 ) -> tuple[torch.Tensor, dict]:
-    """CPO's trainer has SimPO, and the sigmoid loss with smoothing against a reference of 0; ORPO its own."""
+    """Computes losses without a reference: CPO's trainer has SimPO and the smoothed sigmoid loss; ORPO has a separate
+    trainer."""
     from trl.experimental.cpo import CPOTrainer
     from trl.experimental.orpo import ORPOTrainer
 
@@ -213,24 +215,24 @@ NAMES = {
 
 @pytest.mark.parametrize(("case", "family"), [*((case, "mistral") for case in CASES), ("sigmoid", "mixtral")])
 def test_losses_and_gradients_are_trls(case: str, family: str):
-    theirs, preference = CASES[case]
+    trl_case, preference = CASES[case]
     model, reference = (tiny_models.hf_model(family, seed=seed) for seed in (0, 1))
-    with torch.no_grad():  # not far from the policy, as a reference is
+    with torch.no_grad():  # close to the policy, like a real reference
         for ours, other in zip(reference.parameters(), model.parameters(), strict=True):
             ours.copy_(other + 0.1 * ours)
     config, pairs = tiny_models.model_config(model), sides()
     batch = packed(pairs)
-    if theirs is not unreferenced:
+    if trl_case is not unreferenced:
         log_p_BT = jax.jit(partial(log_p, config))(tiny_models.params_of(reference), batch)
         batch = batch._replace(reference_BT=log_p_BT)
     before, after, metrics = ours(preference, config, tiny_models.params_of(model), batch)
 
-    if theirs is not unreferenced:
+    if trl_case is not unreferenced:
         from trl.trainer.utils import add_fused_lm_head
 
         for one in (model, reference):
             add_fused_lm_head(one, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
-    loss, watched = theirs(preference, model, reference, pairs)
+    loss, watched = trl_case(preference, model, reference, pairs)
     loss.backward()
     gradients = tiny_models.file_tensors({name: one.grad for name, one in model.named_parameters()})
 
@@ -253,7 +255,7 @@ def test_losses_and_gradients_are_trls(case: str, family: str):
 
 
 def log_p(config: ModelConfig, params: Params, batch: steps.Batch) -> jax.Array:
-    """Of each label that counts."""
+    """Returns log p of each label that counts."""
     model = binder(config, dtype=jnp.float32)(params)
     hidden_BTD, *_ = model(batch.tokens_BT, batch.positions_BT, batch.segments_BT)
     return token_log_probabilities(hidden_BTD, model.head_VD(), batch.labels_BT, batch.weights_BT != 0)[0]
@@ -262,7 +264,7 @@ def log_p(config: ModelConfig, params: Params, batch: steps.Batch) -> jax.Array:
 def ours(
     preference: Preference, config: ModelConfig, params: Params, batch: steps.Batch
 ) -> tuple[Params, Params, dict]:
-    """Weights before and after a step that subtracts the gradient, and its metrics."""
+    """Returns the weights before and after a step that subtracts the gradient, and its metrics."""
     mesh, tx = make_mesh({}, jax.devices()[:1]), optax.sgd(1.0)
     step = steps.make_train_step(
         config,

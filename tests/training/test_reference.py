@@ -1,4 +1,4 @@
-"""The reference policy's folder: read back as written; of other data, or damaged, it is refused by the file's name."""
+"""The reference policy's folder is read back as written, and refused by name if it has other inputs or is damaged."""
 
 import json
 from collections import Counter
@@ -33,7 +33,7 @@ SCORES = [{"train": np.arange(10, dtype=np.float32).reshape(5, 2), "heldout": np
 
 
 def attach(folder: Path, loaded: list[Loaded] = LOADED, weights: str = "ffff") -> tuple[list[Loaded], bool, list[str]]:
-    """Attaches the reference of these weights; computes `SCORES` where there is no folder."""
+    """Attaches the reference of these weights; computes `SCORES` if there is no folder."""
     said: list[str] = []
     origin = reference.identity(loaded, weights=weights, model={}, dtype="float32")
     with_reference, is_read = reference.attach(folder, loaded, origin, lambda: SCORES, said.append)

@@ -1,4 +1,4 @@
-"""What a resumed run compares: data and tokenizer, where the data continue, CPU threads, an unreadable run.json."""
+"""Checks of a resumed run: data and tokenizer, position in the data, CPU threads, an unreadable run.json."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def config(**changes: object) -> Data:
 
 
 def place(*indices: int) -> dict[str, Any]:
-    """The saved places of streams that have drawn so many trajectories, and given out 3 of the rows packed there."""
+    """Returns the saved positions of streams after this many draws, with 3 of the packed rows consumed."""
     return {
         str(stream): {"parent": {"next_index": index}, "next_row": 3, "counter": 11}
         for stream, index in enumerate(indices)
@@ -141,16 +141,16 @@ def test_threads_are_counted_as_xla_counts_them(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(
-    ("given", "devices", "threads"),
+    ("variables", "devices", "threads"),
     [({}, 1, "3"), ({"PJRT_NPROC": "9"}, 1, "9"), ({"NPROC": "9"}, 1, None), ({}, 8, None)],
     ids=["the run's", "the user's", "the user's NPROC", "too few for the devices"],
 )
 def test_a_resumed_run_takes_as_many_threads_as_before(
-    given: dict[str, str], devices: int, threads: str | None, monkeypatch: pytest.MonkeyPatch
+    variables: dict[str, str], devices: int, threads: str | None, monkeypatch: pytest.MonkeyPatch
 ):
     for name in ("PJRT_NPROC", "NPROC"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in given.items():
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
     mesh.keep_cpu_threads(3, devices)
     assert os.environ.get("PJRT_NPROC") == threads
@@ -182,7 +182,7 @@ print(numpy.asarray(total).tobytes().hex(), mesh.cpu_threads())
 
 @pytest.mark.slow
 def test_the_number_of_threads_decides_the_bits_of_a_sum(environment: dict[str, str]):
-    """On one CPU with the threads of two, the bits are those of two; with the threads of one, they differ."""
+    """One CPU with two threads gives the bits of two CPUs; with one thread, they differ."""
     bits = {
         (cpus, threads): subprocess.run(
             [sys.executable, "-c", SUM, cpus, threads], env=environment, capture_output=True, text=True, check=True

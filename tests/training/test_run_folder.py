@@ -1,4 +1,4 @@
-"""The run folder: what is refused, and what an earlier start left there."""
+"""The run folder: what is refused, and what an earlier start has left."""
 
 import json
 from pathlib import Path

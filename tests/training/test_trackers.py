@@ -28,7 +28,7 @@ def loss_of(step: int) -> float:
 
 
 def live(run: Path, name: str, after: int, to: int, *, failed: bool = False, project: str = "mine") -> list[str]:
-    """One life of a run: steps after `after` to `to`, evaluated at every fifth. Returns the lines for people."""
+    """Runs steps after `after` up to `to`, evaluated at every fifth. Returns the lines for people."""
     said: list[str] = []
     trackers = open_trackers(
         Track.model_validate({"to": [name], "project": project}), run, CONFIG, said.append, after=after
@@ -56,7 +56,7 @@ def test_tensorboard_shows_each_step_once_after_a_kill(run: Path):
     # the second was killed before its first checkpoint
     for after, to in ((0, 8), (0, 7), (5, 10)):
         assert live(run, "tensorboard", after, to) == []
-        time.sleep(1.01)  # a file is named by the second in which it is begun
+        time.sleep(1.01)  # the name of a file contains the second in which it was created
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
     points = [(point.step, point.value) for point in events.Scalars("train/loss")]
@@ -66,7 +66,7 @@ def test_tensorboard_shows_each_step_once_after_a_kill(run: Path):
 
 @pytest.fixture
 def wandb_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """W&B knows nothing of who runs the tests, and nothing of it stays."""
+    """Isolates W&B from the user's settings and removes everything that it writes."""
     for name in ("CACHE", "CONFIG", "DATA"):
         monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / "elsewhere"))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
@@ -86,15 +86,17 @@ def test_wandb_continues_its_run(run: Path, monkeypatch: pytest.MonkeyPatch):
     own_name = json.loads((run / NAMES).read_text(encoding="utf-8"))["wandb"]["run"]
     [folder] = (run / "wandb").glob(f"offline-run-*-{own_name}")
     assert wandb_history(folder / f"run-{own_name}.wandb") == ({step: loss_of(step) for step in range(1, 9)}, 1)
-    folder.rename(run / "before")  # W&B names folders by the second: another life within it would write over this one
+    folder.rename(
+        run / "before"
+    )  # W&B names folders by the second: another run in the same second would overwrite this one
     assert live(run, "wandb", 5, 10) == []
     [folder] = (run / "wandb").glob(f"offline-run-*-{own_name}")
     assert wandb_history(folder / f"run-{own_name}.wandb") == ({step: loss_of(step) for step in range(6, 11)}, 0)
 
 
 def wandb_history(path: Path) -> tuple[dict[int, float], int]:
-    """The losses by step of a W&B file, and the exit code. W&B's service writes the last records some time after a run
-    has ended."""
+    """Returns the losses by step of a W&B file, and the exit code. W&B's service writes the last records some time
+    after a run has ended."""
     for _ in range(600):
         losses, code = read_wandb(path)
         if code != -1:
@@ -104,7 +106,7 @@ def wandb_history(path: Path) -> tuple[dict[int, float], int]:
 
 
 def read_wandb(path: Path) -> tuple[dict[int, float], int]:
-    """What is in the file now: a log in LevelDB's format."""
+    """Reads the current contents of the file: a log in LevelDB's format."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     content, at, parts, losses, code = path.read_bytes(), 7, b"", {}, -1
@@ -117,7 +119,7 @@ def read_wandb(path: Path) -> tuple[dict[int, float], int]:
             break
         parts += content[at + 7 : at + 7 + length]
         at += 7 + length
-        if kind in (1, 4):  # whole, or the last part
+        if kind in (1, 4):  # a complete record, or its last part
             record = Record.FromString(parts)
             parts = b""
             values = {
@@ -135,7 +137,7 @@ def test_wandb_without_a_key_says_what_to_do_and_asks_nothing(run: Path, monkeyp
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setattr("wandb.errors.term.can_use_terminput", lambda: True)
     started, *rest = live(run, "wandb", 0, 2)
-    assert "tracker wandb failed to start, the run goes on: PermissionError: no API key: run `wandb login`" in started
+    assert "tracker wandb failed to start, the run continues: PermissionError: no API key: run `wandb login`" in started
     assert rest == ["tracker wandb did not get 3 of 3 records; metrics.jsonl has them all"]
 
 
@@ -172,7 +174,7 @@ def test_mlflow_continues_its_run(run: Path):
 def test_mlflow_that_lost_the_run_says_so(run: Path):
     (run / NAMES).write_text(json.dumps({"mlflow": {"project": "mine", "run": "0" * 32}}), encoding="utf-8")
     started, missing = live(run, "mlflow", 5, 7)
-    assert "tracker mlflow failed to start, the run goes on: MlflowException: Run '000" in started
+    assert "tracker mlflow failed to start, the run continues: MlflowException: Run '000" in started
     assert missing == "tracker mlflow did not get 2 of 2 records; metrics.jsonl has them all"
 
 
@@ -191,7 +193,7 @@ def test_trackio_continues_its_run(run: Path, tmp_path: Path, monkeypatch: pytes
 
 
 class Good:
-    """Remembers the calls it gets."""
+    """Records the calls that it receives."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[int, Any]] = []
@@ -210,7 +212,7 @@ class Good:
 
 
 class Raising(Good):
-    """Fails at what `at` names; at log only at some of the steps."""
+    """Raises in the method that `at` names; in log, only at some of the steps."""
 
     def __init__(self, at: str, steps: range = range(1000)) -> None:
         super().__init__()
@@ -233,7 +235,7 @@ class Raising(Good):
 
 
 class Hanging(Good):
-    """Waits for ever at what `at` names, or until the test is over."""
+    """Waits in the method that `at` names, for ever or until the test is over."""
 
     over = threading.Event()
 
@@ -273,7 +275,7 @@ def metrics_run(
     steps: int = 10,
     clock: Callable[[], float] = time.monotonic,
 ) -> list[str]:
-    """Runs `Metrics` with a good tracker and this one; returns the lines about trackers."""
+    """Runs `Metrics` with a working tracker and this one; returns the lines about trackers."""
     good, said = Good(), []
     monkeypatch.setitem(module.TRACKERS, "wandb", lambda: tracker)
     monkeypatch.setitem(module.TRACKERS, "tensorboard", lambda: good)
@@ -306,7 +308,7 @@ def test_what_a_good_tracker_is_told(run: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_one_that_fails_to_start(run: Path, monkeypatch: pytest.MonkeyPatch):
     assert metrics_run(run, monkeypatch, Raising("start")) == [
-        "tracker wandb failed to start, the run goes on: ConnectionError: no server",
+        "tracker wandb failed to start, the run continues: ConnectionError: no server",
         "tracker wandb did not get 10 of 10 records; metrics.jsonl has them all",
     ]
 
@@ -314,9 +316,9 @@ def test_one_that_fails_to_start(run: Path, monkeypatch: pytest.MonkeyPatch):
 def test_one_that_fails_at_every_record(run: Path, monkeypatch: pytest.MonkeyPatch):
     tracker = Raising("log")
     first, left_alone, missing = metrics_run(run, monkeypatch, tracker)
-    assert first.startswith("tracker wandb failed to take step 1, the run goes on: SystemExit: no space space")
+    assert first.startswith("tracker wandb failed to take step 1, the run continues: SystemExit: no space space")
     assert len(first) < 400
-    assert left_alone == "tracker wandb failed 3 times in a row and gets nothing more after step 3"
+    assert left_alone == "tracker wandb failed 3 times in a row and gets no more records after step 3"
     assert missing == "tracker wandb did not get 10 of 10 records; metrics.jsonl has them all"
     assert tracker.closed == [False]
 
@@ -331,7 +333,7 @@ def test_one_that_fails_now_and_then(run: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_one_that_fails_at_the_end(run: Path, monkeypatch: pytest.MonkeyPatch):
     assert metrics_run(run, monkeypatch, Raising("close")) == [
-        "tracker wandb failed to end, the run goes on: ValueError: not now"
+        "tracker wandb failed to end, the run continues: ValueError: not now"
     ]
 
 
@@ -339,25 +341,25 @@ def test_one_that_fails_at_the_end(run: Path, monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("at", ["start", "log", "close"])
 @pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.nightly)])
 def test_one_that_hangs(at: str, real: bool, run: Path, monkeypatch: pytest.MonkeyPatch):
-    """Without real time the clock moves only while the run waits for the tracker that hangs."""
+    """The fake clock moves only while the run waits for the hanging tracker."""
     monkeypatch.setattr(module, "START_SECONDS", 0.2 if real else deadline(60))
     monkeypatch.setattr(sender, "CLOSE_SECONDS", 0.2 if real else deadline(60))
     monkeypatch.setattr(sender, "QUEUE", 50)
     steps = 10 if at == "close" else 100
     day = 86400.0
-    at_start = [0.0, 0.0, day if at == "start" else 0.0]  # the time itself, and what each of the two is waited for
+    at_start = [0.0, 0.0, day if at == "start" else 0.0]  # the time itself, and the limit for each of the two
     times = iter([*at_start, 2 * day, 2 * day, 3 * day])
     began = time.monotonic()
     said = metrics_run(
         run, monkeypatch, Hanging(at), steps=steps, clock=time.monotonic if real else lambda: next(times)
     )
     assert not real or time.monotonic() - began < deadline(30)
-    not_ready = ["tracker wandb is not ready yet; the run goes on without waiting for it"] if at == "start" else []
+    not_ready = ["tracker wandb is not ready yet; the run continues without waiting for it"] if at == "start" else []
     assert said[: len(not_ready)] == not_ready
     if at != "close":
-        assert said[len(not_ready)].startswith("tracker wandb does not keep up: from step 5")
+        assert said[len(not_ready)].startswith("tracker wandb is too slow: it misses records from step 5")
         assert said[-1] == "tracker wandb did not get 100 of 100 records; metrics.jsonl has them all"
-    assert said.count("tracker wandb does not come to an end and is left behind") == 1
+    assert said.count("tracker wandb does not end and is abandoned") == 1
 
 
 def test_a_failed_run_is_told(run: Path, monkeypatch: pytest.MonkeyPatch):
@@ -381,7 +383,7 @@ def test_a_missing_package_stops_the_run_before_it_starts(
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     if folder:
-        (tmp_path / "wandb").mkdir()  # as W&B leaves it where it has run
+        (tmp_path / "wandb").mkdir()  # as W&B leaves it in its working directory
     with pytest.raises(UserError, match=r"track\.to\.1: wandb needs its package.*pip install 'xlam_jax\[wandb\]'"):
         check_trackers(Track(to=["tensorboard", "wandb"]))
     check_trackers(Track())

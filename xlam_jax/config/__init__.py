@@ -1,6 +1,6 @@
-"""The config of a run: YAML in, a frozen and checked `Config` out, with where each value came from.
+"""The config of a run: reads YAML into a frozen and checked `Config`, with the origin of each value.
 
-    extends: base.yaml          # relative to this file; this file holds only what differs
+    extends: base.yaml          # relative to this file, which contains only the differences
     model:
       config: configs/models/mixtral_8x7b.json
     train:

@@ -1,4 +1,4 @@
-"""What every section of a config shares."""
+"""The base class of config sections, and the types and marks of their fields."""
 
 from typing import Annotated
 
@@ -11,13 +11,13 @@ CHANGEABLE: dict[str, JsonValue] = {"changeable": True}
 
 
 def derived(description: str, *, nullable: bool = True) -> dict[str, JsonValue]:
-    """Marks a field whose default depends on other fields or on the model; `load` computes it. `description` says how,
-    for the help text and the JSON Schema. `nullable`: null in a file or an override asks for the default."""
+    """Marks a field whose default depends on other fields or on the model; `load` computes it. `description` explains
+    the default in the help text and the JSON Schema. `nullable`: null in a file or an override selects the default."""
     return {"derived": description, "nullable": nullable}
 
 
 class ConflictError(ValueError):
-    """Two values of a section that do not go together, or one that the section does not allow."""
+    """Two values of a section that contradict each other, or one that the section does not allow."""
 
     def __init__(self, message: str, *fields: str):
         """`message` names the fields by their paths in the config; `fields` are their paths in the section that raises

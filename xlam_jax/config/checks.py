@@ -1,4 +1,4 @@
-"""Checks of a config against its model: sizes, adapters, and what a mesh divides."""
+"""Checks of a config against its model: sizes, adapters, and divisibility by the mesh."""
 
 from dataclasses import replace
 from typing import Any
@@ -9,8 +9,8 @@ from xlam_jax.models.config import Lora, ModelConfig
 
 
 def model_of(config: Config, hf_config: dict[str, Any], origin: str = "config.json") -> ModelConfig:
-    """Returns the model that a run trains, with its adapters. Raises `UserError` where the model lacks a weight that
-    `lora.targets` names."""
+    """Returns the model that a run trains, with its adapters. Raises `UserError` if `lora.targets` names a weight that
+    the model does not have."""
     model = ModelConfig.from_hf(hf_config, origin, config.model.overrides)
     return model if config.train.trainable == "full" else replace(model, lora=_adapters(config, model))
 
@@ -28,7 +28,7 @@ def _adapters(config: Config, model: ModelConfig) -> Lora:
     without = [target for target in section.targets if target not in with_dropout]
     if section.dropout and without:
         raise UserError(
-            f"lora.dropout is {section.dropout}, and adapters on {', '.join(without)} take none; "
+            f"lora.dropout is {section.dropout}, and adapters on {', '.join(without)} do not support dropout; "
             f"set it to 0, or lora.targets to some of {', '.join(with_dropout)}"
         )
     return Lora(
@@ -42,7 +42,7 @@ def _adapters(config: Config, model: ModelConfig) -> Lora:
 
 
 def check_model(config: Config, model: ModelConfig) -> None:
-    """Raises `UserError` where the model cannot train rows of this length, or does not divide over the mesh."""
+    """Raises `UserError` if rows are longer than the model supports, or the model cannot be divided over the mesh."""
     if config.data.sequence_length > model.max_positions:
         raise UserError(
             f"data.sequence_length is {config.data.sequence_length}, more than the model's max_position_embeddings, "
@@ -54,7 +54,7 @@ def check_model(config: Config, model: ModelConfig) -> None:
 def check_divisible(config: Config, model: ModelConfig, sizes: dict[str, int]) -> None:
     """Raises `UserError` for a size that is not a multiple of the mesh axis that splits it.
 
-    `sizes`: the devices along each axis, by its name in the config. Called again once a size of -1 is known.
+    `sizes`: number of devices along each axis, by its name in the config. Called again when a size of -1 is resolved.
     """
     rows = sizes["mesh.data"] * sizes["mesh.fsdp"] * sizes["mesh.expert"] * config.train.microbatches
     by_rows = "mesh.data × mesh.fsdp × mesh.expert × train.microbatches"
@@ -78,7 +78,7 @@ def check_divisible(config: Config, model: ModelConfig, sizes: dict[str, int]) -
 
 
 def _check_blocks(model: ModelConfig, sizes: dict[str, int]) -> None:
-    """A shard of a four-bit weight contains whole blocks, which share a scale."""
+    """Checks that each shard of a four-bit weight contains whole quantization blocks (values that share a scale)."""
     from xlam_jax.models.nf4 import block_size
 
     sides = (("hidden_size", model.hidden_size, "fsdp"), ("intermediate_size", model.mlp_size, "tensor"))

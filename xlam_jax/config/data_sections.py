@@ -10,7 +10,7 @@ from xlam_jax.enums import PAIRS
 
 
 class Filters(Section):
-    """Which trajectories of a source are kept; those that are filtered out are counted by reason."""
+    """Conditions on the trajectories of a source; those that are filtered out are counted by reason."""
 
     min_score: float | None = None
     """Trajectories with a lower score, or with none, are dropped."""
@@ -27,7 +27,7 @@ class Filters(Section):
 
 
 class Source(Section):
-    """One source of the mixture: exactly one of `files`, `dataset` and `tfds` says where it is stored."""
+    """One source of the mixture, stored in exactly one of `files`, `dataset` and `tfds`."""
 
     name: str = Field(default="", min_length=1, json_schema_extra=derived("from the file's or dataset's name"))
     """The name in reports. It is also part of the seed of the source's order."""
@@ -36,7 +36,7 @@ class Source(Section):
     dataset: str | None = None
     """A dataset of the `datasets` library: a folder or a name on the Hugging Face hub."""
     subset: str | None = None
-    """The dataset's configuration, where it has several."""
+    """Configuration of the dataset, if it has several."""
     streaming: bool = False
     """Read a hub dataset row by row instead of downloading it first; useful with `limit`."""
     tfds: str | None = None
@@ -44,18 +44,18 @@ class Source(Section):
     split: str = "train"
     """The split of `dataset` or `tfds`."""
     format: str = "unified"
-    """The rows' format: unified, or one that python -m converters.trajectories knows; or pairs, as
-    python -m xlam_jax.data pairs writes them, for an objective on pairs."""
+    """Format of the rows: unified, or a format of python -m converters.trajectories; or pairs, as written by
+    python -m xlam_jax.data pairs, for an objective on pairs."""
     weight: float | None = Field(default=None, gt=0)
     """Share in the mixture relative to the other weights. None: 1, or `size` × `epochs` if any source has `epochs`."""
     epochs: float | None = Field(default=None, gt=0)
     """Passes over this source relative to the other sources: its weight is `size` × `epochs`."""
     size: Count | None = None
-    """With `epochs`: the number that counts as the source's size. None: how many trajectories it has."""
+    """With `epochs`: the size of the source in the formula. None: its number of trajectories."""
     limit: Count | None = None
-    """Only the first so many trajectories that pass the filters."""
+    """Maximum number of trajectories, after the filters; the first ones are used."""
     filters: Filters = Filters()
-    """Which trajectories are kept."""
+    """Conditions on the trajectories to keep."""
 
     @model_validator(mode="before")
     @classmethod
@@ -92,7 +92,7 @@ class Source(Section):
 
 
 class Loss(Section):
-    """Which tokens contribute to the loss, and how much. A turn's own `loss: false` always masks it."""
+    """Loss weights of turns and kinds of tokens. A turn with `loss: false` is always masked."""
 
     turns: Literal["all", "last"] = "all"
     """Every assistant turn, or only the last one."""
@@ -134,9 +134,9 @@ class Data(Section):
     tokenizer: str = Field(json_schema_extra=derived("the one next to the weights of model.init_from"))
     """A Hugging Face tokenizer folder or hub name, or mistral:v1, mistral:v3 (from the mistral-common package)."""
     format: Literal["xlam", "native", "xlam_v1"] = "xlam"
-    """How a trajectory becomes text: the project's own template, the tokenizer's own, or xLAM v1's single prompt."""
+    """Chat format: this project's template, the tokenizer's own template, or the single prompt of xLAM v1."""
     loss: Loss = Loss()
-    """Which tokens contribute to the loss."""
+    """Loss weights of turns and kinds of tokens."""
     augment: Augment = Augment()
     """Variants of the prompt; all off by default."""
     sequence_length: Count = Field(json_schema_extra=derived("4096, or the model's max_position_embeddings if less"))
@@ -146,19 +146,20 @@ class Data(Section):
     on_invalid: Literal["error", "drop"] = "error"
     """An invalid trajectory stops the run before it starts, or is dropped and counted by reason."""
     on_long: Literal["error", "drop", "cut", "split"] = "drop"
-    """The same for a trajectory of more than `sequence_length` tokens; cut removes whole turns from the oldest on
-    (system and tools stay); split divides it between turns, each part with as many turns before it as fit."""
+    """The same for a trajectory of more than `sequence_length` tokens; cut removes the oldest turns (system and tools
+    stay); split divides it between turns and repeats as many earlier turns before each part as fit."""
     cache: str | None = Field(default=None, json_schema_extra=CHANGEABLE)
-    """A folder made by python -m xlam_jax.data prepare, read in place of the sources; a stale one is refused."""
+    """A folder written by python -m xlam_jax.data prepare, read in place of the sources; a stale one is refused."""
     on_change: Literal["error", "warn"] = Field(default="error", json_schema_extra=CHANGEABLE)
     """When a run is resumed and a source or the tokenizer differs from the checkpoint's: refuse, or report what
     changed and where the data continue."""
     streams: Count = Field(default=8, json_schema_extra=derived("the largest divisor of train.batch_size up to 8"))
-    """Independent streams that the data is dealt to; each packs on its own. Fixes the batches for any host count."""
+    """Independent streams into which the data are divided; each packs separately. Batches are then the same on any
+    number of hosts."""
     packing_bins: Count = 16
-    """Rows that a stream fills at a time, best fit first. More pack tighter."""
+    """Rows that a stream fills at the same time (best-fit packing). More bins leave less padding."""
     max_pairs: Count = 8
-    """Maximum number of pairs in a row, where the sources contain pairs. Both sides of a pair are in one row."""
+    """Maximum number of pairs per row, for sources of pairs. Both sides of a pair are in the same row."""
 
     @property
     def pairs(self) -> bool:

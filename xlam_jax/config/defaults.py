@@ -11,7 +11,7 @@ from xlam_jax.models.config import ModelConfig
 MOST_STREAMS = 8
 SEQUENCE_LENGTH = 4096
 ROUTER_AUX_WEIGHT = 0.001
-"""What transformers takes for a mixture whose config.json has no router_aux_loss_coef."""
+"""Default of transformers for a mixture whose config.json has no router_aux_loss_coef."""
 LEARNING_RATES = {
     ("sft", "full"): 5e-6,
     ("sft", "adapters"): 5e-5,
@@ -23,7 +23,7 @@ pairs: Zephyr's DPO (2310.16944) for full training, and the default of xLAM's DP
 FROM_RANDOM = 3e-4
 """Peak learning rate of full training from random weights (Llama, 2302.13971)."""
 LION = 0.2
-"""Lion takes a rate 3 to 10 times lower than AdamW (2302.06675)."""
+"""Factor for Lion, which needs a learning rate 3 to 10 times lower than AdamW (2302.06675)."""
 _REMOVED_IF_NULL = (
     "model.config", "data.tokenizer", "data.sequence_length", "data.streams", "train.steps", "train.epochs",
     "train.learning_rate", "train.router_aux_weight",
@@ -47,7 +47,7 @@ def fill_defaults(draft: Draft, path: Path) -> None:
 
 
 def _fill_from_weights(draft: Draft) -> None:
-    """The model's config and the tokenizer from the folder that `model.init_from` names."""
+    """Sets the model's config and the tokenizer to those in the folder of `model.init_from`."""
     weights = draft.get("model.init_from")
     if not isinstance(weights, str):
         draft.missing["model.config"] = "give a config.json, or the folder of the weights as model.init_from"
@@ -69,7 +69,7 @@ def _fill_from_weights(draft: Draft) -> None:
 
 
 def default_learning_rate(draft: Draft) -> tuple[float, str]:
-    """Returns the default of `train.learning_rate` for the kind of training, and a few words on which that is."""
+    """Returns the default of `train.learning_rate` for the kind of training, and the reason for it."""
     trainable = draft.get("train.trainable", "full")
     on = "pairs" if draft.get("objective.kind", "sft") in PAIR_LOSSES else "sft"
     kind = "full" if trainable == "full" else "adapters"
@@ -82,8 +82,8 @@ def default_learning_rate(draft: Draft) -> tuple[float, str]:
 
 
 def fill_placeholders(draft: Draft) -> list[str]:
-    """Sets fields whose defaults depend on the model to values that validate, until it is known. Returns their names,
-    for `fill_from_model`."""
+    """Sets fields whose defaults depend on the model to valid placeholders, until the model is known. Returns the names
+    of the fields, for `fill_from_model`."""
     absent = [name for name in ("data.sequence_length", "train.router_aux_weight") if draft.get(name) is None]
     draft.set_default("data.sequence_length", SEQUENCE_LENGTH)
     return absent
@@ -100,7 +100,7 @@ def fill_from_model(draft: Draft, absent: list[str], hf_config: dict[str, Any], 
 
 
 def router_warnings(config: Config, hf_config: dict[str, Any], model: ModelConfig, origin: str) -> list[str]:
-    """Returns a line if a mixture's config.json asks for another load-balancing weight than the run uses."""
+    """Returns a warning if the load-balancing weight of a mixture's config.json differs from the run's."""
     used = config.train.router_aux_weight
     if not model.experts or (unused := hf_config.get("router_aux_loss_coef", used)) == used:
         return []

@@ -13,7 +13,7 @@ from xlam_jax.config.load import Resolved, parents, section_at
 from xlam_jax.config.schema import Config
 
 WIDEST = 72
-"""Columns of a field and its value at most, before the origin."""
+"""Maximum width of a field and its value in a listing, in columns, before the origin."""
 LENGTH = ("train.steps", "train.epochs", "train.warmup_steps", "train.warmup_ratio")
 """Fields that are not final until the number of steps is known."""
 
@@ -44,9 +44,9 @@ def flatten(section: BaseModel, prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def differences(old: Config, new: Config) -> list[str]:
-    """Returns the fields that make `new` another run than `old`: those that change what is computed.
+    """Returns the differences between two configs in the fields that affect the result of a run.
 
-    Where `new` gives epochs and its number of steps is not known yet, the length of the run is not compared.
+    If `new` sets epochs and its number of steps is not known yet, the length of the run is not compared.
     """
     before, after = dict(flatten(old)), dict(flatten(new))
     compared = (before.keys() | after.keys()) - {"output_dir"} - (set() if new.train.steps else set(LENGTH))
@@ -114,8 +114,8 @@ def _type_name(annotation: Any) -> str:
 def json_schema() -> dict[str, Any]:
     """Returns the JSON Schema (2020-12) of a config file.
 
-    A file that extends another one may leave out any field; the others need the fields without a default, computed or
-    not. Checks that compare fields are not part of it.
+    A file that extends another one may omit any field; other files need all fields that have neither a fixed nor a
+    computed default. Checks that compare fields are not part of the schema.
     """
     schema = Config.model_json_schema(by_alias=True)
     definitions = schema["$defs"]
@@ -140,7 +140,7 @@ def _required(definition: dict[str, Any]) -> list[str]:
 
 
 def _replace_marks(field: dict[str, Any]) -> None:
-    """Removes this project's marks from a field; what a computed default is goes into the description."""
+    """Removes this project's marks from a field; a computed default is appended to the description."""
     field.pop("changeable", None)
     if computed := field.pop("derived", None):
         field.pop("default", None)

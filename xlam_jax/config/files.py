@@ -15,11 +15,11 @@ DEFAULT = "default"
 
 
 class Yaml(yaml.SafeLoader):
-    """YAML in which 1e-4 is a number, as everyone who writes a learning rate means it, and 2026-01-31 is a text."""
+    """YAML in which 1e-4 is a number (YAML 1.1 reads a string) and 2026-01-31 is a string (YAML 1.1 reads a date)."""
 
 
 class Dumper(yaml.SafeDumper):
-    """Quotes texts that `Yaml` would read as numbers."""
+    """Quotes strings that `Yaml` would read as numbers."""
 
 
 for _class in (Yaml, Dumper):
@@ -36,7 +36,7 @@ class Draft:
     """The values of a config before they are validated, in today's schema, and the origin of each.
 
     `origins` maps the path of a field to the file or override that set it, or to the reason of a computed default.
-    `missing` maps the path of a field without a value to what would give it one.
+    `missing` maps the path of a field without a value to advice on how to set it.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class Draft:
         self.missing: dict[str, str] = {}
 
     def merge(self, values: dict[str, Any], origin: str) -> None:
-        """Sets the values of a file over those that are here; lists are replaced whole."""
+        """Merges the values of a file over the present ones; lists are replaced as a whole."""
         self._merge(self.values, values, origin, "")
 
     def _merge(self, into: dict[str, Any], values: dict[str, Any], origin: str, prefix: str) -> None:
@@ -58,7 +58,7 @@ class Draft:
                 self._set_origin(name, origin)
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The value of a field; `default` where it, or a section on the way, is not there or null."""
+        """Returns the value of a field, or `default` if it, or a section that contains it, is absent or null."""
         node: Any = self.values
         for key in name.split("."):
             node = node.get(key) if isinstance(node, dict) else None
@@ -111,7 +111,7 @@ class Draft:
 
 
 def _index(node: Any, key: str, path: list[str], text: str) -> Any:
-    """The key of a section as it is, or of a list the number of an element. Raises `UserError`."""
+    """Returns the key of a section unchanged, or the index of a list element as a number. Raises `UserError`."""
     if isinstance(node, dict):
         return key
     if key.isascii() and key.isdigit() and int(key) < len(node):

@@ -1,4 +1,4 @@
-"""From a config file and overrides to a checked config with the model that it refers to."""
+"""Loads a config file with overrides into a checked config, together with the model that it refers to."""
 
 import math
 import typing
@@ -18,26 +18,26 @@ from xlam_jax.models import hf_keys
 from xlam_jax.models.config import ModelConfig, read_hf_config
 
 LONGEST = 200
-"""Characters of a value that a message shows at most."""
+"""Maximum length of a value in a message, in characters."""
 
 
 class Resolved(typing.NamedTuple):
-    """A checked config with what it refers to."""
+    """A checked config with the model that it refers to."""
 
     config: Config
     origins: dict[str, str]
-    """Path of a field → the file or override that set it; a field that is not named has its default."""
+    """Path of a field → the file or override that set it; fields that are not listed have their default."""
     hf_config: dict[str, Any]
     """The model's config.json with `model.overrides` applied."""
     model: ModelConfig
     warnings: tuple[str, ...] = ()
-    """What the model's config.json asks for and this project does not do, a line each."""
+    """One line for each setting of the model's config.json that this project ignores."""
 
 
 def load(path: Path, overrides: list[str] | None = None) -> Resolved:
     """Reads a config file, applies overrides, fills in defaults, and checks everything that needs no device.
 
-    Where the config gives `train.epochs`, `train.steps` is 0 until `with_steps`. Raises `UserError` that names the key,
+    If the config sets `train.epochs`, `train.steps` is 0 until `with_steps`. Raises `UserError` that names the key,
     its origin, the offending values and what to do.
     """
     draft = read_draft(path, overrides or [])
@@ -63,11 +63,11 @@ def load(path: Path, overrides: list[str] | None = None) -> Resolved:
 
 
 def with_steps(resolved: Resolved, steps: int) -> Resolved:
-    """Returns the same run with its number of steps known: `train.epochs` and `train.warmup_ratio`, which depend on
-    it, are replaced by `train.steps` and `train.warmup_steps`.
+    """Returns the same run with a known number of steps: `train.steps` and `train.warmup_steps` replace `train.epochs`
+    and `train.warmup_ratio`, which depend on that number.
 
-    The warm-up takes ⌈ratio × steps⌉ steps, and leaves at least one for the peak. Raises `UserError` where the steps
-    contradict another field.
+    The warm-up takes ⌈ratio × steps⌉ steps, but at most `steps` - 1, so that the peak is reached. Raises `UserError` if
+    the number of steps contradicts another field.
     """
     train, draft = resolved.config.train, Draft()
     draft.values, draft.origins = resolved.config.model_dump(), dict(resolved.origins)
@@ -93,7 +93,7 @@ def validate(draft: Draft, path: str) -> Config:
 
 
 def _explain(problem: Any, draft: Draft, path: str) -> str:
-    """A problem that pydantic reports, in one line that starts with the origin of the value."""
+    """Formats a problem reported by pydantic as one line that starts with the origin of the value."""
     location = problem["loc"]
     if isinstance(conflict := problem.get("ctx", {}).get("error"), ConflictError):
         return _explain_conflict(conflict, location, draft.origins, path)
@@ -102,15 +102,15 @@ def _explain(problem: Any, draft: Draft, path: str) -> str:
     origin = _origin(draft.origins, (name, *inside, *parents(name)), path)
     if problem["type"] == "extra_forbidden":
         section = section_at(location[:-1])
-        known = [field.alias or key for key, field in section.model_fields.items()] if section else []
-        return f"{origin}: unknown key {name}{nearest(str(location[-1]), known)} (known: {', '.join(known)})"
+        keys = [field.alias or key for key, field in section.model_fields.items()] if section else []
+        return f"{origin}: unknown key {name}{nearest(str(location[-1]), keys)} (known: {', '.join(keys)})"
     if problem["type"] == "missing":
         return f"{origin}: {name} is missing; {draft.missing.get(name, 'it has no default')}"
     return f"{origin}: {name} is {shorten(problem['input'])}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
 
 
 def _explain_conflict(conflict: ConflictError, location: tuple[Any, ...], origins: Mapping[str, str], path: str) -> str:
-    """The message of a conflict, with where its values were set; the section is named if it is an element of a list."""
+    """Formats a conflict with the origins of its values; names the section if it is an element of a list."""
     prefix = "".join(f"{part}." for part in location)
     text = f"{prefix[:-1]}: {conflict}" if any(isinstance(part, int) for part in location) else str(conflict)
     names = [prefix + field for field in conflict.fields]
@@ -124,7 +124,7 @@ def _origin(origins: Mapping[str, str], names: tuple[str, ...], otherwise: str) 
 
 
 def shorten(value: Any) -> str:
-    """Returns the representation of a value, cut where it is long."""
+    """Returns the representation of a value, truncated to `LONGEST` characters."""
     text = repr(value)
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
 
@@ -136,7 +136,7 @@ def parents(name: str) -> list[str]:
 
 
 def section_at(location: tuple[Any, ...]) -> type[Section] | None:
-    """Returns the section at a path of keys and list indices; None where there is none."""
+    """Returns the section at a path of keys and list indices; None if there is none."""
     section: Any = Config
     for key in location:
         if isinstance(key, int):

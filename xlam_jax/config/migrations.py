@@ -1,4 +1,4 @@
-"""Numbers of the config schema, and how a config of an earlier number becomes one of today's.
+"""Versions of the config schema, and migrations from each version to the next.
 
 To rename or remove a key, or to change what a value means: raise `SCHEMA` by one, add a `Migration` from the number
 before it, and add a saved config of that number to tests/saved.
@@ -17,7 +17,7 @@ _OLD_KEY = "schema_version"
 
 @dataclass(frozen=True)
 class Migration:
-    """What turns the values of one schema into those of the next. Keys are dotted paths."""
+    """Changes that convert values of one schema into the next. Keys are dotted paths."""
 
     renamed: dict[str, str] = field(default_factory=dict)
     """Old key → new key. A key outside the config, such as `schema_version`, is removed by the loader."""
@@ -31,7 +31,7 @@ MIGRATIONS: dict[int, Migration] = {
     # 1: the number of the schema was called schema_version
     1: Migration(renamed={_OLD_KEY: KEY}),
 }
-"""By the number of the schema that each starts from."""
+"""Number of a schema → the migration to the next one."""
 
 
 def migrate(values: dict[str, Any], origin: str, unnumbered: int = SCHEMA) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def migrate(values: dict[str, Any], origin: str, unnumbered: int = SCHEMA) -> di
 
 
 def apply(migration: Migration, values: dict[str, Any]) -> dict[str, Any]:
-    """Returns a copy of `values` with a migration's changes; what it does not name is the same object."""
+    """Returns a copy of `values` with the changes of a migration; unchanged values are the same objects."""
     for old, new in migration.renamed.items():
         values, value = _without(values, old.split("."))
         if value is not _ABSENT:
@@ -71,7 +71,7 @@ _ABSENT = object()
 
 
 def _without(values: dict[str, Any], path: list[str]) -> tuple[dict[str, Any], Any]:
-    """A copy without the value at a path, and that value."""
+    """Returns a copy without the value at a path, and that value."""
     name, *rest = path
     if not isinstance(values, dict) or name not in values:
         return values, _ABSENT
@@ -82,7 +82,7 @@ def _without(values: dict[str, Any], path: list[str]) -> tuple[dict[str, Any], A
 
 
 def _with(values: dict[str, Any], path: list[str], value: Any) -> dict[str, Any]:
-    """A copy with a value at a path; sections on the way are created."""
+    """Returns a copy with a value at a path; missing sections are created."""
     name, *rest = path
     inner = values.get(name)
     return values | {name: _with(inner if isinstance(inner, dict) else {}, rest, value) if rest else value}

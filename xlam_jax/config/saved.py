@@ -26,7 +26,7 @@ def to_values(config: Config) -> dict[str, Any]:
 def from_saved(values: Any, origin: str) -> Config:
     """Returns the config of a run from the values that this or an earlier version saved with it.
 
-    Raises `UserError` naming `origin` and the keys that this version does not have or reads differently.
+    Raises `UserError` that names `origin` and the keys that this version does not have or reads differently.
     """
     if not isinstance(values, dict):
         raise UserError(f"{origin}: contains {shorten(values)}; the config of a run is expected; restore the file")

@@ -26,7 +26,7 @@ from xlam_jax.errors import nearest
 
 
 class Model(Section):
-    """What is trained, and how it computes."""
+    """The model and the precision, memory use and kernels of its computation."""
 
     config: str = Field(json_schema_extra=derived("the one next to the weights of init_from"))
     """A Hugging Face config.json, or a folder that contains one."""
@@ -45,11 +45,11 @@ class Model(Section):
     outputs; minimal: keep attention outputs; full: keep the block's input and recompute everything; offload: keep its
     input and the attention outputs in host memory."""
     attention: Literal["auto", "xla", "splash", "pallas"] = Field(default="auto", json_schema_extra=CHANGEABLE)
-    """How attention is computed: by XLA, by the splash kernel (TPU) or by a Pallas kernel (GPU); auto takes the
-    devices' own kernel where it supports the model's head size and window, and logs its choice."""
+    """Attention kernel: XLA, splash (TPU) or Pallas (GPU). auto selects the kernel of the device if it supports the
+    model's head size and window, and logs its choice."""
     experts: Literal["auto", "xla", "megablox", "triton"] = Field(default="auto", json_schema_extra=CHANGEABLE)
-    """How a mixture's experts are computed: by XLA, or by a grouped matrix product (megablox on a TPU, triton on a
-    GPU); auto takes the devices' own where mesh.expert is 1."""
+    """Kernel of the experts of a mixture: XLA, or a grouped matrix product (megablox on TPU, triton on GPU). auto
+    selects the kernel of the device if mesh.expert is 1."""
 
 
 class ObjectiveSection(Section):
@@ -101,7 +101,7 @@ class ObjectiveSection(Section):
 
 
 class LoraSection(Section):
-    """Low-rank adapters, where `train.trainable` is lora or qlora."""
+    """Low-rank adapters, used if `train.trainable` is lora or qlora."""
 
     targets: list[str] = Field(default=["q", "k", "v", "o"], min_length=1)
     """Weights with an adapter, of q, k, v, o, w1 (gate_proj), w3 (up_proj), w2 (down_proj), router, embedding, head. In
@@ -115,7 +115,7 @@ class LoraSection(Section):
     dropout: Share = 0.0
     """Dropout on the adapter's input, in training; for q, k, v, o and a dense MLP."""
     zero: Literal["A", "B"] = "B"
-    """The factor that starts at zero; the other is drawn."""
+    """The factor that starts at zero; the other starts with random values."""
     init_from: str | None = None
     """Adapters to start from: a PEFT folder."""
 
@@ -135,17 +135,18 @@ class Train(Section):
     """Optimizer steps (peers: max_steps). Give this or `epochs`."""
     epochs: float | None = Field(default=None, gt=0)
     """Passes over the training data (peers: num_train_epochs), in place of `steps`; 1 if neither is given. An epoch
-    draws as many examples as all sources contain together, divided by their weights; if the sources have `epochs` of
-    their own, each passes that often. The number of steps follows from how many examples a packed row holds."""
+    draws as many examples as all sources contain together, divided by their weights; if the sources set `epochs`, an
+    epoch passes over each of them that many times. The number of steps follows from the number of examples per packed
+    row."""
     batch_size: Count
-    """Packed rows of an optimizer step, over all devices and microbatches (the global batch size)."""
+    """Packed rows per optimizer step, over all devices and microbatches (the global batch size)."""
     microbatches: Count = 1
     """Gradient accumulation: parts that a batch is computed in, one after the other, to save memory. The gradient is
     that of the whole batch."""
     optimizer: Literal["adamw", "adafactor", "lion", "muon"] = "adamw"
     """The update rule. muon: for the matrices of the blocks, with AdamW for the rest."""
     moments: Literal["float32", "bfloat16", "8bit"] = "float32"
-    """How the gradient's moments are stored between steps: 8bit for adamw alone."""
+    """Precision in which the moments of the gradient are stored between steps; 8bit is only for adamw."""
     learning_rate: float = Field(
         gt=0,
         json_schema_extra=derived(
@@ -153,20 +154,20 @@ class Train(Section):
             "a fifth of it with lion"
         ),
     )
-    """Peak learning rate: that of step `warmup_steps`, and without a warm-up of the first step."""
+    """Peak learning rate: that of step `warmup_steps`, or of the first step without warm-up."""
     end_learning_rate: float = Field(default=0.0, ge=0)
     """Learning rate of the last step; constant does not use it."""
     warmup_steps: int = Field(default=0, ge=0)
-    """Steps of linear warm-up: the first takes learning_rate / warmup_steps, the last learning_rate."""
+    """Steps of linear warm-up: from learning_rate / warmup_steps in the first step to learning_rate in the last."""
     warmup_ratio: Share | None = None
     """Warm-up as a share of the steps, rounded up, in place of `warmup_steps`."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    """After the warm-up: a cosine or a line down to `end_learning_rate`, constant, or constant and then the line over
-    `decay_steps`."""
+    """Schedule after the warm-up: cosine or linear decay to `end_learning_rate`, constant, or (wsd) constant followed
+    by linear decay over `decay_steps`."""
     decay_steps: int = Field(default=0, ge=0)
-    """wsd: the number of steps at the end that fall to `end_learning_rate`; with 1, only the last step takes it."""
+    """wsd: number of steps of the final decay to `end_learning_rate`; with 1, only the last step has it."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """Decoupled weight decay, on every parameter but the norms."""
+    """Decoupled weight decay of all parameters except norms."""
     beta1: Share = 0.9
     """Decay of the mean of the gradient."""
     beta2: Share = 0.95
@@ -184,8 +185,8 @@ class Train(Section):
     neftune: float = Field(default=0.0, ge=0)
     """Noise on the embeddings in training, α of NEFTune (2310.05914); 5 to 15 in the paper."""
     ema: Share = 0.0
-    """Decay per step of an exponential moving average of what trains: 0.999 averages over about 1000 steps. 0: none.
-    If there is one, it is evaluated and exported in place of the last weights."""
+    """Decay per step of an exponential moving average of the trainable parameters: 0.999 averages over about 1000
+    steps. 0: none. If it is set, the average is evaluated and exported in place of the last weights."""
     log_every: Count = Field(default=1, json_schema_extra=CHANGEABLE)
     """Steps between printed lines; every step is in metrics.jsonl."""
 
@@ -261,12 +262,12 @@ class Eval(Section):
     """Held-out requests that the model answers: reports the fraction whose calls parse, match the tools' schemas, name
     the right functions, and equal the recording."""
     requests_every: Count | None = Field(default=None, json_schema_extra=CHANGEABLE)
-    """Steps between those. None: at every evaluation."""
+    """Steps between answers to requests. None: at every evaluation."""
     max_new_tokens: Count = Field(default=256, json_schema_extra=CHANGEABLE)
     """Maximum number of tokens of an answer."""
 
     def is_due(self, step: int, *, last: bool = False) -> bool:
-        """Whether an evaluation follows a step; step 0 is the start of the run."""
+        """Returns whether an evaluation follows `step`; step 0 is the start of the run."""
         return self.every > 0 and (last or step % self.every == 0)
 
     @model_validator(mode="after")
@@ -301,19 +302,19 @@ class Track(Section):
     to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(
         default=["tensorboard"], json_schema_extra=CHANGEABLE
     )
-    """Trackers. Each but tensorboard needs the package of its name, and is configured by that package's own environment
-    variables."""
+    """Trackers. Each except tensorboard needs the package of its name, and is configured by the environment variables
+    of that package."""
     project: str = Field(default="xlam_jax", json_schema_extra=CHANGEABLE)
     """The project (wandb, trackio) or experiment (mlflow) that the run belongs to."""
     name: str | None = Field(default=None, json_schema_extra=CHANGEABLE)
-    """The run's name there. None: that of output_dir."""
+    """Name of the run in the trackers. None: the name of output_dir."""
 
 
 class MeshShape(Section):
-    """Devices along each axis of the mesh; -1 takes what the others leave, once."""
+    """Number of devices along each axis of the mesh; one axis may be -1 and takes the remaining devices."""
 
     data: int = Field(default=1, json_schema_extra=CHANGEABLE)
-    """Data-parallel replicas of the model, each with its share of the batch."""
+    """Data-parallel replicas of the model, each with a part of the batch."""
     fsdp: int = Field(default=-1, json_schema_extra=CHANGEABLE)
     """Shards of the parameters and of the batch (fully sharded data parallelism)."""
     expert: int = Field(default=1, json_schema_extra=CHANGEABLE)
@@ -323,11 +324,11 @@ class MeshShape(Section):
     tensor: int = Field(default=1, json_schema_extra=CHANGEABLE)
     """Shards of heads, MLP width and vocabulary (tensor parallelism)."""
     cpu_devices: Count = Field(default=1, json_schema_extra=CHANGEABLE)
-    """Devices that a CPU is split into, to try a mesh without accelerators."""
+    """Number of devices into which a CPU is split, to try a mesh without accelerators."""
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The devices along each axis."""
+        """Number of devices along each axis."""
         return {axis: getattr(self, axis) for axis in MESH_AXES}
 
     @model_validator(mode="after")
@@ -350,7 +351,7 @@ class Config(Section):
     output_dir: str = Field(json_schema_extra=derived("runs/NAME, with the name of the config's file", nullable=False))
     """The run folder: checkpoints, metrics, the resolved config. Running again continues what it contains."""
     schema_number: int = Field(default=SCHEMA, alias="schema", ge=SCHEMA, le=SCHEMA, json_schema_extra=CHANGEABLE)
-    """The schema that this config was written for, stored with each run; configs of earlier ones are migrated."""
+    """Version of the schema, stored with each run; configs of earlier versions are migrated."""
     seed: int = 0
     """Seed of the initial weights and of the order of the data."""
     export: bool | str = Field(default=False, json_schema_extra=CHANGEABLE)
@@ -377,7 +378,7 @@ class Config(Section):
 
     @property
     def export_folder(self) -> Path | None:
-        """Where the model is written after the last step; None for nowhere."""
+        """The folder into which the model is exported after the last step; None if it is not."""
         if self.export is True:
             return Path(self.output_dir) / "hf"
         return Path(self.export) if self.export else None
@@ -464,7 +465,7 @@ class Config(Section):
 
 
 def evaluation_metrics(config: Config) -> list[str]:
-    """Returns the names of the metrics that evaluations give, for `checkpoint.best`."""
+    """Returns the names of the metrics of evaluations, for `checkpoint.best`."""
     sources = [f"heldout.sources.{source.name}" for source in config.data.sources]
     names = ["heldout.loss", *(f"{source}.loss" for source in sources)]
     if config.objective.kind == "sft":
@@ -478,7 +479,7 @@ def evaluation_metrics(config: Config) -> list[str]:
 
 
 def reference(config: Config) -> Literal["adapters_off", "precomputed", "none"]:
-    """Returns the reference policy that `objective.reference` means in this run."""
+    """Returns the reference policy of this run, with `auto` of `objective.reference` resolved."""
     chosen, kind = config.objective.reference, config.objective.kind
     if chosen != "auto":
         return chosen

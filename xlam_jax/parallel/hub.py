@@ -30,16 +30,16 @@ from xlam_jax.parallel.link import (
 )
 
 HELLO_TIMEOUT = 20.0
-"""Seconds in which a new connection must identify itself."""
+"""Time limit for a new connection to identify itself, in seconds."""
 LONGEST_HELLO = 4096
-"""Bytes."""
+"""Maximum length of a hello, in bytes."""
 LONGEST_NAME = 255
-"""Characters of a host's name."""
+"""Maximum length of a host's name, in characters."""
 STRANGERS = 256
 """Maximum number of open connections that are not hosts; a new one closes the oldest, so that idle connections never
 delay a host."""
 WARNINGS = 5
-"""Maximum number of refused connections that are reported; a port scan makes many."""
+"""Maximum number of refused connections that are reported; a port scan causes many."""
 
 
 class Hub:
@@ -66,7 +66,7 @@ class Hub:
         self._strangers: dict[Connection, None] = {}  # in the order in which they connected
         self._refusals = 0
         self._values: dict[int, Any] = {}
-        self._continued = -1  # the latest step after which some host was told to continue
+        self._continued = -1  # the latest step after which a host got permission to continue
         self._last: int | None = None
         self._stop_requested = False
         self.ended: dict[str, Any] | None = None
@@ -81,11 +81,11 @@ class Hub:
             )
         except OSError as error:
             raise UserError(
-                f"--coordinator: port {port} of this machine can't be had ({error.strerror}); is another run going on "
-                "here? Choose another port for all hosts"
+                f"--coordinator: port {port} of this machine is not available ({error.strerror}); is another run "
+                "using it? Choose another port for all hosts"
             ) from None
         self.loop = asyncio.new_event_loop()
-        self.loop.set_exception_handler(lambda loop, context: None)  # such as no more open files; asyncio tries again
+        self.loop.set_exception_handler(lambda loop, context: None)  # such as too many open files; asyncio retries
         threading.Thread(target=self._run, name="hub", daemon=True).start()
 
     def _run(self) -> None:
@@ -106,7 +106,7 @@ class Hub:
         if missing:
             shown = ", ".join(map(str, missing[:20])) + (" …" if len(missing) > 20 else "")
             self._end(
-                f"{self.count - len(missing)} of {self.count} processes came within {self._timeout:.0f} s; "
+                f"{self.count - len(missing)} of {self.count} processes joined within {self._timeout:.0f} s; "
                 f"missing: process {shown}; were all of them started, and can they reach host 0?",
                 2,
             )
@@ -137,7 +137,7 @@ class Hub:
             self._lose(connection.process, DISCONNECTED)
 
     def greet(self, connection: "Connection", hello: bytes) -> None:
-        """Lets a connection join by its first line, or refuses it; an empty line stands for none."""
+        """Admits or refuses a connection by its first line; an empty line means that none arrived."""
         if connection not in self._strangers or connection.is_refused:
             return
         try:
@@ -155,7 +155,7 @@ class Hub:
         elif self.ended:
             self._dismiss(connection, self.ended)
         elif len(self.members) == self.count:
-            self._refuse(connection, f"{host} came when all {self.count} processes of the run were there")
+            self._refuse(connection, f"{host} arrived after all {self.count} processes of the run had joined")
         elif conflict := self._find_conflict(process, name, count):
             self._dismiss(connection, {"end": conflict, "code": 2})
             self._end(conflict, 2)
@@ -167,7 +167,7 @@ class Hub:
         if count != self.count:
             return f"{host_name(process, name)} is one of {count} processes, and host 0 expects {self.count}"
         if process not in range(count):
-            return f"{host_name(process, name)} is none of the processes 0 to {count - 1}"
+            return f"{host_name(process, name)} is not one of the processes 0 to {count - 1}"
         if process in self.members:
             return f"two processes have the id {process}: on {self.members[process].name} and on {name}"
         return ""
@@ -223,8 +223,8 @@ class Hub:
                 self._send({"left": True}, self.members[0])
 
     def _answer_step(self, member: "Connection", step: int, requested: bool) -> None:
-        """Tells a host whether to continue. The last step is one that no host has passed: the step after the latest one
-        from which a host was told to continue, as all hosts will ask about that step."""
+        """Answers whether a host should continue after `step`. The last step must be one that no host has passed: the
+        step after the latest one for which a host got permission to continue, as all hosts will ask about that step."""
         self._stop_requested |= requested
         if self._stop_requested and self._last is None:
             self._last = max(self._continued + 1, step)
@@ -238,8 +238,8 @@ class Hub:
             self._end(explain_loss(host_name(process, member.name), reason), LOST, cause=process)
 
     def _end(self, text: str, code: int, cause: int | None = None) -> None:
-        """Tells all hosts that the run is over: host 0 late, since the hub ends with it, and the host that is the
-        `cause` last, since it waits for this message as a sign that the others have been told."""
+        """Informs all hosts that the run is over: host 0 late, since the hub ends with it, and the host that is the
+        `cause` last, since it waits for this message as a sign that the others have been informed."""
         if self.ended:
             return
         self.ended = {"end": text, "code": code}

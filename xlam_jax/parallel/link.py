@@ -76,10 +76,10 @@ def explain_loss(host: str, reason: str) -> str:
 
 def explain_silence(heartbeat_timeout: float) -> str:
     """Returns the reason for `explain_loss` when no heartbeat arrives."""
-    return f"has not been heard of for {heartbeat_timeout:.0f} s: it hangs, or the network is cut"
+    return f"sent no heartbeat for {heartbeat_timeout:.0f} s: it hangs, or the network is interrupted"
 
 
-DISCONNECTED = "ended without a word: it was killed, or its machine went down"
+DISCONNECTED = "closed its connection without a message: it was killed, or its machine went down"
 """The reason for `explain_loss` when a connection breaks."""
 
 
@@ -107,7 +107,7 @@ class Hosts:
         return requested
 
     def fail(self, error: BaseException) -> None:
-        """Tells the other hosts why this one ends."""
+        """Informs the other hosts why this one ends."""
 
     def close(self) -> None:
         """Waits for all hosts to finish, and leaves the run."""
@@ -162,11 +162,11 @@ class Link(Hosts):
             ) from None
         for task in (self._read, self._beat, self._watch):
             threading.Thread(target=task, name="link", daemon=True).start()
-        # The hub's own timeout comes first and names the missing hosts.
+        # The timeout of the hub is shorter, and its message names the missing hosts.
         joined = self._joined.wait(max(0.0, deadline + SETTLE - time.monotonic()))
         if not joined or self._refusal:
             self._is_ending = True
-            silent = f"{self.me}: host 0 at {where} took the connection and said nothing for {timeout:.0f} s"
+            silent = f"{self.me}: host 0 at {where} accepted the connection and sent nothing for {timeout:.0f} s"
             raise UserError(self._refusal or silent)
 
     def gather(self, value: Any) -> list[Any]:
@@ -179,7 +179,7 @@ class Link(Hosts):
         return last is not None and step >= last
 
     def fail(self, error: BaseException) -> NoReturn:
-        """Tells the other hosts, and ends this process. An error that another host's loss may have caused first waits
+        """Informs the other hosts and ends this process. An error that may be a consequence of a lost host first waits
         for the hub to name that host."""
         code = 1
         if isinstance(error, UserError):
@@ -194,7 +194,7 @@ class Link(Hosts):
         self._is_ending = True
         with contextlib.suppress(OSError):
             self._send(failed=text, code=code)
-            self._ended.wait(SETTLE)  # the hub has told the others
+            self._ended.wait(SETTLE)  # the hub has informed the others
         if code == 1:
             with contextlib.suppress(OSError, ValueError):  # the terminal may be closed
                 traceback.print_exception(error)

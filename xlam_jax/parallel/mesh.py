@@ -1,9 +1,11 @@
-"""The mesh: named axes over devices, and the one table from logical axes to mesh axes.
+"""The device mesh: named axes over devices, the table from logical axes to mesh axes, and the collectives.
 
-Everything that touches parameters runs inside one `jax.shard_map` over the whole mesh, so each collective is written
-where it happens: `gather` (fsdp), `gather_tokens` (context), `exchange` (expert), `psum` (tensor), `total` (all that
-split a batch). Nothing is left to a partitioner, and a lost sharding can't go unseen: arrays on two sides of a
-collective have different shapes or different varying axes.
+All computations with parameters run inside one `jax.shard_map` over the whole mesh, so each collective is explicit:
+`gather` (fsdp), `gather_tokens` (context), `exchange` (expert), `psum` (tensor), `total` (all axes that split a batch).
+No automatic partitioner is involved, and a lost sharding is an error: the arrays before and after a collective have
+different shapes or different varying axes.
+
+Axes: B rows, T tokens, E experts, C slots per expert, D model.
 """
 
 import os
@@ -27,7 +29,7 @@ TOKEN_AXES = (*BATCH_AXES, "context")
 """Mesh axes that split the tokens of a batch."""
 
 EVERYWHERE = PartitionSpec()
-"""The partition of what is the same on all devices."""
+"""PartitionSpec of replicated arrays."""
 
 RULES: Mapping[str, str | None] = {
     "layers": None,
@@ -42,16 +44,17 @@ RULES: Mapping[str, str | None] = {
     "norm": None,
     "rank": None,
 }
-"""Logical axis of a parameter → mesh axis that it is stored along."""
+"""Logical axis of a parameter → mesh axis over which it is sharded; None: not sharded."""
 
 
 THREADS = "PJRT_NPROC"
-"""The variable that sets the number of XLA's CPU threads."""
+"""Environment variable with the number of XLA's CPU threads."""
 
 
 def cpu_threads() -> int:
-    """How many threads XLA's CPU backend takes, read as it does: from two variables, else the CPUs that this process
-    may use. XLA splits sums among them, so with another number they differ in their last bits."""
+    """Returns the number of threads of XLA's CPU backend, determined as XLA does: from two environment variables, else
+    the number of CPUs available to this process. XLA splits sums among the threads, so the number affects the last
+    bits."""
     for name in (THREADS, "NPROC"):
         if (text := os.environ.get(name, "")).isdigit():
             return int(text)
@@ -59,38 +62,38 @@ def cpu_threads() -> int:
 
 
 def keep_cpu_threads(threads: int, devices: int) -> None:
-    """Has XLA take as many threads as an earlier process of the same run did, unless the user has set a number, or it
-    would not do for so many devices (`split_cpu`). Has an effect before JAX first looks at them."""
+    """Sets the number of XLA's CPU threads to that of an earlier process of the same run, unless the user has set it or
+    `devices` CPU devices need more (`split_cpu`). Has no effect once JAX has initialized its devices."""
     is_set = any(os.environ.get(name, "").isdigit() for name in (THREADS, "NPROC"))
     if not is_set and (devices == 1 or threads > 4 * devices):
         os.environ[THREADS] = str(threads)
 
 
 def split_cpu(devices: int) -> None:
-    """Splits the CPU into this many devices; has an effect before JAX first looks at them.
+    """Splits the CPU into this many devices. Has no effect once JAX has initialized its devices.
 
-    XLA runs all of them on one pool of threads, by default one for each device, and a device that waits for another in
-    a collective keeps its thread. With no thread left, the one that is waited for never runs and XLA ends the process
-    after 40 s; the pool is made large enough that this can't be.
+    XLA runs all devices on one thread pool, by default with one thread per device, and a device that waits in a
+    collective blocks its thread. If all threads are blocked, the device that the others wait for never runs, and XLA
+    ends the process after 40 s. The pool is therefore made large enough.
     """
     os.environ.setdefault(THREADS, str(4 * devices + (os.cpu_count() or 1)))
     jax.config.update("jax_num_cpu_devices", devices)
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """Lays the devices (default: all) out along the axes; an axis that is not named has size 1, and one size may be -1
-    and takes what is left.
+    """Arranges the devices (default: all) along the axes. Axes that are not in `sizes` have size 1; one size may be -1
+    and takes the remaining devices.
 
-    Devices of several TPU slices are laid out so that only the data axis crosses from one to another. Raises
-    `UserError` when the product is not the number of devices, or when the data axis does not divide among the slices.
+    With several TPU slices, only the data axis spans slices. Raises `UserError` if the product of the sizes is not the
+    number of devices, or if the data axis is not a multiple of the number of slices.
     """
     devices = jax.devices() if devices is None else devices
     shape = [sizes.get(axis, 1) for axis in AXES]
     if -1 in shape:
-        known = int(np.prod([size for size in shape if size != -1]))
-        if len(devices) % known:
+        product = int(np.prod([size for size in shape if size != -1]))
+        if len(devices) % product:
             raise UserError(_misfit(sizes, devices))
-        shape[shape.index(-1)] = len(devices) // known
+        shape[shape.index(-1)] = len(devices) // product
     if int(np.prod(shape)) != len(devices):
         raise UserError(_misfit(sizes, devices))
     types = (AxisType.Auto,) * len(AXES)
@@ -117,83 +120,83 @@ def _misfit(sizes: Mapping[str, int], devices: Sequence[Any]) -> str:
 
 
 def spec(logical: tuple[str, ...], mesh: Mesh) -> PartitionSpec:
-    """The partition of a parameter with these logical axes. An axis of one device splits nothing and is left out, so
-    that no collective is ever made for it."""
+    """Returns the PartitionSpec of a parameter with these logical axes. Mesh axes of size 1 are omitted, so that they
+    cause no collectives."""
     return PartitionSpec(*(axis if (axis := RULES[name]) and mesh.shape[axis] > 1 else None for name in logical))
 
 
 def row_spec(mesh: Mesh) -> PartitionSpec:
-    """The partition of what there is one of for each row of a batch, [B, …]."""
+    """Returns the PartitionSpec of per-row arrays [B, …]."""
     return PartitionSpec(tuple(axis for axis in BATCH_AXES if mesh.shape[axis] > 1) or None)
 
 
 def batch_spec(mesh: Mesh) -> PartitionSpec:
-    """The partition of what there is one of for each token of a batch, [B, T, …]."""
+    """Returns the PartitionSpec of per-token arrays [B, T, …]."""
     return PartitionSpec(*row_spec(mesh), "context" if mesh.shape["context"] > 1 else None)
 
 
 def dealt(shards: int) -> list[int]:
-    """The pieces of a row in the order in which they are dealt to context shards: shard i of c gets pieces i and
-    2c − 1 − i of 2c, so that each has as much causal attention to compute as the others."""
+    """Returns the order of the pieces of a row over the context shards: of 2c pieces, shard i of c gets pieces i and
+    2c − 1 − i, so that all shards have the same amount of causal attention."""
     return [piece for shard in range(shards) for piece in (shard, 2 * shards - 1 - shard)]
 
 
 def rows_here(mesh: Mesh, count: int) -> list[int]:
-    """Which rows of a batch of so many the devices of this host hold. All hosts' together are the batch; hosts whose
-    devices share rows hold the same."""
+    """Returns the indices of the rows of a batch of `count` rows that this host's devices need. Together, the hosts
+    need all rows; hosts whose devices share rows need the same rows."""
     by_device = NamedSharding(mesh, row_spec(mesh)).addressable_devices_indices_map((count,))
     return sorted({row for index in by_device.values() if index for row in range(*index[0].indices(count))})
 
 
-def put_rows(mesh: Mesh, mine: np.ndarray, count: int) -> jax.Array:
-    """The batch [count, T] on the devices, from the rows that this host holds; where the tokens of a row are on several
-    devices, they are dealt."""
+def put_rows(mesh: Mesh, local_BT: np.ndarray, count: int) -> jax.Array:
+    """Returns the batch [count, T] on the devices. `local_BT`: this host's rows, in the order of `rows_here`. With
+    context parallelism, the tokens of each row are reordered by `dealt`."""
     place = {row: at for at, row in enumerate(rows_here(mesh, count))}
     shards = mesh.shape["context"]
     if shards > 1:
-        mine = mine.reshape(len(mine), 2 * shards, -1)[:, dealt(shards)].reshape(mine.shape)
+        local_BT = local_BT.reshape(len(local_BT), 2 * shards, -1)[:, dealt(shards)].reshape(local_BT.shape)
 
-    def of_device(index: Any) -> np.ndarray:
-        return mine[[place[row] for row in range(*index[0].indices(count))], index[1]]
+    def shard_at(index: Any) -> np.ndarray:
+        return local_BT[[place[row] for row in range(*index[0].indices(count))], index[1]]
 
-    whole = (count, mine.shape[1])
-    return jax.make_array_from_callback(whole, NamedSharding(mesh, batch_spec(mesh)), of_device)
+    whole = (count, local_BT.shape[1])
+    return jax.make_array_from_callback(whole, NamedSharding(mesh, batch_spec(mesh)), shard_at)
 
 
 def shardings(specs: Any, mesh: Mesh) -> Any:
-    """Turns a tree of partition specs into named shardings on `mesh`."""
+    """Converts a tree of partition specs into named shardings on `mesh`."""
     return jax.tree.map(
-        lambda one: NamedSharding(mesh, one), specs, is_leaf=lambda node: isinstance(node, PartitionSpec)
+        lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda node: isinstance(node, PartitionSpec)
     )
 
 
-# What follows is called inside the shard_map, or with no mesh at all (generation); then, and for an axis of one
-# device, it is the identity.
+# The functions below are called inside the shard_map, or without a mesh (generation). Without a mesh, and for an axis
+# of one device, they are the identity.
 
 
 def splits(axis: str) -> bool:
-    """Whether an axis of the mesh has several devices here."""
+    """Returns whether the surrounding `shard_map` splits a mesh axis over several devices."""
     mesh = jax.sharding.get_abstract_mesh()
     return axis in mesh.manual_axes and mesh.shape[axis] > 1
 
 
 class Wire(NamedTuple):
-    """How the gradients of weights travel along fsdp."""
+    """How the gradients of weights are reduce-scattered over fsdp."""
 
     inner: int = 1
-    """They are summed and scattered in two turns: first between groups of so many neighbours, then inside of them. A
-    TPU sums over all chips of a slice at once by an all-reduce, which moves twice as much."""
+    """Size of the groups of neighbours for a reduce-scatter in two stages: first between groups, then inside each. A
+    TPU sums over all chips of a slice in one stage by an all-reduce, which moves twice as much."""
     dtype: str = "float32"
-    """The precision that they are summed in."""
+    """Precision of the sum."""
 
 
 WIRE = Wire()
 
 
 def gather(shard: Any, logical: tuple[str, ...], dtype: jnp.dtype, wire: Wire = WIRE) -> Any:
-    """All-gathers a parameter over fsdp along its `embed` axis, in `dtype` on the wire; its gradient is summed and
-    scattered as `wire` says. A parameter without that axis is whole already; the parts of a quantized one travel as
-    they are."""
+    """All-gathers a parameter over fsdp along its `embed` axis, in `dtype`; its gradient is reduce-scattered as `wire`
+    specifies. A parameter without that axis is not sharded; the parts of a quantized parameter are gathered
+    unchanged."""
     if not splits("fsdp") or "embed" not in logical:
         return shard
     axis = logical.index("embed")
@@ -217,23 +220,23 @@ def _gather_forward(along: str, axis: int, dtype: jnp.dtype, wire: Wire, shard: 
 def _gather_backward(
     along: str, axis: int, dtype: jnp.dtype, wire: Wire, _: None, whole: jax.Array
 ) -> tuple[jax.Array]:
-    given, whole = whole.dtype, whole.astype(wire.dtype)
+    dtype_of_cotangent, whole = whole.dtype, whole.astype(wire.dtype)
     devices = jax.sharding.get_abstract_mesh().shape[along]
-    turns: list[list[list[int]] | None] = [None]
+    stages: list[list[list[int]] | None] = [None]
     if 1 < wire.inner < devices:
         groups = np.arange(devices).reshape(-1, wire.inner)
-        turns = [groups.T.tolist(), groups.tolist()]
-    for groups in turns:
+        stages = [groups.T.tolist(), groups.tolist()]
+    for groups in stages:
         whole = jax.lax.psum_scatter(whole, along, scatter_dimension=axis, axis_index_groups=groups, tiled=True)
-    return (whole.astype(given),)
+    return (whole.astype(dtype_of_cotangent),)
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
 
 
 def gather_tokens(shard_BT: jax.Array) -> jax.Array:
-    """All-gathers [B, T, …] over the context shards, places in the order of the row; the gradient of floating-point
-    values is summed and scattered in f32."""
+    """All-gathers [B, T / shards, …] over the context shards to [B, T, …], in the original order of the row; the
+    gradient of floating-point values is reduce-scattered in f32."""
     if not splits("context"):
         return shard_BT
     shard_BT = vary(shard_BT, ("context",))
@@ -249,21 +252,22 @@ def gather_tokens(shard_BT: jax.Array) -> jax.Array:
 
 
 def whole_rows(shard_BT: jax.Array) -> jax.Array:
-    """The same for small arrays of which each shard is to know that all have the same: a sum over shards."""
+    """Gathers a small array like `gather_tokens`, as a sum over shards, so that the result is known to be the same on
+    all shards (not varying over `context`)."""
     if not splits("context"):
         return shard_BT
     shards = jax.sharding.get_abstract_mesh().shape["context"]
     rows, tokens = shard_BT.shape
-    mine = index("context")
+    shard = index("context")
     whole_BT = vary(jnp.zeros((rows, tokens * shards), shard_BT.dtype), varying(shard_BT) | {"context"})
-    for piece, at in zip(jnp.split(shard_BT, 2, axis=1), (mine, 2 * shards - 1 - mine), strict=True):
+    for piece, at in zip(jnp.split(shard_BT, 2, axis=1), (shard, 2 * shards - 1 - shard), strict=True):
         whole_BT = jax.lax.dynamic_update_slice_in_dim(whole_BT, piece, at * (tokens // 2), axis=1)
     return psum(whole_BT, "context")
 
 
 def exchange(slots_ECD: jax.Array, *, back: bool = False) -> jax.Array:
-    """Sends each expert's slots to the device that has its weights, [E, C, D] → [E / devices, devices × C, D]; and
-    `back` again."""
+    """Sends the slots of each expert to the device that has its weights, [E, C, D] → [E / devices, devices × C, D];
+    with `back`, the reverse."""
     if not splits("expert"):
         return slots_ECD
     split, joined = (1, 0) if back else (0, 1)
@@ -271,8 +275,8 @@ def exchange(slots_ECD: jax.Array, *, back: bool = False) -> jax.Array:
 
 
 def total(values: Any) -> Any:
-    """Sums what the shards of a batch hold of each value: along the axes by which it differs from shard to shard. What
-    is the same on all of them is whole already."""
+    """Sums values over the shards of a batch: each leaf over those of `TOKEN_AXES` along which it varies. A leaf that
+    does not vary is a complete sum already."""
     return jax.tree.map(lambda leaf: psum(leaf, *(axis for axis in TOKEN_AXES if axis in varying(leaf))), values)
 
 
@@ -285,17 +289,17 @@ def psum(partial: Any, *axes: str) -> Any:
 
 
 def pmax(partial: jax.Array, axis: str) -> jax.Array:
-    """The maximum over a mesh axis."""
+    """Returns the maximum over a mesh axis."""
     return jax.lax.pmax(vary(partial, (axis,)), axis) if splits(axis) else partial
 
 
 def index(axis: str) -> jax.Array | int:
-    """This device's place along a mesh axis."""
+    """Returns this device's index along a mesh axis."""
     return jax.lax.axis_index(axis) if splits(axis) else 0
 
 
 def varying(array: jax.Array) -> frozenset[str]:
-    """The mesh axes along which an array differs from device to device."""
+    """Returns the mesh axes along which an array differs between devices."""
     return jax.typeof(array).mat.varying
 
 

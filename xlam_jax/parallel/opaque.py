@@ -1,8 +1,8 @@
-"""Kernels that know nothing of the mesh, inside a `shard_map` that watches along which axes each array varies.
+"""Calls kernels without mesh information inside a `shard_map` that checks varying axes.
 
-The Pallas kernels that come with JAX don't say along which mesh axes their results vary, and a `shard_map` that checks
-it refuses them. `call` traces such a function by itself, as it would be on one device, and makes it one operation
-whose results vary wherever its operands do: what is true of any computation that has no collective.
+The Pallas kernels that come with JAX do not declare along which mesh axes their results vary, so a `shard_map` that
+checks this refuses them. `call` traces such a function separately, as on one device, and wraps it into one primitive
+whose results vary along all axes of its operands. This is correct for any computation without collectives.
 """
 
 from collections.abc import Callable
@@ -20,13 +20,14 @@ _call.multiple_results = True
 
 
 def outside(function: Callable[..., Any], *arguments: Any) -> Any:
-    """`function(*arguments)` outside of every trace and mesh: those are of a thread, and a new one is inside none."""
+    """Returns `function(*arguments)`, evaluated in a new thread, and so outside of every trace and mesh context."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(function, *arguments).result()
 
 
 def call(function: Callable[..., Any], *operands: Any) -> Any:
-    """`function(*operands)` for trees of arrays; a function without collectives, that nothing differentiates."""
+    """Returns `function(*operands)` for trees of arrays. The function must not contain collectives, and cannot be
+    differentiated."""
     if not jax.sharding.get_abstract_mesh().manual_axes:
         return function(*operands)
     leaves, tree = jax.tree.flatten(mesh.alike(*operands))

@@ -19,11 +19,11 @@ def place(params: Callable[[], Any] | Any, abstract: Any) -> Any:
 
 
 def put(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:
-    """Shards an array over the devices of all hosts. Each host has it whole, or can read it from a file (`placed`), or
-    it is on all devices already."""
+    """Shards an array over the devices of all hosts. Each host must have the whole array or be able to read it from a
+    file (`placed`), unless it is on all devices already."""
     if hasattr(array, "placed"):
         return array.placed(sharding)
     if sharding.is_fully_addressable or (isinstance(array, jax.Array) and not array.is_fully_addressable):
         return jax.device_put(array, sharding)
-    whole = np.asarray(array)  # device_put would send all of it to every host, to compare it
+    whole = np.asarray(array)  # device_put would send all of it to every host for a comparison
     return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])

@@ -24,13 +24,13 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """A device's peak in FLOP/s; None where it is unknown, as for CPUs."""
+    """Returns the peak of a device in FLOP/s; None if it is unknown, as for CPUs."""
     names = [name for name in PEAK_FLOPS if name in device_kind]
     return PEAK_FLOPS[max(names, key=len)] if names else None
 
 
 def flops_per_token(model: ModelConfig, sequence_length: int) -> float:
-    """Model FLOPs per token, forward and backward; recomputation of activations is not counted.
+    """Returns the model FLOPs per token, forward and backward, without recomputation of activations.
 
     2 operations per weight and token in the forward pass, and 2 for each of the two products of the backward pass; a
     frozen weight has only one of these (Chowdhery et al., 2204.02311, appendix B). Attention: half of the scores of a
@@ -66,7 +66,7 @@ def adapter_elements_per_token(model: ModelConfig) -> float:
 
 
 def trainable_sizes(model: ModelConfig) -> dict[str, int]:
-    """Number of elements of each trainable parameter, by its path."""
+    """Returns the number of elements of each trainable parameter, by path."""
     import jax
 
     from xlam_jax.models.params import shapes, trainable
@@ -91,7 +91,7 @@ class Memory(NamedTuple):
 
 
 def memory(compiled: Any) -> Memory:
-    """The memory of a compiled step, from the compiler's analysis."""
+    """Returns the memory of a compiled step, from the compiler's analysis."""
     analysis = compiled.memory_analysis()
     outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     return Memory(analysis.argument_size_in_bytes, analysis.temp_size_in_bytes, max(0, outputs))

@@ -13,7 +13,7 @@ from xlam_jax.training.setup import Setup, compile_step, set_up
 def dry_run(resolved: Resolved, *, quiet: bool = False) -> int:
     """Does everything up to the first steps, with random weights in place of those that a run would read.
 
-    `quiet` prints nothing, for all hosts but one. Returns the exit code.
+    `quiet`: print nothing, for all hosts except one. Returns the exit code.
     """
     progress = Progress(quiet=quiet)
     write = (lambda _: None) if quiet else print
@@ -24,7 +24,7 @@ def dry_run(resolved: Resolved, *, quiet: bool = False) -> int:
 
     weights.read_base(resolved)
     setup = set_up(resolved, progress)
-    resolved = setup.resolved  # train.epochs is a number of steps there
+    resolved = setup.resolved  # with train.steps computed from train.epochs
     train, length = resolved.config.train, resolved.config.data.sequence_length
     rows, batch = _first_batch(resolved, setup)
     compiled = compile_step(setup, setup.state, setup.frozen, batch, progress.line)
@@ -33,16 +33,16 @@ def dry_run(resolved: Resolved, *, quiet: bool = False) -> int:
     fits = _write_sizes(setup, compiled, write)
     real, trained = int((rows.segments > 0).sum()), int((rows.weights != 0).sum())
     write(
-        f"tokens a step      {places:,} places; the first batch fills {real / rows.segments.size:.1%} of them, "
+        f"tokens per step    {places:,} places; the first batch fills {real / rows.segments.size:.1%} of them, "
         f"and {trained / rows.segments.size:.1%} are trained"
     )
-    write(f"model FLOPs        {flops:.3g} a step")
+    write(f"model FLOPs        {flops:.3g} per step")
     if not fits:
         write("time               not measured: the step does not fit the device's memory")
         return 0
     seconds = _time_step(resolved, setup, compiled, batch)
     write(
-        f"time               {seconds:.3f} s a step (median of 3, after one to warm up; random weights): "
+        f"time               {seconds:.3f} s per step (median of 3, after one warm-up step; random weights): "
         f"{places / seconds:,.0f} tokens/s, {flops / seconds / 1e12:.3g} TFLOP/s"
     )
     write(f"the whole run      {duration(seconds * train.steps)} for {train.steps} steps, without evaluations")
@@ -51,7 +51,7 @@ def dry_run(resolved: Resolved, *, quiet: bool = False) -> int:
 
 
 def _first_batch(resolved: Resolved, setup: Setup) -> tuple[Any, Any]:
-    """This host's rows of the first batch, and the batch on the devices."""
+    """Returns this host's rows of the first batch, and the batch on the devices."""
     import numpy as np
 
     from xlam_jax.data import pipeline
@@ -83,7 +83,7 @@ def _write_sizes(setup: Setup, compiled: Any, write: Callable[[str], None]) -> b
     available = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     write(f"parameters         {total:,}, of which {trained:,} ({trained / total:.2%}) train")
     write(
-        f"memory a device    {needs.peak / 1e9:.2f} GB: {needs.arguments / 1e9:.2f} state, weights and batch, "
+        f"memory per device  {needs.peak / 1e9:.2f} GB: {needs.arguments / 1e9:.2f} state, weights and batch, "
         f"{needs.temporaries / 1e9:.2f} temporaries"
         + (f"; the device has {available / 1e9:.2f} GB" if available else "")
     )
@@ -91,7 +91,7 @@ def _write_sizes(setup: Setup, compiled: Any, write: Callable[[str], None]) -> b
 
 
 def _time_step(resolved: Resolved, setup: Setup, compiled: Any, batch: Any) -> float:
-    """Median seconds of three steps with random weights, after a first one."""
+    """Returns the median time of three steps with random weights, in seconds, after one warm-up step."""
     import jax
 
     from xlam_jax.training.step import init_state

@@ -24,7 +24,8 @@ from xlam_jax.training.step import Groups, Sums, make_eval_step, means
 
 
 def losses_by_group(groups: Groups, sources: Sequence[str], *, kinds: bool) -> dict[str, Any]:
-    """The loss of each source and, with `kinds`, of each kind of span. Groups without tokens (or pairs) are skipped."""
+    """Returns the loss of each source and, with `kinds`, of each kind of span. Skips groups without tokens (or
+    pairs)."""
     shape = (len(sources), -1)
     loss_SK, weight_SK, count_SK = (np.asarray(sums, np.float64).reshape(shape) for sums in groups)
 
@@ -41,14 +42,14 @@ def losses_by_group(groups: Groups, sources: Sequence[str], *, kinds: bool) -> d
 
 
 def to_record(values: dict[str, Any], sources: Sequence[str], *, kinds: bool) -> dict[str, Any]:
-    """Converts a step's metrics on devices to numbers, as they are written. `kinds`: as of `losses_by_group`."""
+    """Converts a step's metrics on devices to the numbers of a record. `kinds`: as in `losses_by_group`."""
     values = dict(jax.device_get(values))
     groups = values.pop("groups")
     return {name: float(value) for name, value in values.items()} | losses_by_group(groups, sources, kinds=kinds)
 
 
 def heldout_record(batches: Iterable[Sums], sources: Sequence[str], *, kinds: bool) -> dict[str, Any] | None:
-    """The held-out record of evaluated batches; None where there are none."""
+    """Returns the held-out record of evaluated batches; None if there are none."""
     sums = list(batches)
     if not sums:
         return None
@@ -59,7 +60,7 @@ class Evaluator:
     """Computes the held-out losses of parameters."""
 
     def __init__(self, setup: Setup, loaded: list[Loaded], data: Data, *, rows: int, batches: int | None):
-        """`rows`: of an evaluated batch. `batches`: maximum number of them, None for all."""
+        """`rows`: number of rows of an evaluated batch. `batches`: maximum number of batches; None for all."""
         self._setup, self._loaded, self._data = setup, loaded, data
         self._rows, self._limit = rows, batches
         self._kinds = setup.objective.preference is None
@@ -67,7 +68,7 @@ class Evaluator:
         self._step = jax.jit(make_eval_step(setup.model, setup.mesh, setup.options))
 
     def heldout(self, params: Params, frozen: Params) -> dict[str, Any] | None:
-        """The held-out record, with losses by source, and by kind of span for SFT. None where nothing is held out."""
+        """Returns the held-out record: losses by source, and for SFT by kind of span. None if nothing is held out."""
         batches = pipeline.heldout_batches(
             self._loaded, self._data, rows=self._rows, limit=self._limit, mine=self._setup.rows(self._rows)
         )
@@ -79,7 +80,7 @@ class Requests:
     """Held-out requests, rendered once, that the model answers at each evaluation."""
 
     def __init__(self, setup: Setup, data: Data, section: Eval, *, rows: int):
-        """`rows`: requests that are answered at a time. Raises `UserError` where no held-out request can be used."""
+        """`rows`: number of requests answered at the same time. Raises `UserError` if no held-out request is usable."""
         samples = ((loaded.source.name, sample) for loaded in setup.loaded for sample in loaded.samples)
         self._prompts, skipped = next_call.prompts(
             next_call.requests(samples),
@@ -89,10 +90,10 @@ class Requests:
             count=section.requests,
         )
         if not self._prompts:
-            why = ", ".join(f"{count} {reason}" for reason, count in skipped.items()) or "none calls a tool"
+            reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items()) or "none calls a tool"
             raise UserError(
-                f"eval.requests is {section.requests}, and nothing held out can be asked for ({why}); "
-                "hold more out (data.heldout), or set eval.requests to 0"
+                f"eval.requests is {section.requests}, and no held-out trajectory can be used ({reasons}); "
+                "increase data.heldout, or set eval.requests to 0"
             )
         self._tokenizer = setup.tokenizer
         self._stops = end_tokens(setup.tokenizer, data.format)
@@ -100,11 +101,11 @@ class Requests:
         self._generate = partial(generate, rows=rows, max_new_tokens=section.max_new_tokens, eos_id=self._stops)
 
     def answer(self, params: Params, frozen: Params) -> list[next_call.ScoredAnswer]:
-        """The answers of the model with these parameters, decoded greedily."""
+        """Returns the answers of the model with these parameters, decoded greedily."""
         generate = partial(self._generate, params, frozen)
         return next_call.answer(self._prompts, generate, self._tokenizer, self._stops)
 
     @staticmethod
     def summary(answers: Sequence[next_call.ScoredAnswer]) -> dict[str, float]:
-        """The requests record."""
+        """Returns the requests record: the means of the marks of all answers."""
         return next_call.summarize([answer.score for answer in answers])

@@ -1,4 +1,4 @@
-"""What all hosts of a run must have alike before any data is read: the config, the code, the versions."""
+"""Facts that must be the same on all hosts of a run before data are read: config, code and versions."""
 
 import json
 import re
@@ -16,7 +16,7 @@ PACKAGES = ("xlam_jax", "jax", "jaxlib", "orbax-checkpoint")
 
 
 def facts_of_run(resolved: Resolved) -> dict[str, Any]:
-    """Returns the facts that `distributed.join` compares, by the name that a message gives them."""
+    """Returns the facts that `distributed.join` compares, by their name in messages."""
     fields = {name: value for name, value in flatten(resolved.config) if not MAY_DIFFER.match(name)}
     return {
         **fields,

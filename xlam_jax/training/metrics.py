@@ -1,7 +1,7 @@
 """Metrics of a run: a line or a panel for people, one JSON line per step, trackers, and a plot of the losses.
 
-`metrics.jsonl` is the record; everything else shows it. Each line is valid JSON: a number that is not finite is null
-there, and `not_finite` has its value by path: {"loss": null, …, "not_finite": {"loss": "nan"}}.
+`metrics.jsonl` is the record; the other outputs are views of it. Each line is valid JSON: a number that is not finite
+is null there, and `not_finite` has its value by path: {"loss": null, …, "not_finite": {"loss": "nan"}}.
 """
 
 import json
@@ -31,7 +31,7 @@ class Metrics:
     Metrics logged after `start` come from a run that was killed: they are removed and logged again, so that no step
     appears twice. With `start` 0 there is no checkpoint, and all are removed.
 
-    A context manager: leaving it ends the trackers, on an error with a failed run.
+    A context manager: leaving it ends the trackers, and marks the run as failed after an exception.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class Metrics:
 
     @contextmanager
     def paused(self, what: str) -> Iterator[None]:
-        """Around work that is not a step, such as `evaluating`: shown in the panel, and excluded from the rates."""
+        """Wraps work that is not a step, such as `evaluating`: it is shown in the panel and excluded from the rates."""
         began = time.monotonic()
         self._progress.doing(what)
         try:
@@ -187,8 +187,8 @@ def _records(path: Path, problems: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def _keep_until(step: int, path: Path, evaluated: bool) -> list[str]:
-    """Removes lines from a file: those after a step, or all where the step is 0; those of the step's evaluation unless
-    it was `evaluated`; and those that can't be read. Returns warnings of the last."""
+    """Removes lines from a file: all lines after `step` (all lines if it is 0), those of the step's evaluation unless
+    it was `evaluated`, and unreadable ones. Returns warnings about unreadable lines."""
 
     def is_kept(record: Mapping[str, Any]) -> bool:
         return record["step"] < step or (record["step"] == step and (evaluated or record.get("kind") == "train"))
@@ -254,7 +254,7 @@ def plot(run: Path) -> Path:
 
     records = read(run)
     pairs = any("accuracy" in record for record in records)
-    unit = "a pair" if pairs else "nats per trained token"
+    unit = "per pair" if pairs else "nats per trained token"
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel=f"loss ({unit})", title=run.name)
     train, heldout = (

@@ -20,9 +20,9 @@ def token_log_probabilities(
     """Returns log p(label) of each counted token, and the log of its softmax's normalizer: f32, [B, T] each, 0 where
     `counted_BT` is false.
 
-    Counted tokens are moved to the front. Logits are computed for one chunk of them at a time, and again for the
-    gradient: those of a whole batch never exist at once, and those of prompts never at all. The vocabulary may be
-    sharded over the tensor axis.
+    Counted tokens are moved to the front. Logits are computed for one chunk of them at a time, and recomputed for the
+    gradient, so that the logits of a whole batch are never in memory, and those of prompts are never computed. The
+    vocabulary may be sharded over the tensor axis.
     """
     head_VD, hidden_BTD = mesh.alike(head_VD, hidden_BTD)
     order_S = jnp.argsort(~counted_BT.reshape(-1), stable=True)
@@ -72,9 +72,9 @@ _permute.defvjp(
 
 
 def load_balancing(sums: RouterSums, layers: int, tokens: jax.Array) -> jax.Array:
-    """E × Σ_e (fraction of assignments to e) × (mean probability of e), over all layers and all tokens but padding.
+    """Returns E × Σ_e (fraction of assignments to e) × (mean probability of e), over all layers and all real tokens.
 
-    It is top-k when the load is balanced (Fedus et al., 2101.03961, as transformers computes it for Mixtral).
+    It equals top-k if the load is balanced (Fedus et al., 2101.03961, as transformers computes it for Mixtral).
     """
     count = jnp.maximum(layers * tokens, 1)
     return sums.assigned_E.shape[0] * jnp.sum((sums.assigned_E / count) * (sums.probability_E / count))

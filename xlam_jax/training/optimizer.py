@@ -1,4 +1,4 @@
-"""The optimizer and its learning-rate schedule. The gradient is clipped by its global norm, then optax takes over."""
+"""The optimizer and its learning-rate schedule: the gradient is clipped by its global norm and passed to optax."""
 
 from typing import Any, NamedTuple
 
@@ -12,7 +12,8 @@ from xlam_jax.models.params import Params, matrix_axes
 
 MOMENTS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "8bit": jnp.float8_e4m3fn}
 BLOCK = 128
-"""Number of 8-bit moments that share a scale, along the last axis. An axis that is no multiple of it has one scale."""
+"""Number of 8-bit moments that share a scale, along the last axis. An axis whose size is not a multiple of it has
+a single scale."""
 
 
 def schedule(train: Train) -> optax.Schedule:
@@ -53,7 +54,7 @@ def optimizer(train: Train, model: ModelConfig) -> optax.GradientTransformation:
 
 
 def _direction(train: Train, model: ModelConfig) -> optax.GradientTransformation:
-    """The update at a learning rate of 1, without decay, of about the magnitude that AdamW's has.
+    """Returns the update at a learning rate of 1 without decay, of about the magnitude of AdamW's.
 
     optax.adafactor and optax.contrib.muon do not apply rate and decay as AdamW does. The first scales updates by the
     parameter's own norm, which is 0 for the adapter factor that starts at zero, and its decay ignores the learning

@@ -16,7 +16,7 @@ from xlam_jax.enums import PairLoss as Kind
 from xlam_jax.parallel import mesh
 
 PER_TOKEN = ("ipo", "simpo", "orpo")
-"""Losses on the mean log-probability of a continuation's tokens, not on their sum."""
+"""Losses that use the mean log-probability of a continuation's tokens instead of the sum."""
 
 
 class Preference(NamedTuple):
@@ -49,19 +49,19 @@ def by_side(values_BT: jax.Array, segments_BT: jax.Array, pairs: int) -> Sides:
 
 
 def firsts(values_BT: jax.Array, segments_BT: jax.Array, pairs: int) -> jax.Array:
-    """The value at the first position of each pair, [B, P]; 0 for pairs that do not exist."""
+    """Returns the value at the first position of each pair, [B, P]; 0 for pairs that do not exist."""
     chosen_BTP = segments_BT[:, :, None] == 2 * jnp.arange(pairs) + 1
     first_BTP = chosen_BTP & (jnp.cumsum(chosen_BTP, axis=1) == 1)
     return jnp.sum(jnp.where(first_BTP, values_BT[:, :, None], 0), axis=1)
 
 
 def count_pairs(segments_BT: jax.Array) -> jax.Array:
-    """The number of pairs in these rows, f32."""
+    """Returns the number of pairs in these rows, an f32 scalar."""
     return jnp.sum(jnp.max(segments_BT, axis=1) // 2).astype(jnp.float32)
 
 
 def pair_losses(loss: Preference, policy: Sides, reference: Sides, tokens: Sides, real_BP: jax.Array) -> jax.Array:
-    """The loss of each pair, [B, P], from log-probabilities summed over each side and the sides' numbers of tokens.
+    """Returns the loss of each pair, [B, P], from log-probabilities summed over each side, and each side's token count.
 
     sigmoid: DPO (Rafailov et al., 2305.18290); hinge: SLiC (Zhao et al., 2305.10425); ipo: Azar et al., 2310.12036, on
     means over tokens; kto_pair: the paired form of KTO (Ethayarajh et al., 2402.01306); simpo: Meng et al., 2405.14734;
@@ -72,7 +72,7 @@ def pair_losses(loss: Preference, policy: Sides, reference: Sides, tokens: Sides
             Sides(*(side / jnp.maximum(count, 1.0) for side, count in zip(sides, tokens, strict=True)))
             for sides in (policy, reference)
         )
-    chosen, rejected = (ours - theirs for ours, theirs in zip(policy, reference, strict=True))
+    chosen, rejected = (log_p - log_ref for log_p, log_ref in zip(policy, reference, strict=True))
     lead = loss.beta * (chosen - rejected)
     if loss.kind == "sigmoid":
         return -(1 - loss.label_smoothing) * jax.nn.log_sigmoid(lead) - loss.label_smoothing * jax.nn.log_sigmoid(-lead)
@@ -83,7 +83,7 @@ def pair_losses(loss: Preference, policy: Sides, reference: Sides, tokens: Sides
     if loss.kind == "simpo":
         return -jax.nn.log_sigmoid(lead - loss.margin)
     if loss.kind == "kto_pair":
-        # How far the policy has moved, over all pairs of the (micro)batch: a baseline without a gradient.
+        # Baseline: the mean change of the policy over all pairs of the (micro)batch, without gradient.
         pairs = jnp.maximum(mesh.total(jnp.sum(real_BP)), 1)
         moved_chosen, moved_rejected = (
             jax.lax.stop_gradient(jnp.maximum(mesh.total(jnp.sum(jnp.where(real_BP, side, 0.0))) / pairs, 0.0))
@@ -123,14 +123,14 @@ def preference_sums(
     def real(values_BP: jax.Array) -> jax.Array:
         return jnp.where(real_BP, values_BP, 0.0)
 
-    moved = Sides(*(ours - theirs for ours, theirs in zip(policy, reference, strict=True)))
+    moved = Sides(*(log_p - log_ref for log_p, log_ref in zip(policy, reference, strict=True)))
     scale = Sides(*(jnp.where(loss.kind in PER_TOKEN, jnp.maximum(side, 1.0), 1.0) for side in tokens))
     rewards = Sides(*(loss.beta * side / by for side, by in zip(moved, scale, strict=True)))
     watched = (
         rewards.chosen,
         rewards.rejected,
         rewards.chosen - rewards.rejected,
-        0.5 * (jnp.sign(rewards.chosen - rewards.rejected) + 1),  # a tie is half right
+        0.5 * (jnp.sign(rewards.chosen - rewards.rejected) + 1),  # a tie counts as half correct
         policy.chosen,
         policy.rejected,
         (moved.chosen + moved.rejected) / jnp.maximum(tokens.chosen + tokens.rejected, 1.0),

@@ -1,12 +1,13 @@
-"""log p of every pair under the reference policy: the weights that a run starts from. Computed once, kept in a folder:
+"""Log-probabilities of every pair under the reference policy, which is the weights that a run starts from. They are
+computed once and stored in a folder:
 
-    reference.json      what it was computed from: digests of the pairs and of the weights, the model, the precision;
-                        and digests of the other files
-    <n>.train.npy       of the n-th source, f32 [pairs, 2]: the sums over the chosen and over the rejected side
+    reference.json      the inputs: digests of the pairs and of the weights, the model, the precision; and digests of
+                        the other files
+    <n>.train.npy       for the n-th source, f32 [pairs, 2]: the sums over the chosen and over the rejected side
     <n>.heldout.npy
 
-The numbers belong to these weights and tokens. With any others the rewards would be wrong, and nothing would show it,
-so a folder that was computed from anything else is refused.
+The scores are valid for these weights and tokens only. With others, the rewards would silently be wrong, so a folder
+with other inputs is refused.
 """
 
 import io
@@ -47,9 +48,9 @@ def load_or_compute(
 ) -> tuple[list[Loaded], str]:
     """Returns the data with the scores of the reference policy, and the fingerprint of its weights.
 
-    `initial`: the weights that the run starts from; None to read them again, for a run that is resumed.
-    `fingerprints`: that of `initial`, where it is known, and that of `frozen`, "" for none. Raises `UserError` where
-    the weights are not those that the run started from, or the scores in the folder are of anything else.
+    `initial`: the weights that the run starts from; None to read them again, for a resumed run. `fingerprints`: that of
+    `initial`, if known, and that of `frozen` ("" without frozen weights). Raises `UserError` if the weights are not
+    those that the run started from, or the scores in the folder have other inputs.
     """
     from xlam_jax.weights import run as weights
 
@@ -82,12 +83,12 @@ def load_or_compute(
         progress.line,
         writes=hosts.first,
     )
-    progress.line("reference policy: " + ("read" if is_read else "computed, and kept"))
+    progress.line("reference policy: " + ("read" if is_read else "computed and stored"))
     return loaded, fingerprint
 
 
 def identity(loaded: Sequence[Loaded], *, weights: str, model: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """What the scores depend on, as stored in reference.json. `weights`: the fingerprint of the weights."""
+    """Returns the inputs of the scores, as stored in reference.json. `weights`: the fingerprint of the weights."""
     return {
         "weights": weights,
         "precision": dtype,
@@ -103,7 +104,7 @@ def identity(loaded: Sequence[Loaded], *, weights: str, model: dict[str, Any], d
 
 
 def columns(pair: Example) -> list[np.ndarray]:
-    """What the log-probabilities of a pair depend on. A token counts or does not; its weight has no influence."""
+    """Returns the arrays that determine the log-probabilities of a pair. Of the weights, only zero or not matters."""
     return [pair["tokens"], pair["labels"], pair.get("sides", np.zeros(0, np.int8)), pair["weights"] != 0]
 
 
@@ -118,9 +119,9 @@ def attach(
 ) -> tuple[list[Loaded], bool]:
     """Returns the data with the scores of each pair, and whether they were read rather than computed.
 
-    `origin`: what the scores depend on, as `identity` returns it; `compute` must score with the weights of its
-    fingerprint. All hosts compute together, and the one that `writes` keeps the scores. Raises `UserError` when the
-    folder contains the scores of other pairs, weights, model or precision, or a damaged file.
+    `origin`: the inputs of the scores, from `identity`; `compute` must score with the weights of its fingerprint. All
+    hosts compute together, and the host that `writes` stores the scores. Raises `UserError` if the folder contains the
+    scores of other pairs, weights, model or precision, or a damaged file.
     """
     is_read = folder.exists()
     if is_read:
@@ -178,7 +179,7 @@ def _read(folder: Path, loaded: Sequence[Loaded], origin: dict[str, Any], report
         stored = json.loads((folder / META).read_text(encoding="utf-8"))
         different = list(_differences(stored, origin))
         if different:
-            raise UserError(f"{folder}: the reference of something else:\n  " + "\n  ".join(different) + f"\n{advice}")
+            raise UserError(f"{folder}: the reference of other inputs:\n  " + "\n  ".join(different) + f"\n{advice}")
         digests = stored.get("files")
         scores = [
             {part: _load(folder / f"{at}.{part}.npy", len(getattr(source, part)), digests) for part in PARTS}

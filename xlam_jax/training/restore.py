@@ -60,8 +60,8 @@ def restore_newest(
     """Restores the newest intact step up to `newest`, as `restore` does. All `hosts` call it together and get the same
     step.
 
-    A damaged newer step is reported and renamed to STEP.damaged: the run saves its number again. Raises `UserError`
-    at the first damaged step where `on_damage` is "error", and where no step is intact; then nothing is renamed.
+    Damaged newer steps are reported and renamed to STEP.damaged, because the run will save these numbers again. Raises
+    `UserError` at the first damaged step if `on_damage` is "error", or if no step is intact; then nothing is renamed.
     """
     visible = [set(steps) for steps in hosts.gather(whole_steps(run))]
     problems: dict[int, str] = {}
@@ -85,7 +85,7 @@ def restore_newest(
 
 
 def _try_step(step_dir: Path, items: dict[str, Any], hosts: Hosts, report: Report) -> Restored | str:
-    """Reads and verifies a step on all hosts; returns it, or what is wrong with it, the same on each host."""
+    """Reads and verifies a step on all hosts; returns it, or the same description of its damage on each host."""
     restored, problem = None, None
     try:
         restored = _read(step_dir, items, report)
@@ -115,7 +115,7 @@ def _set_aside(run: Path, problems: dict[int, str], hosts: Hosts, report: Report
 
 
 def _read(step_dir: Path, items: dict[str, Any], report: Report | None = None) -> Restored:
-    """Reads the shards of this host's devices. Each host does so by itself."""
+    """Reads the shards of this host's devices; needs no other host."""
     metadata = load_metadata(step_dir)
     if ARRAYS in metadata:
         for item, tree in items.items():
@@ -147,7 +147,7 @@ class _Shaped(NamedTuple):
 
 
 def _differences(restored: Restored) -> str | None:
-    """Names the arrays that differ from what was saved; None where there are none. All hosts call it together."""
+    """Names the arrays that differ from the saved ones; None if there are none. All hosts call it together."""
     saved = restored.metadata.get(ARRAYS)
     if saved is None:
         return None

@@ -26,9 +26,9 @@ def check_data(
 ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     """Compares the identity of the data with the one in a checkpoint's metadata, `saved`.
 
-    Returns a record of what changed for run.json, None where nothing did, and the position at which the data continue:
-    `state`, or where sources changed the start of the rows that were being packed (`pipeline.packed_again`). Raises
-    `UserError` with both identities when something changed and `data.on_change` is error.
+    Returns a record of the changes for run.json (None without changes), and the position at which the data continue:
+    `state`, or if sources changed, the start of the rows that were being packed (`pipeline.packed_again`). Raises
+    `UserError` with both identities if something changed and `data.on_change` is error.
     """
     if "data" not in saved:
         report(
@@ -65,7 +65,7 @@ def check_data(
         for name, before, now in _positions(saved["data"], identity["data"], data, state):
             if name in sources or before != now:
                 record["sources"].setdefault(name, {})["continues"] = {"before": before, "now": now}
-                report(f"{name}: continues with {_described(now)}; without the change: {_described(before)}")
+                report(f"{name}: continues with {_describe(now)}; without the change: {_describe(before)}")
         report(
             "examples come in another order after such a change, so in their current epoch some may come twice and "
             f"others not at all; each stream packs its current {data.packing_bins} rows again"
@@ -76,7 +76,7 @@ def check_data(
 def _positions(
     before: Mapping[str, Any], now: Mapping[str, Any], data: Data, state: Mapping[str, Any]
 ) -> list[tuple[str, dict[str, int], dict[str, int]]]:
-    """Per source, its name, where it would have continued without the change, and where it continues."""
+    """Returns per source its name, its position without the change, and the position from which it continues."""
     both = []
     for identity in (before, now):
         parts = [identity[source.name]["train"] for source in data.sources]
@@ -91,7 +91,7 @@ def _position(drawn: int, size: int) -> dict[str, int]:
     return {"drawn": drawn, "epoch": drawn // size + 1, "example": drawn % size + 1, "examples": size}
 
 
-def _described(position: Mapping[str, int]) -> str:
+def _describe(position: Mapping[str, int]) -> str:
     return (
         f"example {position['example']:,} of {position['examples']:,} in epoch {position['epoch']:,} "
         f"({position['drawn']:,} drawn before)"

@@ -26,7 +26,7 @@ Report = Callable[[str], None]
 
 @contextlib.contextmanager
 def writing(run: Path, resolved: Resolved, hosts: Hosts, report: Report) -> Iterator[None]:
-    """Locks the run folder against other runs; creates it where it is missing. Raises `UserError` where another run has
+    """Locks the run folder against other runs, and creates it if it is missing. Raises `UserError` if another run has
     the lock."""
     if not hosts.first:  # host 0 has the lock for all hosts, and ends all of them if it can't have it
         yield
@@ -59,13 +59,13 @@ def check_run_folder(run: Path, resolved: Resolved) -> None:
     ]
     if different:
         raise UserError(
-            f"output_dir: {run} holds a run of another config; choose another folder, or set back\n  "
+            f"output_dir: {run} contains a run of another config; choose another folder, or change back\n  "
             + "\n  ".join(sorted(different))
         )
 
 
 def _is_leftover(entry: Path) -> bool:
-    """Whether a run that was killed before it wrote its config leaves such a file."""
+    """Returns whether a run that was killed before it wrote its config may have left this file."""
     return entry.suffix == PART or entry.name == LOCK
 
 
@@ -107,7 +107,7 @@ def begin_run(run: Path, resolved: Resolved, source: Path | None) -> None:
 
 
 def read_run(file: Path, report: Report) -> dict[str, Any]:
-    """Reads run.json; returns {} where it is missing, or can't be read, which is reported."""
+    """Reads run.json; returns {} if it is missing, or if it is unreadable, which is reported."""
     try:
         about = json.loads(file.read_text(encoding="utf-8"))
         if isinstance(about, dict) and all(map(_is_list, (about.get(key, []) for key in ("started", "data_changes")))):
@@ -130,7 +130,7 @@ def _is_list(value: object) -> bool:
 def write_run(
     run: Path, config: Config, setup: "Setup", earlier: Mapping[str, Any], *, cpu_threads: Any, data_changes: list[Any]
 ) -> None:
-    """Writes run.json: what a report shows of a run besides its metrics.
+    """Writes run.json, which describes a run for reports, in addition to its metrics.
 
     `earlier`: run.json of an earlier start, to whose `started` this start is added. `data_changes`: records of
     `resume.check_data`.

@@ -39,7 +39,7 @@ from xlam_jax.weights.checkpoint.arrays import system_error
 from xlam_jax.weights.checkpoint.quiet_orbax import ocp
 
 LARGE = 2**24
-"""Bytes from which on a parameter is stored layer by layer; smaller ones have one chunk per device shard."""
+"""Minimum size in bytes of parameters that are stored layer by layer; smaller ones have one chunk per device shard."""
 
 
 class Checkpoints:
@@ -63,20 +63,20 @@ class Checkpoints:
         self._metrics = {info.step: _saved_metrics(self._folder / str(info.step), info) for info in self._infos()}
 
     def steps(self) -> list[int]:
-        """The complete steps that are kept, in order."""
+        """Returns the complete steps that are kept, in order."""
         return sorted(info.step for info in self._infos())
 
     def best(self) -> tuple[int, float] | None:
-        """The step with the best metric, and the metric; None where no kept step has one."""
+        """Returns the step with the best metric, and the metric; None if no kept step has one."""
         return self._best_of(self.steps())
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Orbax's callback: which of the steps, in order, are kept."""
+        """Orbax's callback: returns for each of the steps whether it is kept."""
         kept = self._kept([info.step for info in checkpoints])
         return [info.step in kept for info in checkpoints]
 
     def _kept(self, steps: Sequence[int]) -> set[int]:
-        """Which of the steps, in order, are kept."""
+        """Returns the steps to keep; `steps` are in order."""
         best = self._best_of(steps)
         return {*steps[-self._keep :], *([best[0]] if best else [])}
 
@@ -185,7 +185,8 @@ class _StepNames:
 
 
 def _is_usable(step_dir: Path) -> bool:
-    """Whether Orbax may see a step: it fails on damaged metadata. It may delete a step that it has begun itself."""
+    """Returns whether Orbax may see a step: it fails on damaged metadata, but must be able to delete its own incomplete
+    steps."""
     try:
         load_metadata(step_dir)
     except DamagedError:
@@ -194,12 +195,12 @@ def _is_usable(step_dir: Path) -> bool:
 
 
 def better(metric: str, value: float, than: float) -> bool:
-    """Whether a value of a metric is better than another: lower for losses and divergences, higher for all others."""
+    """Returns whether a value of a metric is better: lower for losses and divergences, higher for all others."""
     return value < than if metric.endswith(("loss", "kl")) else value > than
 
 
 def is_evaluated(step_dir: Path) -> bool:
-    """Whether the evaluation after a step is complete. Earlier versions evaluated before they saved."""
+    """Returns whether the evaluation after a step is complete. Earlier versions evaluated before they saved."""
     metadata = load_metadata(step_dir)
     return METRICS in metadata or ARRAYS not in metadata or _read_evaluation(step_dir) is not None
 
@@ -210,7 +211,8 @@ def _write_evaluation(step_dir: Path, metrics: dict[str, float]) -> None:
 
 
 def _read_evaluation(step_dir: Path) -> dict[str, float] | None:
-    """The metrics of a step's evaluation; None where it is not complete, or the file is damaged (reported)."""
+    """Returns the metrics of a step's evaluation; None if it is incomplete, or if the file is damaged, which is
+    reported."""
     file = step_dir / EVALUATION
     try:
         record = json.loads(file.read_bytes())
@@ -226,14 +228,14 @@ def _read_evaluation(step_dir: Path) -> dict[str, float] | None:
 
 
 def _saved_metrics(step_dir: Path, info: Any) -> dict[str, float]:
-    """The metrics of a step's evaluation. Earlier versions stored them in the metadata, or left them to Orbax."""
+    """Returns the metrics of a step's evaluation. Earlier versions stored them in the metadata, or in Orbax."""
     metadata = load_metadata(step_dir) if (step_dir / METADATA).exists() else {}
     recorded = _read_evaluation(step_dir)
     return (metadata.get(METRICS, info.metrics) or {}) if recorded is None else recorded
 
 
 def _describe(items: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Shape, dtype and checksums of each array of each item."""
+    """Returns shape, dtype and checksums of each array of each item."""
     arrays = {item: named_leaves(tree) for item, tree in items.items()}
     sums = checksums.of_items(arrays)
     return {
@@ -246,7 +248,7 @@ def _describe(items: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _encode(data: dict[str, Any]) -> np.ndarray:
-    """The position in the data as an array, the form in which Orbax stores it."""
+    """Encodes the position in the data as an array, which Orbax can store."""
     return np.frombuffer(json.dumps(data).encode(), np.uint8)
 
 

@@ -1,4 +1,4 @@
-"""What a run needs before it reads its first weight: data, devices, objective, and the compiled step."""
+"""Set-up of a run before its weights are read: data, devices, objective, and the compiled step."""
 
 import time
 from collections.abc import Callable
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Layout:
-    """A step on a mesh: what is computed, and how its arrays are sharded."""
+    """A training step on a mesh: its computation, and the shardings of its arrays."""
 
     model: "ModelConfig"
     mesh: "Mesh"
@@ -34,7 +34,7 @@ class Layout:
     frozen: Any
     """The frozen parameters, abstract too; {} if none."""
     kernels_line: str
-    """Names the kernels, for the log."""
+    """A line about the kernels, for the log."""
 
     @property
     def dtype(self) -> Any:
@@ -48,7 +48,7 @@ class Layout:
 
     @property
     def objective(self) -> "Objective":
-        """What is minimized."""
+        """The loss."""
         return self.options.objective
 
 
@@ -62,7 +62,7 @@ class Setup(Layout):
     loaded: "list[Loaded]"
 
     def rows(self, count: int) -> list[int]:
-        """Which rows of a batch of `count` rows this host's devices need."""
+        """Returns the indices of the rows of a batch of `count` rows that this host's devices need."""
         from xlam_jax.parallel.mesh import rows_here
 
         return rows_here(self.mesh, count)
@@ -76,9 +76,9 @@ class Setup(Layout):
 
 
 def set_up(resolved: Resolved, progress: "Progress") -> Setup:
-    """Loads the data, then lays out the devices. Writes nothing and reads no weight.
+    """Loads the data, then lays out the step on the devices. Writes nothing and reads no weights.
 
-    Raises `UserError` for bad data, and where the model, the tokenizer or the mesh do not fit.
+    Raises `UserError` for invalid data, and if model, tokenizer and mesh do not match.
     """
     from xlam_jax.data.epochs import resolve_epochs
 
@@ -106,7 +106,7 @@ def set_up(resolved: Resolved, progress: "Progress") -> Setup:
 
 
 def _load_data(data: Data, vocab_size: int, report: Callable[[str], None]) -> "tuple[Any, list[Loaded]]":
-    """Loads the tokenizer and the examples: before any device is touched, so that a bad row costs seconds."""
+    """Loads the tokenizer and the examples, before any device is used, so that a bad row is reported within seconds."""
     from xlam_jax.data import corpus
     from xlam_jax.data.tokenizer import load_tokenizer
 
@@ -120,9 +120,9 @@ def _load_data(data: Data, vocab_size: int, report: Callable[[str], None]) -> "t
 
 
 def lay_out(resolved: Resolved, mesh: "Mesh") -> Layout:
-    """Lays a step out on a mesh, whose devices need not be on this machine. Nothing is computed.
+    """Lays a step out on a mesh, whose devices need not be on this machine. Computes nothing.
 
-    Raises `UserError` where the mesh does not divide what it splits.
+    Raises `UserError` if a size is not a multiple of the mesh axis that splits it.
     """
     import jax.numpy as jnp
 
@@ -160,7 +160,7 @@ def lay_out(resolved: Resolved, mesh: "Mesh") -> Layout:
 
 
 def _objective(resolved: Resolved) -> "Objective":
-    """What a run minimizes."""
+    """Returns the loss of a run."""
     from xlam_jax.enums import SPAN_KINDS
     from xlam_jax.training.preference import Preference
     from xlam_jax.training.step import Objective
@@ -178,8 +178,8 @@ def _objective(resolved: Resolved) -> "Objective":
 
 
 def abstract_batch(layout: Layout, rows: int, length: int, *, reference: bool) -> "Batch":
-    """Shapes, dtypes and shardings of a batch of `rows` rows of `length` tokens. `reference`: whether it contains log p
-    under the reference policy."""
+    """Returns shapes, dtypes and shardings of a batch of `rows` rows of `length` tokens. `reference`: whether it
+    contains log p under the reference policy."""
     import jax
     import jax.numpy as jnp
 

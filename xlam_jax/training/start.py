@@ -15,17 +15,17 @@ from xlam_jax.weights.checkpoint import check_names
 
 @dataclass(frozen=True)
 class Start:
-    """Weights are opened here and read later, shard by shard."""
+    """Start of a run. The weights are opened here and read later, shard by shard."""
 
     step: int
     """The newest complete step of this run; 0 for a new run."""
     base: Params | None
     """The weights of `model.init_from` that adapters are trained on; None for full training, and for random weights."""
     initial: Params | None
-    """What trains in a new run: the weights of `model.init_from`, or the adapters of `lora.init_from`. None for random
-    ones, and for a run that is resumed."""
+    """The initial trainable weights of a new run: those of `model.init_from`, or the adapters of `lora.init_from`. None
+    for random ones, and for a resumed run."""
     source: Path | None
-    """The folder of the files next to the weights of a new run, such as its generation config."""
+    """The folder of the weights of a new run, with other files such as its generation config."""
 
 
 def open_start(resolved: Resolved, run: Path, hosts: Hosts, report: Callable[[str], None]) -> Start:

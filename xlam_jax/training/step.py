@@ -30,7 +30,7 @@ from xlam_jax.training.preference import WATCHED, Preference, Sides, by_side, co
 
 
 class State(NamedTuple):
-    """All that a step changes."""
+    """The arrays that a step changes."""
 
     params: Params
     """The trainable parameters."""
@@ -39,7 +39,7 @@ class State(NamedTuple):
     step: Any
     """Steps taken so far, an int32 scalar."""
     ema: Params | None = None
-    """The moving average of `params`, where one is kept."""
+    """The moving average of `params`; None without one."""
 
     def trees(self) -> dict[str, Any]:
         """The trees that a checkpoint stores, by name; the step is the checkpoint's name."""
@@ -54,18 +54,18 @@ class Batch(NamedTuple):
     labels_BT: Any
     """The next token, which is predicted at each position."""
     weights_BT: Any
-    """Weight of each position's loss, f32: 0 where it does not contribute."""
+    """Weight of each position's loss, f32; 0 for masked positions."""
     positions_BT: Any
     segments_BT: Any
     groups_BT: Any = None
     """Group index of each position, below `Objective.groups`; the loss is reported per group."""
     reference_BT: Any = None
-    """log p of the labels under the reference policy, f32, where it was computed beforehand. Only its sum over a side
+    """log p of the labels under the reference policy, f32, if it was computed beforehand. Only its sum over each side
     of a pair is used."""
 
 
 class Objective(NamedTuple):
-    """What is minimized: the cross-entropy of the weighted tokens, or a loss on pairs."""
+    """The loss: the cross-entropy of the weighted tokens, or a loss on pairs."""
 
     preference: Preference | None = None
     pairs: int = 0
@@ -73,7 +73,7 @@ class Objective(NamedTuple):
     adapters_off: bool = False
     """Whether the reference policy is the model without its adapters."""
     groups: int = 0
-    """Number of groups that the loss is reported for. A pair belongs to the group of its first position."""
+    """Number of groups for which the loss is reported. A pair belongs to the group of its first position."""
 
 
 SFT = Objective()
@@ -81,10 +81,10 @@ SFT = Objective()
 
 @dataclass(frozen=True, kw_only=True)
 class StepOptions:
-    """How a step is computed. Evaluation and the scores of the reference policy use the first four options only."""
+    """Options of a step. Evaluation and the scores of the reference policy use the first four only."""
 
     compute_dtype: Any
-    """Of the forward and backward pass; parameters and gradients are f32."""
+    """Dtype of the forward and backward pass; parameters and gradients are f32."""
     objective: Objective = SFT
     quantized: bool = False
     """Whether the frozen weights are stored in NF4."""
@@ -100,16 +100,16 @@ class StepOptions:
     neftune: float = 0.0
     """Noise on the embeddings: α of Jain et al., 2310.05914."""
     ema: float = 0.0
-    """Decay of the moving average of the parameters; 0 where none is kept."""
+    """Decay of the moving average of the parameters; 0: none."""
     seed: int = 0
-    """Of dropout and noise."""
+    """Seed of dropout and noise."""
 
 
 class Groups(NamedTuple):
     """Sums over a batch, per group: [G]."""
 
     loss_G: jax.Array
-    """Of weight × −log p, or of the losses of pairs."""
+    """Sums of weight × −log p, or of the losses of pairs."""
     weight_G: jax.Array
     """The denominators of the losses."""
     count_G: jax.Array
@@ -120,7 +120,7 @@ class Sums(NamedTuple):
     """Sums over a batch."""
 
     loss: jax.Array
-    """Of weight × −log p, or of the losses of pairs."""
+    """Sum of weight × −log p, or of the losses of pairs."""
     weight: jax.Array
     """The denominator of the loss: the sum of weights, or the number of pairs."""
     tokens: jax.Array
@@ -130,7 +130,7 @@ class Sums(NamedTuple):
     trained: jax.Array
     """Tokens that contribute to the loss, f32."""
     z: jax.Array
-    """Over the trained tokens, the squared log of the softmax's normalizer."""
+    """Sum of the squared log of the softmax's normalizer over the trained tokens."""
     watched: dict[str, jax.Array]
     """Further metrics of pairs (`preference.WATCHED`), to be divided by `weight`."""
     groups: Groups
@@ -139,8 +139,8 @@ class Sums(NamedTuple):
 def abstract_state(
     model: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh, *, averaged: bool = False
 ) -> State:
-    """Shapes, dtypes and shardings of the state. Moments are sharded as their parameters; what has another shape
-    (counters, factored moments, scales) is replicated. `averaged`: whether a moving average is kept."""
+    """Returns shapes, dtypes and shardings of the state. Moments are sharded like their parameters; arrays of another
+    shape (counters, factored moments, scales) are replicated. `averaged`: whether a moving average is kept."""
     params = jax.tree.map(_shaped, trainable(model, shapes(model))[0], meshes.shardings(param_specs(model, mesh), mesh))
     replicated = NamedSharding(mesh, meshes.EVERYWHERE)
     by_path = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
@@ -157,7 +157,7 @@ def abstract_state(
 
 
 def abstract_frozen(model: ModelConfig, mesh: Mesh, *, dtype: Any, quantized: bool) -> Params:
-    """Shapes, dtypes and shardings of the frozen parameters."""
+    """Returns shapes, dtypes and shardings of the frozen parameters."""
     frozen = jax.eval_shape(partial(freeze, dtype=dtype, quantized=quantized), trainable(model, shapes(model))[1])
     return jax.tree.map(_shaped, frozen, meshes.shardings(frozen_specs(model, mesh, quantized=quantized), mesh))
 
@@ -167,7 +167,7 @@ def _shaped(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
 
 
 def init_state(abstract: State, tx: optax.GradientTransformation, params: Callable[[], Params] | Params) -> State:
-    """A state with fresh optimizer state. `params`: arrays or a function that draws them, as `place` takes them."""
+    """Returns a state with a new optimizer state. `params`: arrays, or a function that computes them (see `place`)."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     placed = place(params, abstract.params)
     opt = jax.jit(tx.init, out_shardings=shardings.opt)(placed)
@@ -191,7 +191,8 @@ def _weight(objective: Objective, batch: Batch) -> jax.Array:
 def _sums(
     objective: Objective, model: Decoder, reference: Decoder | None, batch: Batch, key: jax.Array | None = None
 ) -> Sums:
-    """The sums over the rows of all devices; differentiable in loss, aux and z. `key` draws dropout and noise."""
+    """Returns the sums over the rows of all devices; loss, aux and z are differentiable. `key`: for dropout and
+    noise."""
     log_p_BT, log_z_BT, router = _score(model, batch, key)
     tokens = meshes.total(jnp.sum(batch.segments_BT > 0).astype(jnp.float32))
     aux = jnp.zeros(())
@@ -248,8 +249,8 @@ def _by_group(size: int, losses: jax.Array, weights: jax.Array, counted: jax.Arr
 def _binders(
     model: ModelConfig, options: StepOptions, *, remat: str = "none", neftune: float = 0.0
 ) -> Callable[[Params, Params], tuple[Decoder, Decoder | None]]:
-    """Returns the function that makes the model, and the reference policy if it shares the weights, from the trainable
-    and the frozen parameters."""
+    """Returns a function from the trainable and the frozen parameters to the model, and to the reference policy if it
+    shares the weights."""
     dtype, kernels = options.compute_dtype, options.kernels
     bind = binder(model, dtype=dtype, remat=remat, neftune=neftune, kernels=kernels)
     without_adapters = replace(model, lora=None)

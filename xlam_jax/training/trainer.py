@@ -43,7 +43,7 @@ SHOWN = 20
 
 
 class Trainer:
-    """One run. Call `restore`, then `prepare`, then `run`; each needs what the one before has set."""
+    """One run. Call `restore`, `prepare` and `run`, in this order; each depends on the one before."""
 
     state: State
     start: int
@@ -132,11 +132,11 @@ class Trainer:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the run has taken its last step and evaluated it: there is nothing to do."""
+        """Whether the run has taken and evaluated its last step, so that there is nothing to do."""
         return self.start >= self.steps and not self.needs_evaluation
 
     def prepare(self) -> None:
-        """Builds what the loop needs: checkpoints, data, the compiled step, evaluation and metrics."""
+        """Prepares the loop: checkpoints, data, the compiled step, evaluation and metrics."""
         config, setup = self.config, self.setup
         self.checkpoints = Checkpoints(
             self.run_dir, keep=config.checkpoint.keep, metadata=self.metadata, best=config.checkpoint.best
@@ -165,7 +165,7 @@ class Trainer:
         self.requests = Requests(setup, config.data, config.eval, rows=rows) if config.eval.requests else None
 
     def _attach_reference(self) -> None:
-        """Adds the scores of the reference policy to the data, and its fingerprint to what checkpoints store."""
+        """Adds the scores of the reference policy to the data, and its fingerprint to the metadata of checkpoints."""
         self.loaded, self.metadata["reference"] = reference.load_or_compute(
             self.resolved,
             self.run_dir,
@@ -216,10 +216,10 @@ class Trainer:
         return 0
 
     def loop(self, stop: Stop, profiler: Profiler) -> int:
-        """Takes steps to the last, or until `stop`; returns the last step taken.
+        """Takes steps until the last one or until `stop`; returns the last step taken.
 
-        A step is saved before it is evaluated: an evaluation may take long, and the run may be killed in it. A run that
-        is stopped leaves the evaluation to the run that continues it.
+        A step is saved before it is evaluated, because an evaluation may take long, and the run may be killed during
+        it. If a run is stopped, the run that continues it does the evaluation.
         """
         config, step = self.config, self.start
         for step in range(self.start + 1, self.steps + 1):
@@ -249,7 +249,7 @@ class Trainer:
         self.origins = self.loader.origins()
 
     def step(self) -> dict[str, Any]:
-        """Starts one step on the current batch; returns its metrics, which the devices still compute."""
+        """Starts one step on the current batch; returns its metrics, which the devices are still computing."""
         self.state, values = self.compiled(self.state, self.frozen, self.batch)
         return values
 
@@ -309,7 +309,7 @@ class Trainer:
             self.report(f"best {self.config.checkpoint.best}: {value:.4f}, {self.run_dir / STEPS / str(best)}")
 
     def _divergence(self, step: int, record: dict[str, Any], origins: list[tuple[int, int]]) -> str:
-        """The message for a step whose loss or gradient is not finite."""
+        """Returns the message for a step whose loss or gradient is not finite."""
         ids = [f"{self.loaded[source].source.name}: {self.loaded[source].ids[row]}" for source, row in origins]
         shown = "\n  ".join(ids[:SHOWN]) + (f"\n  and {len(ids) - SHOWN} more" if len(ids) > SHOWN else "")
         folder = self.run_dir / STEPS
@@ -321,7 +321,7 @@ class Trainer:
             kept = f"the last good checkpoint is {folder / str(newest)}" if newest else "there is no checkpoint yet"
         return (
             f"step {step}: the loss is {record['loss']} and the gradient's norm {record['grad_norm']}; the run stops, "
-            f"nothing of this step is saved, {kept}. Run again it would come to the same step: lower "
-            "train.learning_rate, or leave out what is wrong in the data (data.sources.N.filters.exclude), in another "
-            f"output_dir. The batch held\n  {shown}"
+            f"nothing of this step is saved, {kept}. The same command would reach the same step: lower "
+            "train.learning_rate, or exclude wrong trajectories (data.sources.N.filters.exclude), in another "
+            f"output_dir. The batch contained\n  {shown}"
         )

@@ -1,8 +1,8 @@
-"""Where metrics go besides metrics.jsonl: TensorBoard, W&B, MLflow and trackio, each behind `Tracker`.
+"""Trackers of metrics in addition to metrics.jsonl: TensorBoard, W&B, MLflow and trackio, each a `Tracker`.
 
-Each works in its own thread, behind a queue of bounded length, so that a run never waits for one and never fails by
-one. A tracker that fails is reported once. One that fails repeatedly gets no more records, and one that is too slow
-misses some; the number of records that did not arrive is reported at the end. metrics.jsonl has all of them.
+Each tracker runs in a separate thread with a bounded queue, so that a run never waits for a tracker and never fails
+because of it. The first failure of a tracker is reported. A tracker that fails repeatedly gets no more records, and a
+slow one misses some; the number of missing records is reported at the end. metrics.jsonl contains all of them.
 """
 
 import importlib.util
@@ -28,7 +28,7 @@ from xlam_jax.training.trackers.wandb import Wandb
 __all__ = ["TRACKERS", "TrackedRun", "Tracker", "Trackers", "check_trackers", "flatten", "open_trackers"]
 
 NAMES = "trackers.json"
-"""In the run folder: each tracker's own name of the run, with which a resumed run continues there."""
+"""File in the run folder with each tracker's own name of the run, with which a resumed run continues there."""
 START_SECONDS = 20.0
 """Maximum time that a run waits for its trackers to start, so that what they print does not land in the panel."""
 TRACKERS: dict[str, Callable[[], Tracker]] = {
@@ -47,7 +47,7 @@ def check_trackers(track: Track) -> None:
         if name != "tensorboard" and (spec is None or spec.origin is None):
             raise UserError(
                 f"track.to.{at}: {name} needs its package, which is not installed here; "
-                f"pip install 'xlam_jax[{name}]', or take it out of track.to"
+                f"pip install 'xlam_jax[{name}]', or remove it from track.to"
             )
 
 

@@ -1,4 +1,4 @@
-"""Sends records to a tracker from a thread of its own, so that a run never waits for one and never fails by one."""
+"""Sends records to a tracker in a separate thread, so that a run never waits for it and never fails because of it."""
 
 import threading
 from collections import deque
@@ -12,9 +12,9 @@ from xlam_jax.training.trackers.tracker import Flat, TrackedRun, Tracker
 QUEUE = 4096
 """Maximum number of records that wait for a tracker."""
 FAILURES = 3
-"""Failures in a row after which a tracker gets no more records."""
+"""Number of consecutive failures after which a tracker gets no more records."""
 CLOSE_SECONDS = 60.0
-"""Maximum time that a run waits at its end for what is still to be sent."""
+"""Maximum time in seconds that a run waits at its end for unsent records."""
 Clock = Callable[[], float]
 """Seconds since some moment, monotonic."""
 
@@ -54,12 +54,12 @@ class Sender:
                 return
         if not self._is_slow:
             self._is_slow = True
-            self._report(f"tracker {self.name} does not keep up: from step {step} on it misses records")
+            self._report(f"tracker {self.name} is too slow: it misses records from step {step} on")
 
     def wait_start(self, until: float) -> None:
         """Waits until the tracker has started or failed to, or until the clock reaches `until`."""
         if not self._settled.wait(max(0.0, until - self._clock())):
-            self._report(f"tracker {self.name} is not ready yet; the run goes on without waiting for it")
+            self._report(f"tracker {self.name} is not ready yet; the run continues without waiting for it")
 
     def end(self, failed: bool) -> None:
         """Asks it to end once everything is sent."""
@@ -71,7 +71,7 @@ class Sender:
         """Waits for the end, at most until the clock reaches `until`, and reports missing records."""
         self._thread.join(max(0.0, until - self._clock()))
         if self._thread.is_alive():
-            self._report(f"tracker {self.name} does not come to an end and is left behind")
+            self._report(f"tracker {self.name} does not end and is abandoned")
         missing = self._received - self._sent
         if missing:
             self._report(
@@ -94,7 +94,7 @@ class Sender:
             elif self._failures_in_a_row == FAILURES:
                 self._is_off = True
                 self._report(
-                    f"tracker {self.name} failed {FAILURES} times in a row and gets nothing more after step {step}"
+                    f"tracker {self.name} failed {FAILURES} times in a row and gets no more records after step {step}"
                 )
         if has_started:
             self._try("end", lambda: self._tracker.close(self._failed))
@@ -112,7 +112,7 @@ class Sender:
             if not self._has_reported:
                 self._has_reported = True
                 reason = " ".join(f"{type(error).__name__}: {error}".split())
-                self._report(f"tracker {self.name} failed to {what}, the run goes on: {shorten(reason, 300)}")
+                self._report(f"tracker {self.name} failed to {what}, the run continues: {shorten(reason, 300)}")
             return False
         return True
 

@@ -1,4 +1,4 @@
-"""What a tracker is: one place besides metrics.jsonl that shows the metrics of a run."""
+"""The protocol of a tracker, which shows the metrics of a run in addition to metrics.jsonl."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ Flat = Mapping[str, float]
 
 @dataclass(frozen=True, kw_only=True)
 class TrackedRun:
-    """What a tracker receives at its start."""
+    """Description of a run that a tracker receives at its start."""
 
     folder: Path
     name: str
@@ -25,7 +25,7 @@ class TrackedRun:
 
 
 class Tracker(Protocol):
-    """One place for metrics. All calls come from one thread, and may raise."""
+    """Destination of metrics. All calls come from the same thread and may raise."""
 
     def start(self, run: TrackedRun) -> str | None:
         """Begins or continues a run; returns the tracker's own name of it, for `own_name` of later starts."""
