@@ -32,7 +32,7 @@ def tokenizer(request):
 
 @pytest.fixture(scope="session")
 def reloaded(tokenizer, tmp_path_factory):
-    """The tokenizer as a server gets it: saved, and loaded by transformers alone."""
+    """The tokenizer of a server: saved, and loaded by transformers alone."""
     from transformers import AutoTokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer")
@@ -42,7 +42,7 @@ def reloaded(tokenizer, tmp_path_factory):
 
 @pytest.fixture
 def row() -> dict:
-    """A trajectory with a thought beside parallel calls, two results in a row, a call alone and text alone."""
+    """A trajectory with a thought and parallel calls, two consecutive results, a call alone and text alone."""
     parameters = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
     names = ("get_weather", "get_time")
     return {

@@ -67,12 +67,12 @@ def check(part: Trajectory, rendered: Rendered, tokenizer, squeeze: bool = False
         calls = part.conversation[turn].tool_calls
         assert len(spans[turn]) == len(calls), part.id
         for call, ids in zip(calls, spans[turn], strict=True):
-            expected, found, shorter = to_json(call.arguments), tokenizer.decode(ids), tokenizer.decode(ids[:-1])
+            expected, written, shorter = to_json(call.arguments), tokenizer.decode(ids), tokenizer.decode(ids[:-1])
             if squeeze:
-                expected, found, shorter = ("".join(text.split()) for text in (expected, found, shorter))
-            found = found.removeprefix(" ")
-            assert found.startswith(expected), part.id
-            assert set(found[len(expected) :]) <= CLOSING
+                expected, written, shorter = ("".join(text.split()) for text in (expected, written, shorter))
+            written = written.removeprefix(" ")
+            assert written.startswith(expected), part.id
+            assert set(written[len(expected) :]) <= CLOSING
             assert len(shorter.removeprefix(" ")) < len(expected)
     return sum(map(len, spans.values()))
 
@@ -85,11 +85,11 @@ def pieces(trajectory: Trajectory, tokenizer, format: str, kind: str = "argument
 
 @pytest.mark.parametrize("format", ["xlam", "xlam_v1"])
 def test_the_projects_formats(format, tokenizer, bundled, row):
-    found = 0
+    checked = 0
     for trajectory in (parse_trajectory(row), *bundled[:: 2 if format == "xlam" else 6]):
         for part, rendered in sequences(trajectory, tokenizer, format):
-            found += check(part, rendered, tokenizer)
-    assert found > 90
+            checked += check(part, rendered, tokenizer)
+    assert checked > 90
     calls = [call for turn in parse_trajectory(row).conversation for call in turn.tool_calls]
     assert pieces(parse_trajectory(row), tokenizer, format) == [" " + to_json(call.arguments) for call in calls]
 
@@ -97,12 +97,12 @@ def test_the_projects_formats(format, tokenizer, bundled, row):
 def test_mistrals_own_format(bundled, row):
     tokenizer = load_tokenizer("mistral:v3")
     row["conversation"][1]["content"] = ""
-    found = 0
+    checked = 0
     for trajectory in (parse_trajectory(row), *bundled):
         if not any(turn.content and turn.tool_calls for turn in trajectory.conversation):
             for part, rendered in sequences(trajectory, tokenizer, "native"):
-                found += check(part, rendered, tokenizer)
-    assert found > 200
+                checked += check(part, rendered, tokenizer)
+    assert checked > 200
 
 
 @pytest.mark.parametrize("marks", MARKS)
@@ -110,11 +110,11 @@ def test_mistrals_own_format(bundled, row):
 def test_other_templates(written, marks, chatml, bundled, row):
     tokenizer = chatml(template(WRITTEN[written], marks))
     trajectories = [parse_trajectory(row), *bundled[::15]]
-    found = 0
+    checked = 0
     for trajectory in trajectories:
         for part, rendered in sequences(trajectory, tokenizer, "native"):
-            found += check(part, rendered, tokenizer, squeeze=written in ("lines", "tight"))
-    assert found > 30
+            checked += check(part, rendered, tokenizer, squeeze=written in ("lines", "tight"))
+    assert checked > 30
 
 
 def test_a_thought_that_spells_the_arguments_out_stays_a_thought(chatml, row):
@@ -129,8 +129,8 @@ def test_a_thought_that_spells_the_arguments_out_stays_a_thought(chatml, row):
     for written, marks in ((written, marks) for written in WRITTEN for marks in MARKS):
         tokenizer = chatml(template(WRITTEN[written], marks))
         assert pieces(parse_trajectory(row), tokenizer, "native", "thought") == [thought]
-        found = pieces(parse_trajectory(row), tokenizer, "native")
-        assert ["".join(one.split()) for one in found] == ["".join(to_json(one).split()) for one in arguments]
+        argument_texts = pieces(parse_trajectory(row), tokenizer, "native")
+        assert ["".join(one.split()) for one in argument_texts] == ["".join(to_json(one).split()) for one in arguments]
 
 
 @pytest.mark.parametrize(

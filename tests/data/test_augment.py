@@ -1,4 +1,4 @@
-"""Variants put the prompt in another way; the answer stays, but for negatives, which never call."""
+"""Variants change the prompt and keep the answer, except negatives, which never call a tool."""
 
 import json
 from functools import cache
@@ -41,14 +41,14 @@ def draws(trajectory: Trajectory, tokenizer, data: Data, count: int = 20) -> lis
 
 
 def answers(rendered, tokenizer) -> list[tuple]:
-    """Content and calls of what carries loss, a turn each."""
-    trained, found = rendered.input_ids[rendered.loss_mask].tolist(), []
+    """(content, calls) of each trained turn."""
+    trained, parsed = rendered.input_ids[rendered.loss_mask].tolist(), []
     while trained:
         end = trained.index(tokenizer.eos_token_id)
         content, calls = parse_completion(tokenizer.decode(trained[:end]))
-        found.append((content, [(call.name, call.arguments) for call in calls or ()]))
+        parsed.append((content, [(call.name, call.arguments) for call in calls or ()]))
         trained = trained[end + 1 :]
-    return found
+    return parsed
 
 
 def recorded(trajectory: Trajectory) -> list[tuple]:
@@ -141,17 +141,17 @@ json_values = st.recursive(
 @given(schema=json_values, seed=st.integers(0, 100))
 def test_a_shuffled_schema_is_equal(schema, seed):
     before = json.dumps(schema)
-    found = shuffled(schema, np.random.default_rng(seed))
-    assert found == schema
+    result = shuffled(schema, np.random.default_rng(seed))
+    assert result == schema
     assert json.dumps(schema) == before
 
     def values(value: object) -> list[str]:
         if isinstance(value, dict):
-            mine = [json.dumps(value[key]) for key in ("default", "enum") if key in value]
-            return mine + [one for key in sorted(value) if key not in ("default", "enum") for one in values(value[key])]
+            own = [json.dumps(value[key]) for key in ("default", "enum") if key in value]
+            return own + [one for key in sorted(value) if key not in ("default", "enum") for one in values(value[key])]
         return [one for item in value for one in values(item)] if isinstance(value, list) else []
 
-    assert values(found) == values(schema)
+    assert values(result) == values(schema)
 
 
 def test_shuffling_gives_every_order():
@@ -189,7 +189,7 @@ def test_negatives_refuse_in_words(format, single):
     assert seen == set(REFUSALS)
 
 
-def test_the_share_of_negatives_is_as_asked(bundled):
+def test_the_share_of_negatives_is_that_of_the_config(bundled):
     rng = np.random.default_rng(0)
     singles = [one for one in bundled if negative(one, rng)]
     assert len(singles) > 100
@@ -205,18 +205,18 @@ def test_no_equivalent_tool_is_left(bundled):
     rng = np.random.default_rng(0)
     count = 0
     for trajectory in bundled:
-        found = negative(trajectory, rng)
-        if found is None:
+        refusal = negative(trajectory, rng)
+        if refusal is None:
             continue
         count += 1
         (call,) = [call for turn in trajectory.conversation for call in turn.tool_calls]
         described = {tool["function"]["name"]: tool["function"].get("description") for tool in trajectory.tools}
-        left = {tool["function"]["name"]: tool["function"].get("description") for tool in found.tools}
+        left = {tool["function"]["name"]: tool["function"].get("description") for tool in refusal.tools}
         assert left
         assert call.name not in left
         assert described[call.name] not in left.values()
-        assert not any(turn.tool_calls for turn in found.conversation)
-        assert found.conversation[-1].content in REFUSALS
+        assert not any(turn.tool_calls for turn in refusal.conversation)
+        assert refusal.conversation[-1].content in REFUSALS
     assert count > 100
 
 
@@ -225,7 +225,7 @@ def test_the_same_words_are_the_same_tool(name, single):
     rng = np.random.default_rng(0)
     assert negative(parse_trajectory(single), rng)
     single["tools"][1]["function"]["name"] = name
-    assert negative(parse_trajectory(single), rng) is None  # nothing would be left
+    assert negative(parse_trajectory(single), rng) is None  # no tool would remain
 
 
 def test_what_cannot_become_a_negative(single):

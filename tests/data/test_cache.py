@@ -1,4 +1,4 @@
-"""The cache: the same batches bit for bit, refused as soon as anything that made it differs, and told what."""
+"""The cache: batches are identical bit for bit; a change of any input is refused with its name."""
 
 import json
 import pickle
@@ -53,25 +53,25 @@ def test_batches_are_those_of_the_files(files, written, codec):
     assert isinstance(second[0].train, cache.CachedExamples)
     one, other = (pipeline.Loader(loaded, plain, batch_size=4, seed=3) for loaded in (first, second))
     for _ in range(10):
-        for mine, theirs in zip(next(one)[:6], next(other)[:6], strict=True):
-            assert mine.dtype == theirs.dtype
-            assert mine.tobytes() == theirs.tobytes()
+        for direct, from_cache in zip(next(one)[:6], next(other)[:6], strict=True):
+            assert direct.dtype == from_cache.dtype
+            assert direct.tobytes() == from_cache.tobytes()
     held = [list(pipeline.heldout_batches(loaded, plain, rows=2, limit=None)) for loaded in (first, second)]
     assert len(held[0]) == len(held[1]) > 0
-    for mine, theirs in zip(*held, strict=True):
-        assert all(np.array_equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    for direct, from_cache in zip(*held, strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(direct, from_cache, strict=True))
 
 
-def test_what_loading_says_is_kept(files, written, codec):
+def test_messages_of_loading_are_stored(files, written, codec):
     said: list[list[str]] = [[], []]
     first = corpus.load(data(files), codec, said[0].append)
     second = cache.open(written, data(files), codec, said[1].append)
     assert said[0] == said[1]
     for one, other in zip(first, second, strict=True):
         assert (one.dropped, one.repaired, one.changed) == (other.dropped, other.repaired, other.changed)
-        for mine, theirs in ((one.train, other.train), (one.heldout, other.heldout)):
-            assert np.array_equal(examples.lengths(mine), examples.lengths(theirs))
-            assert np.array_equal(examples.trained(mine), examples.trained(theirs))
+        for direct, from_cache in ((one.train, other.train), (one.heldout, other.heldout)):
+            assert np.array_equal(examples.lengths(direct), examples.lengths(from_cache))
+            assert np.array_equal(examples.trained(direct), examples.trained(from_cache))
 
 
 def test_examples_are_read_by_index_and_travel_to_other_processes(files, written, codec):
@@ -91,7 +91,7 @@ def stale(written: Path, config: Data, codec: object) -> str:
         cache.open(written, config, codec)
     *parts, again = str(caught.value).splitlines()[1:]
     assert again.startswith("build it again in another folder: python -m xlam_jax.data prepare --config")
-    assert len(parts) == 1, parts  # and nothing but what changed
+    assert len(parts) == 1, parts  # and nothing else
     return parts[0].strip()
 
 
@@ -135,8 +135,8 @@ def test_other_files_are_refused(files, written, codec):
     webshop, hammer = data(files).sources
     more = hammer.model_copy(update={"files": [*hammer.files, str(files / "more.jsonl")]})
     config = data(files).model_copy(update={"sources": [webshop, more]})
-    found = stale(written, config, codec)
-    assert found == "data.sources.hammer: made of hammer.jsonl; now it is hammer.jsonl, more.jsonl"
+    reason = stale(written, config, codec)
+    assert reason == "data.sources.hammer: made of hammer.jsonl; now it is hammer.jsonl, more.jsonl"
 
 
 def test_another_tokenizer_is_refused(files, written, quickstart):
@@ -171,18 +171,18 @@ def weighted(files: Path) -> Data:
     return data(files, streams=4, packing_bins=3, share="tokens").model_copy(update={"sources": listed})
 
 
-def without_one(files: Path) -> Data:
+def without_first(files: Path) -> Data:
     return data(files).model_copy(update={"sources": data(files).sources[1:]})
 
 
-@pytest.mark.parametrize("change", [moved, weighted, without_one, lambda files: data(files, sequence_length=4096)])
-def test_what_changes_no_example_is_not_refused(files, written, codec, change: Callable[[Path], Data]):
+@pytest.mark.parametrize("change", [moved, weighted, without_first, lambda files: data(files, sequence_length=4096)])
+def test_changes_that_affect_no_example_are_accepted(files, written, codec, change: Callable[[Path], Data]):
     expected = {one.source.name: [*one.train] for one in cache.open(written, data(files), codec)}
     config = change(files)
     for one in cache.open(written, config, codec):
         assert one.source in config.sources
-        for mine, theirs in zip(one.train, expected[one.source.name], strict=True):
-            assert np.array_equal(mine["tokens"], theirs["tokens"])
+        for example, reference in zip(one.train, expected[one.source.name], strict=True):
+            assert np.array_equal(example["tokens"], reference["tokens"])
 
 
 def test_the_row_length_counts_once_a_trajectory_is_too_long(files, codec, tmp_path):
@@ -190,10 +190,10 @@ def test_the_row_length_counts_once_a_trajectory_is_too_long(files, codec, tmp_p
     short = data(files, sequence_length=longest - 1)
     corpus.prepare(tmp_path / "short", short, codec)
     cache.open(tmp_path / "short", short, codec)
-    found = stale(tmp_path / "short", data(files, sequence_length=longest), codec)
-    assert found == f"data.sequence_length: {longest - 1} in the cache, {longest} now"
-    found = stale(tmp_path / "short", data(files, sequence_length=longest - 1, on_long="cut"), codec)
-    assert found == "data.on_long: 'drop' in the cache, 'cut' now"
+    reason = stale(tmp_path / "short", data(files, sequence_length=longest), codec)
+    assert reason == f"data.sequence_length: {longest - 1} in the cache, {longest} now"
+    reason = stale(tmp_path / "short", data(files, sequence_length=longest - 1, on_long="cut"), codec)
+    assert reason == "data.on_long: 'drop' in the cache, 'cut' now"
 
 
 def test_a_row_that_no_longer_fits_is_refused(files, written, codec):
@@ -245,7 +245,7 @@ def test_what_is_there_is_not_overwritten_and_a_failure_leaves_nothing(files, wr
         corpus.prepare(tmp_path / "other", data(files, augment={"tools": True}), codec)
 
 
-def test_a_damaged_cache_is_told(files, written, codec, tmp_path):
+def test_a_damaged_cache_is_reported(files, written, codec, tmp_path):
     records = written / "1.train.array_record"
     records.write_bytes(records.read_bytes()[:-5000])
     with pytest.raises(UserError, match=r"1\.train\.array_record: cannot be read as ArrayRecord"):

@@ -1,4 +1,4 @@
-"""The unified trajectory itself, OpenAI's chat messages, ShareGPT and Alpaca: there, and back again."""
+"""The unified trajectory itself, OpenAI's chat messages, ShareGPT and Alpaca: import, and export and import."""
 
 import json
 import re
@@ -45,14 +45,14 @@ def refused(format: str, row: dict[str, Any]) -> str:
 
 
 def write(format: str, trajectory: Trajectory) -> tuple[dict[str, Any], set[str]]:
-    """Exports to one row, as it comes out of a file, and the reasons of what it could not hold."""
-    found = list(exporter(format)(trajectory))
-    (row,) = [item for item in found if isinstance(item, dict)]
+    """Exports to one row; returns (row as read from a file, reasons of losses)."""
+    exported = list(exporter(format)(trajectory))
+    (row,) = [item for item in exported if isinstance(item, dict)]
     text = json.dumps(row, ensure_ascii=False, allow_nan=False)
-    return json.loads(text), {item.reason for item in found if isinstance(item, Lost)}
+    return json.loads(text), {item.reason for item in exported if isinstance(item, Lost)}
 
 
-# What a trajectory is made of
+# Strategies for trajectories
 
 PLAIN = st.text(alphabet="abc 1\n.é🥶", min_size=1, max_size=12).filter(str.strip)
 TRICKY = st.sampled_from(
@@ -79,7 +79,7 @@ NAMES = st.sampled_from(["look", "go-to", "名前"])
 
 @st.composite
 def trajectories(draw, tricky: bool) -> Trajectory:
-    """A canonical trajectory. Without `tricky` it is what most data looks like: each call has a result and an id."""
+    """A canonical trajectory. Without `tricky` it is like most data: each call has a result and an id."""
     text = PLAIN | TRICKY if tricky else PLAIN
     flag = st.sampled_from([None, True, False])
     turns: list[Message] = []
@@ -99,9 +99,9 @@ def trajectories(draw, tricky: bool) -> Trajectory:
                 turns[-1] = replace(
                     turns[-1], tool_calls=tuple(_without_id(call, draw(st.integers(0, 3))) for call in calls)
                 )
-                known = {call.id for call in turns[-1].tool_calls}
+                with_id = {call.id for call in turns[-1].tool_calls}
                 results = [
-                    replace(result, tool_call_id=result.tool_call_id if result.tool_call_id in known else None)
+                    replace(result, tool_call_id=result.tool_call_id if result.tool_call_id in with_id else None)
                     for result in results
                 ]
                 results = draw(st.permutations(results))[: draw(st.integers(0, 3))]
@@ -112,7 +112,7 @@ def trajectories(draw, tricky: bool) -> Trajectory:
         {"type": "function", "function": {"name": name, "description": draw(text)}}
         for name in ("名前", "look", "go-to")
     ]
-    made = Trajectory(
+    trajectory = Trajectory(
         id=draw(PLAIN),
         source=draw(st.none() | PLAIN),
         score=draw(st.none() | st.floats(-5, 5)),
@@ -121,8 +121,8 @@ def trajectories(draw, tricky: bool) -> Trajectory:
         conversation=tuple(turns),
     )
     try:
-        return parse_trajectory(to_dict(made))
-    except InvalidTrajectory:  # results without ids in an order that tells nothing
+        return parse_trajectory(to_dict(trajectory))
+    except InvalidTrajectory:  # results without ids, whose order is ambiguous
         reject()
 
 
@@ -130,8 +130,8 @@ def _without_id(call: ToolCall, choice: int) -> ToolCall:
     return replace(call, id=None) if choice == 0 else call
 
 
-def said(trajectory: Trajectory, aspect: str) -> Any:
-    """One aspect of what the turns say, apart from system turns."""
+def aspect_of(trajectory: Trajectory, aspect: str) -> Any:
+    """One aspect of the turns, without system turns."""
     turns = [turn for turn in trajectory.conversation if turn.role != "system"]
     return {
         "turns": [turn.role for turn in turns],
@@ -144,7 +144,7 @@ def said(trajectory: Trajectory, aspect: str) -> Any:
 
 
 def _links(turns: list[Message]) -> list[tuple[int, int]]:
-    """For each result which call of which turn it answers; the ids themselves are only names."""
+    """For each result (turn, call) that it answers; the ids themselves do not matter."""
     links = []
     for i, turn in enumerate(turns):
         results = list(takewhile(lambda turn: turn.role == "tool", turns[i + 1 :])) if turn.tool_calls else []
@@ -156,7 +156,7 @@ def expected_losses(trajectory: Trajectory, *keys: str) -> set[str]:
     return {f"{key}-not-held" for key in keys if getattr(trajectory, key) is not None}
 
 
-# There and back
+# Export and import
 
 
 @SETTINGS
@@ -172,7 +172,7 @@ def test_openai_holds_all_but_id_source_and_score(trajectory):
     )
     assert json.dumps(back.tools) == json.dumps(trajectory.tools)
     for aspect in ("turns", "text", "calls", "loss", "names", "links"):
-        assert said(back, aspect) == said(trajectory, aspect)
+        assert aspect_of(back, aspect) == aspect_of(trajectory, aspect)
     turns = trajectory.conversation
     flagged = {"loss-flag-not-held"} if any(t.role == "user" and t.loss is not None for t in turns) else set()
     flagged |= {"system-flags-not-held"} if any(t.role == "system" and t.loss is not None for t in turns) else set()
@@ -189,25 +189,25 @@ def test_sharegpt_holds_all_but_source_and_score(trajectory):
 
 @SETTINGS
 @given(trajectories(tricky=True))
-def test_sharegpt_tells_what_it_loses(trajectory):
+def test_sharegpt_reports_its_losses(trajectory):
     row, lost = write("sharegpt", trajectory)
-    found = items("sharegpt", row)
+    results = items("sharegpt", row)
     if "not-read-back" in lost:
-        assert isinstance(found[0], Dropped)
+        assert isinstance(results[0], Dropped)
         return
-    assert isinstance(found[0], Converted)
-    back = found[0].trajectory
+    assert isinstance(results[0], Converted)
+    back = results[0].trajectory
     lost -= expected_losses(trajectory, "source", "score")
-    told = {
+    reasons_of = {
         "turns": {"turns-not-held"},
         "text": {"turns-not-held", "text-not-held"},
         "calls": {"turns-not-held", "calls-not-held"},
         "loss": {"turns-not-held", "loss-flag-not-held"},
     }
-    for aspect, reasons in told.items():
-        assert (said(back, aspect) == said(trajectory, aspect)) or lost & reasons, aspect
+    for aspect, reasons in reasons_of.items():
+        assert (aspect_of(back, aspect) == aspect_of(trajectory, aspect)) or lost & reasons, aspect
     if not lost:
-        assert said(back, "links") == said(trajectory, "links")
+        assert aspect_of(back, "links") == aspect_of(trajectory, "links")
         assert back.id == trajectory.id
         assert json.dumps(back.tools) == json.dumps(trajectory.tools)
 
@@ -233,7 +233,7 @@ def test_unified_mends(row):
     assert read("unified", row, "string-arguments").id == "rows_7"
 
 
-# What others write
+# Layouts of other tools
 
 
 def test_openai_variants():
@@ -269,7 +269,7 @@ def test_openai_variants():
     )
 
 
-def test_openai_normal_form_needs_no_mending_but_defects_are_told():
+def test_openai_form_needs_no_repair_and_defects_are_reported():
     call = {"id": "c", "type": "function", "function": {"name": "look", "arguments": '{"a": 1}'}}
     row = {
         "messages": [
@@ -308,7 +308,7 @@ def test_calls_without_ids_are_linked_by_name():
 
 
 def test_sharegpt_function_calls():
-    """As LLaMA-Factory has them: flat tools in a string, a column for the system text."""
+    """LLaMA-Factory's layout: flat tools in a string, a column for the system text."""
     row = {
         "conversations": [
             {"from": "human", "value": "q"},
@@ -388,13 +388,13 @@ def test_sharegpt_tools_in_the_system_text():
     trajectory = read("sharegpt", {"conversations": turns}, "tools-in-system")
     assert trajectory.tools == [{"type": "function", "function": FLAT}]
     assert trajectory.task_instruction == "Tools:\n\nUse them."
-    # other tools than the column's stay where they are
+    # tools that differ from the column's stay in the text
     trajectory = read("sharegpt", {"conversations": turns, "tools": [TOOL]})
     assert trajectory.tools == [TOOL]
     assert trajectory.task_instruction == turns[0]["value"]
 
 
-def test_sharegpt_defects_are_told():
+def test_sharegpt_defects_are_reported():
     turns = [
         {"from": "human", "value": "q"},
         {"from": "function_call", "value": '{"name": "look", "arguments": {}} Done.'},
@@ -461,7 +461,7 @@ def test_alpaca():
     )
     assert read("alpaca", {"instruction": "Go.", "output": "Gone."}).conversation[0].content == "Go."
     assert refused("alpaca", {"instruction": "Go."}) == "missing-field: `output` is missing"
-    assert refused("alpaca", {**row, "history": ["Who?"]}) == "bad-turn: round 0 of `history` is no pair of texts"
+    assert refused("alpaca", {**row, "history": ["Who?"]}) == "bad-turn: round 0 of `history` is not a pair of texts"
     (item,) = items("alpaca", {**row, "output": ""})
     assert isinstance(item, Converted)
     assert [repair.reason for repair in item.repairs] == ["empty-last-turn"]
@@ -506,17 +506,17 @@ def test_whatever_the_row_nothing_else_is_raised(row, format):
     @settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.nested_given])
     @given(broken(start) | st.dictionaries(st.sampled_from(sorted(start)), JSON))
     def check(candidate):
-        found = items(format, candidate)
-        assert len(found) == 1
-        if isinstance(found[0], Converted):
+        results = items(format, candidate)
+        assert len(results) == 1
+        if isinstance(results[0], Converted):
             for name in ("openai", "sharegpt"):
-                write(name, found[0].trajectory)
+                write(name, results[0].trajectory)
 
     check()
 
 
 def test_long_turns_take_linear_time():
-    """Turns of hundreds of thousands of characters that a careless search would go through again and again."""
+    """Turns of hundreds of thousands of characters, for which a careless search would take quadratic time."""
     for text in (
         "<tool_call>" * 20_000,
         " " * 200_000,

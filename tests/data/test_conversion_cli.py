@@ -1,4 +1,4 @@
-"""`python -m converters.trajectories`: what it writes, what it tells, what it refuses, and how much memory it takes."""
+"""`python -m converters.trajectories`: its output, report, errors and memory."""
 
 import gzip
 import json
@@ -34,14 +34,14 @@ def test_output_report_and_lines(tmp_path, capsys):
     assert (undeclared["count"], undeclared["rows"], undeclared["more"]) == (1, [f"{HAMMER}:419 (item 6)"], 0)
     assert counts["repaired"].keys() == {"missing-call-id", "text-for-declared-type"}
     assert counts["lost"] == {}
-    told = capsys.readouterr().out
-    assert f"{out}: 5 trajectories written, 1 dropped; 6 rows read = 5 converted + 1 dropped\n" in told
-    assert f"dropped trajectories: 1 undeclared-tool: {HAMMER}:419 (item 6) (" in told
-    assert "repaired: 1 text-for-declared-type: " in told
+    printed = capsys.readouterr().out
+    assert f"{out}: 5 trajectories written, 1 dropped; 6 rows read = 5 converted + 1 dropped\n" in printed
+    assert f"dropped trajectories: 1 undeclared-tool: {HAMMER}:419 (item 6) (" in printed
+    assert "repaired: 1 text-for-declared-type: " in printed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "report.json"]
 
 
-def test_what_is_wrong_still_is_what_validate_finds(tmp_path, capsys, quickstart):
+def test_remaining_problems_are_those_that_validate_finds(tmp_path, capsys, quickstart):
     rows = [json.loads(line) for line in (quickstart / "hammer.jsonl").read_text(encoding="utf-8").splitlines()[:4]]
     calls = [call for turn in rows[1]["conversation"] for call in turn.get("tool_calls", ())]
     calls[0]["function"]["arguments"] = {"unheard": "of"}
@@ -53,8 +53,10 @@ def test_what_is_wrong_still_is_what_validate_finds(tmp_path, capsys, quickstart
     assert left["extra-argument"]["rows"] == [f"{source}:2"]
     assert left["empty-turn"]["rows"] == [f"{source}:3"]
     assert left["duplicate-trajectory-id"]["rows"] == [f"{source}:4"]
-    found = [finding for findings in validate(out) for finding in findings]
-    assert Counter(finding.reason for finding in found) == {reason: entry["count"] for reason, entry in left.items()}
+    all_findings = [finding for findings in validate(out) for finding in findings]
+    assert Counter(finding.reason for finding in all_findings) == {
+        reason: entry["count"] for reason, entry in left.items()
+    }
     main(["--format", "unified", "--in", str(source), "--out", str(out), "--force"])
     assert f"left as is: 1 empty-turn: {source}:3 (turn 0 (user) has no text)" in capsys.readouterr().out
 
@@ -75,19 +77,19 @@ def test_every_row_is_counted_once_and_listed(tmp_path, write_jsonl, monkeypatch
         "more": 3,
         "detail": "a conversation is a non-empty list of turns, got a list",
     }
-    mended = report["repaired"]["string-arguments"]
-    assert (mended["count"], mended["rows"], mended["more"]) == (4, [f"{source}:1", f"{source}:4"], 0)
+    repaired = report["repaired"]["string-arguments"]
+    assert (repaired["count"], repaired["rows"], repaired["more"]) == (4, [f"{source}:1", f"{source}:4"], 0)
 
 
-def test_writing_other_formats_tells_what_is_lost(tmp_path, quickstart, capsys):
+def test_writing_other_formats_reports_losses(tmp_path, quickstart, capsys):
     for name in ("openai", "sharegpt"):
         out, back = tmp_path / f"{name}.jsonl", tmp_path / f"{name}.back.jsonl"
         source = str(quickstart / "webshop.jsonl")
         main(["--format", "unified", "--in", source, "--out", str(out), "--to", name])
-        told = capsys.readouterr().out
-        assert f"30 rows read = 30 converted + 0 dropped; 30 lines of format {name}" in told
-        assert f"lost: 30 score-not-held: {source}:1, {source}:2, {source}:3 and 27 more (score 1.0 " in told
-        assert ("id-not-held" in told) == (name == "openai")
+        printed = capsys.readouterr().out
+        assert f"30 rows read = 30 converted + 0 dropped; 30 lines of format {name}" in printed
+        assert f"lost: 30 score-not-held: {source}:1, {source}:2, {source}:3 and 27 more (score 1.0 " in printed
+        assert ("id-not-held" in printed) == (name == "openai")
         main(["--format", name, "--in", str(out), "--out", str(back)])
         assert "repaired" not in capsys.readouterr().out
         pairs = zip(read_jsonl(quickstart / "webshop.jsonl"), read_jsonl(back), strict=True)

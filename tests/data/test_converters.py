@@ -77,8 +77,8 @@ def test_hotpotqa():
 
 
 def test_hotpotqa_drops_what_it_does_not_know(write_jsonl):
-    def episode(said: str) -> dict:
-        return {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": said}]}
+    def episode(text: str) -> dict:
+        return {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": text}]}
 
     path = write_jsonl(episode("Thought: a\nAction: search[b]"), episode("Action: lookup[b]"), {"x": 1}, b"{", [])
     kept, dropped = run("hotpotqa", path)
@@ -195,7 +195,7 @@ def test_text_becomes_the_declared_type_where_clear(value, kind, expected):
 
 
 def repairs(name: str, *paths: Path) -> Counter:
-    """How often each defect was mended in each row."""
+    """Number of repairs of each defect in each row."""
     return Counter(
         (item.path.name, item.row, repair.reason)
         for item in CONVERTERS[name](list(paths))
@@ -204,14 +204,14 @@ def repairs(name: str, *paths: Path) -> Counter:
     )
 
 
-def test_repairs_are_told():
+def test_repairs_are_reported():
     assert repairs("webshop", FIXTURES / "webshop.jsonl") == {("webshop.jsonl", 1, "unclosed-action"): 1}
     assert repairs("hotpotqa", FIXTURES / "hotpotqa.jsonl", FIXTURES / "hotpotqa_scored.json") == {}
     assert repairs("seal_tools", FIXTURES / "seal_tools" / "dev.jsonl") == {
         ("dev.jsonl", 1, "text-for-declared-type"): 1
     }
-    found = repairs("hammer", FIXTURES / "hammer.json")
-    assert {reason for _, _, reason in found} == {"missing-call-id", "text-for-declared-type"}
+    hammer_repairs = repairs("hammer", FIXTURES / "hammer.json")
+    assert {reason for _, _, reason in hammer_repairs} == {"missing-call-id", "text-for-declared-type"}
     for item in CONVERTERS["hammer"]([FIXTURES / "hammer.json"]):
         if isinstance(item, Converted):
             assert all(turn.tool_call_id for turn in item.trajectory.conversation if turn.role == "tool")
@@ -226,7 +226,7 @@ def test_a_broken_tool_of_the_pool_is_a_user_error(write_jsonl):
         "required": [],
     }
     for tool, message in (
-        ({"api_name": 1}, r"tool\.jsonl:2: no tool"),
+        ({"api_name": 1}, r"tool\.jsonl:2: not a tool"),
         ({**good, "required": None}, r"tool\.jsonl:2: missing-field: `required`"),
         ({**good, "parameters": {"p": "str"}}, r"tool\.jsonl:2: missing-field: `type`"),
     ):
@@ -256,7 +256,7 @@ def test_a_row_may_hold_several_trajectories():
         if row["ends"] == "badly":
             raise InvalidTrajectory("at-last", "7")
 
-    def told(ends: str) -> list[tuple]:
+    def outcomes(ends: str) -> list[tuple]:
         return [
             (item.reason, item.unit)
             if isinstance(item, Dropped)
@@ -271,9 +271,9 @@ def test_a_row_may_hold_several_trajectories():
         ("of-itself", "trajectory"),
         ("g", ["text-score"]),
     ]
-    assert told("well") == [*first, ("at-the-end", "step")]
-    assert told("badly") == [*first, ("at-last", "trajectory")]
-    assert told("silent") == [("no-trajectory", "trajectory")]
+    assert outcomes("well") == [*first, ("at-the-end", "step")]
+    assert outcomes("badly") == [*first, ("at-last", "trajectory")]
+    assert outcomes("silent") == [("no-trajectory", "trajectory")]
 
 
 def first_row(path: Path) -> dict:

@@ -33,15 +33,15 @@ def data(*sources: object, **changes: object) -> Data:
 
 
 def same(first: list[examples.Loaded], second: list[examples.Loaded]) -> bool:
-    """Whether two loads are the same bits."""
+    """Whether two loads are identical, bit for bit."""
 
     def alike(one: examples.Example, other: examples.Example) -> bool:
         return one.keys() == other.keys() and all(np.array_equal(one[key], other[key]) for key in one)
 
     return all(
-        one[3:] == other[3:] and all(alike(a, b) for a, b in zip(mine, theirs, strict=True))
+        one[3:] == other[3:] and all(alike(a, b) for a, b in zip(part, other_part, strict=True))
         for one, other in zip(first, second, strict=True)
-        for mine, theirs in ((one.train, other.train), (one.heldout, other.heldout))
+        for part, other_part in ((one.train, other.train), (one.heldout, other.heldout))
     )
 
 
@@ -174,10 +174,10 @@ def test_a_source_with_nothing_to_train_on_is_an_error(row, write_jsonl, codec):
 
 
 def test_settings_are_checked_before_anything_is_rendered(quickstart, codec):
-    told: list[str] = []
+    lines: list[str] = []
     with pytest.raises(UserError, match=r"none\.jsonl: no such file"):
-        corpus.load(data(quickstart / "hammer.jsonl", quickstart / "none.jsonl"), codec, told.append)
-    assert told == []
+        corpus.load(data(quickstart / "hammer.jsonl", quickstart / "none.jsonl"), codec, lines.append)
+    assert lines == []
 
 
 def test_heldout_is_a_matter_of_the_id():

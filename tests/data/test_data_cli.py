@@ -78,12 +78,12 @@ def test_mistakes_of_the_user_are_one_message(bad, config, tmp_path, capsys, mon
     (tmp_path / "cut.jsonl.gz").write_bytes(b"\x1f\x8b\x08")
     assert "bda.jsonl: no such file; did you mean 'bad.jsonl'?" in fails(capsys, "validate", tmp_path / "bda.jsonl")
     assert "is a folder" in fails(capsys, "validate", bad, tmp_path)
-    assert "holds no row" in fails(capsys, "validate", tmp_path / "empty.jsonl")
-    assert "its ending should be one of" in fails(capsys, "validate", tmp_path / "rows.txt")
+    assert "has no rows" in fails(capsys, "validate", tmp_path / "empty.jsonl")
+    assert "its suffix must be one of" in fails(capsys, "validate", tmp_path / "rows.txt")
     assert "cut.jsonl.gz" in fails(capsys, "validate", tmp_path / "cut.jsonl.gz")
     assert "no such file; a YAML config" in fails(capsys, "validate", bad, "--config", tmp_path / "none.yaml")
     assert "no such file" in fails(capsys, "pairs", tmp_path / "x.jsonl", "--out", tmp_path / "p.jsonl")
-    assert "not one pair" in fails(capsys, "pairs", GOOD, "--out", tmp_path / "p.jsonl")
+    assert "no pairs" in fails(capsys, "pairs", GOOD, "--out", tmp_path / "p.jsonl")
     assert "exists already" in fails(capsys, "pairs", GOOD, "--out", bad)
     assert "does not exist" in fails(capsys, "pairs", GOOD, "--out", tmp_path / "none" / "p.jsonl")
     assert "unknown key data.stream" in fails(capsys, "stats", "--config", config, "data.stream=2")
@@ -120,7 +120,7 @@ def test_a_wrong_command_line_is_explained(arguments, capsys):
 
 def test_stats_preview_and_prepare_run_from_a_config(config, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    # overrides may stand anywhere
+    # overrides may be anywhere
     assert run("stats", "data.sequence_length=900", "--config", config, "data.streams=1", "--rows", 20) == 0
     said = capsys.readouterr()
     assert "rows have 900" in said.out

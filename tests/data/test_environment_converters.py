@@ -32,7 +32,7 @@ def files(name: str) -> list[Path]:
 
 
 def run(name: str, *paths: Path) -> tuple[list[Trajectory], list[tuple], Counter]:
-    """Returns what was converted, (unit, row, reason) of what was dropped, and how often what was mended."""
+    """Returns (trajectories, (unit, row, reason) of dropped ones, number of repairs by reason)."""
     items = list(CONVERTERS[name](list(paths)))
     kept = [item for item in items if isinstance(item, Converted)]
     dropped = [(item.unit, item.row, item.reason) for item in items if isinstance(item, Dropped)]
@@ -117,7 +117,7 @@ def test_alfworld():
             ("execute", {"code": 'print(open_receptacle("drawer 1"))\nprint(put("saltshaker 1", "drawer 1"))'}),
         ),
     ]
-    assert imagined.conversation[1].loss is False  # it goes on to imagine the environment's answers, then solves
+    assert imagined.conversation[1].loss is False  # after its code it imagines the environment's answers and solves
     assert turns(imagined)[1][2] == ("solution", {"answer": "done"})
     assert turns(imagined)[2][1].startswith("Your answer is wrong.")
     assert [m.loss for m in imagined.conversation[2:]] == [None] * (len(imagined.conversation) - 2)
@@ -131,17 +131,17 @@ def test_alfworld():
     assert "<" not in "".join(m.content for t in kept for m in t.conversation if m.role == "assistant")
 
 
-def mint(*said: str) -> dict:
-    """An episode in which the agent says this, and the environment answers "seen" each time."""
+def mint(*texts: str) -> dict:
+    """An episode with these turns of the agent, each answered with "seen"."""
     rules = "Rules.\n\nTool function available (imported):\n[1] goto(x)\n\n---\n\nTask:\nExample\n\n---\n\nTask:\nT\n"
     history = [{"role": "user", "content": rules}]
-    for text in said:
+    for text in texts:
         history += [{"role": "assistant", "content": text}, {"role": "user", "content": "Observation:\nseen"}]
     return {"state": {"history": history, "success": False}, "task": {"prompt": "T"}}
 
 
 @pytest.mark.parametrize(
-    ("said", "expected", "loss", "reasons"),
+    ("text", "expected", "loss", "reasons"),
     [
         ("<execute> a </execute>", ("", ("execute", {"code": "a"})), None, []),
         ("Assistant:\nAssistant：\n<thought> t </thought> <execute>a</execute> Assistant<|im_sep|>",
@@ -155,17 +155,17 @@ def mint(*said: str) -> dict:
         ("<execute>a</execute> and so on", ("", ("execute", {"code": "a"})), None, ["text-after-action"]),
     ],
 )  # fmt: skip
-def test_alfworld_takes_a_turn_as_the_environment_did(said, expected, loss, reasons, write_jsonl):
-    (trajectory,), dropped, repaired = run("alfworld", write_jsonl(mint(said)))
+def test_alfworld_reads_a_turn_like_the_environment(text, expected, loss, reasons, write_jsonl):
+    (trajectory,), dropped, repaired = run("alfworld", write_jsonl(mint(text)))
     assert dropped == []
     assert turns(trajectory)[1:] == [("assistant", *expected)]
     assert trajectory.conversation[1].loss is loss
     assert list(repaired) == reasons
 
 
-@pytest.mark.parametrize("said", ["<thought>t</thought>", "<execute> </execute>", "<execute>a</execute><solution>", ""])
-def test_alfworld_drops_what_the_environment_did_not_understand(said, write_jsonl):
-    path = write_jsonl(mint(said), mint("<execute>a</execute>", said, "<solution>b</solution>"))
+@pytest.mark.parametrize("text", ["<thought>t</thought>", "<execute> </execute>", "<execute>a</execute><solution>", ""])
+def test_alfworld_drops_what_the_environment_did_not_understand(text, write_jsonl):
+    path = write_jsonl(mint(text), mint("<execute>a</execute>", text, "<solution>b</solution>"))
     (trajectory,), dropped, _ = run("alfworld", path)
     assert dropped == [("trajectory", 1, "no-assistant-turn"), ("step", 2, "invalid-action")]
     assert [m.tool_call_id for m in trajectory.conversation if m.role == "tool"] == ["call_1"]
@@ -180,7 +180,7 @@ def test_alfworld_reads_long_turns_in_linear_time(write_jsonl):
 
 def test_intercode():
     kept, dropped, repaired = run("intercode", *files("intercode"))
-    solved, failed, misspelt, asked = kept
+    solved, failed, misspelt, answered = kept
     assert (dropped, repaired) == ([], {"submit-as-query": 1})
     assert [(t.id, t.score) for t in kept] == [
         ("intercode_ic_bash_1", 1.0),
@@ -188,7 +188,7 @@ def test_intercode():
         ("intercode_ic_sql_1", 1.0),
         ("intercode_ic_sql_2", 1.0),
     ]
-    assert (names(solved), names(asked)) == (["bash", "submit"], ["sql", "submit"])
+    assert (names(solved), names(answered)) == (["bash", "submit"], ["sql", "submit"])
     find = 'find /testbed -type f -name "*.java" -exec md5sum {} + | sort | uniq '
     assert turns(solved) == [
         ("user", 'Calculate a list of duplicate md5 sum hashes for all the ".java" files in the /testbed directory'),
@@ -209,7 +209,7 @@ def test_intercode():
     assert {call.name for m in failed.conversation for call in m.tool_calls} == {"bash"}  # the turns ran out
     without_loss = [m for m in misspelt.conversation if m.loss is False]
     assert [call.arguments for m in without_loss for call in m.tool_calls] == [{"query": "submit;"}]
-    assert turns(asked)[-3:] == [
+    assert turns(answered)[-3:] == [
         ("assistant", "",
          ("sql", {"query": 'select document_name, template_id from Documents where Document_Description like "%w%";'})),
         ("tool", "('Data base', 11)('How to read a book', 4)"),
@@ -236,15 +236,15 @@ def test_intercode_react(write_jsonl):
         episode(("SHOW TABLES", "t"), ("I can't", "No SQL code was found in your last response."), rewards=(0.5, 0)),
         episode(("blocked", "")),
     )
-    (asked, stopped, prose), dropped, _ = run("intercode", path)
-    assert turns(asked)[1:] == [
+    (searched, stopped, prose), dropped, _ = run("intercode", path)
+    assert turns(searched)[1:] == [
         ("assistant", "I look.", ("sql", {"query": "SELECT a[1]"})),
         ("tool", "[(1,)]"),
         ("assistant", "It is 1.", ("submit", {})),
     ]
     assert turns(stopped)[1:] == [("assistant", "t", ("sql", {"query": "SELECT 1"}))]
     assert turns(prose)[1:] == [("assistant", "", ("sql", {"query": "SHOW TABLES"}))]
-    assert (asked.score, stopped.score, prose.score) == (1.0, 1.0, 0.5)
+    assert (searched.score, stopped.score, prose.score) == (1.0, 1.0, 0.5)
     assert dropped == [("step", 1, "no-code"), ("step", 3, "no-code"), ("trajectory", 4, "no-assistant-turn")]
 
 
@@ -283,14 +283,14 @@ def test_tau_bench_finds_its_tools(tmp_path):
     tools = FIXTURES / "tau_bench" / "airline_tools.json"
     elsewhere = tmp_path / "run.json"
     elsewhere.write_bytes(rows.read_bytes())
-    assert run("tau_bench", tools, elsewhere)[0] == kept  # the only ones given
+    assert run("tau_bench", tools, elsewhere)[0] == kept  # the only file of tools
     with pytest.raises(UserError, match=r"run\.json: its tools .* found: none; give that file too"):
         run("tau_bench", elsewhere)
     retail = tmp_path / "retail_tools.json"
     retail.write_text("[]")
     with pytest.raises(UserError, match=r"run\.json: its tools .*, found: .*airline_tools\.json, .*retail_tools\.json"):
         run("tau_bench", elsewhere, tools, retail)
-    assert run("tau_bench", rows, retail, tools)[0] == kept  # by the domain in the name
+    assert run("tau_bench", rows, retail, tools)[0] == kept  # chosen by the domain in the name
     retail.write_text('[{"type": "function"}]')
     with pytest.raises(UserError, match=r"retail_tools\.json:1: invalid tool: tool-without-name"):
         run("tau_bench", elsewhere, retail)
@@ -492,7 +492,7 @@ def test_api_bank():
     attendees = meeting.tools[1]["function"]["parameters"]["properties"]["attendees"]
     assert (attendees["type"], attendees["items"]) == ("array", {"type": "string"})
     assert turns(switch)[1][2][1] == {"device_id": "10000025", "time": "2023-03-19 09:30:00"}  # declared is `name`
-    assert turns(deleted)[-1][2][0] == "DeleteAccount"  # the user's thanks are left out
+    assert turns(deleted)[-1][2][0] == "DeleteAccount"  # the user's thanks are dropped
     assert reset.tools[0]["function"]["parameters"]["required"] == ["status"]
     assert turns(reset)[9][2][1]["verification_code"] == 970420
     assert ("assistant", "Okay, to delete your account, I need your token.\nBut, I see that") in [

@@ -1,4 +1,4 @@
-"""What holds for every format alike: rows add up, the report announces what `validate` finds, nothing breaks it."""
+"""Properties of every format: rows add up, the report lists what `validate` finds, no input breaks it."""
 
 import json
 import shutil
@@ -72,13 +72,13 @@ def test_rows_add_up_and_validate_finds_what_was_announced(files, tmp_path: Path
     written = out.read_text(encoding="utf-8").splitlines()
     assert len(written) == trajectories["written"] > 0
     assert trajectories["dropped"] == sum(entry["count"] for entry in report["dropped"]["trajectory"].values())
-    found = Counter(finding.reason for line in written for finding in _findings(json.loads(line)))
-    assert found == {reason: entry["count"] for reason, entry in report["left"].items()}
+    reasons = Counter(finding.reason for line in written for finding in _findings(json.loads(line)))
+    assert reasons == {reason: entry["count"] for reason, entry in report["left"].items()}
     for line in written:
         row = json.loads(line)
-        mended = Mock()
-        assert to_dict(parse_trajectory(row, repaired=mended)) == row
-        mended.assert_not_called()
+        repaired = Mock()
+        assert to_dict(parse_trajectory(row, repaired=repaired)) == row
+        repaired.assert_not_called()
 
 
 def _findings(row: dict) -> list:
@@ -88,7 +88,7 @@ def _findings(row: dict) -> list:
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("to", EXPORTERS)
 def test_every_format_becomes_every_other(files, tmp_path: Path, name: str, to: str):
-    """And comes back: what an export could not hold is told, everything else returns."""
+    """And is read back: losses of the export are reported, everything else is unchanged."""
     out, back = tmp_path / "out.jsonl", tmp_path / "back.jsonl"
     try:
         report = convert(name, files[name], out, to=to)
@@ -101,7 +101,7 @@ def test_every_format_becomes_every_other(files, tmp_path: Path, name: str, to: 
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_broken_rows_are_told_never_lost(files, tmp_path: Path, name: str):
+def test_broken_rows_are_reported_never_lost(files, tmp_path: Path, name: str):
     raw = _rows(files[name][0])
     if name in SIDE:
         shutil.copy(files[name][0].with_name(SIDE[name]), tmp_path)

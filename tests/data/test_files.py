@@ -44,7 +44,7 @@ def items(path: Path, content: bytes) -> list[bytes]:
     return [text for _, _, text in read_items(path)]
 
 
-def test_items_that_are_no_json_keep_their_place(tmp_path):
+def test_items_that_are_not_json_keep_their_place(tmp_path):
     path = tmp_path / "rows.json"
     assert items(path, b'\xef\xbb\xbf [1, nope ,{"a": }, "\xff"\n]\n') == [b"1", b" nope ", b'{"a": }', b' "\xff"\n']
     assert items(path, b'{"a": 1, "b" : {"c": "}"},\n}') == [b" 1", b' {"c": "}"}', b"\n"]  # the last: after a comma
@@ -60,9 +60,9 @@ def test_items_that_are_no_json_keep_their_place(tmp_path):
         (b'"text"', "starts with '\"', expected"),
         (
             b'{"a": 1}\n{"a": 2}\n',
-            r"goes on after its first object has closed; name files with one object a line \.jsonl",
+            r"continues after its first object has closed; name files with one object per line \.jsonl",
         ),
-        (b"[1] x", "goes on after its first list"),
+        (b"[1] x", "continues after its first list"),
         (b"[1}", r"opens with \[ and closes with }"),
         (b'[{"a": 1}, {"a"', "the item that begins at byte 10 never ends; was the file cut off"),
         (b'[{"a": 1}, {"a": "]', "the item that begins at byte 10 never ends"),
@@ -101,7 +101,7 @@ def pack(path: Path, content: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.jsonl.zst"])
-def test_packed_files_are_unpacked(tmp_path, name, quickstart):
+def test_compressed_files_are_decompressed(tmp_path, name, quickstart):
     plain = quickstart / "hammer.jsonl"
     path = tmp_path / name
     packed = pack(path, plain.read_bytes())
@@ -111,10 +111,10 @@ def test_packed_files_are_unpacked(tmp_path, name, quickstart):
     damaged = bytearray(packed)
     damaged[len(packed) // 3] ^= 255
     for content, message in (
-        (packed[:-1], "cannot be unpacked .it was cut off"),
-        (packed[: len(packed) // 3], "cannot be unpacked .it was cut off"),
-        (bytes(damaged), "cannot be unpacked|no intact gzip file"),
-        (b"[1]\n", "cannot be unpacked|no intact gzip file"),
+        (packed[:-1], "cannot be decompressed .it was cut off"),
+        (packed[: len(packed) // 3], "cannot be decompressed .it was cut off"),
+        (bytes(damaged), "cannot be decompressed|not an intact gzip file"),
+        (b"[1]\n", "cannot be decompressed|not an intact gzip file"),
     ):
         path.write_bytes(content)
         with pytest.raises(UserError, match=message):

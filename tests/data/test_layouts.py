@@ -40,11 +40,11 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def trajectories(path: Path, format: str) -> list[Trajectory]:
-    found = []
+    results = []
     for item in sources.read(Source(name="s", files=[str(path)], format=format)):
         assert isinstance(item.trajectory, Trajectory), item.trajectory
-        found.append(item.trajectory)
-    return found
+        results.append(item.trajectory)
+    return results
 
 
 @pytest.mark.parametrize("format", ["openai", "sharegpt", "unified"])

@@ -1,4 +1,4 @@
-"""What does not fit: left out, cut from the oldest turn on, or split so that each turn is trained once."""
+"""Trajectories that do not fit are dropped, cut from the oldest turn on, or split so that each turn is trained once."""
 
 import dataclasses
 from functools import cache
@@ -68,7 +68,7 @@ def trained_turns(rendered: Rendered) -> list[int]:
 
 
 def check(fitted: Fitted, trajectory: Trajectory, tokenizer, data: Data) -> None:
-    """What holds of all that is given."""
+    """Checks the properties of every result."""
     assert len(fitted.rendered) == len(fitted.parts)
     turns = trajectory.conversation
     for one, part in zip(fitted.rendered, fitted.parts, strict=True):
@@ -81,15 +81,17 @@ def check(fitted: Fitted, trajectory: Trajectory, tokenizer, data: Data) -> None
         assert kept[0].role == "user"
         for before, turn in pairwise(kept):
             assert turn.role != "tool" or before.role == "tool" or before.tool_calls
-        for span in one.spans:  # turns are those of the whole
+        for span in one.spans:  # turns are indices into the whole
             if span.weight:
                 assert turns[span.turn].role == "assistant"
                 assert turns[span.turn].loss is not False
-        for mine, turn in zip(sorted(own_turns(part)), trained_turns(one), strict=True):
-            same = dataclasses.replace(part.conversation[mine], loss=turns[turn].loss)
+        for at, turn in zip(sorted(own_turns(part)), trained_turns(one), strict=True):
+            same = dataclasses.replace(part.conversation[at], loss=turns[turn].loss)
             assert same == turns[turn]
-            assert part.conversation[mine - 1].content == turns[turn - 1].content  # what it answers is there
-            assert part.conversation[mine - 1].role == turns[turn - 1].role
+            assert (
+                part.conversation[at - 1].content == turns[turn - 1].content
+            )  # the turn that it answers is in the part
+            assert part.conversation[at - 1].role == turns[turn - 1].role
 
 
 def own_turns(part: Trajectory) -> list[int]:
@@ -104,7 +106,7 @@ def own_turns(part: Trajectory) -> list[int]:
     on_long=st.sampled_from(["error", "drop", "cut", "split"]),
     loss=st.sampled_from([{}, {}, {"turns": "last"}, {"answer": 0.0, "thought": 0.5}, {"tool_call": 0.0}]),
 )
-def test_what_fits_is_rendered_and_the_rest_is_told(format, trajectory, share, on_long, loss):
+def test_what_fits_is_rendered_and_the_rest_is_reported(format, trajectory, share, on_long, loss):
     tokenizer = tokenizer_of(format)
     whole = render_all(trajectory, tokenizer, format, Loss.model_validate(loss))
     longest = max((len(one.input_ids) for one in whole), default=1000)
@@ -127,14 +129,14 @@ def test_what_fits_is_rendered_and_the_rest_is_told(format, trajectory, share, o
         trained = [turn for one in fitted.rendered for turn in trained_turns(one)]
         assert sorted(trained) == sorted(turn for one in whole for turn in trained_turns(one))  # each once, and all
         if format != "native":  # there the parts of a conversation may overlap in text only
-            mine = np.concatenate([one.input_ids[one.loss_mask] for one in fitted.rendered])
-            assert mine.tolist() == np.concatenate([one.input_ids[one.loss_mask] for one in whole]).tolist()
+            ids_of_parts = np.concatenate([one.input_ids[one.loss_mask] for one in fitted.rendered])
+            assert ids_of_parts.tolist() == np.concatenate([one.input_ids[one.loss_mask] for one in whole]).tolist()
 
 
 @SETTINGS
 @given(trajectory=trajectories(), share=st.floats(0.3, 0.95))
 def test_cutting_keeps_as_much_as_fits(trajectory, share):
-    """The conversation's end, behind the user turns that it answers; one turn more would not fit."""
+    """Keeps the end of the conversation after the user turns that it answers; one more turn would not fit."""
     tokenizer = tokenizer_of("xlam")
     assume(own_turns(trajectory))
     (whole,) = render_all(trajectory, tokenizer)
@@ -149,24 +151,24 @@ def test_cutting_keeps_as_much_as_fits(trajectory, share):
     steps = next(i for i, turn in enumerate(kept) if turn.role == "assistant")
     start = len(turns) - (len(kept) - steps)
     assert [turn.content for turn in kept[steps:]] == [turn.content for turn in turns[start:]]
-    asked = start
-    while turns[asked - 1].role != "user":
-        asked -= 1
+    request_end = start
+    while turns[request_end - 1].role != "user":
+        request_end -= 1
     assert [turn.content for turn in kept[:steps]] == [
-        turn.content for turn in turns[asked - steps : asked]
+        turn.content for turn in turns[request_end - steps : request_end]
     ]  # all the user turns together
-    assert asked == steps + system or turns[asked - steps - 1].role != "user"
+    assert request_end == steps + system or turns[request_end - steps - 1].role != "user"
     assert fitted.cut_turns == len(trajectory.conversation) - len(part.conversation)
     earlier = [i for i in range(start) if turns[i].role == "assistant"]
     if earlier:
         again = earlier[-1]
-        asked = again
-        while turns[asked - 1].role != "user":
-            asked -= 1
-        first = asked
+        request_end = again
+        while turns[request_end - 1].role != "user":
+            request_end -= 1
+        first = request_end
         while first > system and turns[first - 1].role == "user":
             first -= 1
-        longer = (*turns[:system], *turns[first:asked], *turns[again:])
+        longer = (*turns[:system], *turns[first:request_end], *turns[again:])
         (one,) = render_all(
             dataclasses.replace(trajectory, conversation=tuple(dataclasses.replace(t, loss=None) for t in longer)),
             tokenizer,
@@ -189,10 +191,10 @@ def test_a_long_trajectory_in_parts():
     fitted = fit(long_row(100), tokenizer_of("xlam"), data)
     trained = [trained_turns(one) for one in fitted.rendered]
     assert list(chain(*trained)) == list(range(1, 202, 2))
-    for one, mine in zip(fitted.rendered[1:], trained[1:], strict=True):
-        context = [span for span in one.spans if 1 <= span.turn < mine[0]]
+    for one, own in zip(fitted.rendered[1:], trained[1:], strict=True):
+        context = [span for span in one.spans if 1 <= span.turn < own[0]]
         before = sum(span.end - span.start for span in context)
-        assert before / len(one.input_ids) > 0.35  # half of it, but for the turn that does not fit any more
+        assert before / len(one.input_ids) > 0.35  # half of it, except the turn that does not fit
     assert min(len(one.input_ids) for one in fitted.rendered[:-1]) > 900
     cut = fit(long_row(100), tokenizer_of("xlam"), config("xlam", "cut", 1024))
     assert trained_turns(cut.rendered[0])[-1] == 201
@@ -200,13 +202,13 @@ def test_a_long_trajectory_in_parts():
     assert cut.cut_turns == 202 - len(cut.parts[0].conversation)
     for one in (fitted, cut):
         check(one, long_row(100), tokenizer_of("xlam"), data)
-    # of the kept turns the first is the user's, the second an answer to a result that is gone
+    # the first kept turn is the user's, the second answers a result that was cut off
     assert trained_turns(cut.rendered[0])[0] == 202 - len(cut.parts[0].conversation) + 3
 
 
 @pytest.mark.parametrize("factor", [0.5, 0.9, 1.2, 3])
 def test_measures_that_are_off_change_nothing(factor, monkeypatch):
-    """They say where to look; what fits is what was rendered."""
+    """Counts select candidates; rendering decides what fits."""
     data = config("xlam", "cut", 1024)
     expected = fit(long_row(60), tokenizer_of("xlam"), data)
     measured = lengths._Fitter._count
@@ -217,7 +219,7 @@ def test_measures_that_are_off_change_nothing(factor, monkeypatch):
 
 @pytest.mark.parametrize("format", TOKENIZERS)
 def test_calls_are_measured_in_one_piece(format, row, monkeypatch):
-    """Parts do not depend on the kinds of the pieces that a call is made of."""
+    """Parts do not depend on how the text of a call is divided into kinds."""
     texts, measured = [], lengths._Fitter._count
     monkeypatch.setattr(lengths._Fitter, "_count", lambda self, one: texts.append(one.text) or measured(self, one))
     row["conversation"][1]["content"] = ""
@@ -231,7 +233,7 @@ def test_calls_are_measured_in_one_piece(format, row, monkeypatch):
 @pytest.mark.parametrize("on_long", ["cut", "split"])
 @pytest.mark.parametrize("format", ["xlam", "native"])
 def test_turns_are_measured_once(format, on_long, monkeypatch):
-    """A few renderings for each part that is given, however long the trajectory."""
+    """Renders a few candidates per part, for trajectories of any length."""
     calls = []
     monkeypatch.setattr(lengths, "encode", lambda *args: calls.append(1) or ENCODE(*args))
     fitted = fit(long_row(600), tokenizer_of(format), config(format, on_long, 1024))
@@ -258,11 +260,11 @@ def test_ten_megabytes_are_not_tokenized(format, on_long, monkeypatch):
     assert max(sizes, default=0) < 200_000
     if on_long == "drop":
         assert fitted.reasons == ["too-long"]
-    else:  # the turn that answers the huge result cannot be trained, and splitting says so
+    else:  # the turn that answers the huge result cannot be trained, and splitting reports it
         assert fitted.reasons == (["cut"] if on_long == "cut" else ["too-long"])
 
 
-def test_what_cannot_be_trained_is_told_by_reason(row):
+def test_reasons_why_nothing_can_be_trained(row):
     data = config("xlam", "drop", 4096)
     for turn in row["conversation"]:
         if turn["role"] == "assistant":
@@ -275,7 +277,7 @@ def test_what_cannot_be_trained_is_told_by_reason(row):
     assert trained_turns(fit(parse_trajectory(row), tokenizer_of("xlam"), last).rendered[0]) == [7]
     native = fit(parse_trajectory(row), tokenizer_of("native"), config("native", "drop", 4096))
     assert native[:2] == ([], ["not-representable"])
-    assert "text beside its tool calls" in native.detail
+    assert "text and tool calls" in native.detail
 
 
 WHOLE = {
@@ -292,7 +294,7 @@ WHOLE = {
 
 @settings(SETTINGS, max_examples=150)
 @given(data=st.data(), on_long=st.sampled_from(["drop", "cut", "split"]))
-def test_whatever_is_a_trajectory_is_rendered_or_told(data, on_long):
+def test_any_trajectory_is_rendered_or_reported(data, on_long):
     """Rows with parts replaced by anything: a reason or a rendering, never a crash."""
     try:
         trajectory = parse_trajectory(data.draw(broken(WHOLE)))

@@ -1,4 +1,4 @@
-"""Calls and their results: parallel calls written a turn each, results in another order, ids that nobody wrote."""
+"""Links of calls and results: parallel calls in separate turns, results in another order, missing ids."""
 
 import copy
 import json
@@ -32,8 +32,8 @@ def convert(format: str, row: dict[str, Any]) -> Converted | Dropped:
     return item
 
 
-def said(trajectory: Trajectory) -> list[tuple[str, str, list[tuple[str, str]]]]:
-    """Role, text, and name and place of each call."""
+def summary(trajectory: Trajectory) -> list[tuple[str, str, list[tuple[str, str]]]]:
+    """(role, text, [(name, place)] of the calls) of each turn."""
     return [
         (turn.role, turn.content, [(call.name, call.arguments.get("at", "")) for call in turn.tool_calls])
         for turn in trajectory.conversation
@@ -55,7 +55,7 @@ EXPECTED = [
 
 
 def by_turns(format: str, results: list[str], thoughts: tuple[str, ...] = ("", "", "")) -> dict[str, Any]:
-    """The conversation with one call a turn, as sharegpt, the older OpenAI form or unified rows have it."""
+    """The conversation with one call per turn, in ShareGPT, the older OpenAI form or unified rows."""
     if format == "sharegpt":
         calls = [
             turn
@@ -95,10 +95,10 @@ every_format = pytest.mark.parametrize("format", ["sharegpt", "openai", "unified
 
 
 @every_format
-def test_calls_written_a_turn_each_become_one_turn(format):
+def test_calls_in_separate_turns_become_one_turn(format):
     item = convert(format, by_turns(format, RESULTS))
     assert isinstance(item, Converted), item
-    assert said(item.trajectory) == EXPECTED
+    assert summary(item.trajectory) == EXPECTED
     assert [repair.reason for repair in item.repairs].count("parallel-calls-as-turns") == 2
     ids = [call.id for call in item.trajectory.conversation[1].tool_calls]
     assert [turn.tool_call_id for turn in item.trajectory.conversation[2:5]] == ids
@@ -115,7 +115,7 @@ def test_thoughts_of_joined_turns_are_paragraphs(format):
 
 @every_format
 @pytest.mark.parametrize("results", [RESULTS[:1], RESULTS[:2], [*RESULTS, "x"]])
-def test_calls_a_turn_each_are_refused_where_their_results_do_not_tell(format, results):
+def test_separate_calls_are_refused_where_their_results_are_ambiguous(format, results):
     item = convert(format, by_turns(format, results))
     assert isinstance(item, Dropped)
     assert item.reason == "ambiguous-parallel-calls"
@@ -167,7 +167,7 @@ def test_legacy_calls_can_be_written_by_mistrals_own_format():
     assert [text.count(f'"0000call{at}"') for at in (1, 2, 3)] == [2, 2, 2]
 
 
-def test_made_ids_are_new_and_names_tell_the_order():
+def test_generated_ids_are_new_and_names_determine_the_order():
     calls = [{"name": "tide", "arguments": {}}, {"name": "wind", "arguments": {}}]
     messages = [
         {"role": "user", "content": "q"},
@@ -231,7 +231,7 @@ def test_results_are_rendered_in_the_order_of_their_calls_as_by_the_saved_templa
             turns = parse_messages(copy.deepcopy(messages))
         except InvalidTrajectory:
             return
-        if format == "native":  # it has no text beside calls, and its results have ids
+        if format == "native":  # it cannot write text and calls together, and its results have ids
             for message in messages:
                 message["content"] = "" if message.get("tool_calls") else message["content"]
             if any(

@@ -27,7 +27,7 @@ ANSWERED = ChatCompletionMessage.model_validate(CALLING)
 """As OpenAI's client returns it."""
 
 
-def said(text: str) -> dict[str, Any]:
+def user_turn(text: str) -> dict[str, Any]:
     return {"role": "user", "content": text}
 
 
@@ -52,18 +52,18 @@ SENT: dict[str, tuple[list[Any], list[dict[str, Any]]]] = {
     "refusal part": ([USER, NO | {"content": [{"type": "refusal", "refusal": "No."}]}, USER], [USER, NO, USER]),
     "input text": ([{"role": "user", "content": [{"type": "input_text", "text": "Weather?"}]}], [USER]),
     "empty answer": ([USER, NO | {"content": ""}, USER], [USER, NO | {"content": " "}, USER]),
-    "late system": ([USER, HELLO, LATE, USER], [USER, HELLO, said(f"{FRENCH}\n\nWeather?")]),
-    "last system": ([USER, LATE], [said(f"Weather?\n\n{FRENCH}")]),
-    "system before an answer": ([USER, LATE, HELLO, USER], [said(f"Weather?\n\n{FRENCH}"), HELLO, USER]),
-    "system between answers": ([HELLO, LATE, HELLO, USER], [HELLO, said(FRENCH), HELLO, USER]),
-    "system before a result": ([USER, CALLING, LATE, RESULT], [USER, CALLING, RESULT, said(FRENCH)]),
+    "late system": ([USER, HELLO, LATE, USER], [USER, HELLO, user_turn(f"{FRENCH}\n\nWeather?")]),
+    "last system": ([USER, LATE], [user_turn(f"Weather?\n\n{FRENCH}")]),
+    "system before an answer": ([USER, LATE, HELLO, USER], [user_turn(f"Weather?\n\n{FRENCH}"), HELLO, USER]),
+    "system between answers": ([HELLO, LATE, HELLO, USER], [HELLO, user_turn(FRENCH), HELLO, USER]),
+    "system before a result": ([USER, CALLING, LATE, RESULT], [USER, CALLING, RESULT, user_turn(FRENCH)]),
     "two late systems": (
         [USER, CALLING, RESULT, LATE, LATE, USER],
-        [USER, CALLING, RESULT, said(f"{FRENCH}\n\n{FRENCH}\n\nWeather?")],
+        [USER, CALLING, RESULT, user_turn(f"{FRENCH}\n\n{FRENCH}\n\nWeather?")],
     ),
     "late developer in parts": (
         [USER, HELLO, {"role": "developer", "content": [{"type": "text", "text": FRENCH}]}, USER],
-        [USER, HELLO, said(f"{FRENCH}\n\nWeather?")],
+        [USER, HELLO, user_turn(f"{FRENCH}\n\nWeather?")],
     ),
     "one id": (
         [USER, CALLING | {"tool_calls": [CALL, CALL]}, RESULT, RESULT | {"content": "5 °C"}],
@@ -114,7 +114,7 @@ def test_tools_of_an_sdk():
         [USER, {"role": "assistant", "tool_calls": [3]}],
     ],
 )
-def test_what_is_no_conversation_is_refused(messages: list[Any]):
+def test_what_is_not_a_conversation_is_refused(messages: list[Any]):
     with pytest.raises(InvalidTrajectory):
         parse_request(messages)
 

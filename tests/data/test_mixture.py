@@ -1,4 +1,4 @@
-"""The mixture: exact shares after any prefix, every row once an epoch, streams that never meet."""
+"""The mixture: exact shares after any prefix, every row once per epoch, streams that never meet."""
 
 from collections import Counter
 from fractions import Fraction
@@ -20,13 +20,13 @@ def fractions(weights: list[float]) -> list[Fraction]:
 @EXACT
 @given(WEIGHTS, st.integers(1, 600))
 def test_shares_are_within_one_block_after_any_prefix(weights: list[float], draws: int):
-    """A block is as many draws as there are sources."""
+    """A block has as many draws as there are sources."""
     mixture = Mixture(fractions(weights))
     total = sum(fractions(weights))
     drawn: Counter[int] = Counter()
     for draw in range(draws):
         source, before = mixture[draw]
-        assert before == drawn[source]  # each source gives its trajectories in its own order, none left out
+        assert before == drawn[source]  # each source yields its trajectories in order, without gaps
         drawn[source] += 1
         for i, weight in enumerate(fractions(weights)):
             assert abs(drawn[i] - (draw + 1) * weight / total) < len(weights)
@@ -35,7 +35,7 @@ def test_shares_are_within_one_block_after_any_prefix(weights: list[float], draw
 @EXACT
 @given(WEIGHTS, st.integers(0, 10**15))
 def test_shares_never_drift(weights: list[float], draws: int):
-    """The same, after more draws than any run makes: nothing is counted up, so nothing adds up."""
+    """The same after more draws than any run makes: no error accumulates."""
     exact = fractions(weights)
     counts = Mixture(exact).counts(draws)
     assert sum(counts) == draws

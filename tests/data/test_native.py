@@ -72,7 +72,7 @@ def mistral(request, tmp_path_factory):
 
 
 def by_mistral(reference, messages: list[dict], tools: list[dict]) -> list[int]:
-    """What mistral-common makes of a chat, whether or not it ends with an answer."""
+    """The token ids of mistral-common for a chat, with or without an answer at its end."""
     from mistral_common.protocol.instruct.normalize import InstructRequestNormalizer
     from mistral_common.protocol.instruct.request import ChatCompletionRequest
     from mistral_common.protocol.instruct.tool_calls import Tool
@@ -108,14 +108,16 @@ def test_mistral_is_mistral_commons_own(mistral, data):
         ids = rendered.input_ids.tolist()
         messages = to_messages(part)
         assert ids == by_mistral(reference, messages, part.tools)
-        mine = {span.turn for span in rendered.spans if span.weight}
-        trained += sorted(mine)
+        trained_here = {span.turn for span in rendered.spans if span.weight}
+        trained += sorted(trained_here)
         if not has_control_text(row, tokenizer):  # where a server takes them for control tokens, we do not
             expected, mask = by_template(saved, part)
             assert ids == expected
             owners = [span.turn for span in rendered.spans for _ in range(span.start, span.end)]
-            assert rendered.loss_mask.tolist() == [bool(m) and o in mine for m, o in zip(mask, owners, strict=True)]
-        for turn in mine:
+            assert rendered.loss_mask.tolist() == [
+                bool(m) and o in trained_here for m, o in zip(mask, owners, strict=True)
+            ]
+        for turn in trained_here:
             if part.conversation[turn - 1].role != "assistant":
                 start = next(span.start for span in rendered.spans if span.turn == turn)
                 before = to_messages(part)[: turn - len(part.conversation)]
@@ -126,14 +128,14 @@ def test_mistral_is_mistral_commons_own(mistral, data):
 
 def test_mistral_completions_parse_to_the_recorded_calls(bundled):
     tokenizer = load_tokenizer("mistral:v3")
-    eos, found = tokenizer.eos_token_id, 0
+    eos, checked = tokenizer.eos_token_id, 0
     for trajectory in bundled:
         if any(turn.content and turn.tool_calls for turn in trajectory.conversation):
-            with pytest.raises(InvalidTrajectory, match=r"not-representable: turn \d has text beside its tool calls"):
+            with pytest.raises(InvalidTrajectory, match=r"not-representable: turn \d has text and tool calls"):
                 render_all(trajectory, tokenizer, "native")
             continue
         rendered = render_all(trajectory, tokenizer, "native")
-        found += 1
+        checked += 1
         trained = [i for one in rendered for i in one.input_ids[one.loss_mask].tolist()]
         for turn in trajectory.conversation:
             if turn.role == "assistant" and turn.loss is not False:
@@ -143,7 +145,7 @@ def test_mistral_completions_parse_to_the_recorded_calls(bundled):
                 expected = [(call.name, call.arguments) for call in turn.tool_calls]
                 assert (content, [(call.name, call.arguments) for call in calls or ()]) == (turn.content, expected)
         assert trained == []
-    assert found > 150
+    assert checked > 150
 
 
 near_json = st.lists(
@@ -172,10 +174,10 @@ def test_the_saved_template_knows_json_from_text(content):
     except ValueError:
         value = content
     expected = json.dumps({"content": value, "call_id": "abcdefghi"}, ensure_ascii=False)
-    (found,), _ = render_jinja_template(
+    (text,), _ = render_jinja_template(
         [messages], chat_template=read_template("mistral_v3"), bos_token="<s>", eos_token="</s>"
     )
-    assert found.partition("[TOOL_RESULTS]")[2].removesuffix("[/TOOL_RESULTS]") == expected
+    assert text.partition("[TOOL_RESULTS]")[2].removesuffix("[/TOOL_RESULTS]") == expected
 
 
 def test_call_ids_become_nine_letters_and_digits(row):
@@ -191,11 +193,11 @@ def test_call_ids_become_nine_letters_and_digits(row):
         assert (text.count('"0000call0"'), text.count('"b3c4d5e6"'), text.count('"2b3c4d5e6"')) == (2, 0, 2)
 
 
-def test_what_mistral_cannot_write_is_said(row):
+def test_what_mistral_cannot_write_is_refused(row):
     v1, v3 = load_tokenizer("mistral:v1"), load_tokenizer("mistral:v3")
     with pytest.raises(InvalidTrajectory, match="not-representable: Mistral's v1 format has no tools"):
         render_all(parse_trajectory(row), v1, "native")
-    with pytest.raises(InvalidTrajectory, match="not-representable: turn 1 has text beside its tool calls"):
+    with pytest.raises(InvalidTrajectory, match="not-representable: turn 1 has text and tool calls"):
         render_all(parse_trajectory(row), v3, "native")
     row["conversation"][1]["content"] = ""
     row["conversation"][4:4] = [row["conversation"][7]]
@@ -230,7 +232,7 @@ CHATML = (
 )
 PLAIN = CHATML.replace("END_GENERATION", "").replace("GENERATION", "")
 MARKED = CHATML.replace("END_GENERATION", "{%- endgeneration -%}").replace("GENERATION", "{%- generation -%}")
-# as reasoning models have it: what was thought before the last user turn is left out
+# like reasoning models: drops reasoning before the last user turn
 FORGETFUL = PLAIN.replace(
     "{{- m.content | trim -}}", "{{- m.content | trim if loop.last else m.content.split('</think>')[-1] | trim -}}"
 )
@@ -238,7 +240,7 @@ FORGETFUL = PLAIN.replace(
 
 @pytest.fixture(scope="module")
 def chatml(quickstart):
-    """A tokenizer with tokens of its own, and a way to give it a template."""
+    """Makes a tokenizer with own tokens and a given template."""
     tokenizer = load_tokenizer(str(quickstart / "tokenizer"))
     tokenizer.add_special_tokens({"eos_token": "<|im_end|>", "extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
 
@@ -250,7 +252,7 @@ def chatml(quickstart):
 
 
 def test_a_template_is_rendered_as_transformers_does(chatml, bundled, row):
-    """The mask of the template with marks is that of transformers, and without them the same is found."""
+    """With marks, the mask equals that of transformers; without marks, the result is the same."""
     for trajectory in (parse_trajectory(row), *bundled[::10]):
         turns = tuple(turn for turn in trajectory.conversation if turn.loss is not False)
         if len(turns) < len(trajectory.conversation):
@@ -280,24 +282,24 @@ def test_a_template_is_rendered_as_transformers_does(chatml, bundled, row):
 def test_flags_and_weights_hold_for_templates(template, chatml, row):
     row["conversation"][4]["loss"] = False
     rendered = render(parse_trajectory(row), chatml(template), "native", Loss(thought=0.5))
-    found = {(span.turn, span.kind): span.weight for span in rendered.spans if span.weight}
+    weights = {(span.turn, span.kind): span.weight for span in rendered.spans if span.weight}
     calls = {(turn, kind): 1 for turn in (1, 7) for kind in ("tool_call", "arguments", "eos")}
-    assert found == {(1, "thought"): 0.5, **calls}
+    assert weights == {(1, "thought"): 0.5, **calls}
     last = render(parse_trajectory(row), chatml(template), "native", Loss(turns="last"))
     assert {span.turn for span in last.spans if span.weight} == {7}
 
 
 def test_a_template_that_rewrites_the_past_gives_several_sequences(chatml, row):
-    """Each turn is trained once, behind the prompt that a server would send for it."""
+    """Each turn is trained once, after the prompt that a server would send for it."""
     row["conversation"][4]["content"] = "<think>cold</think>-3 °C"
     trajectory = parse_trajectory(row)
     tokenizer = chatml(FORGETFUL)
     trained = []
     for part, rendered in sequences(trajectory, tokenizer, "native"):
         assert rendered.input_ids.tolist() == by_template(tokenizer, part)[0]
-        mine = sorted({span.turn for span in rendered.spans if span.weight})
-        trained.append(mine)
-        for turn in mine:
+        trained_here = sorted({span.turn for span in rendered.spans if span.weight})
+        trained.append(trained_here)
+        for turn in trained_here:
             start = next(span.start for span in rendered.spans if span.turn == turn and span.weight)
             prompt = render_prompt(to_messages(trajectory)[: turn + 1], trajectory.tools, tokenizer, "native")
             assert prompt == rendered.input_ids[:start].tolist()
@@ -325,14 +327,14 @@ def test_control_tokens_in_content_stay_text_in_templates(template, chatml, row)
 
 
 DEFECTS = [
-    (PLAIN.replace("{{- '<|im_start|>assistant\\n' -}}", "{{- '<|im_start|>bot\\n' -}}"), r"goes on with 'bot"),
-    (PLAIN.replace("{{- '<|im_end|>' -}}", "{{- 'END' -}}"), r"'.*END\\n', which is no control token"),
+    (PLAIN.replace("{{- '<|im_start|>assistant\\n' -}}", "{{- '<|im_start|>bot\\n' -}}"), r"continues with 'bot"),
+    (PLAIN.replace("{{- '<|im_end|>' -}}", "{{- 'END' -}}"), r"'.*END\\n', which is not a control token"),
     (PLAIN + "{%- if false -%}{%- generation -%}{%- endgeneration -%}{%- endif -%}", "has 0 generation marks"),
 ]
 
 
-def test_a_conversation_without_clear_answers_is_left_out(chatml, row):
-    """The template is fine, only not with two answers in a row: no reason to stop a run."""
+def test_a_conversation_without_clear_answers_is_refused(chatml, row):
+    """The template works except with two consecutive answers: this must not stop a run."""
     prompt = "{{- '<|im_start|>assistant\\n' -}}"
     again = "{{- '<|im_start|>assistant\\n' + ('again ' if messages[-1].role == 'assistant' else '') -}}"
     assert prompt in PLAIN
@@ -340,7 +342,7 @@ def test_a_conversation_without_clear_answers_is_left_out(chatml, row):
     assert len(render_all(parse_trajectory(row), tokenizer, "native")) == 1
     row["conversation"][4:5] = [{"role": "assistant", "content": one} for one in ("first", "second")]
     with pytest.raises(
-        InvalidTrajectory, match=r"not-representable: .*writes a prompt for turn 5 that is no beginning"
+        InvalidTrajectory, match=r"not-representable: .*writes a prompt for turn 5 that is not the beginning"
     ):
         render_all(parse_trajectory(row), tokenizer, "native")
 
@@ -352,10 +354,10 @@ def test_a_template_without_clear_answers_is_a_user_error(template, defect, chat
 
 
 UNABLE = [
-    (PLAIN.replace(CALLS, ""), "leaves out or changes the call of 'get_weather' in turn 1"),
-    (PLAIN.replace("tools | tojson", "''"), "leaves out or changes the tool 'get_weather'"),
-    (PLAIN.replace("tools | tojson", "tools[:1] | tojson"), "leaves out or changes the tool 'get_time'"),
-    (PLAIN.replace("m.content + '<|im_end|>'", "'<|im_end|>'"), "leaves out or changes the text of turn -1, 'Help"),
+    (PLAIN.replace(CALLS, ""), "omits or changes the call of 'get_weather' in turn 1"),
+    (PLAIN.replace("tools | tojson", "''"), "omits or changes the tool 'get_weather'"),
+    (PLAIN.replace("tools | tojson", "tools[:1] | tojson"), "omits or changes the tool 'get_time'"),
+    (PLAIN.replace("m.content + '<|im_end|>'", "'<|im_end|>'"), "omits or changes the text of turn -1, 'Help"),
     (PLAIN.replace("{{- m.content | trim -}}", "{{- m.content | upper -}}"), "the text of turn 1, 'I look up both"),
     ("{{- raise_exception('no tools here') -}}", "refuses it: no tools here"),
     ("{{- messages[0].nothing.here -}}", "refuses it: "),
@@ -363,7 +365,7 @@ UNABLE = [
 
 
 @pytest.mark.parametrize(("template", "why"), UNABLE)
-def test_what_a_template_leaves_out_is_said(template, why, chatml, row):
+def test_what_a_template_omits_is_reported(template, why, chatml, row):
     with pytest.raises(InvalidTrajectory, match=f"not-representable: .*{why}"):
         render_all(parse_trajectory(row), chatml(template), "native")
 
@@ -375,7 +377,7 @@ def test_native_needs_a_template(quickstart, row):
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="no chat template, which the format native needs"):
         render(parse_trajectory(row), tokenizer, "native")
-    with pytest.raises(UserError, match="'xlm': known are xlam, native, xlam_v1; did you mean 'xlam'"):
+    with pytest.raises(UserError, match="'xlm' is unknown; known: xlam, native, xlam_v1; did you mean 'xlam'"):
         render(parse_trajectory(row), tokenizer, "xlm")
 
 

@@ -93,11 +93,11 @@ def test_chat_messages_that_datasets_wrote(written):
     rows[1]["messages"][1]["reasoning_content"] = "I look."
     rows[1]["messages"].append({"role": "tool", "tool_call_id": "c", "name": "find", "content": "ok"})
     read = {kind: trajectories(path, format="openai") for kind, path in written(rows).items()}
-    for found in read.values():
-        arguments = [trajectory.conversation[1].tool_calls[0].arguments for trajectory in found]
+    for results in read.values():
+        arguments = [trajectory.conversation[1].tool_calls[0].arguments for trajectory in results]
         assert arguments == [row["conversation"][1]["tool_calls"][0]["function"]["arguments"] for row in ROWS]
-        assert [turn.reasoning for turn in found[1].conversation] == ["", "I look.", ""]
-        assert "null" not in json.dumps([trajectory.tools for trajectory in found])
+        assert [turn.reasoning for turn in results[1].conversation] == ["", "I look.", ""]
+        assert "null" not in json.dumps([trajectory.tools for trajectory in results])
     assert [sorted_keys(one) for one in read["jsonl"]] == [sorted_keys(one) for one in read["parquet"]]
 
 
@@ -110,9 +110,9 @@ def test_flat_tools_that_datasets_wrote(written):
         )
     ]
     for path in written(rows).values():
-        found = trajectories(path, format="xlam60k")
-        assert [one.conversation[1].tool_calls[0].arguments for one in found] == [{"x": "1"}, {"y": "2"}]
-        assert [list(one.tools[0]["function"]["parameters"]["properties"]) for one in found] == [["x"], ["y"]]
+        results = trajectories(path, format="xlam60k")
+        assert [one.conversation[1].tool_calls[0].arguments for one in results] == [{"x": "1"}, {"y": "2"}]
+        assert [list(one.tools[0]["function"]["parameters"]["properties"]) for one in results] == [["x"], ["y"]]
 
 
 def test_both_sides_of_a_pair(written):
@@ -126,9 +126,9 @@ def test_both_sides_of_a_pair(written):
         for row in ROWS
     ]
     for path in written(rows).values():
-        found = trajectories(path, format="pairs")
-        assert all(isinstance(pair, Pair) for pair in found), found
-        arguments = [pair.chosen.conversation[1].tool_calls[0].arguments for pair in found]
+        results = trajectories(path, format="pairs")
+        assert all(isinstance(pair, Pair) for pair in results), results
+        arguments = [pair.chosen.conversation[1].tool_calls[0].arguments for pair in results]
         assert arguments == [row["conversation"][1]["tool_calls"][0]["function"]["arguments"] for row in ROWS]
 
 
@@ -146,9 +146,9 @@ def test_arguments_come_back_as_they_were_whatever_the_others_have(tmp_path_fact
     ]
     path = tmp_path_factory.mktemp("drawn") / "rows.jsonl"
     Dataset.from_list(copy.deepcopy(rows)).to_json(str(path))
-    found = trajectories(path)
-    assert [trajectory.conversation[1].tool_calls[0].arguments for trajectory in found] == drawn
-    assert [trajectory.tools for trajectory in found] == [row["tools"] for row in rows]
+    results = trajectories(path)
+    assert [trajectory.conversation[1].tool_calls[0].arguments for trajectory in results] == drawn
+    assert [trajectory.tools for trajectory in results] == [row["tools"] for row in rows]
 
 
 NULLABLE = {"anyOf": [{"type": "string"}, {"type": "null"}], "default": None}
@@ -176,7 +176,7 @@ def test_whether_a_null_was_meant(schema, required, meant, meant_in_columns):
         parsed = parse_trajectory(copy.deepcopy(row), repaired=lambda *note, to=notes: to.append(note), padded=padded)
         expected = {"a": None, "b": "x"} if stays else {"b": "x"}
         assert parsed.conversation[1].tool_calls[0].arguments == expected
-        assert notes == ([] if stays else [("null-fields", "left out, as null: arguments.a")])
+        assert notes == ([] if stays else [("null-fields", "dropped, as null: arguments.a")])
         assert parsed.tools == row["tools"]  # the null default of a nullable property is one
 
 
@@ -221,8 +221,8 @@ def test_arguments_in_json_texts_have_no_padding(tmp_path):
     row = calling("f", {"a": None}, [tool("f", {"a": NULLABLE}, [])])
     texts = {key: json.dumps(row[key]) for key in ("tools", "conversation")}
     pq.write_table(pa.Table.from_pylist([texts]), tmp_path / "rows.parquet")
-    (found,) = trajectories(tmp_path / "rows.parquet")
-    assert found.conversation[1].tool_calls[0].arguments == {"a": None}
+    (trajectory,) = trajectories(tmp_path / "rows.parquet")
+    assert trajectory.conversation[1].tool_calls[0].arguments == {"a": None}
 
 
 def test_features_of_tfds_that_are_absent_are_padding_too():
@@ -233,5 +233,5 @@ def test_features_of_tfds_that_are_absent_are_padding_too():
     row = nulls.drop_outside_tools(plain(values | {"source": None}))
     assert "source" not in row
     assert nulls.has_columns_of_arguments(row)
-    found = parse_trajectory(row, padded=True)
-    assert found.conversation[1].tool_calls[0].arguments == {"city": "Oslo"}
+    trajectory = parse_trajectory(row, padded=True)
+    assert trajectory.conversation[1].tool_calls[0].arguments == {"city": "Oslo"}

@@ -1,4 +1,4 @@
-"""Pairs from file to batch: what is trained of them, what is refused, how they lie in a row."""
+"""Pairs from file to batch: trained tokens, refused pairs, and their layout in a row."""
 
 import json
 from fractions import Fraction
@@ -93,7 +93,7 @@ def test_only_what_differs_counts(path, codec):
     assert examples.trained(one.train)[7] == (example["weights"] > 0).sum()
 
 
-def test_both_sides_lie_in_one_row_each_on_its_own(path, codec):
+def test_both_sides_are_separate_segments_of_one_row(path, codec):
     loaded = corpus.load(data(path), codec)
     loader = pipeline.Loader(loaded, data(path), batch_size=4, seed=0)
     seen = 0
@@ -109,14 +109,14 @@ def test_both_sides_lie_in_one_row_each_on_its_own(path, codec):
                 source, row = drawn.pop(0)
                 whole = loaded[source].train[row]
                 for side, segment in ((1, 2 * number - 1), (2, 2 * number)):
-                    mine, theirs = segments == segment, whole.get("sides") == side
-                    assert tokens[mine].tolist() == whole["tokens"][theirs].tolist()
-                    assert weights[mine].tolist() == whole["weights"][theirs].tolist()
-                    assert groups[mine].tolist() == whole["kinds"][theirs].tolist()
-                    assert positions[mine].tolist() == list(range(mine.sum()))
+                    in_row, in_pair = segments == segment, whole.get("sides") == side
+                    assert tokens[in_row].tolist() == whole["tokens"][in_pair].tolist()
+                    assert weights[in_row].tolist() == whole["weights"][in_pair].tolist()
+                    assert groups[in_row].tolist() == whole["kinds"][in_pair].tolist()
+                    assert positions[in_row].tolist() == list(range(in_row.sum()))
                 seen += 1
         assert not drawn
-    assert seen > 24  # several pairs a row
+    assert seen > 24  # several pairs per row
 
 
 def test_no_task_is_trained_and_held_out(tmp_path, codec):
@@ -138,7 +138,7 @@ def test_no_task_is_trained_and_held_out(tmp_path, codec):
         ({"rejected": pair(1)["chosen"]}, "equal-sides: chosen equals rejected"),
         (
             {"rejected": pair(1)["chosen"][:1]},
-            "one-is-the-others-beginning: chosen has 4 turns and rejected 2, the same as far as both go",
+            "one-is-the-others-beginning: chosen has 4 turns and rejected 2, and all common turns are equal",
         ),
         (
             {"rejected": [call("look"), result("other"), SORRY]},
@@ -148,11 +148,14 @@ def test_no_task_is_trained_and_held_out(tmp_path, codec):
             {"rejected": [call("look"), {"role": "user", "content": "No."}, SORRY]},
             "first-differs-at-a-user-or-tool-turn: chosen and rejected first differ at turn 2 (tool and user)",
         ),
-        ({"rejected": None}, "no-pair: a pair has conversation, chosen and rejected, lists of turns; rejected is none"),
+        (
+            {"rejected": None},
+            "no-pair: a pair has conversation, chosen and rejected, lists of turns; rejected is not a list",
+        ),
         ({"rejected": [call("fly")]}, "undeclared-tool: rejected: turn 1 calls 'fly'"),
     ],
 )
-def test_what_is_no_pair_is_told_with_its_line(tmp_path, codec, changes, message):
+def test_invalid_pairs_are_reported_with_their_line(tmp_path, codec, changes, message):
     rows = [pair(number) for number in range(12)] + [pair(1, **changes)]
     path = write(tmp_path / "p.jsonl", *rows)
     with pytest.raises(UserError) as error:
@@ -169,7 +172,7 @@ def test_a_pair_that_does_not_fit_is_dropped_or_an_error(path, codec):
     assert len(one.train) == 40
     (one,) = corpus.load(data(path, heldout=0.0, sequence_length=longest - 1), codec)
     assert one.dropped["too-long"] > 0
-    with pytest.raises(UserError, match=r"both sides take .* drop such pairs with data.on_long=drop"):
+    with pytest.raises(UserError, match=r"both sides have .* drop such pairs with data.on_long=drop"):
         corpus.load(data(path, sequence_length=longest - 1, on_long="error"), codec)
 
 
@@ -200,7 +203,7 @@ def test_a_side_is_one_sequence(tmp_path, codec):
     assert text_of(codec, loaded.train[0], 2).endswith("</s>")
 
 
-def test_a_side_on_which_nothing_counts_is_no_pair(tmp_path, codec):
+def test_a_pair_needs_trained_tokens_on_both_sides(tmp_path, codec):
     path = write(tmp_path / "p.jsonl", *(pair(number) for number in range(5)),
                  pair(6, chosen=[call("take", thing=6) | {"loss": False}]))  # fmt: skip
     (one,) = corpus.load(data(path, heldout=0.0), codec)
@@ -208,15 +211,15 @@ def test_a_side_on_which_nothing_counts_is_no_pair(tmp_path, codec):
 
 
 def test_columns_and_texts_of_json(tmp_path, codec):
-    """Parquet with turns as JSON texts gives what JSON lines do; what is mended is told once, not once a side."""
+    """Parquet with turns as JSON texts equals JSON lines; a repair is reported once, not once per side."""
     bare = [{"function": tool["function"]} for tool in TOOLS]
     rows = [pair(number, source="made", tag="x", tools=bare) for number in range(12)]
     lines = write(tmp_path / "p.jsonl", *rows)
     texts = {key: [json.dumps(row[key]) if isinstance(row[key], list) else row[key] for row in rows] for key in rows[0]}
     pyarrow.parquet.write_table(pyarrow.table(texts), tmp_path / "p.parquet")
-    told = []
+    notes = []
     (one,), (other,) = (
-        corpus.load(data(file, sources=[{"name": "p", "files": [str(file)], "format": "pairs"}]), codec, told.append)
+        corpus.load(data(file, sources=[{"name": "p", "files": [str(file)], "format": "pairs"}]), codec, notes.append)
         for file in (lines, tmp_path / "p.parquet")
     )
     assert one.repaired == {"unknown-key": 12, "missing-tool-type": 24}
@@ -226,7 +229,7 @@ def test_columns_and_texts_of_json(tmp_path, codec):
         example["tokens"].tolist() for example in one.train
     ]
     assert one.samples[0].source == "made"
-    assert told[0].startswith(f"p: {len(one.train)} pairs to train on (")
+    assert notes[0].startswith(f"p: {len(one.train)} pairs to train on (")
 
 
 def test_tokens_of_both_sides_are_shared_out(tmp_path, codec):
@@ -272,14 +275,14 @@ def test_a_cache_gives_the_same_pairs(path, codec, tmp_path):
     for part in ("train", "heldout"):
         first, second = getattr(one, part), getattr(other, part)
         assert len(first) == len(second) > 0
-        for mine, theirs in zip(first, second, strict=True):
-            assert mine.keys() == theirs.keys()
-            assert all(np.array_equal(mine[key], theirs[key]) for key in mine)
+        for example, other_example in zip(first, second, strict=True):
+            assert example.keys() == other_example.keys()
+            assert all(np.array_equal(example[key], other_example[key]) for key in example)
     assert list(other.ids) == one.ids
     assert other.samples == one.samples
 
 
-def test_a_reference_stands_at_the_first_place_that_counts(path, codec):
+def test_a_reference_is_at_the_first_trained_position(path, codec):
     (one,) = corpus.load(data(path), codec)
     log_p_P2 = -np.arange(1, 2 * len(one.train) + 1, dtype=np.float32).reshape(-1, 2)
     with_reference = one._replace(train=examples.Referenced(one.train, log_p_P2))
@@ -291,13 +294,13 @@ def test_a_reference_stands_at_the_first_place_that_counts(path, codec):
         for number in range(1, segments.max() // 2 + 1):
             _, row = drawn.pop(0)
             for side in (0, 1):
-                mine = (segments == 2 * number - 1 + side) & (weights > 0)
-                assert reference[mine].tolist() == [log_p_P2[row, side]] + [0.0] * (mine.sum() - 1)
+                counted = (segments == 2 * number - 1 + side) & (weights > 0)
+                assert reference[counted].tolist() == [log_p_P2[row, side]] + [0.0] * (counted.sum() - 1)
     with pytest.raises(ValueError, match="shape"):
         examples.Referenced(one.train, log_p_P2[1:])
 
 
-def test_rows_that_are_no_objects_are_no_pairs():
+def test_rows_that_are_not_objects_are_refused():
     with pytest.raises(InvalidTrajectory, match="not-an-object"):
         parse_pair([], "x", lambda reason, detail: None)
 
@@ -306,9 +309,9 @@ def test_validate_knows_pairs(tmp_path):
     from xlam_jax.data.validate import validate
 
     rows = [pair(0), pair(1, rejected=pair(1)["chosen"]), pair(2, chosen=[call("fly")]), pair(3, rejected="none")]
-    found = [finding for of_row in validate(write(tmp_path / "p.jsonl", *rows)) for finding in of_row]
-    told = {(finding.line, finding.reason, finding.detail.partition(" ")[0]) for finding in found}
-    assert told == {
+    findings = [finding for of_row in validate(write(tmp_path / "p.jsonl", *rows)) for finding in of_row]
+    summaries = {(finding.line, finding.reason, finding.detail.partition(" ")[0]) for finding in findings}
+    assert summaries == {
         (2, "equal-sides", "chosen"),
         (3, "undeclared-tool", "chosen:"),
         (4, "malformed-json", "`rejected`:"),

@@ -41,7 +41,7 @@ def row(name: str, score: float | None, *turns: dict, instruction: str = "Do it.
 
 
 def mined(tmp_path: Path, *rows: dict, **options) -> tuple[list[dict], dict]:
-    """The pairs and the report; no pair is no error here."""
+    """Returns the pairs and the report; without pairs, an empty list instead of an error."""
     source, out = tmp_path / "rows.jsonl", tmp_path / "pairs.jsonl"
     source.write_text("".join(json.dumps(one) + "\n" for one in rows))
     out.unlink(missing_ok=True)
@@ -69,7 +69,7 @@ def test_a_pair_shares_all_up_to_the_first_assistant_turn_that_differs(tmp_path)
         "rejected_score": 0.25,
     }
     assert report["turns_shared_after_the_context"] == {2: 1}
-    for key in ("chosen", "rejected"):  # both are trajectories without fault
+    for key in ("chosen", "rejected"):  # both are valid trajectories
         parse_trajectory(
             {"tools": pair["tools"], "conversation": pair["conversation"] + pair[key]},
             repaired=lambda reason, detail: pytest.fail(f"{reason}: {detail}"),
@@ -101,12 +101,12 @@ def test_pairs_differ_first_at_an_assistant_turn_whatever_the_ids(tmp_path, one,
         [pair], _ = mined(tmp_path, *rows)
         assert (pair["chosen"][0], pair["rejected"][0]) == (one[0], other[0])
     else:
-        with pytest.raises(UserError, match=rf"not one pair in 2 trajectories of 1 tasks:\n  1 \(pair, {reason}\)"):
+        with pytest.raises(UserError, match=rf"no pairs in 2 trajectories of 1 tasks:\n  1 \(pair, {reason}\)"):
             mined(tmp_path, *rows)
         assert not list(tmp_path.glob("*pairs*"))
 
 
-def test_parallel_results_are_told_apart_by_the_call_they_answer(tmp_path):
+def test_parallel_results_are_distinguished_by_the_call_they_answer(tmp_path):
     def parallel(ids: str, first: str, second: str, answer: str) -> list[dict]:
         both = calls(ids[0], {"at": 1})
         both["tool_calls"] += calls(ids[1], {"at": 2})["tool_calls"]
@@ -118,7 +118,7 @@ def test_parallel_results_are_told_apart_by_the_call_they_answer(tmp_path):
         mined(tmp_path, same[0], row("y", 0, *parallel("cd", "1", "0", "bad")))
 
 
-def test_tasks_are_told_apart_by_all_that_stands_before_the_first_answer(tmp_path):
+def test_tasks_are_distinguished_by_everything_before_the_first_answer(tmp_path):
     other_tools = json.loads(json.dumps(TOOLS).replace("look", "peek"))
     reordered = [{"function": TOOLS[0]["function"], "type": "function"}]  # the prompt would be another
     rows = [
@@ -134,7 +134,7 @@ def test_tasks_are_told_apart_by_all_that_stands_before_the_first_answer(tmp_pat
         mined(tmp_path, *rows)
 
 
-def test_everything_left_out_is_counted_by_reason(tmp_path):
+def test_everything_dropped_is_counted_by_reason(tmp_path):
     rows = [
         row("a", 1, user("go"), says("x")),
         row("b", 1, user("go"), says("y")),
@@ -145,8 +145,8 @@ def test_everything_left_out_is_counted_by_reason(tmp_path):
         row("other", 1, user("stop"), says("v")),
         {"conversation": []},
     ]
-    found, report = mined(tmp_path, *rows, min_gap=0.5, per_task=3, report_path=tmp_path / "r.json", force=True)
-    assert [one["unique_trajectory_id"] for one in found] == ["a > d", "b > d", "a > c"]
+    kept, report = mined(tmp_path, *rows, min_gap=0.5, per_task=3, report_path=tmp_path / "r.json", force=True)
+    assert [one["unique_trajectory_id"] for one in kept] == ["a > d", "b > d", "a > c"]
     assert counts(report, "trajectory") == {
         "repeated": 1, "no-score": 1, "alone-in-its-task": 1, "no-conversation": 1
     }  # fmt: skip
@@ -156,10 +156,10 @@ def test_everything_left_out_is_counted_by_reason(tmp_path):
     assert (report["tasks"], report["tasks_with_pairs"], report["pairs"]) == (2, 1, 3)
     saved = json.loads((tmp_path / "r.json").read_text())
     assert saved["dropped"] == report["dropped"]
-    assert "left out 2 (pair, over-the-cap-of-its-task)" in pairs.summary(tmp_path / "pairs.jsonl", report)
+    assert "dropped 2 (pair, over-the-cap-of-its-task)" in pairs.summary(tmp_path / "pairs.jsonl", report)
 
 
-def test_outputs_are_whole_or_absent_and_never_overwritten_unasked(tmp_path):
+def test_outputs_are_complete_or_absent_and_overwritten_only_with_force(tmp_path):
     rows = [row("a", 1, user("go"), says("x")), row("b", 0, user("go"), says("y"))]
     mined(tmp_path, *rows)
     out = tmp_path / "pairs.jsonl"
@@ -168,7 +168,7 @@ def test_outputs_are_whole_or_absent_and_never_overwritten_unasked(tmp_path):
         pairs.write([tmp_path / "rows.jsonl"], out)
     with pytest.raises(UserError, match="exists already"):
         pairs.write([tmp_path / "rows.jsonl"], tmp_path / "new.jsonl", report_path=out)
-    with pytest.raises(UserError, match="not one pair"):
+    with pytest.raises(UserError, match="no pairs"):
         pairs.write([tmp_path / "rows.jsonl"], out, min_gap=2, force=True)
     with pytest.raises(UserError, match="does not exist"):
         pairs.write([tmp_path / "rows.jsonl"], tmp_path / "none" / "x.jsonl")
@@ -179,7 +179,7 @@ def test_outputs_are_whole_or_absent_and_never_overwritten_unasked(tmp_path):
 def test_scored_logs_of_one_model_and_its_rivals_make_pairs(tmp_path):
     """Real questions, answered by two models; the second is the first with its last turn replaced."""
     log = Path(__file__).parent / "fixtures" / "hotpotqa_scored.json"
-    real = [found.trajectory for found in converter("hotpotqa")([log]) if hasattr(found, "trajectory")]
+    real = [item.trajectory for item in converter("hotpotqa")([log]) if hasattr(item, "trajectory")]
     rows = []
     for one in map(to_dict, real):
         rival = json.loads(json.dumps(one))
@@ -188,11 +188,11 @@ def test_scored_logs_of_one_model_and_its_rivals_make_pairs(tmp_path):
         last = max(at for at, turn in enumerate(one["conversation"]) if turn["role"] == "assistant")
         rival["conversation"][last:] = [says("I do not know.")]
         rows += [one, rival]
-    found = {pair["unique_trajectory_id"]: pair for pair in mined(tmp_path, *rows)[0]}
+    pairs_by_id = {pair["unique_trajectory_id"]: pair for pair in mined(tmp_path, *rows)[0]}
     assert real
     for one in map(to_dict, real):
         name = one["unique_trajectory_id"]
-        pair = found[f"{name} > {name}_rival"]
+        pair = pairs_by_id[f"{name} > {name}_rival"]
         assert pair["conversation"] + pair["chosen"] == one["conversation"]
         assert pair["rejected"] == [says("I do not know.")]
 
@@ -228,7 +228,7 @@ def plain(turn: dict) -> dict:
 
 
 def expected(rows: list[dict], min_gap: float, per_task: int) -> list[str]:
-    """The definition, written out: all pairs of a task, compared turn by turn, sorted, the first ones taken."""
+    """Reference implementation: compares all pairs of a task turn by turn, sorts them, and takes the first."""
     by_task: dict[str, list[dict]] = {}
     for one in rows:
         start = next(at for at, turn in enumerate(one["conversation"]) if turn["role"] == "assistant")
@@ -240,15 +240,15 @@ def expected(rows: list[dict], min_gap: float, per_task: int) -> list[str]:
             if not any([*map(plain, one["conversation"])] == [*map(plain, other["conversation"])]
                        and one["score"] == other["score"] for other in kept):  # fmt: skip
                 kept.append(one)
-        found = []
+        of_task = []
         for one, other in combinations(kept, 2):
-            chosen, rejected = sorted((one, other), key=lambda each: -each["score"])
+            chosen, rejected = sorted((one, other), key=lambda scored: -scored["score"])
             gap = chosen["score"] - rejected["score"]
             turns = zip(map(plain, chosen["conversation"]), map(plain, rejected["conversation"]), strict=False)
             differing = next(((a, b) for a, b in turns if a != b), None)
             if gap > 0 and gap >= min_gap and differing and all(turn["role"] == "assistant" for turn in differing):
-                found.append((-gap, chosen["unique_trajectory_id"], rejected["unique_trajectory_id"]))
-        names += [f"{chosen} > {rejected}" for _, chosen, rejected in sorted(found)[:per_task]]
+                of_task.append((-gap, chosen["unique_trajectory_id"], rejected["unique_trajectory_id"]))
+        names += [f"{chosen} > {rejected}" for _, chosen, rejected in sorted(of_task)[:per_task]]
     return names
 
 
@@ -258,18 +258,18 @@ def test_agrees_with_the_definition_and_counts_add_up(tmp_path_factory, rows, mi
     folder = tmp_path_factory.mktemp("pairs")
     wanted = expected(rows, min_gap, per_task)
     if not wanted:
-        with pytest.raises(UserError, match="not one pair"):
+        with pytest.raises(UserError, match="no pairs"):
             mined(folder, *rows, min_gap=min_gap, per_task=per_task)
         return
-    found, report = mined(folder, *rows, min_gap=min_gap, per_task=per_task)
-    assert [pair["unique_trajectory_id"] for pair in found] == wanted
+    kept, report = mined(folder, *rows, min_gap=min_gap, per_task=per_task)
+    assert [pair["unique_trajectory_id"] for pair in kept] == wanted
     dropped = counts(report, "trajectory")
     left = len(rows) - dropped.get("alone-in-its-task", 0) - dropped.get("repeated", 0)
-    all_pairs = len(found) + sum(counts(report, "pair").values())
+    all_pairs = len(kept) + sum(counts(report, "pair").values())
     assert all_pairs <= left * (left - 1) // 2
     if report["tasks"] - dropped.get("alone-in-its-task", 0) == 1:
         assert all_pairs == left * (left - 1) // 2
     shuffled = rows[:]
     rng.shuffle(shuffled)
     again = {pair["unique_trajectory_id"] for pair in mined(folder, *shuffled, min_gap=min_gap, per_task=per_task)[0]}
-    assert again == set(wanted)  # the order of the rows changes nothing but the order of the tasks
+    assert again == set(wanted)  # the order of the rows affects only the order of the tasks

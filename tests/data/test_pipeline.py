@@ -1,4 +1,4 @@
-"""Batches: the same for any number of hosts, after any resume; every trajectory once an epoch; shares as configured."""
+"""Batches: equal for any number of hosts and after any resume; configured shares; every trajectory once per epoch."""
 
 import json
 from collections import Counter
@@ -121,16 +121,16 @@ def test_global_batches_are_the_same_on_any_hosts_and_after_any_resume(drawn, at
 
 
 def as_packed(batch: pipeline.Row, origins: list[pipeline.Origin], sources: list[Loaded], config: Data) -> None:
-    """Fails unless the rows hold the examples that they are said to hold, in order, and nothing else."""
+    """Fails unless the rows contain exactly the examples of `origins`, in order."""
     sides = 2 if config.pairs else 1
-    told = iter(origins)
+    remaining = iter(origins)
     columns = (batch.tokens, batch.positions, batch.segments, batch.groups)
     references = batch.tokens if batch.reference is None else batch.reference
     for tokens, positions, segments, groups, reference in zip(*columns, references, strict=True):
         count = segments.max() // sides
         assert not config.pairs or 1 <= count <= config.max_pairs
         at = 0
-        for number, (source, row) in enumerate((next(told) for _ in range(count)), start=1):
+        for number, (source, row) in enumerate((next(remaining) for _ in range(count)), start=1):
             one = sources[source].train[row]
             place = slice(at, at := at + len(one["tokens"]))
             assert tokens[place].tolist() == one["tokens"].tolist()
@@ -142,7 +142,7 @@ def as_packed(batch: pipeline.Row, origins: list[pipeline.Origin], sources: list
             assert "reference" not in one or reference[place].tolist() == one["reference"].tolist()
         assert not segments[at:].any()
         assert not groups[at:].any()
-    assert next(told, None) is None
+    assert next(remaining, None) is None
 
 
 @SEARCH
@@ -194,10 +194,10 @@ def test_rows_are_packed_whole_and_isolated():
             tokens, labels, weights, positions, segments = row
             assert not weights[segments == 0].any()
             for segment in range(1, segments.max() + 1):
-                mine = segments == segment
-                assert len(set(tokens[mine])) == 1  # one trajectory, not parts of two
-                assert np.array_equal(positions[mine], np.arange(mine.sum()))
-                assert np.array_equal(tokens[mine], labels[mine])
+                inside = segments == segment
+                assert len(set(tokens[inside])) == 1  # one trajectory, not parts of two
+                assert np.array_equal(positions[inside], np.arange(inside.sum()))
+                assert np.array_equal(tokens[inside], labels[inside])
 
 
 def test_weights_by_epochs_sizes_and_tokens():
@@ -315,13 +315,13 @@ def test_heldout_batches_read_no_more_than_they_give():
     batches = list(pipeline.heldout_batches([held], DATA, rows=2, limit=2))
     assert len(batches) == 2
     assert max(reads) < 200
-    halves = [list(pipeline.heldout_batches([held], DATA, rows=2, limit=2, mine=block(2, at, 2))) for at in (0, 1)]
+    halves = [list(pipeline.heldout_batches([held], DATA, rows=2, limit=2, host_rows=block(2, at, 2))) for at in (0, 1)]
     assert all(same(whole, joined(list(parts))) for whole, *parts in zip(batches, *halves, strict=True))
 
 
 @SEARCH
 @given(st.integers(1, 25), st.integers(1, 25), st.integers(0, 12), st.integers(1, 3))
-def test_data_that_changed_continue_at_the_same_draw_and_leave_none_out(
+def test_data_that_changed_continue_at_the_same_draw_and_skip_none(
     size: int, size_now: int, batches: int, windows: int
 ):
     weights = {"a": 2.0, "b": 1.0}

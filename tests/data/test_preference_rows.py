@@ -47,7 +47,7 @@ def pairs(path: Any) -> list[sources.Item]:
     return list(sources.read(Source(name="p", files=[str(path)], format="pairs")))
 
 
-def said(pair: Any) -> Any:
+def sides(pair: Any) -> Any:
     assert isinstance(pair, Pair), pair
     return [
         (
@@ -66,7 +66,7 @@ def test_every_layout_gives_the_same_pair(layout, write_jsonl):
     (item,) = pairs(write_jsonl(LAYOUTS[layout]))
     before = [("system", "Be brief.", []), ("user", "Tide?", [])]
     chosen, rejected = [*before, ("assistant", "", ["tide"])], [*before, ("assistant", "No idea.", [])]
-    assert said(item.trajectory) == [(chosen, [TOOL]), (rejected, [TOOL])]
+    assert sides(item.trajectory) == [(chosen, [TOOL]), (rejected, [TOOL])]
     assert {repair.reason for repair in item.repairs} <= {"string-tools"}
     assert isinstance(item.trajectory, Pair)
     assert item.trajectory.id == "rows:1"
@@ -80,13 +80,13 @@ def test_texts_and_scores(write_jsonl):
     items = pairs(write_jsonl(trl, whole, alpaca))
     expected = [[("user", "Hi?", []), ("assistant", text, [])] for text in ("Hello.", "Go.")]
     for item in items:
-        assert [turns for turns, _ in said(item.trajectory)] == expected
+        assert [turns for turns, _ in sides(item.trajectory)] == expected
         assert item.repairs == ()
     scores = [(item.trajectory.chosen.score, item.trajectory.rejected.score) for item in items]  # pyright: ignore
     assert scores == [(9.0, 2.0), (9.0, 2.0), (None, None)]
 
 
-def test_what_is_repaired_in_the_prompt_is_told_once(write_jsonl):
+def test_repairs_of_the_prompt_are_reported_once(write_jsonl):
     history = [ASK, IN_TEXT, {"role": "tool", "tool_call_id": "other", "content": "2 m"}]
     row = {"prompt": history, "chosen": [NO], "rejected": [LOOK], "tools": [TOOL], "note": "x"}
     (item,) = pairs(write_jsonl(row))
@@ -104,7 +104,7 @@ def test_what_is_repaired_in_the_prompt_is_told_once(write_jsonl):
         ({"chosen": [SYSTEM, ASK | {"content": "?"}, LOOK]}, "first-differs-at-a-user-or-tool-turn", "differ at"),
     ],
 )
-def test_what_is_no_pair_says_why(changes, reason, detail, write_jsonl):
+def test_invalid_pairs_have_a_reason(changes, reason, detail, write_jsonl):
     path = write_jsonl(copy.deepcopy(LAYOUTS["trl"]) | changes)
     (item,) = pairs(path)
     assert isinstance(item.trajectory, InvalidTrajectory)
@@ -122,4 +122,4 @@ def test_columns(tmp_path):
         path = tmp_path / f"{number}.parquet"
         Dataset.from_list([json.loads(text)]).to_parquet(str(path))
         (item,) = pairs(path)
-        assert said(item.trajectory)[0][0][-1] == ("assistant", "", ["tide"]), layout
+        assert sides(item.trajectory)[0][0][-1] == ("assistant", "", ["tide"]), layout

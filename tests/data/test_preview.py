@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from xlam_jax import config as configs
 from xlam_jax.data import corpus, pipeline, preview
 from xlam_jax.data.parse import read_jsonl
-from xlam_jax.data.render import KINDS, known, render
+from xlam_jax.data.render import KINDS, codec_and_format, render
 from xlam_jax.data.tokenizer import load_tokenizer
 from xlam_jax.errors import UserError
 
@@ -107,7 +107,9 @@ def test_both_sides_of_pairs_are_shown_as_they_are_trained(config):
 def test_names_each_segment_and_marks_its_tokens_as_rendered(config, shown):
     run, tokenizer, _ = loaded(config)
     trajectories = {
-        (source.name, found.id): found for source in run.data.sources for _, found in read_jsonl(source.files[0])
+        (source.name, trajectory_of_file.id): trajectory_of_file
+        for source in run.data.sources
+        for _, trajectory_of_file in read_jsonl(source.files[0])
     }
     for segment in (segment for row in shown for segment in row.segments):
         trajectory = trajectories[segment.source, segment.id]
@@ -148,8 +150,8 @@ def test_the_plain_text_says_which_words_are_trained(shown):
                 trained[name] = trained.get(name, "") + token.text
         assert trained
         for name in trained:
-            found = "".join(words for kind, _, words in marked if kind == name)
-            assert re.sub("[⟦⟧⏎]", "", found) == trained[name]
+            words_of_kind = "".join(words for kind, _, words in marked if kind == name)
+            assert re.sub("[⟦⟧⏎]", "", words_of_kind) == trained[name]
         assert {weight for kind, weight, _ in marked if kind == "thought"} <= {" ×0.5"}
         assert {weight for kind, weight, _ in marked if kind != "thought"} == {""}
     assert f"{shown[0].padding} of 1024 places are padding" in text
@@ -229,9 +231,9 @@ def test_the_texts_of_tokens_are_exactly_the_text(text):
     for name in ("mistral:v3", str(ROOT / "examples" / "quickstart" / "tokenizer")):
         tokenizer = load_once(name)
         shown = preview.texts(tokenizer)
-        # text that looks like ours for single bytes would not be told apart
+        # text that looks like our notation for single bytes would be ambiguous
         clean = text.replace("⟨", "(").replace("▁", "_")
-        plain = known(tokenizer, "xlam")[0].plain  # a control token written out is text
+        plain = codec_and_format(tokenizer, "xlam")[0].plain  # a control token written out is text
         pieces = [shown(token) for token in plain.encode(clean, add_special_tokens=False).ids]
         assert not any(special for _, special in pieces)
         raw = re.sub(

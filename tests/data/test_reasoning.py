@@ -1,4 +1,4 @@
-"""What a reasoning model writes before its answer: kept in a field of its own, reported where it is not rendered."""
+"""Reasoning before an answer: kept in a separate field, reported where it is not rendered."""
 
 import copy
 from pathlib import Path
@@ -63,11 +63,11 @@ def test_parts_of_text_stay_text():
     parts = [{"type": "thinking", "thinking": THOUGHT}, {"type": "text", "text": "I look."}]
     turn = convert("openai", messages(content=parts), "text-parts").conversation[1]
     assert (turn.reasoning, turn.content) == (THOUGHT, "I look.")
-    # reasoning of others than the assistant, and of no known kind, is left out and counted
+    # reasoning in turns of others and of unknown kinds is dropped and counted
     row = messages(reasoning={"effort": "high"})
     row["messages"][0] = ASK | {"reasoning": THOUGHT}
-    found = convert("openai", row, "unknown-key", "unknown-key")
-    assert not any(turn.reasoning for turn in found.conversation)
+    trajectory = convert("openai", row, "unknown-key", "unknown-key")
+    assert not any(turn.reasoning for turn in trajectory.conversation)
 
 
 def test_it_comes_back_from_every_form_that_can_hold_it():
@@ -87,7 +87,7 @@ def test_it_comes_back_from_every_form_that_can_hold_it():
         assert reasons & {"reasoning-not-held", "turns-not-held"}, format
 
 
-def test_a_turn_of_reasoning_alone_says_nothing():
+def test_a_turn_of_reasoning_alone_is_empty():
     row = {"conversation": [ASK, {"role": "assistant", "content": "", "reasoning": THOUGHT}]}
     assert [problem.reason for problem in check_row(row)][-1] == "empty-assistant-turn"
 

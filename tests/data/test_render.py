@@ -37,7 +37,7 @@ def calls_of(message: Message) -> tuple[ToolCall, ...] | None:
 
 @pytest.fixture(scope="module")
 def reloaded_v1(tokenizer, tmp_path_factory):
-    """The tokenizer as a server gets it after training in the format xlam_v1."""
+    """The tokenizer of a server after training in the format xlam_v1."""
     from transformers import AutoTokenizer
 
     folder = tmp_path_factory.mktemp("xlam_v1")
@@ -127,7 +127,7 @@ def test_weights_are_those_of_the_kinds(format, tokenizer, row):
             assert span[:4] == before[:4]
             assert set(one.weights[span.start : span.end]) == {np.float32(span.weight)}
             seen.add((span.turn, span.kind, span.weight, before.weight))
-    trained = {found for found in seen if found[1] != "prompt"}
+    trained = {item for item in seen if item[1] != "prompt"}
     assert trained == {
         (1, "thought", 0.5, 1.0),
         (1, "tool_call", 2.0, 1.0),
@@ -139,7 +139,7 @@ def test_weights_are_those_of_the_kinds(format, tokenizer, row):
         (7, "arguments", 2.0, 1.0),
         (7, "eos", 2.0, 1.0),
     }
-    assert {found[2:] for found in seen - trained} == {(0.0, 0.0)}
+    assert {item[2:] for item in seen - trained} == {(0.0, 0.0)}
 
 
 def trained_turns(trajectory: Trajectory, tokenizer, format: str, loss: Loss) -> set[int]:
@@ -148,7 +148,7 @@ def trained_turns(trajectory: Trajectory, tokenizer, format: str, loss: Loss) ->
 
 
 @pytest.mark.parametrize("format", ["xlam", "xlam_v1"])
-def test_which_turns_carry_loss(format, row):
+def test_which_turns_are_trained(format, row):
     tokenizer = load_tokenizer("mistral:v3")
     last = Loss(turns="last")
 
@@ -199,7 +199,7 @@ def test_a_prompt_is_where_the_rendered_answer_starts(format, tokenizer, row, tu
 
 @pytest.mark.parametrize("format", ["xlam", "xlam_v1"])
 def test_a_prompt_follows_the_tokenizers_own_template(format, tokenizer, row, tmp_path):
-    """What a folder was saved for is how requests are rendered with it."""
+    """Requests are rendered in the format for which a tokenizer was saved."""
     save(tokenizer, tmp_path, format)
     messages, tools = row["conversation"][:1], row["tools"]
     expected = render_prompt(messages, tools, tokenizer, format)
@@ -211,7 +211,7 @@ def test_string_arguments_render_like_objects(tokenizer, reloaded, row):
     for turn in row["conversation"]:
         for call in turn.get("tool_calls", []):
             call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
-    row["conversation"][3]["content"] = row["conversation"][7]["content"] = None  # null is no text, for both
+    row["conversation"][3]["content"] = row["conversation"][7]["content"] = None  # null means no text, for both
     assert render(parse_trajectory(row), tokenizer).input_ids.tolist() == ids
     messages = [{"role": "system", "content": row["task_instruction"]}, *row["conversation"]]
     assert reloaded.apply_chat_template(messages, tools=row["tools"], return_dict=False) == ids

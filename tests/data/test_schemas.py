@@ -11,7 +11,7 @@ from xlam_jax.data.schemas import Parameters, compiled
 CITY = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}, "required": ["city"]}
 
 
-def found(schema: object, arguments: dict) -> list[tuple[str, str]]:
+def problems_of(schema: object, arguments: dict) -> list[tuple[str, str]]:
     return [tuple(problem) for problem in Parameters(schema).check(arguments)]
 
 
@@ -65,7 +65,7 @@ def found(schema: object, arguments: dict) -> list[tuple[str, str]]:
 )  # fmt: skip
 def test_arguments_are_checked(schema, arguments, expected):
     assert Parameters(schema).problems == []
-    assert found(schema, arguments) == expected
+    assert problems_of(schema, arguments) == expected
 
 
 NESTED = {
@@ -97,7 +97,7 @@ NESTED = {
     ],
 )
 def test_undeclared_and_missing_arguments_are_found_at_any_depth(arguments, reason, where):
-    problems = found(NESTED, arguments)
+    problems = problems_of(NESTED, arguments)
     if reason is None:
         assert problems == []
     else:
@@ -108,10 +108,10 @@ def test_undeclared_and_missing_arguments_are_found_at_any_depth(arguments, reas
 @pytest.mark.parametrize(
     ("schema", "problem"),
     [
-        ({"type": "dict", "properties": {}}, 'parameters.type is "dict", no type of JSON Schema; .* mean "object"'),
+        ({"type": "dict", "properties": {}}, 'parameters.type is "dict", not a type of JSON Schema; .* mean "object"'),
         ({"properties": {"a": {"type": "str"}}}, 'parameters.properties.a.type is "str".*did you mean "string"'),
         ({"properties": {"a": {"type": ["int", "None"]}}}, 'did you mean \\["integer", "null"\\]'),
-        ({"properties": {"a": {"type": "any"}}}, 'properties.a.type is "any", no type of JSON Schema$'),
+        ({"properties": {"a": {"type": "any"}}}, 'properties.a.type is "any", not a type of JSON Schema$'),
         ({"properties": {"a": {"type": "string", "required": True}}}, "properties.a.required is true"),
         ({"properties": {"a": "string"}}, 'properties.a is "string", expected a JSON Schema'),
         ({"properties": {}, "required": ["a"]}, 'parameters.required names "a", which properties does not declare'),
@@ -120,7 +120,7 @@ def test_undeclared_and_missing_arguments_are_found_at_any_depth(arguments, reas
         ([1], "parameters is \\[1\\], a JSON Schema is an object"),
     ],
 )  # fmt: skip
-def test_malformed_schemas_are_told(schema, problem):
+def test_malformed_schemas_are_reported(schema, problem):
     problems = Parameters(schema).problems
     assert len(problems) == 1
     assert re.search(problem, problems[0]), problems
@@ -133,15 +133,15 @@ def test_what_a_malformed_schema_does_say_is_checked_all_the_same():
         "required": ["a"],
     }
     assert len(Parameters(schema).problems) == 5
-    assert found(schema, {"a": 1.5, "b": [], "c": 2}) == []
-    assert [reason for reason, _ in found(schema, {"b": 1, "c": "x", "d": 0})] == [
+    assert problems_of(schema, {"a": 1.5, "b": [], "c": 2}) == []
+    assert [reason for reason, _ in problems_of(schema, {"b": 1, "c": "x", "d": 0})] == [
         "wrong-type",
         "missing-argument",
         "extra-argument",
     ]
     assert schema["type"] == "dict"  # the row itself is not changed
     flat = {"city": {"type": "string"}}
-    assert [reason for reason, _ in found(flat, {"city": 3, "cty": ""})] == ["wrong-type", "extra-argument"]
+    assert [reason for reason, _ in problems_of(flat, {"city": 3, "cty": ""})] == ["wrong-type", "extra-argument"]
 
 
 @pytest.mark.parametrize(
@@ -153,9 +153,9 @@ def test_what_a_malformed_schema_does_say_is_checked_all_the_same():
         {"$schema": "http://json-schema.org/draft-03/schema#", "properties": {"a": {"type": "thing"}}},
     ],
 )
-def test_schemas_that_cannot_be_applied_are_told_and_nothing_is_fetched(schema, monkeypatch):
+def test_schemas_that_cannot_be_applied_are_reported_and_nothing_is_fetched(schema, monkeypatch):
     monkeypatch.setattr("urllib.request.urlopen", lambda *_: pytest.fail("a schema made us load something"))
-    problems = found(schema, {"a": 1})
+    problems = problems_of(schema, {"a": 1})
     assert [reason for reason, _ in problems] == ["bad-schema"]
     assert "can't be applied" in problems[0][1]
 
@@ -166,7 +166,7 @@ def test_the_dialect_is_that_of_the_schema():
         "properties": {"n": {"minimum": 0, "exclusiveMinimum": True}},
     }
     assert Parameters(four).problems == []
-    assert [reason for reason, _ in found(four, {"n": 0})] == ["wrong-value"]
+    assert [reason for reason, _ in problems_of(four, {"n": 0})] == ["wrong-value"]
     now = {key: value for key, value in four.items() if key != "$schema"}
     assert Parameters(now).problems  # exclusiveMinimum is a number today
 
@@ -180,8 +180,8 @@ UNIQUE = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems":
 
 def test_long_lists_of_unique_items_take_no_longer():
     items: list = [{"at": [at, str(at)]} for at in range(20_000)]
-    assert found(UNIQUE, {"a": items}) == []  # compared in pairs it would take an hour
-    assert [reason for reason, _ in found(UNIQUE, {"a": [*items, items[0]]})] == ["wrong-value"]
+    assert problems_of(UNIQUE, {"a": items}) == []  # compared in pairs it would take an hour
+    assert [reason for reason, _ in problems_of(UNIQUE, {"a": [*items, items[0]]})] == ["wrong-value"]
 
 
 names = st.sampled_from(["a", "b", "c", "d"])
@@ -218,7 +218,7 @@ schemas = st.recursive(
 def test_agrees_with_plain_json_schema_but_for_undeclared_arguments(properties, required, arguments):
     schema = {"type": "object", "properties": properties, "required": required}
     valid = jsonschema.Draft202012Validator(schema).is_valid(arguments)
-    problems = found(schema, arguments)
+    problems = problems_of(schema, arguments)
     assert not [reason for reason, _ in problems if reason == "bad-schema"]
     if not valid:
         assert problems
@@ -232,7 +232,7 @@ def test_agrees_with_plain_json_schema_but_for_undeclared_arguments(properties, 
 @settings(deadline=None, max_examples=150, derandomize=True)
 @given(st.lists(values, max_size=4))
 def test_items_are_unique_as_json_schema_says(items):
-    assert (found(UNIQUE, {"a": items}) == []) == jsonschema.Draft202012Validator(UNIQUE).is_valid({"a": items})
+    assert (problems_of(UNIQUE, {"a": items}) == []) == jsonschema.Draft202012Validator(UNIQUE).is_valid({"a": items})
 
 
 KEYWORDS = (

@@ -1,4 +1,4 @@
-"""Sources: the same trajectories from every container; what is wrong is told by key, value and what to do."""
+"""Sources: the same trajectories from every container; errors name key, value and what to do."""
 
 import copy
 import gzip
@@ -40,9 +40,9 @@ def rows(quickstart: Path) -> list[dict]:
 @pytest.fixture
 def plain(rows, write_jsonl) -> list[Trajectory]:
     """What the rows are, read as JSON lines."""
-    found = [item for _, item in read_jsonl(write_jsonl(*rows, name="plain.jsonl"))]
-    assert all(isinstance(item, Trajectory) for item in found)
-    return found  # pyright: ignore[reportReturnType]
+    read_back = [item for _, item in read_jsonl(write_jsonl(*rows, name="plain.jsonl"))]
+    assert all(isinstance(item, Trajectory) for item in read_back)
+    return read_back  # pyright: ignore[reportReturnType]
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def trajectories(**source: object) -> list[Trajectory]:
 
 
 def as_texts(rows: list[dict]) -> list[dict]:
-    """Rows whose nested columns are JSON texts, as most do who put trajectories into columns."""
+    """Rows with nested columns as JSON texts, as is common for trajectories in columns."""
     return [row | {key: json.dumps(row[key]) for key in ("tools", "conversation")} for row in rows]
 
 
@@ -92,9 +92,11 @@ def test_a_row_without_an_id_is_named_alike_however_it_is_packed(rows, write_jso
     del rows[0]["unique_trajectory_id"]
     text = write_jsonl(rows[0]).read_bytes()
     (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(text))
-    (known,) = (item for _, item in read_jsonl(tmp_path / "rows.jsonl"))
+    (expected,) = (item for _, item in read_jsonl(tmp_path / "rows.jsonl"))
     assert (
-        trajectories(files=[f"{tmp_path}/rows.jsonl.gz"]) == trajectories(files=[f"{tmp_path}/rows.jsonl"]) == [known]
+        trajectories(files=[f"{tmp_path}/rows.jsonl.gz"])
+        == trajectories(files=[f"{tmp_path}/rows.jsonl"])
+        == [expected]
     )
 
 
@@ -192,17 +194,17 @@ def test_a_damaged_container_is_an_error_not_an_empty_source(rows, tmp_path, kin
 
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(drawn=st.data())
-def test_every_container_gives_one_item_a_row_whatever_is_in_it(row, drawn, tmp_path):
-    """Nothing raises and nothing is lost: a row is a trajectory or says why it is none, the same in each container."""
+def test_every_container_gives_one_item_per_row_for_any_content(row, drawn, tmp_path):
+    """No row raises or is lost: it is a trajectory or has a reason, the same in each container."""
     rows = drawn.draw(st.lists(st.just(row) | broken(row) | JSON, min_size=1, max_size=4))
     both = [{key: one.get(key) for key in ("tools", "conversation")} if isinstance(one, dict) else {} for one in rows]
     texts = [{key: None if value is None else as_json(value) for key, value in one.items()} for one in both]
     pq.write_table(pa.Table.from_pylist(texts, TEXTS), tmp_path / "rows.parquet")
     write_array_record(tmp_path / "rows.array_record", [as_json(one).encode() for one in both])
     (tmp_path / "rows.jsonl").write_text("".join(as_json(one) + "\n" for one in both))
-    found = [read(files=[f"{tmp_path}/rows.{kind}"]) for kind in ("jsonl", "array_record", "parquet")]
-    assert [len(items) for items in found] == [len(rows)] * 3
-    for items in zip(*found, strict=True):
+    by_container = [read(files=[f"{tmp_path}/rows.{kind}"]) for kind in ("jsonl", "array_record", "parquet")]
+    assert [len(items) for items in by_container] == [len(rows)] * 3
+    for items in zip(*by_container, strict=True):
         outcomes = {getattr(item.trajectory, "reason", None) or repr(item.trajectory) for item in items}
         assert len(outcomes) == 1, outcomes
 
@@ -248,7 +250,7 @@ def test_filters_say_why(row, write_jsonl, filters, reason):
     assert item.trajectory == Filtered(reason) if reason else isinstance(item.trajectory, Trajectory)
 
 
-def test_a_score_that_is_asked_for_must_be_there(row, write_jsonl):
+def test_a_required_score_must_be_present(row, write_jsonl):
     del row["score"]
     (item,) = read(files=[str(write_jsonl(row))], filters={"min_score": 0.0})
     assert item.trajectory == Filtered("no-score")
@@ -284,7 +286,7 @@ def test_one_place_per_source(source, message):
     [
         ({"files": ["FILE"], "split": "test"}, "split is 'test', and files have no splits"),
         ({"files": ["FILE"], "format": "hamer"}, "format 'hamer' is not known.*did you mean 'hammer'"),
-        ({"files": ["FILE.txt"]}, r"rows\.jsonl\.txt: .*known are \.jsonl, .*\.parquet, \.array_record"),
+        ({"files": ["FILE.txt"]}, r"rows\.jsonl\.txt: .*known: \.jsonl, .*\.parquet, \.array_record"),
         ({"files": ["DIR/raws.jsonl"]}, r"raws\.jsonl: no such file; did you mean 'rows\.jsonl'"),
         ({"files": ["DIR/folder.jsonl"]}, r"folder\.jsonl: is a folder"),
         (
@@ -295,7 +297,7 @@ def test_one_place_per_source(source, message):
         ({"dataset": "FILE"}, "is a file; name it under files"),
     ],
 )
-def test_settings_that_do_not_go_together(row, write_jsonl, tmp_path, source, message):
+def test_conflicting_settings(row, write_jsonl, tmp_path, source, message):
     file = write_jsonl(row)
     (tmp_path / "folder.jsonl").mkdir()
     text = json.dumps(source).replace("FILE", str(file)).replace("DIR", str(tmp_path))
@@ -303,9 +305,9 @@ def test_settings_that_do_not_go_together(row, write_jsonl, tmp_path, source, me
         read(**json.loads(text))
 
 
-def test_columns_of_another_format_are_told(tmp_path):
+def test_columns_of_another_format_are_reported(tmp_path):
     pq.write_table(pa.Table.from_pylist([{"messages": "x", "tools": "y"}]), tmp_path / "rows.parquet")
-    with pytest.raises(UserError, match=r"'conversation', and this has messages, tools; say with format"):
+    with pytest.raises(UserError, match=r"'conversation', and this has messages, tools; set the source's format"):
         read(files=[f"{tmp_path}/rows.parquet"])
 
 
@@ -371,10 +373,10 @@ def hub_cache(rows: list[dict], hf_home: Path, tmp_path: Path) -> None:
     (tmp_path / "repository").mkdir()
     pq.write_table(columns(as_texts(rows)), tmp_path / "repository" / "train.parquet")
     load_dataset(str(tmp_path / "repository"), cache_dir=str(tmp_path / "elsewhere"))
-    (made,) = (path.parent for path in (tmp_path / "elsewhere").rglob("dataset_info.json"))
+    (cached,) = (path.parent for path in (tmp_path / "elsewhere").rglob("dataset_info.json"))
     (hf_home / "org___made" / "default" / "0.0.0").mkdir(parents=True)
-    (made / "repository-train.arrow").rename(made / "made-train.arrow")
-    made.rename(hf_home / "org___made" / "default" / "0.0.0" / ("0" * 40))
+    (cached / "repository-train.arrow").rename(cached / "made-train.arrow")
+    cached.rename(hf_home / "org___made" / "default" / "0.0.0" / ("0" * 40))
 
 
 def test_a_hub_dataset_that_was_downloaded_before_needs_no_network(rows, plain, tmp_path, hf_home):
@@ -384,7 +386,7 @@ def test_a_hub_dataset_that_was_downloaded_before_needs_no_network(rows, plain, 
     assert items[1].where == "org/made:train[1]"
 
 
-def test_without_network_an_unknown_hub_dataset_is_told_at_once(hf_home):
+def test_without_network_an_unknown_hub_dataset_is_reported_at_once(hf_home):
     with pytest.raises(UserError, match=r"dataset org/none: the hub can't be reached, and .*hf does not have it"):
         read(dataset="org/none")
 

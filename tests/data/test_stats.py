@@ -19,7 +19,7 @@ QUICKSTART = ROOT / "examples" / "quickstart"
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Path:
-    """Two bundled sources in rows too short for some, and a third with a line that is no trajectory."""
+    """Two bundled sources in rows too short for some, and a third with an invalid line."""
     folder = tmp_path_factory.mktemp("stats")
     hammer = (QUICKSTART / "hammer.jsonl").read_text(encoding="utf-8").splitlines()
     (folder / "short.jsonl").write_text("\n".join([*hammer[:60], "[1]", '{"conversation": []}']), encoding="utf-8")
@@ -47,7 +47,7 @@ def test_counts_what_is_there(config, collected):
     """Counted again, row by row, from the files."""
     data = configs.load(config).config.data
     tokenizer = load_tokenizer(data.tokenizer)
-    for source, found in zip(data.sources, collected.sources, strict=True):
+    for source, counted in zip(data.sources, collected.sources, strict=True):
         counts: Counter[str] = Counter()
         lengths, weighted = [], 0.0
         kinds = np.zeros(len(KINDS), int)
@@ -71,14 +71,14 @@ def test_counts_what_is_there(config, collected):
                     kinds[KINDS.index(span.kind)] += span.end - span.start
         kinds[KINDS.index("prompt")] -= len(lengths)  # the first token is nobody's label
         dropped = {key: counts[key] for key in ("too-long", "not-an-object", "no-conversation") if counts[key]}
-        assert found.name == source.name
-        assert found.dropped == dropped
+        assert counted.name == source.name
+        assert counted.dropped == dropped
         for key in ("trajectories", "heldout", "turns", "calls", "trained"):
-            assert getattr(found, key) == counts[key], key
-        assert found.lengths.tolist() == lengths
-        assert found.tokens == sum(lengths)
-        assert found.weighted == pytest.approx(weighted)
-        assert found.kinds.tolist() == kinds.tolist()
+            assert getattr(counted, key) == counts[key], key
+        assert counted.lengths.tolist() == lengths
+        assert counted.tokens == sum(lengths)
+        assert counted.weighted == pytest.approx(weighted)
+        assert counted.kinds.tolist() == kinds.tolist()
     assert collected.sources[0].dropped["too-long"] > 0
     assert collected.sources[2].dropped == {"not-an-object": 1, "no-conversation": 1}
 
@@ -124,8 +124,8 @@ def test_a_split_trajectory_is_counted_once(config):
 
 
 def test_augmentation_can_be_looked_at(config):
-    found = stats.collect(config, ["data.augment.tools=true", "data.augment.negatives=0.3"], rows=40)
-    assert found.sources[2].drawn.sum() > found.sources[0].drawn.sum() > 0
+    result = stats.collect(config, ["data.augment.tools=true", "data.augment.negatives=0.3"], rows=40)
+    assert result.sources[2].drawn.sum() > result.sources[0].drawn.sum() > 0
 
 
 def test_pairs_are_counted_with_both_sides(config):
@@ -136,8 +136,8 @@ def test_pairs_are_counted_with_both_sides(config):
         "data.loss.thought=1",
         "data.sequence_length=1024",
     ]
-    found = stats.collect(config, overrides, rows=16)
-    (one,) = found.sources
+    result = stats.collect(config, overrides, rows=16)
+    (one,) = result.sources
     run = configs.load(config, overrides).config
     (loaded,) = corpus.load(run.data, load_tokenizer(run.data.tokenizer))
     assert one.trajectories == len(one.lengths) == len(loaded.train)
@@ -150,7 +150,7 @@ def test_pairs_are_counted_with_both_sides(config):
     loader = pipeline.Loader(loaded=[loaded], data=run.data, batch_size=8, seed=run.seed)
     batches = [next(loader), next(loader)]
     assert one.drawn.tolist() == [int(row.max()) // 2 for batch in batches for row in batch.segments]
-    assert re.search(r"^  source +pairs +held out", stats.table(found), re.MULTILINE)
+    assert re.search(r"^  source +pairs +held out", stats.table(result), re.MULTILINE)
 
 
 def test_the_table_says_it_all_in_narrow_lines(collected):

@@ -75,11 +75,14 @@ def test_a_build_that_fails_leaves_nothing_that_tfds_would_read(row, write_jsonl
     ("changes", "message"),
     [
         ({"split": "test"}, "split is 'test', and unified_trajectories/webshop has train"),
-        ({"tfds": "unified_trajectories/webshp"}, "cannot be opened .*which holds unified_trajectories/webshop; traj"),
+        (
+            {"tfds": "unified_trajectories/webshp"},
+            "cannot be opened .*which contains unified_trajectories/webshop; traj",
+        ),
         ({"tfds": "no_such_dataset"}, "tfds no_such_dataset: cannot be opened .*TFDS_DATA_DIR"),
     ],
 )
-def test_what_is_not_there_is_told(data_dir, changes, message):
+def test_what_is_missing_is_reported(data_dir, changes, message):
     source = Source.model_validate({"name": "w", "tfds": "unified_trajectories/webshop", **changes})
     with pytest.raises(UserError, match=f"data.sources: w: .*{message}|data.sources: w: {message}"):
         next(sources.read(source))

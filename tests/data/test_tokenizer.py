@@ -15,7 +15,7 @@ from xlam_jax.errors import UserError
 
 @pytest.fixture(scope="module", params=MISTRAL)
 def mistral(request):
-    """A Mistral tokenizer beside the SentencePiece model it is made from."""
+    """A Mistral tokenizer and the SentencePiece model that it is made from."""
     spec = find_spec("mistral_common")
     assert spec is not None
     folder = Path(str(spec.origin)).parent / "data"
@@ -32,14 +32,14 @@ def texts(model: SentencePieceProcessor) -> list[str]:
     random_ = random.Random(0)
     alphabet = ' \n\t  abAB019.,{}[]":=-_#/\\éßя中文日🙂👩‍👧\u200b\u00a0\x00\x07▁ñ\u0301한'
     pieces = [model.id_to_piece(i).replace("▁", " ") for i in range(model.vocab_size())]
-    found = [c * n for c in " -=#*\n\t.0a_/!e~" for n in range(1, 60)]
-    found += pieces[::7]
+    samples = [c * n for c in " -=#*\n\t.0a_/!e~" for n in range(1, 60)]
+    samples += pieces[::7]
     for _ in range(700):
-        found.append(
+        samples.append(
             "".join(random_.choice(alphabet) * random_.choice([1, 1, 2, 5]) for _ in range(random_.randint(1, 40)))
         )
-        found.append("".join(random_.choice(pieces) for _ in range(random_.randint(1, 25))))
-    return found
+        samples.append("".join(random_.choice(pieces) for _ in range(random_.randint(1, 25))))
+    return samples
 
 
 def test_ids_are_sentencepieces(mistral):
@@ -86,7 +86,7 @@ def test_saving_twice_gives_the_same_bytes(format, tokenizer, tmp_path):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
 
 
-def test_a_model_config_beside_it_changes_nothing(tokenizer, tmp_path):
+def test_a_model_config_next_to_it_changes_nothing(tokenizer, tmp_path):
     from transformers import MixtralConfig
 
     save(tokenizer, tmp_path)

@@ -38,14 +38,14 @@ HERMES = (
     '<tool_call>\n{{"arguments": <args-dict>, "name": <function-name>}}\n</tool_call>'
 )
 LINES = "\n".join(map(json.dumps, TOOLS))
-DECLARATIONS = {  # name: system text with {}, what stands for it
+DECLARATIONS = {  # name → (system text with {}, replacement for {})
     "hermes": (HERMES, f"<tools> {json.dumps(TOOLS)} </tools>"),
     "qwen": (
         "Be kind.\n\n# Tools\n\nSignatures are within <tools></tools> tags:\n{}\n\nCall.",
         f"<tools>\n{LINES}\n</tools>",
     ),
     "after a mention": (
-        "Signatures stand within <tools> and </tools>, or in <tools>:\n{}",
+        "Signatures are within <tools> and </tools>, or in <tools>:\n{}",
         f"<tools>\n{LINES}\n</tools>",
     ),
     "one line": ("{}", f"<tools>{json.dumps(TOOLS[0])} {json.dumps(TOOLS[1])}</tools>"),
@@ -386,7 +386,7 @@ def test_what_is_meant_as_a_call_and_is_not_read_is_reported(name: str):
 
 
 @pytest.mark.parametrize("text", PROSE)
-def test_prose_is_no_call(text: str):
+def test_prose_is_not_a_call(text: str):
     for tools in (TOOLS, []):
         assert list(check_row(row_with(text, tools))) == []
         assert to_dict(parse_trajectory(row_with(text, tools))) == row_with(text, tools)
@@ -398,7 +398,7 @@ def test_without_tools_a_marked_call_is_reported():
     assert list(check_row(row_with(CALLS["list"], []))) == []  # a task may ask for such JSON
 
 
-def test_a_call_in_the_text_beside_tool_calls_is_reported():
+def test_a_call_in_the_text_of_a_turn_with_tool_calls_is_reported():
     row = row_with("Look: " + CALLS["hermes"])
     row["conversation"][1]["tool_calls"] = [{"type": "function", "function": TIDE_CALL}]
     (problem,) = check_row(row)
@@ -429,8 +429,12 @@ def test_files_report_calls_in_text(tmp_path: Path, write_jsonl):
         f"{path}:2: call-in-text",
         f"{path}:3: call-in-text",
     ]
-    found = [item.repairs for item in sources.read(Source(name="s", files=[str(path)]))]
-    assert [[repair.reason for repair in repairs] for repairs in found] == [[], ["call-in-text"], ["left-call-in-text"]]
+    repairs_of_rows = [item.repairs for item in sources.read(Source(name="s", files=[str(path)]))]
+    assert [[repair.reason for repair in repairs] for repairs in repairs_of_rows] == [
+        [],
+        ["call-in-text"],
+        ["left-call-in-text"],
+    ]
     openai = write_jsonl({"messages": rows[2]["conversation"], "tools": TOOLS}, name="openai.jsonl")
     assert "call-in-text" in convert("openai", [openai], tmp_path / "openai.out.jsonl")["left"]
 
@@ -447,7 +451,7 @@ def test_calls_that_are_only_considered_are_not_made():
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_parallel_calls_left_in_text_a_turn_each_become_one_turn(name: str):
+def test_parallel_calls_in_the_text_of_separate_turns_become_one_turn(name: str):
     """Else the second call would get the results of both."""
     row = row_with(CALLS[name])
     row["conversation"] += [
@@ -611,7 +615,7 @@ MORE_HOSTILE = [
 
 @pytest.mark.parametrize("unit", HOSTILE)
 def test_long_texts_take_linear_time(unit: str):
-    """A search that goes over the same text again and again would take hours here."""
+    """A search in quadratic time would take hours here."""
     text = unit * (500_000 // len(unit))
     turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
     assert len(items("sharegpt", {"system": text, "conversations": turns})) == 1

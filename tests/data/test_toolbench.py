@@ -35,7 +35,7 @@ JSON = st.recursive(
 
 
 def run(name: str, *paths: Path) -> tuple[list[Trajectory], list[tuple], Counter]:
-    """Returns what was converted, (unit, row, reason) of what was dropped, and how often what was mended."""
+    """Returns (trajectories, (unit, row, reason) of dropped ones, number of repairs by reason)."""
     items = list(CONVERTERS[name](list(paths)))
     kept = [item for item in items if isinstance(item, Converted)]
     dropped = [(item.unit, item.row, item.reason) for item in items if isinstance(item, Dropped)]
@@ -55,7 +55,7 @@ def node(kind: str, text: str, *children: dict, **keys: Any) -> dict:
 
 
 def step(name: str, arguments: str, *children: dict, **keys: Any) -> dict:
-    """An action and its input; the result says what was called."""
+    """An action and its input; the result names the call."""
     return node(
         "Action",
         name,
@@ -337,14 +337,14 @@ CODE = (
 
 def test_apibench_quotes_and_a_missing_input():
     row = {"code": CODE, "api_call": "torch.hub.load('a/b', 'c')"}
-    (made,) = apibench.convert_row(row, "t")
-    assert isinstance(made, dict)
-    user, assistant = made["conversation"]
+    (unified,) = apibench.convert_row(row, "t")
+    assert isinstance(unified, dict)
+    user, assistant = unified["conversation"]
     assert (user["content"], assistant["content"]) == ("It's me.", "It's c.")
     row["code"] = CODE.replace(", 'Output'", ", 'Input': '<noinput>', 'Output'")
-    (made,) = apibench.convert_row(row, "t")
-    assert isinstance(made, dict)
-    assert made["conversation"] == [user, assistant]
+    (unified,) = apibench.convert_row(row, "t")
+    assert isinstance(unified, dict)
+    assert unified["conversation"] == [user, assistant]
 
 
 HEADINGS = (
@@ -353,14 +353,14 @@ HEADINGS = (
 )
 
 
-@pytest.mark.parametrize(("given", "asked"), [("", "It's me."), ("###Input: A photo.\n", "It's me.\nA photo.")])
-def test_apibench_with_headings(given, asked):
-    """As the evaluation file has it."""
-    row = {"code": HEADINGS.format(given), "api_call": "torch.hub.load(repo_or_dir='a/b', model='c')"}
-    (made,) = apibench.convert_row(row, "t")
-    assert isinstance(made, dict)
-    user, assistant = made["conversation"]
-    assert (user["content"], assistant["content"]) == (asked, "It is c.")
+@pytest.mark.parametrize(("input_text", "expected"), [("", "It's me."), ("###Input: A photo.\n", "It's me.\nA photo.")])
+def test_apibench_with_headings(input_text, expected):
+    """The layout of the evaluation file."""
+    row = {"code": HEADINGS.format(input_text), "api_call": "torch.hub.load(repo_or_dir='a/b', model='c')"}
+    (unified,) = apibench.convert_row(row, "t")
+    assert isinstance(unified, dict)
+    user, assistant = unified["conversation"]
+    assert (user["content"], assistant["content"]) == (expected, "It is c.")
     assert assistant["tool_calls"][0]["function"]["arguments"] == {"repo_or_dir": "a/b", "model": "c"}
 
 
@@ -372,9 +372,9 @@ def test_apibench_explanations_take_linear_time(rest):
         "code": f"{{'Instruction': q, 'Output': 'torch.hub.load('a/b', 'c')', 'explanation': 'e'{rest}x",
         "api_call": "torch.hub.load('a/b', 'c')",
     }
-    (made,) = apibench.convert_row(row, "t")
-    assert isinstance(made, dict)
-    assert made["conversation"][1]["content"] == ""
+    (unified,) = apibench.convert_row(row, "t")
+    assert isinstance(unified, dict)
+    assert unified["conversation"][1]["content"] == ""
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def test_round_trip_is_exact(row, quickstart):
 
 
 def parse(row: object) -> tuple[Trajectory, list[str]]:
-    """Returns the trajectory and the reasons of what was mended; checks that the canonical form needs no mending."""
+    """Returns (trajectory, reasons of repairs); checks that the canonical form needs no repair."""
     reasons = []
     trajectory = parse_trajectory(row, repaired=lambda reason, detail: reasons.append(reason))
     again = []
@@ -47,7 +47,7 @@ def set_(path: str, value: object):
 
 
 def drop(path: str):
-    """Returns a change that removes what lies at `path`."""
+    """Returns a change that removes the value at `path`."""
 
     def change(row: dict) -> None:
         *front, last = [int(key) if key.isdigit() else key for key in path.split(".")]
@@ -60,7 +60,7 @@ def drop(path: str):
 
 CALL = "conversation.1.tool_calls.0"
 RESULT = "conversation.2"
-SAME = [  # what comes out is the row as it was
+SAME = [  # the row stays as it was
     (
         set_(f"{CALL}.function.arguments", '{"city": "Tromsø", "a": [1, 2.5, null, {"z": "\'\\"\\\\\\n"}]}'),
         ["string-arguments"],
@@ -96,7 +96,7 @@ SAME = [  # what comes out is the row as it was
 
 
 @pytest.mark.parametrize(("change", "reasons"), SAME)
-def test_defects_are_mended_and_told(row, change, reasons):
+def test_defects_are_repaired_and_reported(row, change, reasons):
     plain = parse_trajectory(copy.deepcopy(row))
     change(row)
     assert parse(row) == (plain, reasons)
@@ -122,7 +122,7 @@ def test_tools_in_a_text_are_read(row):
         ),
     ],
 )
-def test_results_that_are_no_text_become_json(row, content, text):
+def test_results_that_are_not_text_become_json(row, content, text):
     row["conversation"][2]["content"] = content
     trajectory, reasons = parse(row)
     assert (trajectory.conversation[2].content, reasons) == (text, ["structured-content"])
@@ -186,7 +186,7 @@ def linked(calls: str, results: str) -> tuple[list[str | None], list[str | None]
         ("a b", "- -", ([None, None], [None, None])),
         ("a b", "b", ([None, None], [None])),
         ("a:1 b:2", "- -", (["1", "2"], ["1", "2"])),  # as many as calls: in their order
-        ("a:1 b:2", "b a", (["1", "2"], ["1", "2"])),  # unless their names tell another
+        ("a:1 b:2", "b a", (["1", "2"], ["1", "2"])),  # unless their names determine another order
         ("a:1 a:2", "a a", (["1", "2"], ["1", "2"])),
         ("a:1 b:2", "-:x -:y", (["1", "2"], ["1", "2"])),
         ("a:1 b:2", "-:2 -:x", (["1", "2"], ["1", "2"])),  # one call is open
@@ -210,7 +210,7 @@ def linked(calls: str, results: str) -> tuple[list[str | None], list[str | None]
         ("a:1 b:1", "-:1 -:1", "duplicate-call-id"),
     ],
 )
-def test_ids_are_mended_where_there_is_no_doubt(calls, results, expected):
+def test_ids_are_repaired_where_they_are_unambiguous(calls, results, expected):
     assert linked(calls, results) == expected
 
 
@@ -244,7 +244,7 @@ INVALID = [
     (set_(f"{CALL}.function.arguments", '{"a": 1} and {"b": 2}'), "bad-arguments", "Extra data"),
     (set_(f"{CALL}.function.arguments", '{"a": 1} as {"a": 2'), "bad-arguments", "Extra data"),
     (set_(f"{CALL}.function.arguments", "[1] is it"), "bad-arguments", "Extra data"),
-    (set_(f"{CALL}.function.arguments", '{"a": 1, "a": 2}'), "bad-arguments", "key 'a' stands twice"),
+    (set_(f"{CALL}.function.arguments", '{"a": 1, "a": 2}'), "bad-arguments", "key 'a' occurs twice"),
     (set_(f"{CALL}.function.arguments", "Oslo"), "bad-arguments", "not valid JSON"),
     (set_(f"{CALL}.function.arguments", "[" * 49 + "]" * 49), "bad-arguments", "nested too deeply"),
     (set_(f"{CALL}.function.arguments", "[" * 100_000), "bad-arguments", "nested too deeply"),

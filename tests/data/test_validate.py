@@ -88,7 +88,7 @@ def test_the_bundled_data_is_without_fault(quickstart):
         ("conversation.2.content", None, "null-content", "turn 2"),
         ("conversation.1.content", "", "empty-turn", "turn 1 .user. has no text"),
         ("conversation.0.content", " \n", "empty-turn", "turn 0 .system."),
-        ("conversation.5.content", "\t", "empty-last-turn", "turn 5 says nothing"),
+        ("conversation.5.content", "\t", "empty-last-turn", "turn 5 is empty"),
         ("conversation.5.content", "", "empty-last-turn", "turn 5"),
         ("conversation.1.role", "assistant", "bad-role-order", "turn 1 is by the assistant"),
         ("conversation.5.role", "system", "bad-role-order", "turn 5 is a system turn after a tool turn"),
@@ -105,8 +105,8 @@ def test_the_bundled_data_is_without_fault(quickstart):
     ],
 )
 def test_each_fault_has_its_reason(path, value, reason, detail):
-    found = [problem.detail for problem in check_row(changed((path, value))) if problem.reason == reason]
-    assert any(re.search(detail, one) for one in found), found
+    details = [problem.detail for problem in check_row(changed((path, value))) if problem.reason == reason]
+    assert any(re.search(detail, one) for one in details), details
 
 
 def test_all_faults_of_a_row_are_found_not_only_the_first():
@@ -145,8 +145,8 @@ def test_the_last_calls_need_no_results():
 
 
 def test_every_tool_is_compiled_once(tmp_path, monkeypatch):
-    made = []
-    monkeypatch.setattr(schemas, "Parameters", lambda schema: made.append(schema) or real(schema))
+    schemas_compiled = []
+    monkeypatch.setattr(schemas, "Parameters", lambda schema: schemas_compiled.append(schema) or real(schema))
     real = validate.Parameters
     schemas.compiled.cache_clear()
     validate._compiled.cache_clear()
@@ -154,7 +154,7 @@ def test_every_tool_is_compiled_once(tmp_path, monkeypatch):
     rows = [changed(("unique_trajectory_id", f"r{i}"), ("tools.0.function.description", f"{i}")) for i in range(50)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert run(path)[2] == 0
-    assert len(made) == 1  # both tools have the same parameters
+    assert len(schemas_compiled) == 1  # both tools have the same parameters
 
 
 def test_lines_are_counted_and_ids_compared_within_a_file(tmp_path):
@@ -174,7 +174,7 @@ def test_lines_are_counted_and_ids_compared_within_a_file(tmp_path):
         assert lines[0].startswith(f"{path}:3: malformed-json: ")
         assert lines[1] == f"{path}:5: duplicate-trajectory-id: 'good_0' is line 1's too"
         assert "4 rows, 2 with 2 findings" in summary
-    assert run(plain, packed)[2] == 4  # the same id in another file is no fault
+    assert run(plain, packed)[2] == 4  # the same id in another file is allowed
 
 
 def test_parquet_and_arrays_of_json_are_read_too(tmp_path):
@@ -191,7 +191,7 @@ def test_parquet_and_arrays_of_json_are_read_too(tmp_path):
         assert lines[0].startswith(f"{tmp_path / name}:1: wrong-type: ")
 
 
-def test_one_finding_is_one_line_whatever_the_data_holds(tmp_path):
+def test_one_finding_is_one_line_for_any_data(tmp_path):
     path = tmp_path / "rows.jsonl"
     name = "x\n\x1b[2J\r\u2028" + "y" * 5000
     row = changed((f"{CALL}.function.name", name), ("unique_trajectory_id", "a\nb"), ("conversation.1.role", "\n"))
@@ -205,7 +205,7 @@ def test_one_finding_is_one_line_whatever_the_data_holds(tmp_path):
     assert [f"{one['file']}:{one['line']}: {one['reason']}: {one['detail']}" for one in parsed] == lines
 
 
-def test_it_stops_after_the_most_findings_asked_for(tmp_path):
+def test_it_stops_after_the_maximum_number_of_findings(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("[1]\n" * 10 + json.dumps(GOOD) + "\n")
     lines, summary, count = run(path, path, most=4)
@@ -218,7 +218,7 @@ def test_it_stops_after_the_most_findings_asked_for(tmp_path):
 def test_files_without_rows_are_mistakes(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n \n")
-    with pytest.raises(UserError, match=r"rows\.jsonl: holds no row"):
+    with pytest.raises(UserError, match=r"rows\.jsonl: has no rows"):
         run(path)
     with pytest.raises(UserError, match=r"none\.jsonl: no such file; did you mean"):
         run(tmp_path / "none.jsonl")
@@ -260,7 +260,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
         tracemalloc.stop()
 
 
-READERS = {  # what the reader has nothing to say about
+READERS = {  # reasons that only `validate` reports
     *(
         "missing-trajectory-id",
         "empty-turn",
@@ -312,35 +312,35 @@ def test_finds_a_fault_exactly_where_the_reader_refuses_mends_or_leaves_out(data
             node.insert(path[-1], value)
         else:
             del node[path[-1]]
-    mended: list[str] = []
+    repaired: list[str] = []
     refused = None
     try:
-        parse_trajectory(copy.deepcopy(row), repaired=lambda reason, detail: mended.append(reason))
+        parse_trajectory(copy.deepcopy(row), repaired=lambda reason, detail: repaired.append(reason))
     except InvalidTrajectory as invalid:
         refused = invalid.reason
     before = copy.deepcopy(row)
-    found = [problem.reason for problem in check_row(row)]
+    findings = [problem.reason for problem in check_row(row)]
     assert row == before
-    told = [reason for reason in found if reason not in READERS]
+    unexplained = [reason for reason in findings if reason not in READERS]
     if refused is None:
-        assert sorted(told) == sorted(mended)
+        assert sorted(unexplained) == sorted(repaired)
     else:
-        assert refused in told
-        assert set(mended) <= set(told)
+        assert refused in unexplained
+        assert set(repaired) <= set(unexplained)
 
 
 @settings(deadline=None, max_examples=100, derandomize=True)
 @given(
     st.lists(st.binary(max_size=30) | anything.map(lambda value: json.dumps(value).encode()), min_size=1, max_size=4)
 )
-def test_whatever_a_file_holds_is_told_line_by_line(tmp_path_factory, lines):
+def test_any_content_of_a_file_is_reported_line_by_line(tmp_path_factory, lines):
     path = tmp_path_factory.mktemp("fuzz") / "rows.jsonl"
     path.write_bytes(b"\n".join(line.replace(b"\n", b"") for line in lines))
     read = dict(read_jsonl(path)) if path.read_bytes().strip() else {}
     if not read:
-        with pytest.raises(UserError, match="holds no row"):
+        with pytest.raises(UserError, match="has no rows"):
             run(path)
         return
-    found = [json.loads(line)["line"] for line in run(path, as_json=True)[0]]
+    lines_found = [json.loads(line)["line"] for line in run(path, as_json=True)[0]]
     refused = {number for number, row in read.items() if isinstance(row, InvalidTrajectory)}
-    assert refused <= set(found) <= set(read)
+    assert refused <= set(lines_found) <= set(read)

@@ -14,7 +14,7 @@ from xlam_jax.data.wire import TOOL_CALLS, CompletionStream, arguments_json, obj
 
 
 def streamed(pieces: Iterable[str]) -> tuple[str, tuple[ToolCall, ...] | None]:
-    """What comes out when a text comes in these pieces."""
+    """The result for a text that is streamed in these pieces."""
     stream = CompletionStream()
     content = "".join([stream.feed(piece) for piece in pieces])
     rest, calls = stream.finish()
@@ -116,8 +116,8 @@ def wire(calls: list[tuple[str, dict[str, Any]]]) -> str:
 def test_the_cases_of_vllms_own_xlam_parser(form: str, content: str, calls: list[tuple[str, dict[str, Any]]]):
     """What vLLM 0.32 tests its `xlam` parser with (tests/tool_parsers/test_xlam_tool_parser.py), whole and streamed."""
     text = form.format(wire(calls))
-    for found, read in (parse_completion(text), streamed(text), streamed([text[:7], text[7:]])):
-        assert found == content
+    for text_read, read in (parse_completion(text), streamed(text), streamed([text[:7], text[7:]])):
+        assert text_read == content
         assert [(call.name, call.arguments) for call in read or ()] == calls
         assert all("\\u" not in arguments_json(call) for call in read or ())
 
@@ -307,7 +307,7 @@ def holds_marks(thought: str) -> bool:
 def check_any_chunking(data: st.DataObject) -> None:
     """Calls → text → any pieces → the same thought and calls."""
     form, thought, calls = data.draw(st.sampled_from(FORMS)), data.draw(TEXT), data.draw(SOME_CALLS)
-    # a thought that ends with the mark of calls can't be told from one that is followed by it
+    # a thought that ends with the mark of calls looks like one that is followed by the mark
     assume(form.startswith("v1") or not thought.rstrip().endswith(TOOL_CALLS))
     text = written(
         form, thought, calls, indent=data.draw(st.sampled_from([None, 1])), ensure_ascii=data.draw(st.booleans())
@@ -384,7 +384,7 @@ def test_text_is_never_lost(text: str, size: int):
     assert calls is not None or content == text or text.strip().startswith(("{", "`", "<"))
 
 
-def test_content_is_given_out_as_it_comes():
+def test_content_is_released_as_it_arrives():
     stream = CompletionStream()
     assert [stream.feed(piece) for piece in ("It is ", "3 °C [1", "], [{ }", "] \n", "[", "{", '"name')] == [
         "It is", " 3 °C [1", "], [{ }", "]", "", "", "",
@@ -419,15 +419,15 @@ def test_objects_in_a_text(text: str, objects: list[Any]):
 
 def objects_by_trying(text: str) -> list[Any]:
     """The objects of a text, by trying to read JSON from each brace on."""
-    found, at = [], 0
+    objects, at = [], 0
     while (at := text.find("{", at)) >= 0:
         try:
             value, at = json.JSONDecoder().raw_decode(text, at)
         except ValueError:
             at += 1
         else:
-            found.append(value)
-    return found
+            objects.append(value)
+    return objects
 
 
 UNIQUE = st.recursive(

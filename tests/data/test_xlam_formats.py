@@ -1,4 +1,4 @@
-"""AgentOhana, train-ready rows and xlam-function-calling-60k: there, and for the last two back again."""
+"""AgentOhana, train-ready rows and xlam-function-calling-60k: import, and for the last two export and import."""
 
 import json
 from collections import Counter
@@ -32,7 +32,7 @@ def rows_of(name: str) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def convert(tmp_path_factory):
-    """Converts rows of a format: the trajectories, what was dropped (row, unit, reason), what was mended."""
+    """Converts rows of a format; returns (trajectories, (row, unit, reason) of dropped ones, repairs)."""
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
 
     def run(name: str, *rows: object) -> tuple[list[Trajectory], list[tuple[int, str, str]], list[str]]:
@@ -46,13 +46,13 @@ def convert(tmp_path_factory):
 
 
 def export(name: str, trajectory: Trajectory) -> tuple[list[dict[str, Any]], set[str]]:
-    """The rows, as they come out of a file, and the reasons of what they do not hold."""
-    found = list(exporter(name)(trajectory))
-    text = json.dumps([item for item in found if isinstance(item, dict)], ensure_ascii=False, allow_nan=False)
-    return json.loads(text), {item.reason for item in found if isinstance(item, Lost)}
+    """Returns (rows as read from a file, reasons of losses)."""
+    exported = list(exporter(name)(trajectory))
+    text = json.dumps([item for item in exported if isinstance(item, dict)], ensure_ascii=False, allow_nan=False)
+    return json.loads(text), {item.reason for item in exported if isinstance(item, Lost)}
 
 
-# What a trajectory is made of
+# Strategies for trajectories
 
 PLAIN = st.text(alphabet="abc 1\n.é🥶", min_size=1, max_size=12).filter(str.strip)
 TRICKY = st.sampled_from(
@@ -102,7 +102,7 @@ def trajectories(draw) -> Trajectory:
             turns.append(Message("assistant", draw(text), loss=draw(flag)))
     if all(turn.role != "assistant" for turn in turns):
         turns.append(Message("assistant", draw(text), loss=draw(flag)))
-    made = Trajectory(
+    trajectory = Trajectory(
         draw(PLAIN | TRICKY),
         draw(st.none() | PLAIN),
         draw(st.none() | st.floats(-5, 5)),
@@ -111,7 +111,7 @@ def trajectories(draw) -> Trajectory:
         tuple(turns),
     )
     try:
-        return parse_trajectory(to_dict(made))
+        return parse_trajectory(to_dict(trajectory))
     except InvalidTrajectory:  # calls in turns that follow each other, with a result for one of them
         reject()
 
@@ -134,8 +134,8 @@ def test_train_ready_holds_all_up_to_the_last_trained_turn(convert, trajectory):
     assert kept == [replace(trajectory, source=None, score=None, conversation=held)]
     assert dropped == [(i, "step", "repeated-context") for i in range(1, len(rows))]
     assert repairs == []
-    told = {f"{key}-not-held" for key in ("source", "score") if getattr(trajectory, key) is not None}
-    assert lost == told | ({"turns-not-held"} if held != turns else set())
+    expected = {f"{key}-not-held" for key in ("source", "score") if getattr(trajectory, key) is not None}
+    assert lost == expected | ({"turns-not-held"} if held != turns else set())
 
 
 def test_bundled_trajectories_come_back_from_train_ready(convert, bundled):
@@ -146,7 +146,7 @@ def test_bundled_trajectories_come_back_from_train_ready(convert, bundled):
     assert repairs == []
 
 
-def test_text_beside_calls_is_in_both_outputs(row):
+def test_text_of_a_turn_with_calls_is_in_both_outputs(row):
     rows, _ = export("train_ready", parse_trajectory(row))
     assert [each["id"] for each in rows] == ["weather_0---1", "weather_0---2", "weather_0---3"]
     first = row["conversation"][1]
@@ -188,11 +188,11 @@ def test_train_ready_defects_are_named(convert, change, reason):
 
 def test_train_ready_variants(convert):
     first, second, _ = rows_of("train_ready")
-    # upstream leaves the text beside calls out of what it trains, and the next row's context has it
-    told = json.loads(json.dumps(second))
-    told["messages"][2]["content"] = "I look."
+    # upstream does not train the text of turns with calls; the next row's context has it
+    with_text = json.loads(json.dumps(second))
+    with_text["messages"][2]["content"] = "I look."
     del first["output_message"], first["reject"]
-    kept, _, repairs = convert("train_ready", first, told)
+    kept, _, repairs = convert("train_ready", first, with_text)
     assert (kept[0].conversation[1].content, repairs) == ("I look.", ["thought-left-out"])
     # a text of messages, calls without the marker, malformed and equal rejects
     plain = first | {"messages": json.dumps(first["messages"]), "chosen": first["chosen"].removeprefix("[TOOL_CALLS]")}
@@ -203,12 +203,12 @@ def test_train_ready_variants(convert):
     assert [each.score for each in kept] == [0.0, 1.0, 1.0]
     assert dropped == [(2, "step", "rejected-equals-chosen")]
     assert set(repairs) == {"string-messages"}
-    # a reject that is no trajectory costs only itself
+    # an invalid reject is dropped alone
     kept, dropped, _ = convert("train_ready", first | {"reject": '[TOOL_CALLS][{"name": "lok", "arguments": {}}]'})
     assert (len(kept), dropped) == (1, [(1, "trajectory", "undeclared-tool")])
 
 
-def test_rows_that_do_not_go_on_stay_apart(convert):
+def test_rows_that_do_not_continue_stay_separate(convert):
     first, second, _ = rows_of("train_ready")
     del first["reject"]
     kept, dropped, _ = convert("train_ready", second, first)
@@ -266,7 +266,7 @@ def test_spelling(schema, spelled):
 @st.composite
 def tools(draw) -> list[dict[str, Any]]:
     """Tools as 60k rows have them: typed parameters, descriptions, defaults, in any combination of required ones."""
-    made = []
+    schemas = []
     for name in ("look", "go"):
         properties: dict[str, Any] = {}
         for key in draw(st.lists(st.sampled_from(["city", "days", "type", "required", "名"]), max_size=4, unique=True)):
@@ -279,10 +279,10 @@ def tools(draw) -> list[dict[str, Any]]:
                 properties[key]["default"] = draw(DEFAULTS[properties[key]["type"]])
         required = [key for key in properties if draw(st.booleans())]
         parameters = {"type": "object", "properties": properties, "required": required}
-        made.append(
+        schemas.append(
             {"type": "function", "function": {"name": name, "description": draw(PLAIN), "parameters": parameters}}
         )
-    return made
+    return schemas
 
 
 @SETTINGS
@@ -307,7 +307,7 @@ def test_xlam60k_holds_one_query_and_its_calls(convert, tools, query, identity, 
 
 @SETTINGS
 @given(trajectories())
-def test_xlam60k_tells_what_it_loses(convert, trajectory):
+def test_xlam60k_reports_its_losses(convert, trajectory):
     rows, lost = export("xlam60k", trajectory)
     first = next(turn for turn in trajectory.conversation if turn.role == "assistant")
     if not first.tool_calls:
@@ -346,7 +346,7 @@ def test_bundled_trajectories_come_back_from_xlam60k(convert, bundled):
         {"items": {}, "anyOf": []},
     ],
 )
-def test_schemas_that_xlam60k_cannot_hold_are_told(schema):
+def test_schemas_that_xlam60k_cannot_represent_are_reported(schema):
     function = {"name": "go", "parameters": {"type": "object", "properties": {"a": schema}}}
     calls = (ToolCall("call_1", "go", {}),)
     tools = [{"type": "function", "function": function}]
@@ -472,19 +472,19 @@ def test_agentohana_fixture(convert):
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "told"),
+    ("old", "new", "message"),
     [
         ("Action: search[perfume]\n", "Action: search[soap]\n", "lacks the output of step 0: 'search[perfume]'"),
         ("Oud 50 ml", "Oud 60 ml", "lacks the observation of step 0"),
         (
             "\nAction: search[perfume]\n",
             "\nHurry! Action: search[perfume]\n",
-            "has before the output of step 0: 'Hurry!",
+            "has text before the output of step 0: 'Hurry!",
         ),
         ("Oud 50 ml", "Oud 50 ml Well?", "ends in 'Well?'"),
     ],
 )
-def test_inputs_that_differ_are_named(old, new, told):
+def test_inputs_that_differ_are_named(old, new, message):
     row = rows_of("agentohana")[0]
     convert_row = row_converter("agentohana")
     assert convert_row
@@ -493,7 +493,7 @@ def test_inputs_that_differ_are_named(old, new, told):
     assert isinstance(item, Converted)
     (repair,) = item.repairs
     assert repair.reason == "history-differs"
-    assert repair.detail.startswith(f"the input of step 1 {told}")
+    assert repair.detail.startswith(f"the input of step 1 {message}")
 
 
 def test_agentohana_variants(convert):
@@ -507,12 +507,12 @@ def test_agentohana_variants(convert):
     # another task in a later input
     other = [steps[0], steps[1] | {"input": "Another task."}]
     assert convert("agentohana", row | {"steps": other})[1] == [(1, "trajectory", "inconsistent-input")]
-    # an action of no known environment: everything stays text, also with inputs that are not told
+    # an action of an unknown environment: everything stays text, also without inputs
     bare = [{"output": "Action: search[a]", "next observation": "x"}, {"output": "Action: fly[b]"}]
     (kept,), dropped, _ = convert("agentohana", {"user query": "q", "steps": bare, "score": None})
     assert [turn.content for turn in kept.conversation] == ["q", "Action: search[a]", "x", "Action: fly[b]"]
     assert (kept.tools, dropped) == ([], [])
-    # searches alone fit two environments; the prompt or the source tells
+    # searches alone fit two environments; the prompt or the source decides
     alone = {"user query": "q", "steps": [{"output": "search[a]"}]}
     assert convert("agentohana", alone)[0][0].tools == []
     assert convert("agentohana", alone | {"source": "hotpotqa"})[0][0].conversation[1].tool_calls
@@ -531,7 +531,7 @@ def test_agentohana_variants(convert):
         ({"score": "good"}, "bad-score"),
     ):
         assert convert("agentohana", row | change)[1][-1] == (1, "trajectory", reason), change
-    # a file that is named after the shop, with steps that are no actions
+    # a source that is named after the shop, with steps that are not actions
     shop_row = {
         "user query": "q",
         "source": "webshop",

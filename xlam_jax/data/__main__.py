@@ -1,4 +1,4 @@
-"""Checks data, shows what training sees of it, and prepares it: `python -m xlam_jax.data COMMAND --help`."""
+"""Checks data, shows how training sees them, and prepares them: `python -m xlam_jax.data COMMAND --help`."""
 
 import argparse
 import sys
@@ -15,18 +15,18 @@ OVERRIDES = "section.key=value"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    """Runs the command line and returns the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
     parser, commands = _parsers()
-    if given and given[0] in commands:  # on its own a command's parser takes options and overrides in any order
-        options = commands[given[0]].parse_intermixed_args(given[1:])
+    if words and words[0] in commands:  # a command's parser alone accepts options and overrides in any order
+        options = commands[words[0]].parse_intermixed_args(words[1:])
     else:
-        options = parser.parse_args(given)
+        options = parser.parse_args(words)
     return options.command(options)
 
 
 def _parsers() -> tuple[Parser, dict[str, Parser]]:
-    """The parser of the whole command line, and each command's."""
+    """Returns (parser of the whole command line, parsers of the commands by name)."""
     parser = Parser(prog="python -m xlam_jax.data", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in (_add_validate, _add_stats, _add_preview, _add_prepare, _add_pairs, _add_rate):
@@ -37,12 +37,12 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
 def _add_validate(commands: Any) -> None:
     parser = commands.add_parser(
         "validate",
-        help="everything that is wrong with files of trajectories",
+        help="find everything that is wrong with files of trajectories",
         description="Checks each row, and each call against its tool's JSON Schema. One line per finding on stdout, a "
         "summary on stderr. Exit code: 0 no finding, 1 findings, 2 the check could not be made.",
     )
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    parser.add_argument("--config", type=Path, metavar="FILE.yaml", help="also find what is longer than its rows")
+    parser.add_argument("--config", type=Path, metavar="FILE.yaml", help="also find trajectories longer than its rows")
     parser.add_argument(
         "--json", action="store_true", help="one JSON object per finding: file, line, id, reason, detail"
     )
@@ -53,7 +53,7 @@ def _add_validate(commands: Any) -> None:
 def _add_stats(commands: Any) -> None:
     parser = commands.add_parser(
         "stats",
-        help="what a config's data contains, how well it packs, and each source's share",
+        help="show what a config's data contain, how well they pack, and each source's share",
         description="Prints a table, and writes it as a page with plots.",
     )
     _add_config(parser)
@@ -66,8 +66,8 @@ def _add_stats(commands: Any) -> None:
 def _add_preview(commands: Any) -> None:
     parser = commands.add_parser(
         "preview",
-        help="the tokens that training sees, and which of them are trained",
-        description="Shows the first packed rows of a run, token for token.",
+        help="show the tokens that training sees, and which of them are trained",
+        description="Shows the first packed rows of a run, token by token.",
     )
     _add_config(parser)
     parser.add_argument("-n", dest="rows", type=positive, default=1, metavar="N", help="packed rows (default: 1)")
@@ -82,8 +82,8 @@ def _add_prepare(commands: Any) -> None:
     parser = commands.add_parser(
         "prepare",
         help="render a config's data once, into a cache that training reads",
-        description="Writes a folder for data.cache. Training refuses it once data, tokenizer, settings or the version "
-        "of the renderer change.",
+        description="Writes a folder for data.cache. Training refuses it after a change of data, tokenizer, settings "
+        "or the version of the renderer.",
     )
     _add_config(parser)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR")
@@ -93,7 +93,7 @@ def _add_prepare(commands: Any) -> None:
 def _add_pairs(commands: Any) -> None:
     parser = commands.add_parser(
         "pairs",
-        help="preference pairs from scored trajectories",
+        help="make preference pairs from scored trajectories",
         description="Pairs trajectories of one task that agree up to an assistant turn and differ there; the one with "
         "the higher score is chosen.",
     )
@@ -103,7 +103,7 @@ def _add_pairs(commands: Any) -> None:
         "--min-gap", type=number(0), default=0.0, metavar="G", help="minimum difference of scores (default: any)"
     )
     parser.add_argument(
-        "--per-task", type=positive, default=10, metavar="K", help="most pairs of a task (default: %(default)s)"
+        "--per-task", type=positive, default=10, metavar="K", help="maximum pairs per task (default: %(default)s)"
     )
     parser.add_argument("--report", type=Path, metavar="FILE.json", help="write the counts there as well")
     parser.add_argument("--force", action="store_true", help="overwrite the outputs")
@@ -113,25 +113,27 @@ def _add_pairs(commands: Any) -> None:
 def _add_rate(commands: Any) -> None:
     parser = commands.add_parser(
         "rate",
-        help="a model scores trajectories from 0 to 5, with reasons",
+        help="score trajectories from 0 to 5 with a model, with reasons",
         description="Asks a model behind an OpenAI-compatible server how good each trajectory is, and writes them with "
-        "the rating as score. Reasons, and scores that were there before, go to FILE.jsonl.ratings.jsonl, from which a "
-        "run that was stopped goes on. Exit code: 0 all are rated, 1 some are not, 2 none could be.",
+        "the rating as score. FILE.jsonl.ratings.jsonl has the reasons and the previous scores; a run that was stopped "
+        "resumes from it. Exit code: 0 all are rated, 1 some are not, 2 none could be.",
     )
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
     add_server(parser, retries=5)
     parser.add_argument("--out", required=True, type=Path, metavar="FILE.jsonl")
     parser.add_argument("--concurrency", type=positive, default=16, metavar="K", help="default: %(default)s")
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N rows")
-    parser.add_argument("--keep", type=number(0), default=4.0, metavar="R", help="a good rating (default: %(default)s)")
+    parser.add_argument(
+        "--keep", type=number(0), default=4.0, metavar="R", help="minimum good rating (default: %(default)s)"
+    )
     parser.add_argument(
         "--good",
         type=number(),
         metavar="S",
-        help="a good known score, to compare with (default: each source's highest)",
+        help="minimum good previous score, to compare with (default: each source's highest)",
     )
     parser.add_argument("--report", type=Path, metavar="FILE.json", help="write the counts there as well")
-    parser.add_argument("--force", action="store_true", help="begin anew and overwrite the outputs")
+    parser.add_argument("--force", action="store_true", help="start again and overwrite the outputs")
     parser.set_defaults(command=_rate)
 
 
@@ -140,12 +142,12 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar=OVERRIDES, help="fields of the config to set")
 
 
-def _say(line: str) -> None:
+def _log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
 def _check_readable(files: Sequence[Path]) -> None:
-    """Raises `UserError` before any work for files that do not exist, or whose ending is not known."""
+    """Raises `UserError`, before any work, for files that do not exist or have an unknown suffix."""
     from xlam_jax.data.rows import PACKED, SUFFIXES, suffix
 
     for file in files:
@@ -156,7 +158,7 @@ def _check_readable(files: Sequence[Path]) -> None:
             raise UserError(f"{file}: no such file{nearest(file.name, siblings)}")
         if suffix(file) not in SUFFIXES:
             raise UserError(
-                f"{file}: its ending should be one of {', '.join(SUFFIXES)}, "
+                f"{file}: its suffix must be one of {', '.join(SUFFIXES)}, "
                 f"the first three also with {' or '.join(PACKED)}"
             )
 
@@ -170,7 +172,7 @@ def _validate(options: argparse.Namespace) -> int:
         options.files, sys.stdout, limit=limit, as_json=options.json, most=options.max_errors
     )
     sys.stdout.flush()
-    _say(summary)
+    _log(summary)
     return 1 if findings else 0
 
 
@@ -179,10 +181,10 @@ def _stats(options: argparse.Namespace) -> int:
 
     out = options.out or Path("stats.html")
     check_file(out, force=options.force)
-    result = stats.collect(options.config, options.overrides, rows=options.rows, progress=_say)
+    result = stats.collect(options.config, options.overrides, rows=options.rows, progress=_log)
     print(stats.table(result))
     stats.write_page(result, out)
-    _say(f"page with plots: {out}")
+    _log(f"page with plots: {out}")
     return 0
 
 
@@ -191,10 +193,10 @@ def _preview(options: argparse.Namespace) -> int:
 
     if options.html:
         check_file(options.html, force=options.force)
-    shown = preview.rows(options.config, options.overrides, count=options.rows, source=options.source, progress=_say)
+    shown = preview.rows(options.config, options.overrides, count=options.rows, source=options.source, progress=_log)
     if options.html:
         preview.write_page(shown, options.html)
-        _say(f"{options.html}: {options.rows} packed rows")
+        _log(f"{options.html}: {options.rows} packed rows")
     else:
         color = options.color == "always" or (options.color == "auto" and sys.stdout.isatty())
         for text in preview.terminal(shown, color=color):
@@ -209,9 +211,9 @@ def _prepare(options: argparse.Namespace) -> int:
 
     began = time.monotonic()
     data = configs.load(options.config, options.overrides).config.data
-    corpus.prepare(options.out, data, load_tokenizer(data.tokenizer), _say)
+    corpus.prepare(options.out, data, load_tokenizer(data.tokenizer), _log)
     seconds = time.monotonic() - began
-    _say(f"{options.out}: written in {seconds:.0f} s; to train from it set data.cache: {options.out} in the config")
+    _log(f"{options.out}: written in {seconds:.0f} s; to train from it set data.cache: {options.out} in the config")
     return 0
 
 
@@ -255,10 +257,10 @@ def _rate(options: argparse.Namespace) -> int:
             good=options.good,
             keep=options.keep,
             force=options.force,
-            progress=_say,
+            progress=_log,
         )
     except KeyboardInterrupt:
-        print(f"stopped; the same command goes on with {options.out}", file=sys.stderr)
+        print(f"stopped; the same command resumes {options.out}", file=sys.stderr)
         return 130
     if options.report:
         write_json(options.report, result)

@@ -1,8 +1,7 @@
-"""Variants of a trajectory: the same answer to a prompt that is put in another way.
+"""Data augmentation: variants of a trajectory that have the same answer to a prompt in another form.
 
-Tools and their fields are shuffled, sections change places, and the instruction is worded otherwise (xLAM,
-arXiv:2409.03215). Relevance negatives (APIGen, arXiv:2406.18518) take the tool away that was called; the answer becomes
-a refusal.
+Tools, their fields and the prompt's sections are shuffled, and the instruction has other wordings (xLAM,
+arXiv:2409.03215). Relevance negatives (APIGen, arXiv:2406.18518) remove the called tool; the answer becomes a refusal.
 """
 
 import re
@@ -14,7 +13,7 @@ import numpy as np
 
 from xlam_jax.config import Data
 from xlam_jax.data.formats import PLAIN, Variant
-from xlam_jax.data.render import Rendered, known, sequences
+from xlam_jax.data.render import Rendered, codec_and_format, sequences
 from xlam_jax.data.trajectory import Message, ToolCall, Trajectory
 
 if TYPE_CHECKING:
@@ -27,20 +26,20 @@ REFUSALS = (
     "The tools I have been given do not cover this request.",
     "I have no tool for this.",
 )
-_VALUES = ("default", "enum", "const", "examples", "example")  # hold data, not schemas
+_VALUES = ("default", "enum", "const", "examples", "example")  # keys of data, not of schemas
 
 
 def augmented(
     trajectory: Trajectory, rng: np.random.Generator, tokenizer: "PreTrainedTokenizerFast", data: Data
 ) -> Rendered:
-    """Renders a variant as `data.augment` asks for; the draw depends on `rng` alone.
+    """Renders a random variant by the settings of `data.augment`; it depends on `rng` alone.
 
-    A variant of more than `sequence_length` + 1 ids gives way to the plain rendering. Of a trajectory that the format
-    writes as several sequences one is drawn; `lengths.fit` gives its parts, which are one sequence each. Raises
-    `InvalidTrajectory` for what the format cannot write.
+    A variant of more than `sequence_length` + 1 ids is replaced by the plain rendering. Of a trajectory that the format
+    writes as several sequences, one is drawn; the parts from `lengths.fit` are one sequence each. Raises
+    `InvalidTrajectory` for a trajectory that the format cannot write, and `ValueError` for one without trained tokens.
     """
     augment, limit = data.augment, data.sequence_length + 1
-    _, format_ = known(tokenizer, data.format)
+    _, format_ = codec_and_format(tokenizer, data.format)
     varied = trajectory
     if augment.negatives and rng.random() < augment.negatives:
         varied = negative(varied, rng) or varied
@@ -52,42 +51,44 @@ def augmented(
         instruction=int(rng.integers(format_.instructions)) if augment.instructions and format_.instructions else 0,
         sections=tuple(rng.permutation(format_.sections).tolist()) if augment.sections and format_.sections else (),
     )
-    one = _drawn(varied, variant, rng, tokenizer, data)
-    if one is None or len(one.input_ids) > limit:
-        one = _drawn(trajectory, PLAIN, rng, tokenizer, data)
-    if one is None:
-        raise ValueError(f"trajectory '{trajectory.id}' has no token that carries loss")
-    return one
+    rendered = _draw(varied, variant, rng, tokenizer, data)
+    if rendered is None or len(rendered.input_ids) > limit:
+        rendered = _draw(trajectory, PLAIN, rng, tokenizer, data)
+    if rendered is None:
+        raise ValueError(f"trajectory '{trajectory.id}' has no trained tokens")
+    return rendered
 
 
-def _drawn(
+def _draw(
     trajectory: Trajectory, variant: Variant, rng: np.random.Generator, tokenizer: Any, data: Data
 ) -> Rendered | None:
-    found = [one for _, one in sequences(trajectory, tokenizer, data.format, data.loss, variant) if one.weights.any()]
-    if len(found) < 2:
-        return found[0] if found else None
-    return found[int(rng.integers(len(found)))]
+    """Renders one of the sequences that train a trajectory; None where none has trained tokens."""
+    rendered = [sequence for _, sequence in sequences(trajectory, tokenizer, data.format, data.loss, variant)]
+    trained = [sequence for sequence in rendered if sequence.weights.any()]
+    if len(trained) < 2:
+        return trained[0] if trained else None
+    return trained[int(rng.integers(len(trained)))]
 
 
 def negative(trajectory: Trajectory, rng: np.random.Generator) -> Trajectory | None:
-    """Takes away the tool of a trajectory's only call, and what is equivalent to it, and ends with a refusal in words.
+    """Removes the tool of a trajectory's only call, and equivalent tools, and replaces the call by a refusal.
 
-    None where there is not exactly one call, where its turn carries no loss, and where no tool would be left.
+    Returns None where there is not exactly one call, its turn has `loss: false`, or no tool would be left.
     """
     turns = trajectory.conversation
     calls = [(i, call) for i, turn in enumerate(turns) for call in turn.tool_calls]
     if len(calls) != 1 or turns[calls[0][0]].loss is False:
         return None
     at, call = calls[0]
-    left = _without(trajectory.tools, call)
-    if not left:
+    others = _without_called(trajectory.tools, call)
+    if not others:
         return None
     refusal = Message("assistant", REFUSALS[int(rng.integers(len(REFUSALS)))], loss=turns[at].loss)
-    return replace(trajectory, tools=left, conversation=(*turns[:at], refusal))
+    return replace(trajectory, tools=others, conversation=(*turns[:at], refusal))
 
 
 def shuffled(schema: Any, rng: np.random.Generator) -> Any:
-    """The same schema with the keys of its objects in another order; values such as defaults stay as they are."""
+    """Returns the schema with the keys of its objects in random order; values such as defaults stay as they are."""
     if isinstance(schema, list):
         return [shuffled(item, rng) for item in schema]
     if not isinstance(schema, dict):
@@ -97,8 +98,8 @@ def shuffled(schema: Any, rng: np.random.Generator) -> Any:
     return {key: schema[key] if key in _VALUES else shuffled(schema[key], rng) for key in order}
 
 
-def _without(tools: Sequence[dict[str, Any]], call: ToolCall) -> list[dict[str, Any]]:
-    """The tools but for the called one and those with the same words in their name or the same description."""
+def _without_called(tools: Sequence[dict[str, Any]], call: ToolCall) -> list[dict[str, Any]]:
+    """The tools except the called one and those with the same words in their name or description."""
     called = next(tool["function"] for tool in tools if tool["function"]["name"] == call.name)
     name, description = _words(called["name"]), _words(called.get("description"))
 
@@ -110,7 +111,7 @@ def _without(tools: Sequence[dict[str, Any]], call: ToolCall) -> list[dict[str, 
 
 
 def _words(text: object) -> frozenset[str]:
-    """The words of a text or a name, whatever their order and case: getWeather, weather.get, get_weather."""
+    """The words of a text or a name, without order and case: equal for getWeather, weather.get and get_weather."""
     if not isinstance(text, str):
         return frozenset()
     return frozenset(word.casefold() for word in re.findall(r"[A-Z]?[^\W\d_A-Z]+|[A-Z]+(?![a-z])|\d+", text))

@@ -1,4 +1,4 @@
-"""Prepared caches: rendered trajectories on disk, and the key that says what they were made of.
+"""Prepared caches: rendered trajectories on disk, and the key that names what they were made from.
 
 A cache is a folder: `meta.json`, and for each source the examples to train on and the held-out ones as ArrayRecord,
 with the lengths of each (.npy), the trajectories' ids, and those held-out trajectories that stay readable. A record is
@@ -7,13 +7,13 @@ the length of the chosen side's record, uint32, and both sides' records. Opening
 index when it is drawn.
 
 `meta.json` also has the digests of each source's examples (`identity`), so that a run may change between a cache and
-the sources it was made of.
+the sources that it was made from.
 
 The key keeps its parts, so that a stale cache is refused with the names of those that changed: the content of every
 source file, how the source is read, tokenizer, template, format and loss, the held-out share, `RENDER_VERSION`, and the
 row length where a trajectory was too long for it. Settings that only affect mixing or packing (weights, epochs,
-streams) are not a part of it, and a config may omit sources of a cache. A source that is not on this machine can't be
-compared: the cache is then trusted for its content, and a line says so.
+streams) are not a part of it, and a config may omit sources of a cache. A source that is not on this machine cannot
+be compared: its content in the cache is then trusted, and a line of output says which source that is.
 """
 
 import json
@@ -96,7 +96,7 @@ def open(folder: str | Path, data: Data, tokenizer: Any, progress: Progress = ig
 
 
 def verify(folder: str | Path, data: Data, tokenizer: Any, progress: Progress = ignore_progress) -> dict[str, Any]:
-    """Compares a cache with the config, the sources and the renderer of today, and returns its `meta.json`.
+    """Compares a cache with the config, the current sources and the renderer, and returns its `meta.json`.
 
     Raises `UserError` where there is no cache, for a cache of an older version, and naming every part that changed.
     """
@@ -209,12 +209,12 @@ class CachedExamples(LazyExamples):
 
     @property
     def lengths(self) -> np.ndarray:
-        """Positions of each example, int64 (len,)."""
+        """Positions of each example, int64 [len]."""
         return self._lengths
 
     @property
     def trained(self) -> np.ndarray:
-        """Trained tokens of each example, int64 (len,)."""
+        """Trained tokens of each example, int64 [len]."""
         return self._trained
 
 
@@ -299,7 +299,7 @@ def _changes(was: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
         before = was["sources"][name]
         yield from _changed_settings(before["settings"], source["settings"])
         if list(before["content"]) != list(source["content"]):
-            cached, current = (", ".join(one["content"]) for one in (before, source))
+            cached, current = (", ".join(entry["content"]) for entry in (before, source))
             yield f"data.sources.{name}: made of {cached}; now it is {current}"
             continue
         for part, digest in source["content"].items():
@@ -310,7 +310,7 @@ def _changes(was: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
 def _changed_settings(was: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
     for name in sorted(was.keys() | now.keys()):
         if was.get(name) != now.get(name):
-            values = (textwrap.shorten(repr(one.get(name)), 80) for one in (was, now))
+            values = (textwrap.shorten(repr(entry.get(name)), 80) for entry in (was, now))
             yield f"{name}: {' in the cache, '.join(values)} now"
 
 
@@ -325,7 +325,7 @@ def _content(source: Source) -> Iterator[tuple[str, str]]:
         return
     for at, file in enumerate(source.files):
         name = Path(file).name
-        unique = name if [Path(one).name for one in source.files].count(name) == 1 else f"{name} (file {at + 1})"
+        unique = name if [Path(file).name for file in source.files].count(name) == 1 else f"{name} (file {at + 1})"
         yield unique, file_digest(Path(file)) if Path(file).is_file() else _ABSENT
 
 

@@ -57,10 +57,10 @@ def _report_orphans(
     unmatched = [j for j in places if messages[j].tool_call_id not in ids]
     strays = [j for j in unmatched if messages[j].tool_call_id is not None]
     for j in strays:
-        number, known = turn_number(j, messages[j]), ", ".join(ids) or "none with an id"
+        number, call_ids = turn_number(j, messages[j]), ", ".join(ids) or "none with an id"
         sink.problem(
             "orphan-tool-call-id",
-            f"turn {number} answers call '{messages[j].tool_call_id}', calls before it: {known}",
+            f"turn {number} answers call '{messages[j].tool_call_id}', calls before it: {call_ids}",
         )
     if unmatched and not strays:
         number = turn_number(unmatched[0], messages[unmatched[0]])

@@ -1,4 +1,4 @@
-"""Token ids of text whose control tokens are known: what the content spells out like one stays text."""
+"""Tokenizes rendered conversations: only marked pieces become control tokens; content that spells one stays text."""
 
 import copy
 import json
@@ -26,7 +26,7 @@ CONTROL_TOKENS = (
     "[TOOL_RESULTS]",
     "[/TOOL_RESULTS]",
 )
-"""Mistral's, since its v2 tokenizer."""
+"""Mistral's control tokens, since its v2 tokenizer."""
 
 
 class Segment(NamedTuple):
@@ -39,7 +39,10 @@ class Segment(NamedTuple):
 
 
 class Codec:
-    """What rendering needs to know of one tokenizer. Owns copies of its backend, so threads may share the tokenizer."""
+    """Encodes segments with one tokenizer. Has its own copies of the backend, so threads may share the tokenizer.
+
+    Raises `UserError` for a tokenizer without an end-of-sequence token.
+    """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast"):
         if not tokenizer.eos_token:
@@ -57,7 +60,7 @@ class Codec:
 
     @cached_property
     def plain(self) -> "Tokenizer":
-        """Encodes control tokens as the text they are written with."""
+        """A tokenizer that encodes the spellings of control tokens as plain text."""
         tokenizer = copy.deepcopy(self.whole)
         tokenizer.encode_special_tokens = True
         return tokenizer
@@ -70,7 +73,7 @@ class Codec:
 
     @cached_property
     def longest(self) -> int:
-        """The most characters that one token stands for."""
+        """Maximum number of characters of a token."""
         return max(map(len, self.whole.get_vocab(with_added_tokens=True)))
 
     @cached_property
@@ -80,7 +83,7 @@ class Codec:
         return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
     def encode(self, segments: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray]:
-        """Returns ids int32 (N,) and the character at which each token starts, int64 (N,)."""
+        """Returns the token ids, int32 [N], and the index of the character at which each token starts, int64 [N]."""
         encoding = self.whole.encode("".join([segment.text for segment in segments]), add_special_tokens=False)
         ids, starts = np.array(encoding.ids, dtype=np.int32), _starts(encoding.offsets)
         position, expected = 0, []
@@ -94,12 +97,12 @@ class Codec:
         return self._encode_runs(segments)
 
     def too_long(self, segments: Sequence[Segment], limit: int) -> bool:
-        """Whether the text is so long that its tokens are certainly more than `limit`; cheap, unlike counting them."""
+        """Whether the text certainly has more than `limit` tokens, by its length alone: cheap, unlike counting them."""
         size = sum(len(segment.text) for segment in segments)
         return size > 4 * limit and size > self.longest * limit
 
     def _encode_runs(self, segments: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray]:
-        """Encodes the text between control tokens run by run: the content holds control tokens written out."""
+        """Encodes each run of text between control tokens separately, for content that spells out control tokens."""
         ids: list[int] = []
         starts: list[int] = []
         position, run = 0, ""
@@ -120,7 +123,7 @@ class Codec:
 
     def _encode_run(self, run: str, at_start: bool) -> tuple[list[int], list[int]]:
         if not at_start and not self.starts_runs_alike:
-            for anchor in "\n.a":  # takes the prefix of the text's start upon itself; must not merge with the run
+            for anchor in "\n.a":  # receives the prefix of the text's start; must not merge with the run
                 encoding = self.plain.encode(anchor + run, add_special_tokens=False)
                 starts = _starts(encoding.offsets).tolist()
                 if 1 in starts:
@@ -134,7 +137,10 @@ _encoder = json.JSONEncoder(ensure_ascii=False)
 
 
 def to_json(value: object) -> str:
-    """One line, keys in their order, other scripts as they are: what transformers' `tojson` writes."""
+    """Returns JSON in one line, with the keys in their order and without escapes of non-ASCII letters.
+
+    This is what transformers' `tojson` writes.
+    """
     return _encoder.encode(value)
 
 

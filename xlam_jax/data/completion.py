@@ -1,4 +1,4 @@
-"""What a model wrote, from its tokens: text, calls, and why it ended."""
+"""Reads a completion from a model's tokens: text, tool calls, finish reason."""
 
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,21 +12,22 @@ if TYPE_CHECKING:
 
 
 class Completion(NamedTuple):
-    """What a model wrote."""
+    """A model's answer to a prompt."""
 
     text: str
-    """As it was written, without the end token."""
+    """The whole text, without the end token."""
     content: str
-    """The text that is no call, without white space around it."""
+    """The text without the calls, and without white space around it."""
     calls: tuple[ToolCall, ...] | None
+    """None where the text has no calls, or some that cannot be parsed."""
     finish_reason: str
-    """tool_calls or stop, where it came to its end; length, where it was cut."""
+    """`tool_calls` or `stop` after an end token, `length` without one."""
 
 
 def read_completion(
     new: list[int], tokenizer: "PreTrainedTokenizerFast", stops: Collection[int] | None = None
 ) -> Completion:
-    """Reads a model's new tokens; `stops` are those that end it (default: `end_tokens` of the tokenizer)."""
+    """Decodes a model's new tokens; `stops` are the tokens that end it (default: `end_tokens` of the tokenizer)."""
     ended = bool(new) and new[-1] in (end_tokens(tokenizer) if stops is None else stops)
     text = str(tokenizer.decode(new[:-1] if ended else new, skip_special_tokens=False))
     content, calls = parse_completion(text)
@@ -34,5 +35,5 @@ def read_completion(
 
 
 def named(calls: Sequence[ToolCall] | None) -> list[dict[str, Any]]:
-    """Calls as they are written out."""
+    """Returns calls as JSON objects, `{"name", "arguments"}`."""
     return [{"name": call.name, "arguments": call.arguments} for call in calls or ()]

@@ -1,7 +1,7 @@
-"""Tools that a system text declares, as Hermes, Qwen, Llama, ToolACE and glaive data have them.
+"""Finds the tools that a system text declares, as Hermes, Qwen, Llama, ToolACE and glaive data have them.
 
-In a block `<tools>…</tools>` (or of `_TAG`), or as JSON or Python literals anywhere in the text: a list, or one object
-after another. Literals are never evaluated. All of it takes time linear in the text.
+They are in a block `<tools>…</tools>` (or another tag of `_TAG`), or JSON or Python literals anywhere in the text: a
+list, or consecutive objects. Literals are never evaluated. All functions take time linear in the text.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from xlam_jax.data.row_json import DEEPEST_TEXT, check_json
 from xlam_jax.data.trajectory import InvalidTrajectory
 
 MOST_FAILURES = 8
-"""Values outside blocks that may fail to parse before the search ends."""
+"""Number of values outside blocks that may fail to parse before the search ends."""
 _TAG = re.compile(
     r"<(?P<tag>tools|available_tools|functions|function_list)>|</(?P<end>tools|available_tools|functions|function_list)>"
     r"|\[(?P<slash>/?)AVAILABLE_TOOLS\]"
@@ -46,10 +46,10 @@ def find_tools(text: str) -> tuple[list[dict[str, Any]], str]:
     """Returns the tools that a text declares, in OpenAI form, and the text without their declarations.
 
     An object is a tool only if it looks like one: other JSON, and a text without tools, stay as they are. Raises
-    `InvalidTrajectory("unreadable-tools", …)` where tools are declared in a way that cannot be read.
+    `InvalidTrajectory("unreadable-tools", …)` where tools are declared in a form that cannot be read.
     """
     blocks = list(_tagged(text)) or list(_untagged(text))
-    tools = list({json.dumps(tool): tool for block in blocks for tool in block.tools}.values())  # each once
+    tools = list({json.dumps(tool): tool for block in blocks for tool in block.tools}.values())  # without duplicates
     if not tools:
         if other := _OTHER_SPELLINGS.search(text):
             _refuse(text, other.start(), "in a form that is not read")
@@ -68,7 +68,7 @@ def _refuse(text: str, at: int, why: str) -> NoReturn:
 
 
 def _tagged(text: str) -> Iterator[_Block]:
-    """The blocks between tags. Prose may mention the tags, with nothing or a few words between them."""
+    """Yields the blocks between tags. Prose may mention the tags, with nothing or a few words between them."""
     at = 0
     while (tag := _TAG.search(text, at)) is not None:
         at = tag.end()
@@ -115,15 +115,15 @@ def _items(value: Any) -> list[Any]:
 
 
 def _declared(value: Any, text: str, at: int) -> dict[str, Any]:
-    """The tool that a value in a block stands for."""
-    found = _tool(value, known=True)
-    if found is None:
+    """The tool that a value in a block declares."""
+    tool = _tool(value, among_tools=True)
+    if tool is None:
         _refuse(text, at, f"and one of them is not a tool ({str(value)[:80]})")
-    return found
+    return tool
 
 
 def _untagged(text: str) -> Iterator[_Block]:
-    """Lists and objects that look like tools, wherever they are."""
+    """Yields lists and objects outside of tags that look like tools."""
     at = failures = 0
     while failures < MOST_FAILURES and (start := _VALUE.search(text, at)) is not None:
         begin = start.start()
@@ -135,7 +135,7 @@ def _untagged(text: str) -> Iterator[_Block]:
             failures, at = failures + 1, begin + 1
             continue
         items = _items(value)
-        if any(_tool(item, known=False) for item in items):
+        if any(_tool(item, among_tools=False) for item in items):
             yield _Block(begin, at, [_declared(item, text, begin) for item in items])
     if failures == MOST_FAILURES:
         for start in _VALUE.finditer(text, at):
@@ -144,9 +144,10 @@ def _untagged(text: str) -> Iterator[_Block]:
 
 
 def _talks_of_tools(text: str, at: int) -> bool:
-    """Whether what is at `at` looks like a tool, and the text before talks of tools.
+    """Whether the JSON at `at` looks like a tool, and the text before it mentions tools.
 
-    A form of calls with placeholders for values, as Llama's system text has it before the tools, does not.
+    A template of calls with placeholders for values, as in Llama's system text before the tools, does not look like a
+    tool.
     """
     end = at + 2000
     with contextlib.suppress(ValueError):
@@ -158,17 +159,18 @@ def _talks_of_tools(text: str, at: int) -> bool:
     )
 
 
-def _tool(value: Any, known: bool) -> dict[str, Any] | None:
-    """The value in OpenAI form if it looks like a tool's declaration.
+def _tool(value: Any, among_tools: bool) -> dict[str, Any] | None:
+    """The value in OpenAI form if it looks like a tool's declaration, else None.
 
-    `known` says that it is in a place for tools: then a name with a description is enough.
+    Where it is `among_tools`, in a place for tools, a name with a description is enough.
     """
     if not isinstance(value, dict):
         return None
     function = value.get("function")
     if isinstance(function, dict):
-        described = known or "description" in function or "parameters" in function
-        flat = _tool({**function, "description": function.get("description", "")}, known=True) if described else None
+        described = among_tools or "description" in function or "parameters" in function
+        with_description = {**function, "description": function.get("description", "")}
+        flat = _tool(with_description, among_tools=True) if described else None
         return None if flat is None or value.get("type", "function") != "function" else _whole(value, function, flat)
     name = value.get("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
@@ -179,7 +181,7 @@ def _tool(value: Any, known: bool) -> dict[str, Any] | None:
     schema = key is not None and _is_schema(parameters)
     if key is not None and not schema:
         return None
-    if not (described and (schema or known)) and not (parameters and schema and key not in ("arguments", "args")):
+    if not (described and (schema or among_tools)) and not (parameters and schema and key not in ("arguments", "args")):
         return None
     renamed = {("parameters" if other == key else other): inner for other, inner in value.items()}
     if renamed.get("type") == "function":
@@ -194,7 +196,7 @@ def _tool(value: Any, known: bool) -> dict[str, Any] | None:
 
 
 def _whole(value: dict[str, Any], function: dict[str, Any], flat: dict[str, Any]) -> dict[str, Any]:
-    """A tool in OpenAI form, with the keys as it has them."""
+    """A tool in OpenAI form, with its keys in their order."""
     inner = flat["function"]
     if "description" not in function:
         inner = {key: item for key, item in inner.items() if key != "description"}
@@ -202,7 +204,7 @@ def _whole(value: dict[str, Any], function: dict[str, Any], flat: dict[str, Any]
 
 
 def _is_schema(value: Any) -> bool:
-    """Whether a value describes parameters: a JSON Schema of an object, or a schema for each name; empty ones too."""
+    """Whether a value describes parameters: a JSON Schema of an object, or a schema per name; both may be empty."""
     if not value:
         return value is None or isinstance(value, dict)
     if not isinstance(value, dict):

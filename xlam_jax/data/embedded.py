@@ -72,7 +72,7 @@ def keyword_arguments(text: str, opening: int) -> tuple[dict[str, Any], int]:
 
 
 def _split(text: str) -> Iterator[str]:
-    """Yields the parts between the commas outside brackets and quotes; an empty last part is left out."""
+    """Yields the parts between the commas outside brackets and quotes, without an empty last part."""
     depth = begin = 0
     for token in TOKEN.finditer(text):
         if token[0] in "[({":

@@ -1,4 +1,4 @@
-"""How many optimizer steps the epochs of a run are."""
+"""Converts the number of epochs of a run to optimizer steps."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,11 +12,11 @@ from xlam_jax.data import pipeline
 from xlam_jax.data.examples import Example, LazyExamples, Loaded, lengths, trained
 
 ROWS, EXAMPLES = 1024, 20_000
-"""Rows that are packed to measure how many examples a row holds; fewer once they hold so many examples."""
+"""Number of rows that are packed to measure the examples per row; fewer once they have this number of examples."""
 
 
 class Lengths(LazyExamples):
-    """Examples of which only the lengths matter: their tokens are zeros, and nothing is read."""
+    """Placeholders for examples: they have the same lengths, but all tokens are 0, and nothing is read from disk."""
 
     def __init__(self, examples: Sequence[Example]):
         self.lengths, self.trained = lengths(examples), trained(examples)
@@ -25,13 +25,13 @@ class Lengths(LazyExamples):
         return len(self.lengths)
 
     def example(self, index: int) -> Example:
-        """An example with its number of tokens only."""
+        """Returns an example with the right number of tokens, all 0: int32 [N]."""
         example: Any = {"tokens": np.zeros(self.lengths[index], np.int32)}
         return example
 
 
 def resolve_epochs(resolved: Resolved, loaded: list[Loaded], report: Callable[[str], None]) -> Resolved:
-    """Returns the run with `train.steps` set, where the config gives `train.epochs`, and reports how many those are."""
+    """Returns the run with `train.steps` computed from `train.epochs`, if the config has it, and reports the number."""
     config = resolved.config
     if config.train.epochs is None:
         return resolved
@@ -39,33 +39,36 @@ def resolve_epochs(resolved: Resolved, loaded: list[Loaded], report: Callable[[s
     rows = Fraction(config.train.epochs) * draws / per_row
     steps = max(1, math.ceil(rows / config.train.batch_size))
     report(
-        f"train.epochs {config.train.epochs:g}: {steps:,} steps ({float(draws):,.0f} examples an epoch, "
+        f"train.epochs {config.train.epochs:g}: {steps:,} steps ({float(draws):,.0f} examples per epoch, "
         f"{float(per_row):.2f} per row, {config.train.batch_size} rows per step)"
     )
     return with_steps(resolved, steps)
 
 
 def draws_of_epoch(loaded: Sequence[Loaded]) -> Fraction:
-    """Returns how many examples an epoch draws from all sources together: as many as they contain, or the sum of
-    `size` × `epochs` where the sources have epochs of their own, so that each passes that often."""
+    """Returns the number of examples that an epoch draws from all sources.
+
+    It is the number of their examples, or the sum of `size` × `epochs` where the sources have separate `epochs`, so
+    that each source is passed that often.
+    """
     return sum(
         (
-            Fraction(len(one.train))
-            if one.source.epochs is None
-            else Fraction(one.source.size or len(one.train)) * Fraction(one.source.epochs)
-            for one in loaded
+            Fraction(len(source.train))
+            if source.source.epochs is None
+            else Fraction(source.source.size or len(source.train)) * Fraction(source.source.epochs)
+            for source in loaded
         ),
         Fraction(0),
     )
 
 
 def examples_per_row(loaded: Sequence[Loaded], config: Config) -> Fraction:
-    """Returns the mean number of examples in a packed row, measured on the first rows that training would see.
+    """Returns the mean number of examples in a packed row, measured on the first rows of training.
 
-    Rows are packed from the examples' lengths with the run's own mixture and seed; augmentation is not applied.
+    Rows are packed from the examples' lengths with the mixture and the seed of the run, without augmentation.
     """
     data: Data = config.data.model_copy(update={"augment": Augment()})
-    lengths = [one._replace(train=Lengths(one.train)) for one in loaded]
+    lengths = [source._replace(train=Lengths(source.train)) for source in loaded]
     rows = examples = 0
     for row in pipeline.packed_rows(lengths, data, batch_size=config.train.batch_size, seed=config.seed):
         rows, examples = rows + 1, examples + int(row["tokens_segment_ids"].max())

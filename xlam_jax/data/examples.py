@@ -21,34 +21,34 @@ class Example(TypedDict):
     """
 
     tokens: np.ndarray
-    """int32 (n,)"""
+    """int32 [n]"""
     labels: np.ndarray
-    """int32 (n,)"""
+    """int32 [n]"""
     weights: np.ndarray
-    """Loss weight of each label, float32 (n,)."""
+    """Loss weight of each label, float32 [n]."""
     kinds: np.ndarray
-    """Kind of each label's span, an index into `codec.KINDS`, int8 (n,)."""
+    """Kind of each label's span, an index into `enums.SPAN_KINDS`, int8 [n]."""
     turns: NotRequired[np.ndarray]
-    """Turn of each label, int32 (n,); only in annotated examples."""
+    """Turn of each label, int32 [n]; only in annotated examples."""
     sides: NotRequired[np.ndarray]
-    """Of a pair: 1 for the chosen side and 2 for the rejected one, int8 (n,)."""
+    """Of a pair: 1 for the chosen side and 2 for the rejected one, int8 [n]."""
     reference: NotRequired[np.ndarray]
-    """Of a pair: log p of a side under the reference policy, float32 (n,), at the side's first trained position."""
+    """Of a pair: log p of a side under the reference policy, float32 [n], at the side's first trained position."""
     origin: NotRequired[np.ndarray]
-    """int32 (2,): the index of its source, and its own in the source's `train` or `heldout`."""
+    """int32 [2]: the index of its source, and its own in the source's `train` or `heldout`."""
 
 
 class Columns(NamedTuple):
     """A rendered sequence of N tokens."""
 
     ids: np.ndarray
-    """int32 (N,)"""
+    """int32 [N]"""
     weights: np.ndarray
-    """float32 (N,)"""
+    """float32 [N]"""
     kinds: np.ndarray
-    """int8 (N,)"""
+    """int8 [N]"""
     turns: np.ndarray | None
-    """int32 (N,); only where examples are annotated."""
+    """int32 [N]; only where examples are annotated."""
 
 
 class Loaded(NamedTuple):
@@ -117,12 +117,12 @@ class Examples(LazyExamples):
 
     @property
     def lengths(self) -> np.ndarray:
-        """Positions of each example, int64 (len,)."""
+        """Positions of each example, int64 [len]."""
         return np.diff(self._ends) - 1
 
     @property
     def trained(self) -> np.ndarray:
-        """Trained tokens of each example, int64 (len,)."""
+        """Trained tokens of each example, int64 [len]."""
         is_trained = np.frombuffer(self._flat[1][0], np.float32) > 0
         starts = np.array(self._ends[:-1], np.int64)
         if not len(starts):
@@ -150,12 +150,12 @@ class Pairs(LazyExamples):
 
     @property
     def lengths(self) -> np.ndarray:
-        """Positions of each pair, int64 (len,)."""
+        """Positions of each pair, int64 [len]."""
         return self._chosen.lengths + self._rejected.lengths
 
     @property
     def trained(self) -> np.ndarray:
-        """Trained tokens of each pair, int64 (len,)."""
+        """Trained tokens of each pair, int64 [len]."""
         return self._chosen.trained + self._rejected.trained
 
 
@@ -206,15 +206,15 @@ def join_sides(chosen: Example, rejected: Example) -> Example:
 
 
 def lengths(examples: Sequence[Example]) -> np.ndarray:
-    """Positions of each example, int64 (len,). Sequences with `lengths` know them without reading an example."""
-    known = getattr(examples, "lengths", None)
-    return np.array([len(example["tokens"]) for example in examples], np.int64) if known is None else known
+    """Positions of each example, int64 [len]. Sequences with `lengths` know them without reading an example."""
+    stored = getattr(examples, "lengths", None)
+    return np.array([len(example["tokens"]) for example in examples], np.int64) if stored is None else stored
 
 
 def trained(examples: Sequence[Example]) -> np.ndarray:
-    """Trained tokens of each example, int64 (len,). Sequences with `trained` know them without reading an example."""
-    known = getattr(examples, "trained", None)
-    return np.array([(example["weights"] > 0).sum() for example in examples], np.int64) if known is None else known
+    """Trained tokens of each example, int64 [len]. Sequences with `trained` know them without reading an example."""
+    stored = getattr(examples, "trained", None)
+    return np.array([(example["weights"] > 0).sum() for example in examples], np.int64) if stored is None else stored
 
 
 def summary(loaded: Loaded) -> str:

@@ -1,4 +1,4 @@
-"""Reading files of rows as a stream: lines, or the items of a JSON document; plain, gzip or Zstandard."""
+"""Streams files of rows: lines, or the items of a JSON document; plain, gzip or Zstandard."""
 
 import gzip
 import io
@@ -12,18 +12,18 @@ from typing import BinaryIO
 from xlam_jax.errors import UserError
 
 LONGEST_ROW = 256 << 20
-"""Bytes. Past it a file is rather one that lacks a closing bracket or a line end than one with such a row."""
+"""Maximum bytes of a row; a larger one is probably a missing closing bracket or line end."""
 BUFFER = 1 << 20
-_ZSTD_INPUT = 16 << 10  # small: what one piece unpacks to is held at once
+_ZSTD_INPUT = 16 << 10  # small, because the whole decompressed chunk is in memory at once
 _BLANK = b" \t\r\n"
-# up to and with the next bracket; the strings between are skipped whole. An unfinished one never matches.
+# text up to and including the next bracket outside of strings; no match if a string is not closed
 _TO_BRACKET = re.compile(rb'[^"\[\]{}]*+(?:"[^"\\]*+(?:\\.[^"\\]*+)*+"[^"\[\]{}]*+)*+[\[\]{}]', re.DOTALL)
 _TO_MARK = re.compile(rb'[^"\[\]{},:]*+(?:"[^"\\]*+(?:\\.[^"\\]*+)*+"[^"\[\]{},:]*+)*+[\[\]{},:]', re.DOTALL)
 _KEY = re.compile(rb'\s*"(?:[^"\\]++|\\.)*+"\s*', re.DOTALL)
 
 
 class Meter:
-    """How many bytes were read from files so far, before they were unpacked; for a progress line."""
+    """The number of bytes read from files so far, before decompression; for a progress line."""
 
     bytes = 0
 
@@ -36,7 +36,7 @@ class _Metered(io.FileIO):
 
 
 class _Zstd(io.RawIOBase):
-    """Unpacks Zstandard frames; unlike the library's own reader, a file that was cut off is an error."""
+    """Decompresses Zstandard frames; unlike the library's own reader, it raises an error for a truncated file."""
 
     def __init__(self, packed: BinaryIO):
         import zstandard
@@ -66,9 +66,9 @@ class _Zstd(io.RawIOBase):
 
 @contextmanager
 def open_bytes(path: Path) -> Iterator[BinaryIO]:
-    """Opens a file to read its bytes, unpacked when its name ends in .gz or .zst.
+    """Opens a file to read its bytes, decompressed if its name ends in .gz or .zst.
 
-    Raises `UserError`, also inside the block, when the file can't be read, is damaged or was cut off.
+    Raises `UserError`, also inside the block, when the file cannot be read, is damaged or truncated.
     """
     errors: tuple[type[Exception], ...] = (EOFError, zlib.error)
     if path.suffix == ".zst":
@@ -84,18 +84,18 @@ def open_bytes(path: Path) -> Iterator[BinaryIO]:
             else:
                 yield raw
     except gzip.BadGzipFile as error:
-        raise UserError(f"{path}: no intact gzip file ({error}); get it again") from None
+        raise UserError(f"{path}: not an intact gzip file ({error}); get it again") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the path") from None
     except errors as error:
         why = "it was cut off" if isinstance(error, EOFError) else error
-        raise UserError(f"{path}: cannot be unpacked ({why}); get it again") from None
+        raise UserError(f"{path}: cannot be decompressed ({why}); get it again") from None
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Streams (line number from 1, line) of a file, blank lines left out.
+    """Streams (line number from 1, line) of a file, without blank lines.
 
-    Raises `UserError` on a file that can't be read and on a line of more than `LONGEST_ROW` bytes.
+    Raises `UserError` for a file that cannot be read and for a line of more than `LONGEST_ROW` bytes.
     """
     with open_bytes(path) as lines:
         number = 0
@@ -103,18 +103,19 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
             number += 1
             if len(line) > LONGEST_ROW:
                 raise UserError(
-                    f"{path}:{number}: more than {LONGEST_ROW >> 20} MiB without a line end; .jsonl files hold one row "
-                    "a line, name a JSON document .json"
+                    f"{path}:{number}: more than {LONGEST_ROW >> 20} MiB without a line end; .jsonl files have one row "
+                    "per line, name a JSON document .json"
                 )
             if not line.isspace():
                 yield number, line
 
 
 def read_items(path: Path) -> Iterator[tuple[int, int, bytes]]:
-    """Streams (number from 1, line that it begins on, text) of the items of a JSON list, or values of a JSON object.
+    """Streams (number from 1, line of its beginning, text) of the items of a JSON list, or of the values of an object.
 
-    The texts are not parsed: what stands between two commas may be no JSON. Raises `UserError` on a file that can't be
-    read, is no list or object, ends before it closes or goes on after it, and on an item over `LONGEST_ROW` bytes.
+    The texts between the commas are not parsed, and need not be JSON. Raises `UserError` for a file that cannot be
+    read, is neither a list nor an object, ends before it is closed or continues after it, and for an item of more than
+    `LONGEST_ROW` bytes.
     """
     with open_bytes(path) as file:
         scan = _Scan(path, file)
@@ -141,27 +142,27 @@ def read_items(path: Path) -> Iterator[tuple[int, int, bytes]]:
         scan.skip_blank()
         if scan.take(1):
             raise UserError(
-                f"{path}: goes on after its first {'list' if opening == b'[' else 'object'} has closed; "
-                "name files with one object a line .jsonl"
+                f"{path}: continues after its first {'list' if opening == b'[' else 'object'} has closed; "
+                "name files with one object per line .jsonl"
             )
 
 
 def stem(path: Path) -> str:
-    """The file's name without endings such as .jsonl and .jsonl.gz."""
+    """Returns the file's name without suffixes such as .jsonl and .jsonl.gz."""
     return Path(path.stem).stem if path.suffix in (".gz", ".zst") else path.stem
 
 
 class _Scan:
-    """A window that moves over the file; what lies before `_at` is used up."""
+    """A window that moves over the file; the text before `_at` is consumed."""
 
     def __init__(self, path: Path, file: BinaryIO):
         self._path, self._file = path, file
-        self._text, self._at, self._before = b"", 0, 0  # `_before`: bytes of the file that the window has left behind
+        self._text, self._at, self._before = b"", 0, 0  # `_before`: bytes of the file before the window
         self._line = self.began = 1
         """`began`: the line on which the last item begins."""
 
     def _more(self) -> bool:
-        """Moves the window on; as large a piece as is held already, so that a long item is searched few times."""
+        """Moves the window forward. Doubles the text in it, so that a long item is searched few times."""
         piece = self._file.read(max(BUFFER, len(self._text) - self._at))
         self._before += self._at
         self._text, self._at = self._text[self._at :] + piece, 0
@@ -179,13 +180,13 @@ class _Scan:
                 return
 
     def take(self, count: int) -> bytes:
-        """The next bytes; fewer at the end of the file."""
+        """Consumes and returns the next `count` bytes of the window; fewer at the end of the file."""
         taken = self._text[self._at : self._at + count]
         self._at += len(taken)
         return taken
 
     def item(self, marks: bytes) -> tuple[bytes, bytes]:
-        """The text up to the next of `marks` outside of strings and brackets, and that mark."""
+        """Consumes and returns the text up to the next of `marks` outside of strings and brackets, and that mark."""
         depth, end = 0, self._at
         while True:
             match = (_TO_BRACKET if depth else _TO_MARK).match(self._text, end)

@@ -1,8 +1,8 @@
-"""What identifies the data of a run: a digest of the rendered examples of each source, and one of the tokenizer.
+"""The identity of a run's data: a digest of the rendered examples of each source, and one of the tokenizer.
 
-A run stores its identity in every checkpoint, so that a resumed run notices that a file was edited or the tokenizer
-replaced. The digest covers what training reads: tokens, labels, weights and kinds of each example, the ids, and the
-order of all of them. A row that filters, `limit` or `on_invalid` leave out has no part in it.
+A run stores the identity in every checkpoint, so that a resumed run detects an edited file or another tokenizer. The
+digest of a source covers all that training reads: the tokens, labels, weights and kinds of each example, their ids and
+their order. Rows that filters, `limit` or `on_invalid` drop do not affect it.
 """
 
 import json
@@ -23,7 +23,7 @@ Identity = dict[str, Any]
 
 
 def identify(loaded: Sequence[Loaded], tokenizer: Any, name: str) -> Identity:
-    """The identity of the data that a run trains on. `name` is the tokenizer's in the config."""
+    """Returns the identity of the data that a run trains on. `name` is the tokenizer's name in the config."""
     return {
         "data": {source.source.name: source_identity(source) for source in loaded},
         "tokenizer": {"name": name, "tokens": len(tokenizer), "digest": tokenizer_digest(tokenizer)},
@@ -31,8 +31,10 @@ def identify(loaded: Sequence[Loaded], tokenizer: Any, name: str) -> Identity:
 
 
 def source_identity(source: Loaded) -> Identity:
-    """For `train` and `heldout`: the number of examples and of trained tokens, and the digest of all of them. A dataset
-    of a hub also has `dataset`: its revision and the rows that were read."""
+    """Returns, for `train` and `heldout`, the number of examples, the number of trained tokens, and their digest.
+
+    A dataset of a hub also has `dataset`: its revision and the number of rows that were read.
+    """
     digests = source.digests or source_digests(source)
     identity: Identity = {
         part: {
@@ -46,11 +48,11 @@ def source_identity(source: Loaded) -> Identity:
 
 
 def source_digests(source: Loaded) -> dict[str, str]:
-    """The digests of `train` and `heldout`. Reads every example."""
+    """Computes the digests of `train` and `heldout`. Reads every example."""
     ids = {"train": list(source.ids), "heldout": [sample.id for sample in source.samples]}
-    drawn_from = map(_trajectory_text, source.trajectories or ())  # augmentation renders them again each time
+    trajectories = map(_trajectory_text, source.trajectories or ())  # augmentation renders them in every epoch
     return {
-        "train": examples_digest(source.train, _columns, [*ids["train"], *drawn_from]),
+        "train": examples_digest(source.train, _columns, [*ids["train"], *trajectories]),
         "heldout": examples_digest(source.heldout, _columns, ids["heldout"]),
     }
 
@@ -58,7 +60,7 @@ def source_digests(source: Loaded) -> dict[str, str]:
 def examples_digest(
     examples: Sequence[Example], columns: Callable[[Example], Iterable[np.ndarray]], texts: Iterable[str] = ()
 ) -> str:
-    """A digest of some columns of every example, in order, and of texts that belong to them; 16 hexadecimal digits."""
+    """Returns a digest of some columns of every example, in order, and of further texts; 16 hexadecimal digits."""
 
     def parts() -> Iterator[bytes]:
         for at in range(len(examples)):
@@ -83,7 +85,7 @@ def _trajectory_text(trajectory: Trajectory | Pair) -> str:
 
 
 def changed_sources(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The names of the sources whose examples differ between two identities' `data`."""
+    """Returns the names of the sources whose examples differ between the `data` of two identities."""
     return [
         name
         for name in sorted(was.keys() | now.keys())
@@ -92,7 +94,7 @@ def changed_sources(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
 
 
 def describe_source(identity: Mapping[str, Any] | None) -> str:
-    """The identity of a source in words."""
+    """Describes the identity of a source for messages."""
     if identity is None:
         return "missing"
     train, heldout = (
@@ -106,5 +108,5 @@ def describe_source(identity: Mapping[str, Any] | None) -> str:
 
 
 def describe_tokenizer(identity: Mapping[str, Any]) -> str:
-    """The identity of a tokenizer in words."""
+    """Describes the identity of a tokenizer for messages."""
     return f"{identity['name']} with {identity['tokens']:,} tokens, digest {identity['digest']}"

@@ -8,7 +8,7 @@ COLORS = {
     "answer": "#009e73",
     "eos": "#cc79a7",
 }
-"""A color per kind, which color-blind readers can tell apart too (Okabe and Ito, 2008)."""
+"""A color per kind, which color-blind readers can distinguish too (Okabe and Ito, 2008)."""
 TERMINAL_COLORS = {
     "thought": 222,
     "tool_call": 153,

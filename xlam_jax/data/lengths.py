@@ -1,6 +1,6 @@
-"""Trajectories longer than a row: left out, cut from the oldest turn on, or split between turns.
+"""Fits trajectories that are longer than a row: drops them, cuts off their oldest turns, or splits them between turns.
 
-Turns are measured once; the few candidates that should fit are rendered, and what is given is what was rendered.
+The tokens of each turn are counted once; then the few candidates that should fit are rendered and checked.
 """
 
 from collections.abc import Callable, Iterable
@@ -12,7 +12,7 @@ from xlam_jax.config import Data
 from xlam_jax.data.codec import Codec, Segment
 from xlam_jax.data.formats import Format, Layout
 from xlam_jax.data.pair import Pair
-from xlam_jax.data.render import Rendered, encode, known, with_flags
+from xlam_jax.data.render import Rendered, codec_and_format, encode, with_flags
 from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory
 
 if TYPE_CHECKING:
@@ -20,65 +20,65 @@ if TYPE_CHECKING:
 
 
 class Fitted(NamedTuple):
-    """What a trajectory gives to train on."""
+    """A trajectory, rendered as sequences that fit into rows."""
 
     rendered: list[Rendered]
-    """Sequences of at most `sequence_length` + 1 ids, each with tokens that carry loss. Turns in spans are those of the
-    trajectory."""
+    """Sequences of at most `sequence_length` + 1 ids, each with trained tokens. `turn` in their spans is an index into
+    the whole trajectory."""
     reasons: list[str]
-    """Why nothing is there: too-long, no-loss, not-representable; or what was done to make it fit: cut, split; or that
-    the turns have reasoning, which no format writes yet: reasoning-not-rendered."""
+    """Why `rendered` is empty: too-long, no-loss, not-representable; or how the trajectory was made to fit: cut, split;
+    or that its turns have reasoning, which no format writes yet: reasoning-not-rendered."""
     parts: list[Trajectory]
-    """Parallel to `rendered`: what each sequence is rendered from, alone."""
+    """Parallel to `rendered`: the trajectory that each sequence is the rendering of."""
     cut_turns: int = 0
-    """Turns that cutting left out."""
+    """Number of turns that were cut off."""
     detail: str = ""
-    """In words, why nothing is there."""
+    """Why `rendered` is empty, as a sentence."""
 
 
 class _Part(NamedTuple):
     trajectory: Trajectory
     turns: list[int]
-    """Which turn of the whole each of its turns is."""
+    """For each turn of the part, its index in the whole trajectory."""
 
 
 def fit(trajectory: Trajectory, tokenizer: "PreTrainedTokenizerFast", data: Data) -> Fitted:
-    """Renders a trajectory by `data.format` and `data.loss`, and makes it fit by `data.on_long`.
+    """Renders a trajectory with `data.format` and `data.loss`, and makes it fit by `data.on_long`.
 
-    `cut` keeps system text and tools, and of the conversation the newest turns that fit: the user turn that asks for
-    them comes first. `split` gives several parts, and every turn that carries loss carries it in exactly one of them;
-    from the second on at most half of a part is trained, and turns before it fill the other half. In both, a turn that
-    answers a tool's result is trained only where the result stands before it.
+    `cut` keeps system text, tools and the newest turns that fit, after the user turn that asks for them. `split` gives
+    several parts; every trained turn is trained in exactly one of them. From the second part on, at most half of a part
+    is trained, and earlier turns fill the other half as context. Both train a turn that answers a tool's result only
+    after this result.
 
-    A trajectory that gives nothing raises nothing: see `Fitted.reasons`. Raises `UserError` when tokenizer and format
-    do not go together.
+    A trajectory that does not fit raises no error, see `Fitted.reasons`. Raises `UserError` when tokenizer and format
+    are incompatible.
     """
-    codec, format_ = known(tokenizer, data.format)
+    codec, format_ = codec_and_format(tokenizer, data.format)
     fitter = _Fitter(codec, format_, data)
     fitted = Fitted([], [], [])
     try:
         for layout in format_.layouts(with_flags(trajectory, data.loss)):
-            one = fitter.fit(layout)
-            if one.reasons == ["too-long"] and data.on_long != "cut":
-                return one
-            fitted = _together(fitted, one)
+            next_fitted = fitter.fit(layout)
+            if next_fitted.reasons == ["too-long"] and data.on_long != "cut":
+                return next_fitted
+            fitted = _concatenate(fitted, next_fitted)
     except InvalidTrajectory as invalid:
         return Fitted([], [invalid.reason], [], detail=invalid.detail)
-    if fitted.rendered:  # where some sequences fit, those that do not are turns that were cut
+    if fitted.rendered:  # where some sequences fit, the turns of the others count as cut
         reasons = ["cut" if reason == "too-long" else reason for reason in fitted.reasons]
         reasons += _unwritten(trajectory)
         return fitted._replace(reasons=list(dict.fromkeys(reasons)), detail="")
     if not fitted.reasons:
-        return Fitted([], ["no-loss"], [], detail="no assistant turn carries loss")
+        return Fitted([], ["no-loss"], [], detail="no assistant turn is trained")
     return fitted._replace(cut_turns=0)
 
 
 def fit_pair(pair: Pair, tokenizer: "PreTrainedTokenizerFast", data: Data) -> Fitted:
-    """Renders both sides of a pair: chosen, rejected, together at most `sequence_length` places; or nothing.
+    """Renders both sides of a pair, chosen and rejected, if together they have at most `sequence_length` positions.
 
-    Raises `UserError` when tokenizer and format do not go together.
+    Raises `UserError` when tokenizer and format are incompatible.
     """
-    codec, format_ = known(tokenizer, data.format)
+    codec, format_ = codec_and_format(tokenizer, data.format)
     sides: list[Rendered] = []
     try:
         for name, side in (("chosen", pair.chosen), ("rejected", pair.rejected)):
@@ -86,29 +86,33 @@ def fit_pair(pair: Pair, tokenizer: "PreTrainedTokenizerFast", data: Data) -> Fi
             if any(codec.too_long(layout.segments, data.sequence_length + 1) for layout in layouts):
                 detail = f"{name} alone does not fit into a row of {data.sequence_length}"
                 return Fitted([], ["too-long"], [], detail=detail)
-            rendered = [one for layout in layouts if (one := encode(layout, codec, data.loss)).weights.any()]
+            encoded = [encode(layout, codec, data.loss) for layout in layouts]
+            rendered = [sequence for sequence in encoded if sequence.weights.any()]
             if not rendered:
-                return Fitted([], ["no-loss"], [], detail=f"{name}: no turn that differs carries loss")
+                return Fitted([], ["no-loss"], [], detail=f"{name}: no turn that differs is trained")
             if len(rendered) > 1:
-                detail = f"{name}: the format {data.format} writes what differs as {len(rendered)} sequences; use xlam"
+                detail = (
+                    f"{name}: the format {data.format} writes the turns that differ as {len(rendered)} sequences; "
+                    "use xlam"
+                )
                 return Fitted([], ["not-one-sequence"], [], detail=detail)
             sides += rendered
     except InvalidTrajectory as invalid:
         return Fitted([], [invalid.reason], [], detail=invalid.detail)
     places = sum(len(side.input_ids) - 1 for side in sides)
     if places > data.sequence_length:
-        detail = f"both sides take {places} places, which do not fit into a row of {data.sequence_length}"
+        detail = f"both sides have {places} positions, which do not fit into a row of {data.sequence_length}"
         return Fitted([], ["too-long"], [], detail=detail)
     reasons = list(dict.fromkeys([*_unwritten(pair.chosen), *_unwritten(pair.rejected)]))
     return Fitted(sides, reasons, [pair.chosen, pair.rejected])
 
 
 def _unwritten(trajectory: Trajectory) -> list[str]:
-    """What a trajectory has that no format writes."""
+    """Reasons for the parts of a trajectory that no format writes."""
     return ["reasoning-not-rendered"] if any(turn.reasoning for turn in trajectory.conversation) else []
 
 
-def _together(first: Fitted, second: Fitted) -> Fitted:
+def _concatenate(first: Fitted, second: Fitted) -> Fitted:
     return Fitted(
         first.rendered + second.rendered,
         list(dict.fromkeys(first.reasons + second.reasons)),
@@ -127,7 +131,7 @@ class _Fitter:
         self._counts: dict[str, int] = {}
 
     def fit(self, layout: Layout) -> Fitted:
-        """Fits one layout: nothing, one sequence, or the parts it is split into."""
+        """Fits one layout: returns no sequence, one sequence, or the sequences of its parts."""
         rendered = self._encoded(layout)
         if rendered is not None and not rendered.weights.any():
             return Fitted([], [], [])
@@ -140,7 +144,7 @@ class _Fitter:
         turns = layout.trajectory.conversation
         answers = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
         while answers and turns[answers[-1]].loss is False:
-            answers.pop()  # what comes after the last turn that carries loss changes nothing
+            answers.pop()  # turns after the last trained turn have no effect
         long = _Long(layout.trajectory, answers, self._measured(layout, len(turns)), self._limit, self._rendered)
         if self._data.on_long == "cut":
             return long.cut() or too_long._replace(cut_turns=1)
@@ -152,7 +156,7 @@ class _Fitter:
         return encode(layout, self._codec, self._data.loss)
 
     def _rendered(self, part: _Part) -> Rendered | None:
-        """The part's sequence, if it is one that fits and trains something."""
+        """Renders a part; None unless it is one sequence that fits and has trained tokens."""
         layouts = list(self._format.layouts(part.trajectory))
         rendered = self._encoded(layouts[0]) if len(layouts) == 1 else None
         if rendered is None or len(rendered.input_ids) > self._limit or not rendered.weights.any():
@@ -161,7 +165,7 @@ class _Fitter:
         return replace(rendered, spans=spans)
 
     def _measured(self, layout: Layout, turns: int) -> list[int]:
-        """About how many tokens each turn takes; the last number is for what belongs to none."""
+        """Approximate number of tokens of each turn; the last number is that of text outside of turns."""
         sizes = [0] * (turns + 1)
         for segment in _joined(layout.segments):
             sizes[segment.turn] += self._count(segment)
@@ -180,7 +184,7 @@ class _Fitter:
 
 
 def _joined(segments: Iterable[Segment]) -> list[Segment]:
-    """The segments with the text of calls in one piece, as it is tokenized."""
+    """Joins the segments of a turn's calls into one, because they are tokenized together."""
     joined: list[Segment] = []
     after = False
     for segment in segments:
@@ -194,9 +198,9 @@ def _joined(segments: Iterable[Segment]) -> list[Segment]:
 
 
 class _Long:
-    """A conversation that is too long, as steps: each is an assistant turn and what follows it up to the next.
+    """A conversation that is too long, as steps: each is an assistant turn and the turns up to the next one.
 
-    Parts are runs of steps, `first` to `last`, behind the system turns and the user turns that asked for the first.
+    A part is a range of steps, `first` to `last`, after the system turns and the user turns that asked for the first.
     """
 
     def __init__(
@@ -212,75 +216,75 @@ class _Long:
         self._system = [i for i, turn in enumerate(self._turns) if turn.role == "system"]
         self._front = sizes[-1]
         self._before = [0, *accumulate(sizes[:-1])]  # tokens before a turn
-        self._asked: list[list[int]] = []  # for each step, the user turns that opened its exchange
-        asked: list[int] = []
+        self._requests: list[list[int]] = []  # for each step, the user turns before it that it works on
+        request: list[int] = []
         for start, end in zip([len(self._system), *(at + 1 for at in answers)], answers, strict=False):
             users = [i for i in range(start, end) if self._turns[i].role == "user"]
-            asked = users or asked
-            self._asked.append(asked)
+            request = users or request
+            self._requests.append(request)
 
     def cut(self) -> Fitted | None:
         """The longest part that ends with the last step."""
         last = len(self._answers) - 1
-        found = self._longest_back(last, last, own=0)
-        if not found:
+        longest = self._longest_back(last, last, own=0)
+        if not longest:
             return None
-        part, rendered = found
+        part, rendered = longest
         return Fitted([rendered], ["cut"], [part.trajectory], len(self._turns) - len(part.turns))
 
     def split(self) -> Fitted | None:
-        """Parts that train every step once, or None if a step fits into none."""
-        found: list[tuple[_Part, Rendered]] = []
+        """Parts that train every step once, or None if a step does not fit into any part."""
+        parts: list[tuple[_Part, Rendered]] = []
         own, last = 0, len(self._answers) - 1
         while (own := self._next_trained(own)) <= last:
-            end, one = self._longest_start(own) if not found else (own, None)
-            if one is None:
-                end, one = self._with_context(own)
-            if one is None:
+            end, part = self._longest_start(own) if not parts else (own, None)
+            if part is None:
+                end, part = self._with_context(own)
+            if part is None:
                 return None
-            found.append(one)
+            parts.append(part)
             own = end + 1
-        return Fitted([one for _, one in found], ["split"], [part.trajectory for part, _ in found])
+        return Fitted([rendered for _, rendered in parts], ["split"], [part.trajectory for part, _ in parts])
 
     def _longest_start(self, own: int) -> tuple[int, tuple[_Part, Rendered] | None]:
-        """The longest part from the beginning on that reaches a step, and its last step."""
+        """Returns (last step, part): the longest part from the first step that includes step `own`."""
         end, last = own, len(self._answers) - 1
         while end < last and self._size(0, end + 1) <= self._limit:
             end += 1
-        while not (found := self._part(0, end, own=0)) and end > own:
+        while not (part := self._part(0, end, own=0)) and end > own:
             end -= 1
-        while found and end < last and (longer := self._part(0, end + 1, own=0)):
-            found, end = longer, end + 1
-        return end, found
+        while part and end < last and (longer := self._part(0, end + 1, own=0)):
+            part, end = longer, end + 1
+        return end, part
 
     def _with_context(self, own: int) -> tuple[int, tuple[_Part, Rendered] | None]:
-        """A part that trains from a step on, half of it at most, with the steps before that fit; and its last step."""
+        """Returns (last step, part): at most half of the part trains steps from `own` on, earlier steps fill it."""
         end, last = own, len(self._answers) - 1
-        latest = own if self._opens(own) else own - 1
+        latest = own if self._answers_user(own) else own - 1
         while end < last and self._size(own, end + 1) - self._size(own, own - 1) <= self._limit // 2:
             end += 1
-        while not (found := self._longest_back(latest, end, own)) and end > own:
+        while not (part := self._longest_back(latest, end, own)) and end > own:
             end -= 1
-        return end, found
+        return end, part
 
     def _longest_back(self, latest: int, last: int, own: int) -> tuple[_Part, Rendered] | None:
-        """The longest part that starts with `latest` or a step before it."""
+        """The longest part up to step `last` that starts with step `latest` or an earlier one."""
         first = latest
         while first > 0 and self._size(first - 1, last) <= self._limit:
             first -= 1
-        while not (found := self._part(first, last, own)) and first < latest:
+        while not (part := self._part(first, last, own)) and first < latest:
             first += 1
-        while found and first > 0 and (longer := self._part(first - 1, last, own)):
-            found, first = longer, first - 1
-        return found
+        while part and first > 0 and (longer := self._part(first - 1, last, own)):
+            part, first = longer, first - 1
+        return part
 
     def _part(self, first: int, last: int, own: int) -> tuple[_Part, Rendered] | None:
-        """Steps `first` to `last`, of which those from `own` on are trained; None if they do not fit."""
-        if not self._opens(first):
-            own = max(own, first + 1)  # what the first step answers is gone
+        """Steps `first` to `last`, trained from step `own` on; None if they do not fit."""
+        if not self._answers_user(first):
+            own = max(own, first + 1)  # the tool result that the first step answers is not in the part
         start, stop = self._answers[first], self._answers[last] + 1
         context = self._answers[own] if own <= last else stop
-        turns = [*self._system, *(i for i in self._asked[first] if i < start), *range(start, stop)]
+        turns = [*self._system, *(i for i in self._requests[first] if i < start), *range(start, stop)]
         conversation = [
             replace(turn, loss=False) if turn.role == "assistant" and i < context else turn
             for i, turn in ((i, self._turns[i]) for i in turns)
@@ -290,17 +294,17 @@ class _Long:
         return None if rendered is None else (part, rendered)
 
     def _size(self, first: int, last: int) -> int:
-        """About how many tokens a part has."""
-        asked = sum(self._before[i + 1] - self._before[i] for i in self._asked[first])
+        """Approximate number of tokens of the part from step `first` to `last`."""
+        request = sum(self._before[i + 1] - self._before[i] for i in self._requests[first])
         steps = self._before[self._answers[last] + 1] - self._before[self._answers[first]] if last >= first else 0
-        return self._front + asked + steps
+        return self._front + request + steps
 
-    def _opens(self, step: int) -> bool:
-        """Whether a step answers the user at once."""
+    def _answers_user(self, step: int) -> bool:
+        """Whether a step follows a user turn directly."""
         return self._turns[self._answers[step] - 1].role == "user"
 
     def _next_trained(self, step: int) -> int:
-        """The next step that carries loss, from `step` on."""
+        """The first trained step from `step` on."""
         return next(
             (at for at in range(step, len(self._answers)) if self._turns[self._answers[at]].loss is not False),
             len(self._answers),

@@ -1,8 +1,8 @@
-"""Chat messages and tools as callers pass them, brought into the one form that is checked, rendered and sent.
+"""Converts chat messages and tools from the forms that callers pass to one form, which is checked, rendered and sent.
 
-Callers pass what their libraries give them: dictionaries, objects of an SDK (`response.choices[0].message`), the older
+Callers pass what their libraries return: dictionaries, objects of an SDK (`response.choices[0].message`), the older
 `function_call` and role `function`, the newer role `developer`, a call that is flat or not in a list, a system message
-in the middle. Everything that takes messages from a caller (the client, evaluations, `generate`, `parity`) reads them
+in the middle. All code that takes messages from a caller (the client, evaluations, `generate`, `parity`) reads them
 with `parse_request`.
 """
 
@@ -15,9 +15,9 @@ from xlam_jax.data.raw_turns import unflattened
 from xlam_jax.data.trajectory import InvalidTrajectory, Message
 
 _ROLES = {"developer": "system", "function": "tool"}
-"""Other names of roles."""
+"""Other spellings of roles → ours."""
 _TEXT_PARTS = {"input_text": "text", "output_text": "text", "refusal": "refusal"}
-"""Types of content parts that are text → the key of that text."""
+"""Types of content parts with text → the key of that text."""
 
 
 def parse_request(messages: Sequence[Any]) -> tuple[Message, ...]:
@@ -26,26 +26,26 @@ def parse_request(messages: Sequence[Any]) -> tuple[Message, ...]:
 
 
 def normal_messages(messages: Sequence[Any]) -> list[Any]:
-    """The messages in OpenAI form, as dictionaries; what cannot be a message stays as it is, for the check to refuse.
+    """Returns the messages in OpenAI form, as dictionaries; other values stay as they are, for the parser to refuse.
 
     - Objects with `model_dump` (pydantic, the SDKs) become dictionaries, also calls and content parts.
     - `developer` becomes `system`; `function` and `function_call` become `tool` and `tool_calls`.
     - A call may be flat, `{"name", "arguments"}`, and the only one need not be in a list.
-    - Calls of one turn that share an id get ids of their own, and so do their results, in their order.
-    - The `refusal` of an assistant that says nothing else is its content. An answer without anything becomes one blank:
-      servers and chat templates refuse a turn that says nothing.
-    - A system message after the first turn becomes text of the user: no chat format of ours has a place for it, and
+    - Calls of one turn that share an id get different ids, and so do their results, in their order.
+    - The `refusal` of an assistant turn without content becomes its content. An empty answer becomes one space: servers
+      and chat templates refuse an empty turn.
+    - A system message after the first turn becomes text of the user, because our chat formats have no place for it, and
       most servers refuse it. It is put in front of the next user turn, as the formats do with system text at the
-      beginning; before an answer it is added to the user turn that is answered, or is one.
+      beginning. Before an answer, it is appended to the user turn that is answered, or becomes a user turn.
     """
     turns = [_message(message, f"turn {at}") for at, message in enumerate(messages)]
     return list(_without_late_system(_with_own_ids(turns)))
 
 
 def modern_turn(turn: dict[str, Any], where: str) -> dict[str, Any]:
-    """A message with today's names of roles and keys: `developer`, `function` and `function_call` are replaced.
+    """Returns a message with the current names in place of `developer`, `function` and `function_call`.
 
-    `where` names the message in errors. Raises `InvalidTrajectory` where both spellings of a call are given.
+    `where` names the message in errors. Raises `InvalidTrajectory` where a message has both spellings of a call.
     """
     role = turn.get("role")
     turn = turn | {"role": _ROLES.get(role, role)} if isinstance(role, str) else dict(turn)
@@ -58,7 +58,7 @@ def modern_turn(turn: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def legacy_call(message: Mapping[str, Any]) -> Any:
-    """The older `function_call` of a message; None where there is none, or only nulls (a union schema's padding)."""
+    """Returns a message's older `function_call`; None where it has none, or only nulls (a union schema's padding)."""
     function = message.get("function_call")
     if isinstance(function, dict) and function and not any(value is not None for value in function.values()):
         return None
@@ -66,12 +66,12 @@ def legacy_call(message: Mapping[str, Any]) -> Any:
 
 
 def openai_tool(tool: Any) -> Any:
-    """A tool in OpenAI form, from that or from a flat one; what is neither stays as it is."""
+    """Returns a tool in OpenAI form, from that form or from a flat one; other values stay as they are."""
     return unflattened(plain(tool), "tool", _unreported)
 
 
 def openai_call(call: Any) -> Any:
-    """A call in OpenAI form, from that or from a flat one; what is neither stays as it is."""
+    """Returns a call in OpenAI form, from that form or from a flat one; other values stay as they are."""
     call = unflattened(plain(call), "call", _unreported)
     if isinstance(call, dict) and call.get("function") is not None:
         return call | {"function": plain(call["function"])}
@@ -79,37 +79,37 @@ def openai_call(call: Any) -> Any:
 
 
 def _unreported(reason: str, detail: str) -> None:
-    """Callers may pass any of the forms: reading one is no repair to report."""
+    """Reports nothing: callers may pass any of the forms, so a conversion is not a repair."""
 
 
 def unique_ids(ids: Sequence[Any]) -> list[str | None]:
-    """The ids of one turn's calls as texts that differ: the first of equal ones stays. None where there is none."""
+    """Returns the ids of one turn's calls as different texts: the first of equal ids stays. None stays None."""
     texts = [_id(id) for id in ids]
-    known, used = set(texts), set[str]()
+    taken, used = set(texts), set[str]()
     unique: list[str | None] = []
     for id in texts:
         if id in used:
-            id = next(name for name in (f"{id}_{number}" for number in count(2)) if name not in known)
+            id = next(name for name in (f"{id}_{number}" for number in count(2)) if name not in taken)
         if id is not None:
-            known.add(id)
+            taken.add(id)
             used.add(id)
         unique.append(id)
     return unique
 
 
 def call_ids(ids: Sequence[Any], turn: int) -> list[str]:
-    """An id for each call of a turn, all different; `turn` is its place in the conversation."""
+    """Returns an id for each call of a turn, all different; `turn` is its index in the conversation."""
     names = [f"call_{turn}_{at}" if id is None else id for at, id in enumerate(unique_ids(ids))]
     return [id or "" for id in unique_ids(names)]
 
 
 def _id(id: Any) -> str | None:
-    """A call's id as text; None for what cannot be one."""
+    """A call's id as text; None for other values."""
     return str(id) if isinstance(id, str | int) and not isinstance(id, bool) and id != "" else None
 
 
 def _message(message: Any, where: str) -> Any:
-    """One message in OpenAI form, whatever the messages around it are."""
+    """One message in OpenAI form, independent of the messages around it."""
     message = plain(message)
     if not isinstance(message, dict):
         return message
@@ -132,21 +132,21 @@ def _message(message: Any, where: str) -> Any:
 
 
 def _text_part(part: Any) -> Any:
-    """A content part of OpenAI's form; other types of text parts become it."""
+    """A content part; all types of text parts become OpenAI's `{"type": "text", …}`."""
     key = _TEXT_PARTS.get(part["type"]) if isinstance(part, dict) and isinstance(part.get("type"), str) else None
     return {"type": "text", "text": part.get(key)} if key else part
 
 
 def plain(value: Any) -> Any:
-    """A dictionary from an SDK's object or a mapping; other values as they are."""
+    """Converts an SDK's object or a mapping to a dictionary; returns other values as they are."""
     if callable(dump := getattr(value, "model_dump", None)):
-        return dump(warnings=False)  # whatever a server sent is in it, of types that were not checked
+        return dump(warnings=False)  # an SDK does not check the types of what a server sent
     return dict(value) if isinstance(value, Mapping) else value
 
 
 def _with_own_ids(turns: Sequence[Any]) -> Iterator[Any]:
-    """The turns with different ids for the calls of each; results follow their calls, equal ids in the calls' order."""
-    renamed: dict[str | None, list[str]] = {}  # an id that calls share → the ids of those that have no result yet
+    """Gives the calls of each turn different ids, and their results the same ids, in the order of the calls."""
+    renamed: dict[str | None, list[str]] = {}  # shared id → new ids of the calls that have no result yet
     for turn in turns:
         role, calls = (turn.get("role"), turn.get("tool_calls")) if isinstance(turn, dict) else (None, None)
         if role == "assistant":
@@ -162,8 +162,8 @@ def _with_own_ids(turns: Sequence[Any]) -> Iterator[Any]:
 
 
 def _without_late_system(turns: Iterable[Any]) -> Iterator[Any]:
-    """The turns with system texts after the first turn in the user's turns."""
-    before: Any = None  # the last turn, not given out yet: text may be added to it
+    """Moves the system texts after the first turn into user turns."""
+    before: Any = None  # the previous turn, not yielded yet: text may be added to it
     held: list[str] = []
     started = False
     for turn in turns:
@@ -188,7 +188,7 @@ def _without_late_system(turns: Iterable[Any]) -> Iterator[Any]:
 
 
 def _with_user_text(before: Any, texts: Sequence[str]) -> list[Any]:
-    """A turn and, behind it, what the user says; in the turn itself if it is the user's."""
+    """Adds text of the user to a user turn, or as a new user turn after any other turn."""
     text = _text(before.get("content")) if isinstance(before, dict) and before.get("role") == "user" else None
     if text is not None:
         return [before | {"content": "\n\n".join(filter(None, [text, *texts]))}]
@@ -196,7 +196,7 @@ def _with_user_text(before: Any, texts: Sequence[str]) -> list[Any]:
 
 
 def _text(content: Any) -> str | None:
-    """A content as text; None where it is more than that."""
+    """A content as text; None where it has parts that are not text."""
     if content is None or isinstance(content, str):
         return content or ""
     if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):

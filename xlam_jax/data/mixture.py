@@ -1,9 +1,8 @@
-"""The mixture: which source gives the next trajectory, exactly and for ever, in any order of asking.
+"""The mixture: an endless, exact sequence of sources with random access, from which the pipeline draws.
 
-The n-th draw is a function of the weights and n alone. After any number of draws n, source i has been drawn n·wᵢ times,
-give or take less than the number of sources: it never drifts, whatever the weights. (Sources are split off one after
-the other: of the draws that the sources before it leave over, each takes every draw at which its rounded-down share
-of them grows.)
+The n-th draw is a function of the weights and n alone. After n draws, the number of draws of source i differs from n·wᵢ
+by less than the number of sources, for any weights and any n. (Sources are split off one after the other: of the draws
+that the sources before it did not take, a source takes every draw at which its rounded-down share of them grows.)
 """
 
 import sys
@@ -19,7 +18,7 @@ from xlam_jax.errors import UserError
 
 
 class Mixture(DatasetSelectionMap):
-    """Draw n → (source, how often that source was drawn since `start`), for draws from `start` on."""
+    """Maps draw n after the first `start` draws to (index of a source, number of its draws since `start`)."""
 
     def __init__(self, weights: Sequence[Fraction], start: int = 0):
         if not weights or min(weights) <= 0:
@@ -40,15 +39,15 @@ class Mixture(DatasetSelectionMap):
             if left == next_left:
                 return source, draw - left - self._before[source]
             rest, draw, next_draw = rest - weight, left, next_left
-        raise AssertionError("the last source takes every draw that is left")
+        raise AssertionError("the last source takes every remaining draw")
 
     def counts_from_start(self, draws: int) -> list[int]:
-        """How often each source is among the first `draws` draws of this mixture."""
+        """Returns how often each source is among the first `draws` draws of this mixture."""
         counts = self.counts(self._start + draws)
         return [count - before for count, before in zip(counts, self._before, strict=True)]
 
     def counts(self, draws: int) -> list[int]:
-        """How often each source is among the first `draws` draws of the mixture that starts at zero."""
+        """Returns how often each source is among the first `draws` draws of the mixture with `start` 0."""
         rest, counts = sum(self._weights), []
         for weight in self._weights:
             left = draws * (rest - weight) // rest
@@ -58,23 +57,26 @@ class Mixture(DatasetSelectionMap):
 
 
 def shares(loaded: Sequence[Loaded], data: Data) -> list[Fraction]:
-    """Returns each source's share of the trajectories drawn; they add up to 1.
+    """Returns each source's share of the trajectories drawn; the shares add up to 1.
 
-    Raises `UserError` when tokens are to be shared and a source has none that carries loss.
+    Raises `UserError` when weights are shares of tokens (`data.share`) and a source has no trained tokens.
     """
-    trained_tokens = [int(trained(one.train).sum()) for one in loaded] if data.share == "tokens" else None
-    return shares_of_sizes([one.source for one in loaded], [len(one.train) for one in loaded], trained_tokens)
+    trained_tokens = [int(trained(source.train).sum()) for source in loaded] if data.share == "tokens" else None
+    sizes = [len(source.train) for source in loaded]
+    return shares_of_sizes([source.source for source in loaded], sizes, trained_tokens)
 
 
 def shares_of_sizes(
     sources: Sequence[Source], sizes: Sequence[int], trained_tokens: Sequence[int] | None = None
 ) -> list[Fraction]:
-    """The same from the number of each source's trajectories. `trained_tokens`: of each source, where those are shared
-    and not the trajectories."""
+    """Returns the shares of `shares` from `sizes`, the number of trajectories of each source.
+
+    `trained_tokens` has the number of trained tokens of each source, if weights are shares of tokens.
+    """
     weights = [_weight(source, size) for source, size in zip(sources, sizes, strict=True)]
     for at, tokens in enumerate(trained_tokens or ()):
         if not tokens:
-            raise UserError(f"data.share is tokens, and no token of source {sources[at].name} carries loss; drop it")
+            raise UserError(f"data.share is tokens, and source {sources[at].name} has no trained tokens; drop it")
         weights[at] *= Fraction(sizes[at], tokens)
     total = sum(weights)
     return [weight / total for weight in weights]
@@ -87,6 +89,6 @@ def _weight(source: Source, size: int) -> Fraction:
 
 
 def stream_mixture(weights: Sequence[Fraction], stream: int, streams: int) -> Mixture:
-    """The mixture of one stream. Streams start at other places of it, lest all draw a rare source at once."""
+    """Returns the mixture of a stream. Streams start at different draws, so that not all draw a rare source at once."""
     period = sum(weights) / min(weights)
     return Mixture(weights, start=int(period * stream / streams))

@@ -1,21 +1,21 @@
-"""Null fields that a union schema adds to rows, told apart from nulls that were meant.
+"""Removes the null fields that a union schema adds to rows, and keeps nulls that are values.
 
 Arrow, and so Parquet and the `datasets` library, gives every object all keys that any object of its column has, and
-`Dataset.to_json` writes them out: null where an object has no such key. Left in, they are trained as arguments and
-declared as parameters. Whether a null was meant follows from the tool's JSON Schema:
+`Dataset.to_json` writes them out: null where an object has no such key. If they stayed, they would be trained as
+arguments and declared as parameters. The tool's JSON Schema decides whether a null is a value:
 
-* in a tool, null is no value of any key but `default` and `const`; it stays there where the schema allows null;
-* an argument is null only where its schema allows null or demands the argument, never where it is not declared;
-* in a row whose arguments are known to be padded, it is null only where the schema does both.
+* in a tool, only `default` and `const` may be null, and only where the schema allows null;
+* an argument may be null where its schema allows null or requires the argument, but not where it is not declared;
+* in a row whose arguments are padded, only where the schema does both.
 
-Arguments are known to be padded when they come from Arrow columns, or when an undeclared argument of the row is null.
+Arguments are padded if they come from Arrow columns, or if an undeclared argument of the row is null.
 """
 
 from collections.abc import Iterator
 from typing import Any
 
 JUDGED = frozenset({"tools", "functions", "arguments"})
-"""Keys whose values this module judges by the tools' schemas; elsewhere in a row, null is the same as absent."""
+"""Keys in whose values the tools' schemas decide about nulls; elsewhere in a row, null is the same as absent."""
 _DATA = frozenset({"default", "const", "enum", "examples", "example"})
 _VALUES = frozenset({"default", "const"})
 _NAMED = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
@@ -24,7 +24,7 @@ _OPEN = frozenset({"additionalProperties", "unevaluatedProperties", "patternProp
 
 
 def drop_outside_tools(value: Any) -> Any:
-    """Returns a row of a union schema without null fields, but for those in `JUDGED`, which the reader judges."""
+    """Returns a row of a union schema without null fields, except in values of `JUDGED`, which the parser cleans."""
     if isinstance(value, dict):
         return {
             key: item if key in JUDGED and isinstance(item, dict | list) else drop_outside_tools(item)
@@ -35,7 +35,7 @@ def drop_outside_tools(value: Any) -> Any:
 
 
 def has_columns_of_arguments(value: Any) -> bool:
-    """Whether a row from Arrow has the arguments of calls in columns, which are padded, and not in JSON texts."""
+    """Whether a row from Arrow has the arguments of calls in columns, which are padded, rather than in JSON texts."""
     if isinstance(value, dict):
         if isinstance(value.get("arguments"), dict):
             return True
@@ -44,9 +44,9 @@ def has_columns_of_arguments(value: Any) -> bool:
 
 
 def clean_tools(tools: list[Any], padded: bool, dropped: list[str]) -> list[Any]:
-    """Returns tool schemas without padding; `padded` where the row is known to have some.
+    """Returns tool schemas without padding; `padded` if the row certainly has padding.
 
-    Appends the path of each field left out to `dropped`.
+    Appends the path of each dropped field to `dropped`.
     """
     if not any(map(_has_null, tools)):
         return tools
@@ -59,16 +59,16 @@ def clean_tools(tools: list[Any], padded: bool, dropped: list[str]) -> list[Any]
 
 
 def has_padding(arguments: dict[str, Any], parameters: Any) -> bool:
-    """Whether an argument is null that a tool with these parameters does not declare, at any depth."""
+    """Whether an undeclared argument is null, at any depth, in a call of a tool with these parameters."""
     return any(undeclared for undeclared, _ in _nulls(arguments, parameters or {"properties": {}}))
 
 
 def clean_arguments(
     arguments: dict[str, Any], parameters: Any, padded: bool, dropped: list[str], path: str = "arguments"
 ) -> dict[str, Any]:
-    """Returns a call's arguments without padding; `parameters` is its tool's JSON Schema, None where it has none.
+    """Returns a call's arguments without padding; `parameters` is the JSON Schema of its tool, or None.
 
-    Appends the path of each argument left out to `dropped`.
+    Appends the path of each dropped argument to `dropped`.
     """
     if not _has_null(arguments):
         return arguments
@@ -85,7 +85,7 @@ def _clean_tool(
     for key, item in value.items():
         inner = f"{path}.{key}"
         if item is None and inner == "tools.type":
-            kept[key] = item  # the reader says that it is missing
+            kept[key] = item  # the parser reports that it is missing
         elif item is None:
             dropped.append(inner)
         elif key == "parameters":
@@ -111,11 +111,11 @@ def _clean_schema(schema: Any, path: str, dropped: list[str], values: bool) -> A
         elif item is None:
             dropped.append(inner)
         elif key in _NAMED and isinstance(item, dict):
-            dropped += [f"{inner}.{name}" for name, one in item.items() if one is None]
+            dropped += [f"{inner}.{name}" for name, subschema in item.items() if subschema is None]
             kept[key] = {
-                name: _clean_schema(one, f"{inner}.{name}", dropped, values)
-                for name, one in item.items()
-                if one is not None
+                name: _clean_schema(subschema, f"{inner}.{name}", dropped, values)
+                for name, subschema in item.items()
+                if subschema is not None
             }
         else:
             kept[key] = item if key in _DATA else _clean_schema(item, inner, dropped, values)
@@ -127,7 +127,7 @@ def _without(schema: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _all_have_default(tools: list[Any]) -> bool:
-    """Whether each of several properties has a default, as in columns, where all have the same keys."""
+    """Whether there are several properties and all have a default, as in Arrow columns, where all keys are present."""
     declared = [
         schema
         for tool in tools
@@ -138,7 +138,7 @@ def _all_have_default(tools: list[Any]) -> bool:
 
 
 def allows_null(schema: Any, unsaid: bool = True) -> bool:
-    """Whether null is a value of a JSON Schema; `unsaid` where it says nothing about types, or says it elsewhere."""
+    """Whether a JSON Schema allows null; `unsaid` is the answer where it has no types, or has them elsewhere."""
     if not isinstance(schema, dict):
         return schema is not False
     if schema.get("nullable") is True:
@@ -181,7 +181,7 @@ def _is_meant(key: str, schema: Any, padded: bool) -> bool:
 
 
 def _nulls(value: Any, schema: Any) -> Iterator[tuple[bool, str]]:
-    """Every null field: whether the schema does not declare it, and its key."""
+    """Yields (is undeclared, key) of every null field."""
     if isinstance(value, list):
         for item in value:
             yield from _nulls(item, _items(schema))
@@ -195,7 +195,7 @@ def _nulls(value: Any, schema: Any) -> Iterator[tuple[bool, str]]:
 
 
 def _is_open(schema: Any) -> bool:
-    """Whether other properties than the declared ones are allowed, or none are declared here."""
+    """Whether undeclared properties are allowed, or no properties are declared here."""
     if not isinstance(schema, dict) or not isinstance(schema.get("properties"), dict):
         return True
     return any(schema.get(key) not in (None, False) for key in _OPEN)
@@ -211,7 +211,7 @@ def _items(schema: Any) -> Any:
 
 
 def _has_null(value: Any) -> bool:
-    """Whether a field is null, at any depth; an item of a list is no field."""
+    """Whether a field is null, at any depth; items of lists are not fields."""
     if isinstance(value, dict):
         return any(item is None or _has_null(item) for item in value.values())
     return isinstance(value, list) and any(map(_has_null, value))

@@ -1,7 +1,7 @@
 """A preference pair: two continuations of one conversation, a chosen and a rejected one.
 
-Turns are equal when a model could not tell them apart: calls are compared by name and arguments, results by the call
-they answer, and ids not at all. A task is what stands before the first assistant turn: tools, instruction, system and
+Turns are equal when a model could not distinguish them: calls are compared by name and arguments, results by the call
+that they answer; ids are ignored. A task is everything before the first assistant turn: tools, instruction, system and
 user turns.
 """
 
@@ -21,7 +21,7 @@ TURN = 9
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Both sides as whole conversations. Assistant turns that both sides share have `loss: false`."""
+    """Both sides, each a complete conversation. Assistant turns that both sides share have `loss: false`."""
 
     id: str
     chosen: Trajectory
@@ -30,24 +30,25 @@ class Pair:
 
 
 def parse_pair(row: object, default_id: str, repaired: Report, *, padded: bool = False) -> Pair:
-    """Checks a row as `python -m xlam_jax.data pairs` writes it.
+    """Checks a row in the form that `python -m xlam_jax.data pairs` writes, and returns it typed.
 
-    `conversation` holds the turns that both sides share, `chosen` and `rejected` what follows; turns with which both
-    begin are shared too. Each side is checked and mended as a trajectory is. Raises `InvalidTrajectory`; equal-sides
-    where there is nothing to prefer.
+    `conversation` has the turns that both sides share, `chosen` and `rejected` have the following turns; equal turns at
+    their beginnings are shared too. Each side is checked and repaired like a trajectory. Raises `InvalidTrajectory`,
+    with the reason equal-sides where chosen and rejected are the same.
     """
     if not isinstance(row, dict):
         raise InvalidTrajectory("not-an-object", f"a row is a JSON object, got a {type(row).__name__}")
     missing = [key for key in ("conversation", "chosen", "rejected") if not isinstance(row.get(key), list)]
     if missing:
         raise InvalidTrajectory(
-            "no-pair", f"a pair has conversation, chosen and rejected, lists of turns; {', '.join(missing)} is none"
+            "no-pair",
+            f"a pair has conversation, chosen and rejected, lists of turns; {', '.join(missing)} is not a list",
         )
     unknown = sorted(row.keys() - set(PAIR_KEYS))
     if unknown:
         repaired("unknown-key", f"a pair has no key {', '.join(unknown)}")
     shared = {key: row[key] for key in ROW_KEYS & row.keys()}
-    notes: dict[tuple[str, str], None] = {}  # the turns that both sides share are mended twice, and told once
+    notes: dict[tuple[str, str], None] = {}  # repairs of shared turns are made twice, and reported once
 
     def side(name: str) -> Trajectory:
         whole = shared | {"conversation": [*row["conversation"], *row[name]], "score": row.get(f"{name}_score")}
@@ -67,21 +68,21 @@ def parse_pair(row: object, default_id: str, repaired: Report, *, padded: bool =
 
 
 def _no_pair(reason: str, chosen: Sequence[Message], rejected: Sequence[Message], conversation: int) -> tuple[str, str]:
-    """Reason and detail for what `first_difference` says of two sides that are no pair."""
+    """Returns (reason, detail) for a result of `first_difference` by which two sides are not a pair."""
     if reason == "identical":
         turns = len(chosen) - conversation
         return "equal-sides", f"chosen equals rejected ({turns} turns); a pair has two answers"
     if reason == "one-is-the-others-beginning":
         counts = f"chosen has {len(chosen)} turns and rejected {len(rejected)}"
-        return reason, f"{counts}, the same as far as both go; no turn has two answers"
-    one, other = fingerprint(chosen), fingerprint(rejected)
-    at = next(at for at, (mine, theirs) in enumerate(zip(one, other, strict=False)) if mine != theirs) // TURN
+        return reason, f"{counts}, and all common turns are equal; no turn has two answers"
+    bytes_of_both = enumerate(zip(fingerprint(chosen), fingerprint(rejected), strict=False))
+    at = next(at for at, (byte, other) in bytes_of_both if byte != other) // TURN
     roles = " and ".join(dict.fromkeys((chosen[at].role, rejected[at].role)))
-    return reason, f"chosen and rejected first differ at turn {at} ({roles}), before any answer of theirs does"
+    return reason, f"chosen and rejected first differ at turn {at} ({roles}), before their answers differ"
 
 
 def _trained_from(side: Trajectory, first: int) -> Trajectory:
-    """The side with no loss on the assistant's turns before `first`."""
+    """Returns the side with `loss: false` in the assistant turns before `first`."""
     turns = (
         replace(turn, loss=False) if turn.role == "assistant" and at < first else turn
         for at, turn in enumerate(side.conversation)
@@ -89,18 +90,21 @@ def _trained_from(side: Trajectory, first: int) -> Trajectory:
     return replace(side, conversation=tuple(turns))
 
 
-def first_difference(one: bytes, other: bytes) -> int | str:
-    """Returns the first assistant turn at which two fingerprints differ, or why there is none."""
-    for at in range(0, min(len(one), len(other)), TURN):
-        if one[at : at + TURN] != other[at : at + TURN]:
-            if one[at] == other[at] == ord("a"):
+def first_difference(turns: bytes, others: bytes) -> int | str:
+    """Compares two fingerprints. Returns the index of the first different turn if it is an assistant turn in both.
+
+    Else returns the reason why the two are not a pair.
+    """
+    for at in range(0, min(len(turns), len(others)), TURN):
+        if turns[at : at + TURN] != others[at : at + TURN]:
+            if turns[at] == others[at] == ord("a"):
                 return at // TURN
             return "first-differs-at-a-user-or-tool-turn"
-    return "identical" if len(one) == len(other) else "one-is-the-others-beginning"
+    return "identical" if len(turns) == len(others) else "one-is-the-others-beginning"
 
 
 def fingerprint(turns: Sequence[Message]) -> bytes:
-    """Returns 9 bytes a turn, equal where the turns are: the role's initial and a hash."""
+    """Returns 9 bytes per turn, the role's initial and a hash; they are equal for equal turns."""
     parts: list[bytes] = []
     calls: dict[str, int] = {}
     for turn in turns:
@@ -109,18 +113,18 @@ def fingerprint(turns: Sequence[Message]) -> bytes:
             calls = {call.id: at for at, call in enumerate(turn.tool_calls) if call.id is not None}
         elif turn.role == "tool":
             link = calls.get(turn.tool_call_id or "", turn.name)
-        said = [turn.content, [[call.name, call.arguments] for call in turn.tool_calls], link]
-        parts.append(turn.role[:1].encode() + _digest(said, 8))
+        values = [turn.content, [[call.name, call.arguments] for call in turn.tool_calls], link]
+        parts.append(turn.role[:1].encode() + _digest(values, 8))
     return b"".join(parts)
 
 
 def context(trajectory: Trajectory) -> int:
-    """How many turns stand before the first assistant turn."""
+    """Returns the number of turns before the first assistant turn."""
     return next(at for at, turn in enumerate(trajectory.conversation) if turn.role == "assistant")
 
 
 def task(trajectory: Trajectory) -> bytes:
-    """A digest of the task, 16 bytes."""
+    """Returns a digest of the task, 16 bytes."""
     # the key order of tools is part of the prompt
     before = fingerprint(trajectory.conversation[: context(trajectory)]).hex()
     return _digest([json.dumps(trajectory.tools), trajectory.task_instruction, before], 16)

@@ -1,10 +1,10 @@
-"""Preference pairs from scored trajectories of one task: two that agree up to an assistant turn, and differ there.
+"""Makes preference pairs from scored trajectories of one task that agree up to an assistant turn and differ there.
 
-Tasks and equal turns are those of `xlam_jax.data.pair`. Where the first difference is the user's or a tool's, neither
-answer was worse: there is no pair.
+`xlam_jax.data.pair` defines tasks and equal turns. Where the first difference is in a user or tool turn, neither answer
+was worse, so the two trajectories are not a pair.
 
-One pass over the files. Kept in memory: 9 bytes a turn and about 300 a scored trajectory; the trajectories themselves
-wait in a temporary file beside the output.
+The files are read once. In memory are 9 bytes per turn and about 300 bytes per scored trajectory; the trajectories are
+in a temporary file next to the output.
 """
 
 import heapq
@@ -25,11 +25,11 @@ from xlam_jax.data.trajectory import Trajectory, to_dict
 from xlam_jax.errors import UserError
 from xlam_jax.outputs import check_file, new_file, write_json
 
-EXAMPLES = 3  # rows listed a reason
+EXAMPLES = 3  # rows listed per reason
 
 
 class Scored(NamedTuple):
-    """A scored trajectory: where it waits, and the fingerprints of its turns from the first assistant turn on."""
+    """A scored trajectory: its offset in the temporary file, and the fingerprints of its turns after the context."""
 
     score: float
     id: str
@@ -38,7 +38,7 @@ class Scored(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """Two trajectories of a task whose first different turns, `turn` turns after the context, are the assistant's."""
+    """Two trajectories of a task that first differ in an assistant turn, `turn` turns after the context."""
 
     chosen: Scored
     rejected: Scored
@@ -46,14 +46,14 @@ class Pair(NamedTuple):
 
 
 class Report:
-    """What was left out, by reason, with the first rows of each."""
+    """Counts of dropped trajectories and pairs by reason, with the first rows of each."""
 
     def __init__(self) -> None:
         self.counts: dict[str, Counter[str]] = {"trajectory": Counter(), "pair": Counter()}
         self._rows: dict[tuple[str, str], list[str]] = {}
 
     def drop(self, unit: str, reason: str, row: str, count: int = 1) -> None:
-        """Counts trajectories or pairs that are left out."""
+        """Counts dropped trajectories or pairs."""
         if count:
             self.counts[unit][reason] += count
             rows = self._rows.setdefault((unit, reason), [])
@@ -61,7 +61,7 @@ class Report:
                 rows.append(row)
 
     def as_dict(self) -> dict[str, Any]:
-        """Unit → reason → count and first rows, most frequent first."""
+        """Returns unit → reason → count and first rows, the most frequent reason first."""
         return {
             unit: {reason: {"count": count, "rows": self._rows[unit, reason]} for reason, count in counts.most_common()}
             for unit, counts in self.counts.items()
@@ -77,10 +77,10 @@ def write(
     report_path: Path | None = None,
     force: bool = False,
 ) -> dict[str, Any]:
-    """Writes the pairs of `files` to `out`, a JSON object a line, and returns (and writes) the report.
+    """Writes the pairs of `files` to `out`, one JSON object per line, and returns (and writes) the report.
 
-    Outputs appear only when they are whole. Raises `UserError` on an input that cannot be read, an output that exists
-    (unless `force`), and when there is not one pair.
+    Outputs appear only when they are complete. Raises `UserError` for an input that cannot be read, for an output that
+    exists (unless `force`), and when there are no pairs.
     """
     for path in filter(None, (out, report_path)):
         check_file(path, force=force)
@@ -89,9 +89,9 @@ def write(
         with tempfile.TemporaryFile(dir=out.parent) as spool:
             tasks, read = _index(files, spool, report)
             pairs, at_turn, paired = 0, Counter[int](), 0
-            for of_task in tasks:
+            for scored in tasks:
                 before = pairs
-                for pair in select(of_task, report, min_gap=min_gap, per_task=per_task):
+                for pair in select(scored, report, min_gap=min_gap, per_task=per_task):
                     lines.write(json.dumps(_row(pair, spool), ensure_ascii=False) + "\n")
                     at_turn[pair.turn] += 1
                     pairs += 1
@@ -106,33 +106,33 @@ def write(
             "dropped": report.as_dict(),
         }
         if not pairs:
-            raise UserError(f"not one pair in {read} trajectories of {len(tasks)} tasks{_explain(report)}")
+            raise UserError(f"no pairs in {read} trajectories of {len(tasks)} tasks{_explain(report)}")
     if report_path:
         write_json(report_path, result)
     return result
 
 
 def select(task: Sequence[Scored], report: Report, *, min_gap: float, per_task: int) -> Iterator[Pair]:
-    """Yields at most `per_task` pairs of a task, the largest gap between scores first, then by the ids.
+    """Yields at most `per_task` pairs of a task, ordered by the gap between scores, largest first, then by the ids.
 
-    The chosen score is higher, by `min_gap` at least.
+    The chosen score is higher by at least `min_gap`.
     """
     if len(task) == 1:
         report.drop("trajectory", "alone-in-its-task", task[0].id)
         return
     seen: set[tuple[bytes, float]] = set()
     ranked: list[Scored] = []
-    for one in sorted(task, key=lambda one: (one.id, one.offset)):
-        if (one.turns, one.score) in seen:
-            report.drop("trajectory", "repeated", one.id)
+    for scored in sorted(task, key=lambda scored: (scored.id, scored.offset)):
+        if (scored.turns, scored.score) in seen:
+            report.drop("trajectory", "repeated", scored.id)
         else:
-            seen.add((one.turns, one.score))
-            ranked.append(one)
-    ranked.reverse()  # among equal scores, going down gives ids in rising order
-    ranked.sort(key=lambda one: one.score)
+            seen.add((scored.turns, scored.score))
+            ranked.append(scored)
+    ranked.reverse()  # among equal scores, ids then rise from the end to the start
+    ranked.sort(key=lambda scored: scored.score)
     count = len(ranked)
 
-    def far(low: int, high: int) -> bool:
+    def is_far(low: int, high: int) -> bool:
         gap = ranked[high].score - ranked[low].score
         return gap > 0 and gap >= min_gap
 
@@ -143,14 +143,14 @@ def select(task: Sequence[Scored], report: Report, *, min_gap: float, per_task: 
         return f"{ranked[high].id} > {ranked[low].id}"
 
     eligible = sum(
-        count - bisect_left(range(count), True, lo=low + 1, key=lambda high, low=low: far(low, high))
+        count - bisect_left(range(count), True, lo=low + 1, key=lambda high, low=low: is_far(low, high))
         for low in range(count)
     )
     close = count * (count - 1) // 2 - eligible
     if close:
-        first = next(names(*pair) for pair in combinations(range(count), 2) if not far(*pair))
+        first = next(names(*pair) for pair in combinations(range(count), 2) if not is_far(*pair))
         report.drop("pair", "gap-too-small", first, close)
-    heap = [ordered(low, count - 1) for low in range(count - 1) if far(low, count - 1)]
+    heap = [ordered(low, count - 1) for low in range(count - 1) if is_far(low, count - 1)]
     heapq.heapify(heap)
     taken = 0
     while heap:
@@ -158,7 +158,7 @@ def select(task: Sequence[Scored], report: Report, *, min_gap: float, per_task: 
         if taken == per_task:
             report.drop("pair", "over-the-cap-of-its-task", names(low, high), eligible)
             return
-        if high - 1 > low and far(low, high - 1):
+        if high - 1 > low and is_far(low, high - 1):
             heapq.heapreplace(heap, ordered(low, high - 1))
         else:
             heapq.heappop(heap)
@@ -172,7 +172,7 @@ def select(task: Sequence[Scored], report: Report, *, min_gap: float, per_task: 
 
 
 def _index(files: Sequence[Path], spool: BinaryIO, report: Report) -> tuple[list[list[Scored]], int]:
-    """Puts the scored trajectories into `spool` and returns them by task, with how many rows were read."""
+    """Writes the scored trajectories to `spool`. Returns (scored trajectories by task, number of rows read)."""
     tasks: dict[bytes, list[Scored]] = {}
     read, offset = 0, 0
     for item in sources.read(Source(name="pairs", files=[str(path) for path in files])):
@@ -221,12 +221,12 @@ def _explain(report: Report) -> str:
 
 
 def summary(out: Path, result: dict[str, Any]) -> str:
-    """The report for people."""
+    """Returns the report as text."""
     lines = [
         f"{out}: {result['pairs']} pairs from {result['tasks_with_pairs']} of {result['tasks']} tasks, "
         f"{result['trajectories']} trajectories read"
     ]
     for unit, reasons in result["dropped"].items():
         for reason, entry in reasons.items():
-            lines.append(f"  left out {entry['count']} ({unit}, {reason}), first {entry['rows'][0]}")
+            lines.append(f"  dropped {entry['count']} ({unit}, {reason}), first {entry['rows'][0]}")
     return "\n".join(lines)

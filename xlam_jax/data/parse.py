@@ -58,7 +58,7 @@ def parse_trajectory(
 ) -> Trajectory:
     """Checks a row and returns it typed. The arguments of calls are not checked against the tools' JSON Schema.
 
-    `repaired(reason, detail)` is called for each repair and for each part that is left out:
+    `repaired(reason, detail)` is called for each repair and for each part that is dropped:
     string-arguments, missing-arguments (become {}), trailing-text-after-json (prose behind the arguments),
     call-in-text (calls of declared tools in the text of an assistant turn become tool calls),
     null-content, text-parts (`[{"type": "text", …}]`), structured-content (a tool's list or object becomes JSON text),
@@ -294,7 +294,7 @@ def _read_text_calls(i: int, message: Message, declared: Mapping[str, Any], sink
     if message.role != "assistant" or message.tool_calls or not message.content:
         return message
     number = turn_number(i, message)
-    written = text_calls.read(message.content, declared, f"turn {number}")
+    written = text_calls.find_calls(message.content, declared, f"turn {number}")
     if written is None or written.problem:
         return message
     for reason, detail in written.repairs:
@@ -331,11 +331,11 @@ def _check_declared(conversation: Sequence[Message], declared: Mapping[str, Any]
     for i, message in enumerate(conversation):
         for call in message.tool_calls:
             if call.name not in declared and (call.name or not isinstance(call, UnreadableCall)):
-                known = ", ".join(declared) or "none"
+                names = ", ".join(declared) or "none"
                 hint = nearest(call.name[:100], declared)
                 sink.problem(
                     "undeclared-tool",
-                    f"turn {turn_number(i, message)} calls '{call.name}', declared tools: {known}{hint}",
+                    f"turn {turn_number(i, message)} calls '{call.name}', declared tools: {names}{hint}",
                 )
 
 
@@ -389,12 +389,12 @@ def _optional_id(row: dict[str, Any], key: str, where: str, sink: Sink) -> str |
     return _optional_text(row, key, where, sink)
 
 
-def _report_unknown_keys(row: dict[str, Any], known: frozenset[str], where: str, sink: Sink) -> None:
+def _report_unknown_keys(row: dict[str, Any], keys: frozenset[str], where: str, sink: Sink) -> None:
     for key, value in row.items():
-        if key not in known and value is not None:
-            sink.repaired("unknown-key", f"`{key}` of {where} is left out")
+        if key not in keys and value is not None:
+            sink.repaired("unknown-key", f"`{key}` of {where} is dropped")
 
 
 def _report_null_fields(null_fields: list[str], sink: Sink) -> None:
     if null_fields:
-        sink.repaired("null-fields", f"left out, as null: {', '.join(sorted(set(null_fields)))}")
+        sink.repaired("null-fields", f"dropped, as null: {', '.join(sorted(set(null_fields)))}")

@@ -1,9 +1,9 @@
-"""From loaded trajectories to packed batches: deal → mix → pack → batch.
+"""The input pipeline, from loaded trajectories to packed batches: deal → mix → pack → batch.
 
-Batch t depends on the seed and t alone. Each source is one endless sequence, shuffled anew every epoch; it is dealt to
-a fixed number of streams, stream s taking every S-th trajectory from the s-th on, so that no two streams see the same
-trajectory in an epoch. Each stream mixes and packs on its own, and gives the same number of rows to every batch. A host
-reads the streams that give the rows its devices need, so that the number of hosts changes nothing.
+Batch t depends on the seed and t alone. Each source is one endless sequence, shuffled anew every epoch. It is dealt to
+a fixed number of S streams: stream s takes every S-th trajectory from the s-th on, so that no two streams see the same
+trajectory in an epoch. Each stream mixes and packs separately, and contributes the same number of rows to every batch.
+A host reads the streams with the rows that its devices need, so that batches do not depend on the number of hosts.
 """
 
 from bisect import bisect_right
@@ -25,18 +25,22 @@ from xlam_jax.enums import SPAN_KINDS as KINDS
 
 
 class Row(NamedTuple):
-    """A packed row or a batch of them: [T] or [B, T]."""
+    """A packed sequence ("row") of T positions, or a batch of B rows: all fields are [T] or [B, T].
+
+    Integers are int32, `weights` and `reference` float32.
+    """
 
     tokens: np.ndarray
     labels: np.ndarray
     weights: np.ndarray
     positions: np.ndarray
     segments: np.ndarray
-    """0 is padding. Of pairs 2p − 1 and 2p are the chosen and the rejected side of the row's p-th."""
+    """Segment ids: the number of the example in the row, from 1; 0 is padding. The chosen and the rejected side of a
+    row's p-th pair are segments 2p − 1 and 2p."""
     groups: np.ndarray
-    """Of each label, source × len(KINDS) + kind."""
+    """Group of each label, by which the loss is reported: source × len(KINDS) + kind."""
     reference: np.ndarray | None = None
-    """Of pairs, log p under the reference policy: see `examples.Example`."""
+    """Pairs only: log p under the reference policy, see `examples.Example`."""
 
 
 Origin = tuple[int, int]
@@ -44,7 +48,7 @@ Origin = tuple[int, int]
 
 
 class _Numbered(LazyExamples):
-    """The examples of several sources, one source after the other, with their origins."""
+    """The examples of several sources with their origins, one source after the other."""
 
     def __init__(self, parts: Sequence[tuple[int, Sequence[Example]]]):
         self._parts = parts
@@ -72,7 +76,7 @@ def _packed(examples: grain.IterDataset, keys: Sequence[str], data: Data, seed: 
     return BestFitPackIterDataset(
         examples,
         length_struct={key: data.sequence_length for key in keys},
-        meta_features=[key for key in keys if key != "tokens"],  # which lie like the tokens, and say nothing more
+        meta_features=[key for key in keys if key != "tokens"],  # same segment ids and positions as the tokens
         max_sequences_per_bin=data.max_pairs if data.pairs else None,
         num_packing_bins=data.packing_bins,
         seed=seed,
@@ -82,7 +86,7 @@ def _packed(examples: grain.IterDataset, keys: Sequence[str], data: Data, seed: 
 
 def _row(packed: dict[str, np.ndarray]) -> Row:
     segments = packed["tokens_segment_ids"].astype(np.int32)
-    sources = np.concatenate([[0], packed["origin"][::2]])[segments]  # an example has two numbers there, and 2 places
+    sources = np.concatenate([[0], packed["origin"][::2]])[segments]  # `origin` has (source, row) of each example
     groups = np.where(segments > 0, sources * len(KINDS) + packed["kinds"], 0).astype(np.int32)
     positions = packed["tokens_positions"].astype(np.int32)
     if "sides" in packed:
@@ -95,22 +99,23 @@ def _row(packed: dict[str, np.ndarray]) -> Row:
 
 
 def origins(packed: dict[str, np.ndarray]) -> list[Origin]:
-    """The examples of a packed row, in order."""
+    """Returns the origins of the examples of a packed row, in order."""
     count = int(packed["tokens_segment_ids"].max())
     return [(int(source), int(row)) for source, row in packed["origin"][: 2 * count].reshape(-1, 2)]
 
 
 def stack(rows: Sequence[Row]) -> Row:
-    """Rows as a batch."""
+    """Stacks B rows of [T] to a batch of [B, T]."""
     columns = zip(*rows, strict=True)
     return Row(*(None if column[0] is None else np.stack(column) for column in columns))  # pyright: ignore
 
 
 class Loader:
-    """Endless batches, or of each batch the `rows` that one host needs.
+    """Yields endless batches, or the `rows` of each batch that one host needs.
 
-    `state()` is what to save beside a checkpoint, `restore` what undoes a crash. The state names each stream's place,
-    so a run may go on with another number of hosts: give every host all states. Augmentation renders with `tokenizer`.
+    Save `state()` with a checkpoint, and `restore` it to resume. The state has the position of each stream, so a run
+    may resume with another number of hosts: give every host the states of all hosts. Augmentation renders with
+    `tokenizer`.
     """
 
     def __init__(
@@ -124,14 +129,14 @@ class Loader:
         rows: Sequence[int] | None = None,
     ):
         of_stream = batch_size // data.streams
-        self._mine = [divmod(row, of_stream) for row in (range(batch_size) if rows is None else rows)]
+        self._host_rows = [divmod(row, of_stream) for row in (range(batch_size) if rows is None else rows)]
         self._rows = of_stream
         weights = shares(loaded, data)
-        sequences = [_endless(at, one, data, seed, tokenizer) for at, one in enumerate(loaded)]
+        sequences = [_endless(at, source, data, seed, tokenizer) for at, source in enumerate(loaded)]
         keys = (*loaded[0].train[0], "origin")
         self._streams: dict[str, Any] = {}
         self._last: list[dict[str, np.ndarray]] = []
-        for stream in sorted({stream for stream, _ in self._mine}):
+        for stream in sorted({stream for stream, _ in self._host_rows}):
             mixed = grain.MapDataset.select_from_datasets(
                 [sequence.slice(slice(stream, None, data.streams)) for sequence in sequences],
                 stream_mixture(weights, stream, data.streams),
@@ -141,34 +146,37 @@ class Loader:
             self._streams[str(stream)] = iter(packed)
 
     def __next__(self) -> Row:
-        """The next batch's rows of this host, in the order of the streams."""
+        """Returns this host's rows of the next batch, in the order of the streams."""
         return stack([_row(packed) for packed in self.packed()])
 
     def packed(self) -> list[dict[str, np.ndarray]]:
-        """The same rows as Grain packs them: every key of the examples, with `tokens_segment_ids` and
-        `tokens_positions`; and `origin`, two numbers an example."""
+        """Returns the rows of the next batch as Grain packs them.
+
+        They have every key of the examples, `tokens_segment_ids`, `tokens_positions`, and `origin`, two numbers per
+        example.
+        """
         drawn = {name: [next(stream) for _ in range(self._rows)] for name, stream in self._streams.items()}
-        self._last = [drawn[str(stream)][at] for stream, at in self._mine]
+        self._last = [drawn[str(stream)][at] for stream, at in self._host_rows]
         return self._last
 
     def origins(self) -> list[Origin]:
-        """The examples of the last batch of this host."""
+        """Returns the origins of all examples in this host's rows of the last batch."""
         return [origin for packed in self._last for origin in origins(packed)]
 
     def state(self) -> dict[str, Any]:
-        """The place of each stream of this host, JSON."""
+        """Returns the position of each stream of this host, as JSON values."""
         return {name: stream.get_state() for name, stream in self._streams.items()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes to a saved place. Takes as long at any place."""
+        """Moves every stream to a saved position, in constant time."""
         for name, stream in self._streams.items():
             stream.set_state(state[name])
 
 
 def draws(state: Mapping[str, Any], weights: Sequence[Fraction], streams: int) -> list[int]:
-    """How often each source was drawn before the rows that are packed at a saved place, over all streams.
+    """Returns how often all streams have drawn each source, up to the rows being packed at a saved position.
 
-    `weights` are the sources' shares. A source of n examples whose draws are d so far is in epoch d // n.
+    `weights` are the shares of the sources. A source of n examples that was drawn d times is in epoch d // n.
     """
     counts = [
         stream_mixture(weights, int(stream), streams).counts_from_start(place["parent"]["next_index"])
@@ -178,10 +186,10 @@ def draws(state: Mapping[str, Any], weights: Sequence[Fraction], streams: int) -
 
 
 def packed_again(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The place at which every stream packs its current `packing_bins` rows again, from the first.
+    """Returns the position at which every stream packs its current `packing_bins` rows again, from the first.
 
-    For data that changed: which of the rows packed anew were given out before cannot be known, and skipping as many as
-    were would lose examples. So examples of these rows may come twice, and none is left out.
+    For data that changed: it is unknown which of the newly packed rows were yielded before, and skipping the same
+    number of rows would lose examples. So examples of these rows may occur twice, but none is skipped.
     """
     return {
         stream: place | {"next_row": 0, "counter": place["counter"] - place["next_row"]}
@@ -189,52 +197,52 @@ def packed_again(state: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _endless(at: int, one: Loaded, data: Data, seed: int, tokenizer: Any) -> Any:
-    """A source's examples for ever, each once an epoch; with augmentation, another variant in every epoch."""
-    seeded = _derived(seed, one.source.name)
+def _endless(at: int, loaded: Loaded, data: Data, seed: int, tokenizer: Any) -> Any:
+    """The examples of source `at`, endlessly, each once per epoch; augmentation makes new variants in every epoch."""
+    source_seed = _derived(seed, loaded.source.name)
     if not data.augment.active:
-        return grain.MapDataset.source(_Numbered([(at, one.train)])).seed(seeded).shuffle().repeat()
-    trajectories: Any = one.trajectories
+        return grain.MapDataset.source(_Numbered([(at, loaded.train)])).seed(source_seed).shuffle().repeat()
+    trajectories: Any = loaded.trajectories
     if trajectories is None:
-        raise ValueError("augmentation draws from the trajectories, and they are not loaded")
-    annotate = "turns" in one.train[0]
+        raise ValueError("augmentation needs the trajectories, which are not loaded")
+    annotate = "turns" in loaded.train[0]
 
     def draw(row: int, rng: np.random.Generator) -> Example:
         return _with_origin(
             make_example(make_columns(augmented(trajectories[row], rng, tokenizer, data), annotate)), at, row
         )
 
-    return grain.MapDataset.range(len(trajectories)).seed(seeded).shuffle().repeat().random_map(draw)
+    return grain.MapDataset.range(len(trajectories)).seed(source_seed).shuffle().repeat().random_map(draw)
 
 
 def packed_rows(
     loaded: list[Loaded], data: Data, *, batch_size: int, seed: int, tokenizer: Any = None
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Every packed row in the order in which training sees them, endless; see `Loader.packed`."""
+    """Yields every packed row in the order of training, endlessly; see `Loader.packed`."""
     loader = Loader(loaded, data, batch_size=batch_size, seed=seed, tokenizer=tokenizer)
     while True:
         yield from loader.packed()
 
 
 def heldout_batches(
-    loaded: list[Loaded], data: Data, *, rows: int, limit: int | None, mine: Sequence[int] | None = None
+    loaded: list[Loaded], data: Data, *, rows: int, limit: int | None, host_rows: Sequence[int] | None = None
 ) -> Iterator[Row]:
-    """The held-out part, packed in file order, once; the last batch is filled up with padding.
+    """Yields at most `limit` batches of `rows` rows from one pass over the held-out part, in the order of the files.
 
-    A host gets those that are `mine` of each batch's `rows`; default: all.
+    The last batch is filled up with padding. A host gets its `host_rows`, indices into each batch (default: all rows).
     """
     batches = ordered(loaded, "heldout", data, rows=rows)
-    yield from (stack([batch[row] for row in mine or range(rows)]) for batch, _ in islice(batches, limit))
+    yield from (stack([batch[row] for row in host_rows or range(rows)]) for batch, _ in islice(batches, limit))
 
 
 def ordered(
     loaded: list[Loaded], part: Literal["train", "heldout"], data: Data, *, rows: int
 ) -> Iterator[tuple[list[Row], list[list[Origin]]]]:
-    """One part of the data, packed in file order, once: batches of `rows` rows with what each row holds.
+    """Yields (batch of `rows` rows, origins of the examples in each row) from one pass over a part of the data.
 
-    The last batch is filled up with padding.
+    Rows are packed in the order of the files; the last batch is filled up with padding.
     """
-    examples = _Numbered([(at, getattr(one, part)) for at, one in enumerate(loaded)])
+    examples = _Numbered([(at, getattr(source, part)) for at, source in enumerate(loaded)])
     if not len(examples):
         return
     keys = tuple(examples[0])
@@ -243,7 +251,7 @@ def ordered(
     )
     packed = iter(_packed(in_order, keys, data, seed=0, shuffle=False))
     while batch := list(islice(packed, rows)):
-        filled, held = [_row(one) for one in batch], [origins(one) for one in batch]
-        blank = Row(*(None if one is None else np.zeros_like(one) for one in filled[0]))  # pyright: ignore
+        filled, contents = [_row(row) for row in batch], [origins(row) for row in batch]
+        blank = Row(*(None if field is None else np.zeros_like(field) for field in filled[0]))  # pyright: ignore
         missing = rows - len(batch)
-        yield filled + [blank] * missing, held + [[] for _ in range(missing)]
+        yield filled + [blank] * missing, contents + [[] for _ in range(missing)]

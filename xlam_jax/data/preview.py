@@ -78,7 +78,7 @@ def rows(
     """
     resolved = configs.load(config, list(overrides)).config
     data = resolved.data
-    names = [known.name for known in data.sources]
+    names = [entry.name for entry in data.sources]
     if source is not None and source not in names:
         raise UserError(f"--source {source}: the config has {', '.join(names)}{nearest(source, names)}")
     tokenizer = load_tokenizer(data.tokenizer)

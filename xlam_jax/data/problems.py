@@ -26,8 +26,8 @@ def refuse(reason: str, detail: str) -> None:
 class Sink:
     """Receives each repair and each problem of a row.
 
-    The default `problem` raises at the first one. With a `problem` that returns, the parser continues and leaves out,
-    or replaces by a placeholder, the part that it cannot read; so each problem of a row is reported once.
+    The default `problem` raises at the first one. With a `problem` that returns, the parser continues and drops the
+    part that it cannot read, or replaces it by a placeholder; so each problem of a row is reported once.
     """
 
     repaired: Report = ignore

@@ -50,7 +50,7 @@ def without_empty_end(turns: Any, sink: Sink) -> Any:
     refused = bool(last.get("refusal")) or is_refusal(last.get("content"))
     sink.repaired(
         "refused-last-turn" if refused else "empty-last-turn",
-        f"turn {turn_number(len(before), last)} {'only refuses' if refused else 'says nothing'}, and is left out",
+        f"turn {turn_number(len(before), last)} {'only refuses' if refused else 'is empty'}, and is dropped",
     )
     return before
 

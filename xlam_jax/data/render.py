@@ -1,7 +1,7 @@
-"""From trajectory to token ids and loss weights; `xlam_jax.data.wire` is the way back.
+"""Renders trajectories as token ids and loss weights; `xlam_jax.data.wire` is the inverse.
 
-This is the only renderer. What the text looks like is a matter of the format (`xlam_jax.data.formats`); which tokens
-carry loss follows from the piece of the text that each token starts in, never from a search for what the text says.
+This is the only renderer. The format (`xlam_jax.data.formats`) determines the text. The loss weight of a token follows
+from the segment of the text in which the token starts, never from a search in the text.
 """
 
 import weakref
@@ -41,8 +41,9 @@ __all__ = [
 
 
 RENDER_VERSION = 1
-"""Raise it whenever the same rows give other token ids, loss weights or text: by a change of the parser, a converter or
-the renderer. Prepared caches of another version are refused. tests/data/test_golden.py fails until it is raised."""
+"""Raise it with every change of the parser, a converter or the renderer after which the same rows give other token ids,
+loss weights or text. Prepared caches of another version are refused. tests/data/test_golden.py fails until it is
+raised."""
 
 
 class Span(NamedTuple):
@@ -57,7 +58,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rendered:
-    """A token sequence: ids int32 (N,), loss weights float32 (N,), and spans that cover the N tokens in order."""
+    """A sequence of N tokens: ids int32 [N], loss weights float32 [N], and spans that cover the tokens in order."""
 
     input_ids: np.ndarray
     weights: np.ndarray
@@ -65,7 +66,7 @@ class Rendered:
 
     @property
     def loss_mask(self) -> np.ndarray:
-        """Which tokens carry loss, bool (N,)."""
+        """Whether each token is trained, bool [N]."""
         return self.weights > 0
 
 
@@ -74,12 +75,12 @@ def render(
 ) -> Rendered:
     """Renders a conversation as one sequence.
 
-    Text, tool calls and end token of assistant turns carry loss as `loss` says (all of them, with weight 1), unless the
-    turn says `loss: false`. Control tokens written out in content stay text. Raises `InvalidTrajectory` for what the
-    format cannot write, and also where it takes more or less than one sequence (`render_all` gives them); `UserError`
-    when tokenizer and format do not go together.
+    Text, tool calls and end tokens of assistant turns have the weights of `loss` (default: 1 for all), except in turns
+    with `loss: false`. Control tokens spelled out in content stay text. Raises `InvalidTrajectory` for a trajectory
+    that the format cannot write, or does not write as exactly one sequence (see `render_all`), and `UserError` when
+    tokenizer and format are incompatible.
     """
-    rendered = [one for _, one in sequences(trajectory, tokenizer, format, loss)]
+    rendered = [sequence for _, sequence in sequences(trajectory, tokenizer, format, loss)]
     if len(rendered) != 1:
         raise InvalidTrajectory(
             "not-one-sequence", f"the format {format} writes this conversation as {len(rendered)} sequences"
@@ -90,13 +91,13 @@ def render(
 def render_all(
     trajectory: Trajectory, tokenizer: "PreTrainedTokenizerFast", format: str = "xlam", loss: Loss | None = None
 ) -> list[Rendered]:
-    """Renders a conversation as the sequences that train it, those without a token that carries loss left out.
+    """Renders a conversation as the sequences that train it, without those that have no trained tokens.
 
-    One sequence trains all turns where the format writes each turn once and for all: `xlam` always. Elsewhere each turn
-    is trained once, in a sequence that gives it the prompt that a server gives it: `xlam_v1` has a sequence for every
-    assistant turn, `native` as many as the template rewrites what it wrote. Raises as `render` does.
+    Where the format never rewrites a turn, as `xlam`, one sequence trains all turns. Elsewhere each turn is trained
+    once, in a sequence with the prompt that a server would give: `xlam_v1` has a sequence per assistant turn, `native`
+    starts a new one whenever the template rewrites earlier turns. Raises the errors of `render`.
     """
-    return [one for _, one in sequences(trajectory, tokenizer, format, loss) if one.weights.any()]
+    return [rendered for _, rendered in sequences(trajectory, tokenizer, format, loss) if rendered.weights.any()]
 
 
 def sequences(
@@ -106,13 +107,13 @@ def sequences(
     loss: Loss | None = None,
     variant: Variant = PLAIN,
 ) -> Iterator[tuple[Trajectory, Rendered]]:
-    """Gives the sequences one by one, each with the trajectory that is rendered as this sequence alone.
+    """Yields the sequences, each with the trajectory that is rendered as this one sequence.
 
-    That is the conversation up to the last turn that the sequence trains; in it the turns that others train have
-    `loss: false`. Raises as `render` does.
+    That is the conversation up to the last turn that the sequence trains; turns that other sequences train have
+    `loss: false` in it. Raises the errors of `render`.
     """
     loss = loss or Loss()
-    codec, format_ = known(tokenizer, format)
+    codec, format_ = codec_and_format(tokenizer, format)
     for layout in format_.layouts(with_flags(trajectory, loss), variant):
         yield layout.trajectory, encode(layout, codec, loss)
 
@@ -144,10 +145,10 @@ def _weight(segment: Segment, turns: Sequence[Message], loss: Loss) -> float:
 
 
 def with_flags(trajectory: Trajectory, loss: Loss) -> Trajectory:
-    """Writes into the turns which of them carry no loss, so that their `loss` flags say it all.
+    """Returns the trajectory with `loss: false` in every assistant turn that `loss` does not train.
 
-    With `turns` "last" the earlier assistant turns train only if they say `loss: true`; a turn whose kinds all weigh
-    nothing never does.
+    With `loss.turns` "last", earlier assistant turns are trained only if they have `loss: true`. A turn whose kinds all
+    have weight 0 is never trained.
     """
     if loss.turns == "all" and min(loss.thought, loss.tool_call, loss.answer) > 0:
         return trajectory
@@ -174,12 +175,12 @@ def render_prompt(
     tokenizer: "PreTrainedTokenizerFast",
     format: str | None = None,
 ) -> list[int]:
-    """Renders chat messages (OpenAI form) up to where the assistant answers, by the same rules as `render`.
+    """Renders chat messages (OpenAI form) as the prompt of the assistant's next turn, by the same rules as `render`.
 
-    Without a `format` it is that of the tokenizer's chat template, and `xlam` if it has none. Raises `UserError` when
-    messages or tools are malformed or the last turn is not the user's or a tool's, or the format cannot write them.
+    The default `format` is `native`, or `xlam` if the tokenizer has no chat template. Raises `UserError` when messages
+    or tools are malformed, the last turn is not the user's or a tool's, or the format cannot write them.
     """
-    codec, format_ = known(tokenizer, format or ("native" if tokenizer.chat_template else "xlam"))
+    codec, format_ = codec_and_format(tokenizer, format or ("native" if tokenizer.chat_template else "xlam"))
     try:
         turns, tools = parse_request(messages), parse_tools(tools)
         if turns[-1].role not in ("user", "tool"):
@@ -191,11 +192,11 @@ def render_prompt(
 
 
 def chat_template(tokenizer: "PreTrainedTokenizerFast", format: str = "xlam") -> str:
-    """Returns the jinja text that renders like `render` with this tokenizer (but for `loss: false`).
+    """Returns the jinja template that renders the same text as `render` with this tokenizer.
 
     Raises `UserError` for `native` with a tokenizer that has no template.
     """
-    return known(tokenizer, format)[1].template
+    return codec_and_format(tokenizer, format)[1].template
 
 
 _QUESTION = Message("user", "a")
@@ -214,19 +215,19 @@ _PROBES = (
 
 
 def end_tokens(tokenizer: "PreTrainedTokenizerFast", format: str | None = None) -> tuple[int, ...]:
-    """Returns the tokens that end assistant turns in a format: generation must stop at each of them.
+    """Returns the ids of the tokens that end assistant turns in a format: generation must stop at each of them.
 
-    They are read from rendered turns, so that a template that ends turns with another token than the tokenizer's
-    end-of-sequence token is understood. Where it renders none, it is the latter. Without a `format` it is that of the
-    tokenizer's chat template, as in `render_prompt`.
+    They are taken from rendered turns, because a template may end turns with another token than the tokenizer's
+    end-of-sequence token. The latter is returned where the format renders no turn. The default `format` is that of
+    `render_prompt`.
     """
     name = format or ("native" if tokenizer.chat_template else "xlam")
     ends: dict[int, None] = {}
     for probe in _PROBES:
         try:
-            codec, format_ = known(tokenizer, name)
+            codec, format_ = codec_and_format(tokenizer, name)
             rendered = [encode(layout, codec, Loss()) for layout in format_.layouts(probe)]
-        except (InvalidTrajectory, UserError):  # the format writes no such turn
+        except (InvalidTrajectory, UserError):  # the format cannot write such a turn
             continue
         for sequence in rendered:
             for span in sequence.spans:
@@ -239,23 +240,26 @@ def end_tokens(tokenizer: "PreTrainedTokenizerFast", format: str | None = None) 
 
 
 @dataclass
-class _Known:
-    """What is made once for each tokenizer; made anew when tokens or a chat template are added."""
+class _Entry:
+    """A tokenizer's codec and formats, which are replaced when tokens or a chat template are added to it."""
 
     state: tuple[int, object]
     codec: Codec
     formats: dict[str, Format] = field(default_factory=dict)
 
 
-_tokenizers: "weakref.WeakKeyDictionary[PreTrainedTokenizerFast, _Known]" = weakref.WeakKeyDictionary()
+_entries: "weakref.WeakKeyDictionary[PreTrainedTokenizerFast, _Entry]" = weakref.WeakKeyDictionary()
 
 
-def known(tokenizer: "PreTrainedTokenizerFast", format: str) -> tuple[Codec, Format]:
-    """Returns what rendering needs of a tokenizer and a format. Raises `UserError` when they do not go together."""
+def codec_and_format(tokenizer: "PreTrainedTokenizerFast", format: str) -> tuple[Codec, Format]:
+    """Returns the codec of a tokenizer and the format for it, both cached.
+
+    Raises `UserError` when tokenizer and format are incompatible.
+    """
     state = (len(tokenizer), tokenizer.chat_template)
-    entry = _tokenizers.get(tokenizer)
+    entry = _entries.get(tokenizer)
     if entry is None or entry.state != state:
-        entry = _tokenizers[tokenizer] = _Known(state, Codec(tokenizer))
+        entry = _entries[tokenizer] = _Entry(state, Codec(tokenizer))
     if format not in entry.formats:
         entry.formats[format] = find(format, tokenizer, entry.codec)
     return entry.codec, entry.formats[format]

@@ -100,7 +100,7 @@ class _Part:
 
 
 class _SourceParts:
-    """What is known of a source so far."""
+    """The parts and counts of a source that is being read."""
 
     def __init__(self, source: Source, data: Data, annotate: bool):
         self._source, self._data = source, data
@@ -239,7 +239,7 @@ class _Renderer:
 
 
 class _Work(NamedTuple):
-    """What a process needs to render."""
+    """The settings that a process needs to render."""
 
     tokenizer: Any
     data: Data

@@ -1,4 +1,4 @@
-"""Rows of a file of any kind: lines or a JSON document, plain or packed, Parquet, ArrayRecord."""
+"""Reads the rows of a file of any kind: JSON lines or a JSON document, plain or compressed, Parquet, ArrayRecord."""
 
 import io
 import json
@@ -21,13 +21,14 @@ PACKED = (".gz", ".zst")
 LINES = (".jsonl", ".ndjson")
 SUFFIXES = (*LINES, ".json", ".parquet", ".array_record")
 BATCH = 64
-"""Rows of a Parquet file or dataset that are held at once."""
+"""Number of rows of a Parquet file or dataset that are in memory at once."""
 
 
 class Row(NamedTuple):
-    """A row of a file, or why it is none; `number` counts from 1, and is its line in a file of lines.
+    """A row of a file, or the reason why it cannot be read.
 
-    `line` is the line on which it begins, 0 in files without lines. `padded`: it has the null fields of a union schema.
+    `number` counts from 1; in a file of lines it is the line number. `line` is the line on which the row begins, 0 in
+    files without lines. `padded` says whether the row has the null fields of a union schema.
     """
 
     number: int
@@ -37,16 +38,16 @@ class Row(NamedTuple):
 
 
 def suffix(path: Path) -> str:
-    """The ending that says what a file holds; .gz and .zst after .jsonl, .ndjson and .json are left out."""
+    """Returns the suffix that identifies a file's kind, without .gz or .zst after .jsonl, .ndjson and .json."""
     inner = Path(path.stem).suffix
     return inner if path.suffix in PACKED and inner in (*LINES, ".json") else path.suffix
 
 
 def read_rows(path: Path, columns: Callable[[list[str]], Sequence[str]] = list) -> Iterator[Row]:
-    """Streams the rows of a file; of an Arrow table the `columns` of those there are.
+    """Streams the rows of a file; `columns` selects from the names of the columns of a Parquet file.
 
-    A file of lines may hold a JSON list, and a .json file lines: what a file begins with decides. Rows that are no JSON
-    objects come as `InvalidTrajectory`. Raises `UserError` on an unreadable file.
+    A file of lines may contain a JSON list, and a .json file lines: the beginning of the file decides. Rows that are
+    not JSON objects are yielded as `InvalidTrajectory`. Raises `UserError` for an unreadable file.
     """
     kind = suffix(path)
     if kind == ".parquet":
@@ -62,13 +63,16 @@ def read_rows(path: Path, columns: Callable[[list[str]], Sequence[str]] = list) 
 
 
 def place(path: Path, number: int, line: int = 0) -> str:
-    """Where a row is, for a message: FILE:LINE; with the item's number where that is another one."""
+    """Returns where a row is, for messages: FILE:LINE, with the item's number where it differs from the line's."""
     return f"{path}:{number}" if line in (0, number) else f"{path}:{line} (item {number})"
 
 
 def _has_lines(path: Path, named_so: bool) -> bool:
-    """Whether a row is a line: not where a list of objects begins; in a .json file where an object ends with its line,
-    and another follows."""
+    """Whether each line of a file is a row.
+
+    A file named so has no lines if it begins with a list of objects. Another file has lines if its first line is an
+    object and further lines follow.
+    """
     with open_bytes(path) as file:
         begin = cast(io.BufferedReader, file).peek(1)[:_PEEKED].removeprefix(b"\xef\xbb\xbf").lstrip()
         if named_so:
@@ -84,11 +88,11 @@ def _has_lines(path: Path, named_so: bool) -> bool:
 
 def _lines(file: Any) -> list[bytes]:
     """The first two lines that are not blank."""
-    found: list[bytes] = []
-    while len(found) < 2 and (line := file.readline(_LONGEST_FIRST)):
+    lines: list[bytes] = []
+    while len(lines) < 2 and (line := file.readline(_LONGEST_FIRST)):
         if not line.isspace():
-            found.append(line)
-    return found
+            lines.append(line)
+    return lines
 
 
 _PEEKED = 1 << 16
@@ -106,7 +110,7 @@ def _object(text: bytes) -> dict[str, Any] | InvalidTrajectory:
 
 
 def _array_record(path: Path) -> Iterator[Row]:
-    """Rows of JSON text."""
+    """Yields the records, which are JSON texts."""
     with open_array_record(path) as reader:
         for number in range(reader.num_records()):
             yield Row(number + 1, 0, _object(reader.read([number])[0]))
@@ -114,13 +118,13 @@ def _array_record(path: Path) -> Iterator[Row]:
 
 @contextmanager
 def open_array_record(path: Path) -> Iterator[Any]:
-    """Gives the file's reader. Raises `UserError` when it can't be read; by itself a reader says it has no records."""
+    """Opens an ArrayRecord file. Raises `UserError` for an unreadable file, which the reader itself takes for empty."""
     from array_record.python.array_record_module import ArrayRecordReader
 
     reader = ArrayRecordReader(str(path))
     try:
         yield reader
-        reader.close()  # tells what is wrong with the file, if anything
+        reader.close()  # raises the errors of reading
     except RuntimeError as error:
         raise UserError(f"{path}: cannot be read as ArrayRecord ({error}); make it or get it again") from None
 
@@ -141,7 +145,7 @@ def _parquet(path: Path, columns: Callable[[list[str]], Sequence[str]]) -> Itera
 
 
 def arrow_rows(table: "pa.RecordBatch | pa.Table") -> Iterator[tuple[Any, bool]]:
-    """The rows of a table without nulls, but for those that the reader judges, and `padded` of each; see `Row`."""
+    """Yields (row, `padded`) of an Arrow table; see `Row`. Nulls are dropped, except those that the parser judges."""
     kinds = {name: table.schema.field(name).type for name in table.schema.names}
     for values in table.to_pylist(maps_as_pydicts="strict"):
         try:

@@ -1,8 +1,7 @@
-"""A tool's JSON Schema (json-schema.org, draft 2020-12 unless `$schema` says otherwise): what is wrong with it, and
-what is wrong with a call's arguments under it.
+"""Checks a tool's JSON Schema (json-schema.org, draft 2020-12 unless `$schema` names another), and arguments under it.
 
 Unlike plain JSON Schema, an argument that the schema does not declare is wrong unless the schema allows others
-(`additionalProperties`, `patternProperties`): a tool would not know it.
+(`additionalProperties`, `patternProperties`): the tool would not accept it.
 """
 
 import copy
@@ -39,15 +38,15 @@ SPELLINGS = {
     "bool": "boolean",
     "none": "null",
 }
-"""What other spellings of types mean."""
+"""Other spellings of types → types of JSON Schema."""
 _HOLDERS = ("properties", "patternProperties", "additionalProperties", "items", "$defs", "definitions", "not")
 _IN_PLACE = ("allOf", "anyOf", "oneOf")  # subschemas of the same value
 _BROKEN = (RecursionError, ArithmeticError, re.error, UnknownType, Unresolvable)
-"""What a schema can do to its validator: refer to itself or to nowhere, overflow, hold a pattern that is none."""
+"""Errors that a schema can cause in its validator: endless or broken references, overflow, an invalid pattern."""
 
 
 class Problem(NamedTuple):
-    """What is wrong with arguments: a code to count by, and words."""
+    """A problem of a call's arguments: a short code to count by, and a sentence."""
 
     reason: str
     detail: str
@@ -55,12 +54,12 @@ class Problem(NamedTuple):
 
 @lru_cache(maxsize=2048)
 def compiled(parameters: str) -> "Parameters":
-    """Returns the schema of a tool's parameters, given as JSON; "null" is a tool without parameters."""
+    """Returns a tool's parameters from the JSON text of their schema; "null" for a tool without parameters."""
     return Parameters(json.loads(parameters))
 
 
 class Parameters:
-    """A tool's parameters. `problems` says what is wrong with the schema; the rest of it is checked all the same."""
+    """A tool's parameters. `problems` lists what is wrong with the schema; its valid rest is used for checks."""
 
     def __init__(self, schema: Any):
         self.problems: list[str] = []
@@ -71,16 +70,16 @@ class Parameters:
             schema = {"additionalProperties": True}
         elif _is_flat(schema):
             self.problems.append(
-                f"parameters lists the arguments ({', '.join(list(schema)[:5])}) itself; in JSON Schema they stand "
+                f"parameters lists the arguments ({', '.join(list(schema)[:5])}) itself; in JSON Schema they are "
                 'under "properties" of {"type": "object"}'
             )
             schema = {"type": "object", "properties": schema}
         dialect = schema.get("$schema")
         kind = validator_for(schema, default=Draft202012Validator) if isinstance(dialect, str) else Draft202012Validator
-        self._schema = self._mended(schema, kind)
+        self._schema = self._repaired(schema, kind)
         self._validator = _quick(kind)(self._schema, registry=EMPTY_REGISTRY)
         self._references = EMPTY_REGISTRY.with_resource("", DRAFT202012.create_resource(self._schema)).resolver()
-        self._required()
+        self._check_required()
 
     def check(self, arguments: dict[str, Any]) -> Iterator[Problem]:
         """Yields everything that is wrong with a call's arguments."""
@@ -90,62 +89,62 @@ class Parameters:
         except _BROKEN as error:
             yield Problem("bad-schema", f"the schema can't be applied ({type(error).__name__}: {_cut(str(error))})")
 
-    def _mended(self, schema: dict[str, Any], kind: Any) -> Any:
-        """Notes what is malformed and returns the schema with that replaced or left out."""
+    def _repaired(self, schema: dict[str, Any], kind: Any) -> Any:
+        """Notes the malformed parts and returns the schema with those replaced or removed."""
         rules = kind(kind.META_SCHEMA, format_checker=kind.FORMAT_CHECKER)
-        mended = schema
-        for _ in range(8):  # what is wrong may hide behind what is wrong
+        repaired = schema
+        for _ in range(8):  # an error may hide another one
             try:
-                errors = list(rules.iter_errors(mended))
+                errors = list(rules.iter_errors(repaired))
             except _BROKEN:
                 self._note("parameters is nested too deeply")
                 return {"additionalProperties": True}
             if not errors:
-                return mended
-            if mended is schema:
-                mended = copy.deepcopy(schema)
+                return repaired
+            if repaired is schema:
+                repaired = copy.deepcopy(schema)
             for path, error in sorted({tuple(error.absolute_path): error for error in errors}.items(), key=_order):
-                mended = self._mend(mended, path, error)
+                repaired = self._repair(repaired, path, error)
         return {"additionalProperties": True}
 
-    def _mend(self, schema: Any, path: tuple[str | int, ...], error: ValidationError) -> Any:
-        """Notes what is wrong at `path`, and returns the schema with that replaced or left out."""
-        where, found = _path(("parameters", *path)), error.instance
+    def _repair(self, schema: Any, path: tuple[str | int, ...], error: ValidationError) -> Any:
+        """Notes the error at `path`, and returns the schema with the value there replaced or removed."""
+        where, value = _path(("parameters", *path)), error.instance
         if not path:
-            self._note(f"{where} is no JSON Schema: {_cut(error.message)}")
+            self._note(f"{where} is not a JSON Schema: {_cut(error.message)}")
             return {"additionalProperties": True}
         parent, key = schema, path[-1]
         try:
             for step in path[:-1]:
                 parent = parent[step]
-            if parent[key] != found:
-                return schema  # moved or mended by way of another error; if it is still there, it is found again
+            if parent[key] != value:
+                return schema  # another error moved or repaired it; if it is still there, the next round reports it
         except (KeyError, IndexError, TypeError):
             return schema
         replacement: Any = None
         expected: Any = error.validator_value
-        if key == "type" and isinstance(found, str | list):
-            names = [found] if isinstance(found, str) else found
+        if key == "type" and isinstance(value, str | list):
+            names = [value] if isinstance(value, str) else value
             meant = [_meant(name) for name in names]
-            hint = f"; did you mean {_shown(meant[0] if isinstance(found, str) else meant)}?" if all(meant) else ""
-            self._note(f"{where} is {_shown(found)}, no type of JSON Schema{hint}")
+            hint = f"; did you mean {_shown(meant[0] if isinstance(value, str) else meant)}?" if all(meant) else ""
+            self._note(f"{where} is {_shown(value)}, not a type of JSON Schema{hint}")
             if all(meant):
                 replacement = meant
         elif error.validator == "type" and "object" in expected:
             self._note(
-                f"{where} is {_shown(found)}, expected {'an object' if expected == 'object' else 'a JSON Schema'}"
+                f"{where} is {_shown(value)}, expected {'an object' if expected == 'object' else 'a JSON Schema'}"
             )
             replacement = {}
         else:
-            self._note(f"{where} is {_shown(found)}: {_cut(error.message)}")
+            self._note(f"{where} is {_shown(value)}: {_cut(error.message)}")
         if replacement is None:
             del parent[key]
         else:
             parent[key] = replacement
         return schema
 
-    def _required(self) -> None:
-        """Notes names that are required and not declared."""
+    def _check_required(self) -> None:
+        """Notes names that are required but not declared."""
         declared, names = _declared(self._parts([self._schema]))
         if declared is not None:
             for name in names - declared:
@@ -156,7 +155,7 @@ class Parameters:
             self.problems.append(problem)
 
     def _parts(self, schemas: Iterable[Any]) -> list[dict[str, Any]]:
-        """The schemas with all that apply to the same value: references followed, alternatives taken together."""
+        """The schemas and all schemas that apply to the same value, by references and alternatives."""
         parts: list[dict[str, Any]] = []
         waiting = list(schemas)
         while waiting:
@@ -172,7 +171,7 @@ class Parameters:
             if reference is not None:
                 try:
                     waiting.append(self._references.lookup(reference).contents)
-                except Unresolvable:  # told when the call is checked
+                except Unresolvable:  # reported when a call is checked
                     waiting.append({"additionalProperties": True})
         return parts
 
@@ -193,18 +192,18 @@ class Parameters:
             for name in value.keys() - declared - required:
                 yield _extra(name, where, declared)
         for name, inner in value.items():
-            known = [part["properties"][name] for part in parts if name in part.get("properties", ())]
-            yield from self._undeclared(known, inner, _join(where, name))
+            schemas_of_name = [part["properties"][name] for part in parts if name in part.get("properties", ())]
+            yield from self._undeclared(schemas_of_name, inner, _join(where, name))
 
 
 def _order(item: tuple[tuple[str | int, ...], ValidationError]) -> tuple[int, list[str]]:
-    """Outer errors come first."""
+    """Sort key that puts outer errors first."""
     return len(item[0]), list(map(str, item[0]))
 
 
 @lru_cache
 def _quick(kind: Any) -> Any:
-    """A validator whose time does not grow with the square of a list's length."""
+    """A validator that checks `uniqueItems` in linear time; jsonschema's own takes quadratic time."""
     return extend(kind, {"uniqueItems": _unique_items})
 
 
@@ -214,7 +213,7 @@ def _unique_items(validator: Any, wanted: Any, value: Any, _: Any) -> Iterator[V
 
 
 def hashable(value: Any) -> Any:
-    """Equal for values that are equal in JSON Schema: 1 and 1.0, but not 1 and true."""
+    """Returns a hashable key, equal for values that are equal in JSON Schema: 1 and 1.0, but not 1 and true."""
     if isinstance(value, list):
         return ("array", *map(hashable, value))
     if isinstance(value, dict):
@@ -223,7 +222,7 @@ def hashable(value: Any) -> Any:
 
 
 def _meant(name: object) -> str | None:
-    """The type of JSON Schema that a spelling means."""
+    """The type of JSON Schema for a spelling, None for unknown spellings."""
     lower = str(name).lower()
     return lower if lower in TYPES else SPELLINGS.get(lower)
 
@@ -236,7 +235,10 @@ def _is_flat(schema: dict[str, Any]) -> bool:
 
 
 def _declared(parts: list[dict[str, Any]]) -> tuple[set[str] | None, set[str]]:
-    """Returns the names declared, None where others are allowed or jsonschema refuses them; and the names required."""
+    """Returns (declared names, required names).
+
+    The declared names are None where others are allowed, or where jsonschema itself refuses others.
+    """
     declared: set[str] = set()
     required: set[str] = set()
     for part in parts:
@@ -244,46 +246,48 @@ def _declared(parts: list[dict[str, Any]]) -> tuple[set[str] | None, set[str]]:
             return None, set()
         declared.update(part.get("properties", ()))
         names = part.get("required", ())
-        if isinstance(names, list):  # draft 3 says true
+        if isinstance(names, list):  # a boolean in draft 3
             required.update(names)
     return declared, required
 
 
 def _explained(errors: Iterable[ValidationError]) -> Iterator[Problem]:
-    """Tells jsonschema's errors in a caller's words."""
-    told: set[tuple[str, object]] = set()
+    """Converts jsonschema's errors to problems of a call's arguments."""
+    missing: set[tuple[str, object]] = set()
     for error in errors:
         where = _path(error.absolute_path)
         value, rule = error.instance, error.validator
-        says: Any = error.validator_value
-        if rule == "required" and isinstance(says, list):
-            names = [name for name in says if name not in value and ("required", (where, name)) not in told]
+        expected: Any = error.validator_value
+        if rule == "required" and isinstance(expected, list):
+            names = [name for name in expected if name not in value and (where, name) not in missing]
             for name in names:
-                told.add(("required", (where, name)))
+                missing.add((where, name))
                 yield Problem("missing-argument", f"argument '{_join(where, name)}' is missing")
-        elif rule in ("additionalProperties", "unevaluatedProperties") and says is False and isinstance(value, dict):
+        elif (
+            rule in ("additionalProperties", "unevaluatedProperties") and expected is False and isinstance(value, dict)
+        ):
             declared = set(error.schema.get("properties", ())) if isinstance(error.schema, dict) else set()
             patterns = error.schema.get("patternProperties", ()) if isinstance(error.schema, dict) else ()
             names = [name for name in value if name not in declared and not any(re.search(p, name) for p in patterns)]
             for name in names:
                 yield _extra(name, where, declared)
         elif rule == "type":
-            yield _wrong_type(where, value, [says] if isinstance(says, str) else says)
+            yield _wrong_type(where, value, [expected] if isinstance(expected, str) else expected)
         elif (
             rule in ("anyOf", "oneOf")
             and error.context
             and all(inner.validator == "type" and not inner.relative_path for inner in error.context)
         ):
             kinds: list[Any] = [inner.validator_value for inner in error.context]
-            kinds = [kind for one in kinds for kind in ([one] if isinstance(one, str) else one)]
+            kinds = [kind for types in kinds for kind in ([types] if isinstance(types, str) else types)]
             yield _wrong_type(where, value, list(dict.fromkeys(kinds)))
         elif rule == "enum":
-            yield Problem("wrong-value", f"{_argument(where)} is {_shown(value)}, allowed: {_shown(says, 200)}")
+            yield Problem("wrong-value", f"{_argument(where)} is {_shown(value)}, allowed: {_shown(expected, 200)}")
         else:
-            said = _cut(error.message) if rule not in ("anyOf", "oneOf") else "fits none of the schema's alternatives"
+            why = _cut(error.message) if rule not in ("anyOf", "oneOf") else "fits none of the schema's alternatives"
             if error.context:
-                said += f" ({_cut(min(error.context, key=lambda inner: len(inner.relative_path)).message)})"
-            yield Problem("wrong-value", f"{_argument(where)} is {_shown(value)}: {rule}: {said}")
+                why += f" ({_cut(min(error.context, key=lambda inner: len(inner.relative_path)).message)})"
+            yield Problem("wrong-value", f"{_argument(where)} is {_shown(value)}: {rule}: {why}")
 
 
 def _wrong_type(where: str, value: Any, kinds: Any) -> Problem:
@@ -292,9 +296,9 @@ def _wrong_type(where: str, value: Any, kinds: Any) -> Problem:
 
 
 def _extra(name: str, where: str, declared: Iterable[str]) -> Problem:
-    known = sorted(declared)
-    listed = _cut(", ".join(known), 200) or "none"
-    hint = nearest(name, known) if len(name) < 100 else ""
+    names = sorted(declared)
+    listed = _cut(", ".join(names), 200) or "none"
+    hint = nearest(name, names) if len(name) < 100 else ""
     return Problem("extra-argument", f"argument '{_join(where, name)}' is not declared; declared: {listed}{hint}")
 
 

@@ -1,12 +1,12 @@
-"""Reading a source of a config as a stream of trajectories, wherever it lies and whatever format its rows have.
+"""Streams the trajectories of a source of a config, for all kinds of storage and all formats of rows.
 
-Sources are files (JSON lines, plain or packed, Parquet, ArrayRecord), datasets of the `datasets` library and TFDS ones.
-Each row becomes one `Item` or several: a trajectory, why it is none, or why the source's filters leave it out. Nothing
-is held but the rows at hand.
+Sources are files (JSON lines, plain or compressed, Parquet, ArrayRecord), datasets of the `datasets` library and of
+TFDS. Each row becomes one or several `Item`s: a trajectory, the reason why it is invalid, or the reason why the
+source's filters drop it. Only the current rows are in memory.
 
-Parquet and Arrow give every row of a nested column all keys that any row has, null where it has none of its own: such
-nulls are left out. In tools and arguments they are judged by the tools' schemas, see `xlam_jax.data.nulls`, and counted
-as a repair, `null-fields`; a column of JSON texts has no such padding.
+Parquet and Arrow give every row of a nested column all keys that any row has, with nulls for absent keys: such nulls
+are dropped. In tools and arguments, the tools' schemas decide which nulls are dropped (see `xlam_jax.data.nulls`), and
+this counts as the repair `null-fields`. A column of JSON texts has no such padding.
 """
 
 import os
@@ -31,26 +31,26 @@ from xlam_jax.data.text_calls import unread_calls
 from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory
 from xlam_jax.errors import UserError, nearest
 
-_OWN = ("unified", PAIRS)  # the formats that are read as they are
+_OWN = ("unified", PAIRS)  # the formats that need no converter
 UNIFIED = ("unique_trajectory_id", "source", "score", "task_instruction", "tools", "conversation")
 _PROBE_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class Filtered:
-    """A trajectory that the source's filters leave out."""
+    """Stands for a trajectory that the source's filters drop."""
 
     reason: str
 
 
 class Item(NamedTuple):
-    """What a row holds. `where` is FILE:LINE, or DATASET:SPLIT[INDEX]."""
+    """The result of reading a row, or one of several. `where` is FILE:LINE, or DATASET:SPLIT[INDEX]."""
 
     where: str
     trajectory: Trajectory | Pair | InvalidTrajectory | Filtered
     repairs: tuple[Repair, ...] = ()
-    """What was repaired. Also counted here are a step that the row's format leaves out, as `step-REASON`, and text that
-    is meant as a tool call and cannot be read as one, as `left-call-in-text`."""
+    """All repairs. They include `step-REASON` for a step that the converter dropped, and `left-call-in-text` for text
+    that is meant as a tool call but cannot be read as one."""
 
 
 class _Row(NamedTuple):
@@ -61,15 +61,14 @@ class _Row(NamedTuple):
     padded: bool = False
     """Whether the row has the null fields of a union schema."""
     line: int = 0
-    """That the row begins on in its file."""
+    """The line on which the row begins, 0 where unknown."""
 
 
 def read(source: Source, dataset: dict[str, Any] | None = None) -> Iterator[Item]:
-    """Streams what a source holds, in order, up to the row that reaches `source.limit`.
+    """Streams the rows of a source, in order, up to the row that reaches `source.limit`.
 
-    Of a dataset on a hub, `dataset` receives `revision` and, with every row, `rows`: how many were read. Filters judge
-    a pair by its chosen side. Raises `UserError` that names the source when it can't be read, or says things that don't
-    go together.
+    For a dataset on a hub, `dataset` receives its `revision` and the number of `rows` read so far. Filters apply to the
+    chosen side of a pair. Raises `UserError` that names the source when it cannot be read or its settings conflict.
     """
     check(source)
     convert_row = _converter(source)
@@ -89,14 +88,14 @@ def read(source: Source, dataset: dict[str, Any] | None = None) -> Iterator[Item
 
 
 def check(source: Source) -> None:
-    """Raises `UserError` for settings that don't go together, an unknown format, files that are not there."""
-    given = {key: value for key in ("files", "dataset", "tfds") if (value := getattr(source, key))}
-    if len(given) != 1:
-        values = " and ".join(f"{key} ({value!r})" for key, value in given.items())
-        _fail(source, f"{values} are both given; keep one" if given else "give one of files, dataset and tfds")
+    """Raises `UserError` for conflicting settings, an unknown format, and files that do not exist."""
+    origins = {key: value for key in ("files", "dataset", "tfds") if (value := getattr(source, key))}
+    if len(origins) != 1:
+        values = " and ".join(f"{key} ({value!r})" for key, value in origins.items())
+        _fail(source, f"{values} are both given; keep one" if origins else "give one of files, dataset and tfds")
     for key, default in (("subset", None), ("streaming", False)):
         if source.dataset is None and getattr(source, key) != default:
-            _fail(source, f"{key} is {getattr(source, key)!r}, which only a dataset has; it has {next(iter(given))}")
+            _fail(source, f"{key} is {getattr(source, key)!r}, which only a dataset has; it has {next(iter(origins))}")
     if source.files and source.split != "train":
         _fail(source, f"split is {source.split!r}, and files have no splits; name the files of that split")
     filters = source.filters
@@ -105,8 +104,8 @@ def check(source: Source) -> None:
     _converter(source)
     for file in source.files:
         if suffix(Path(file)) not in SUFFIXES:
-            known = f"{', '.join(SUFFIXES)}, and the first three also with {' or '.join(PACKED)}"
-            _fail(source, f"{file}: what it holds is told by its ending, and this one is not known; known are {known}")
+            suffixes = f"{', '.join(SUFFIXES)}, and the first three also with {' or '.join(PACKED)}"
+            _fail(source, f"{file}: unknown file name suffix, which identifies the kind of the file; known: {suffixes}")
         if not Path(file).is_file():
             what = "is a folder; name its files" if Path(file).is_dir() else "no such file"
             _fail(source, f"{file}: {what}{_alike(Path(file))}")
@@ -121,7 +120,7 @@ def _alike(path: Path) -> str:
 
 
 def _converter(source: Source) -> ConvertRow | None:
-    """None for unified rows and for pairs."""
+    """The converter of the source's format; None for unified rows and for pairs."""
     if source.format in _OWN:
         return None
     from xlam_jax.data.converters import row_converter
@@ -141,14 +140,14 @@ def _converter(source: Source) -> ConvertRow | None:
 
 def _items(row: _Row, convert_row: ConvertRow | None) -> Iterator[Item]:
     repairs: list[Repair] = []
-    for found in convert_one(row.name, row.number, row.row, convert_row or partial(_named, row), row.padded):
-        if not isinstance(found, Dropped):
-            yield Item(row.where, found.trajectory, (*repairs, *found.repairs, *_unread(found.trajectory)))
-        elif found.unit == "step":
-            repairs.append(Repair(f"step-{found.reason}", found.detail))
+    for result in convert_one(row.name, row.number, row.row, convert_row or partial(_named, row), row.padded):
+        if not isinstance(result, Dropped):
+            yield Item(row.where, result.trajectory, (*repairs, *result.repairs, *_unread(result.trajectory)))
+        elif result.unit == "step":
+            repairs.append(Repair(f"step-{result.reason}", result.detail))
             continue
         else:
-            yield Item(row.where, InvalidTrajectory(found.reason, found.detail))
+            yield Item(row.where, InvalidTrajectory(result.reason, result.detail))
         repairs = []
 
 
@@ -167,20 +166,20 @@ def _pairs(row: _Row) -> Iterator[Item]:
 
 
 def _unread(trajectory: Trajectory) -> Iterator[Repair]:
-    """What is meant as a tool call, and stays in the text."""
-    declared = {tool["function"]["name"]: None for tool in trajectory.tools}  # a set that keeps their order
+    """Reports text that is meant as a tool call but was not read as one."""
+    declared = {tool["function"]["name"]: None for tool in trajectory.tools}  # an ordered set
     for detail in unread_calls(trajectory.conversation, declared):
         yield Repair("left-call-in-text", detail)
 
 
 def _named(row: _Row, values: dict[str, Any], _: str) -> Iterable[dict[str, Any]]:
-    """A unified row, with a name where it has none."""
-    named = values.get("unique_trajectory_id") is not None
-    return (values if named else values | {"unique_trajectory_id": f"{stem(row.name)}:{row.number}"},)
+    """A unified row, with an id if it has none."""
+    has_id = values.get("unique_trajectory_id") is not None
+    return (values if has_id else values | {"unique_trajectory_id": f"{stem(row.name)}:{row.number}"},)
 
 
 def _filtered(trajectory: Trajectory, filters: Filters) -> str | None:
-    """Why the filters leave it out, if they do."""
+    """The reason why the filters drop a trajectory, None if they keep it."""
     turns = len(trajectory.conversation)
     called = [call.name for message in trajectory.conversation for call in message.tool_calls]
     if trajectory.id in filters.exclude:
@@ -209,7 +208,7 @@ def _rows(source: Source, dataset: dict[str, Any]) -> Iterator[_Row]:
 
 
 def file_rows(source: Source, path: Path) -> Iterator["_Row"]:
-    """The rows of a file of a source."""
+    """Yields the rows of a file of a source. Raises `UserError` for an unreadable file."""
     for read in read_rows(path, lambda names: _columns(source, str(path), names)):
         yield _Row(
             place(path, read.number, read.line), path, read.number, _parsed(source, read.row), read.padded, read.line
@@ -217,20 +216,20 @@ def file_rows(source: Source, path: Path) -> Iterator["_Row"]:
 
 
 def _columns(source: Source, where: str, names: list[str]) -> list[str]:
-    """The columns to read. Raises `UserError` when there is none with the conversation."""
+    """The names of the columns to read. Raises `UserError` when there is no column of conversations."""
     if source.format not in _OWN or (source.format == PAIRS and is_other_layout(names)):
         return names
     if "conversation" not in names:
         _fail(
             source,
-            f"{where}: {source.format} rows have a column 'conversation', and this has {', '.join(names)}; say with "
-            "format what the rows are, or convert them first, with python -m converters.trajectories",
+            f"{where}: {source.format} rows have a column 'conversation', and this has {', '.join(names)}; set the "
+            "source's format to that of the rows, or convert them first, with python -m converters.trajectories",
         )
     return [name for name in names if name in (PAIR_KEYS if source.format == PAIRS else UNIFIED)]
 
 
 def _parsed(source: Source, row: dict[str, Any] | InvalidTrajectory) -> dict[str, Any] | InvalidTrajectory:
-    """A row whose tools and turns may each be JSON texts, as a whole or one by one; other layouts stay as they are."""
+    """Decodes a row whose lists of tools or turns, or their items, are JSON texts; other layouts stay as they are."""
     if isinstance(row, InvalidTrajectory) or source.format not in _OWN or is_other_layout(row):
         return row
     try:
@@ -258,10 +257,10 @@ def _dataset(source: Source, name: str, of_hub: dict[str, Any]) -> Iterator[_Row
         saved = any((folder / file).is_file() for file in ("dataset_dict.json", "state.json"))
         if not saved:
             files = _split_files(source, folder)
-            if all(suffix(file) in SUFFIXES for file in files):  # reads JSON as it stands; `datasets` makes it columns
+            if all(suffix(file) in SUFFIXES for file in files):  # keeps JSON as it is; `datasets` makes columns of it
                 return (row for file in files for row in file_rows(source, file))
         elif source.subset is not None:
-            _fail(source, f"subset is {source.subset!r}, and {folder} is one dataset, saved; leave it out")
+            _fail(source, f"subset is {source.subset!r}, and {folder} is one saved dataset; remove subset")
         open_ = partial(_load_saved, source, folder) if saved else partial(_load, source)
     elif folder.exists() or name.startswith((".", "/", "~")):
         what = "is a file; name it under files" if folder.exists() else f"no such folder{_alike(folder)}"
@@ -299,7 +298,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _split_files(source: Source, folder: Path) -> list[Path]:
-    """The data files of a folder's split, as `datasets` finds them by their names or the folder's README."""
+    """The data files of a folder's split, which `datasets` determines from their names or the folder's README."""
     from datasets import load_dataset_builder
     from datasets.exceptions import DatasetsError
 
@@ -331,7 +330,7 @@ def _load_saved(source: Source, folder: Path) -> Any:
 
 
 def _load(source: Source, of_hub: dict[str, Any] | None = None) -> Any:
-    """A folder of other files, or a hub dataset: one downloaded before where the hub does not answer within seconds.
+    """Loads a folder of files, or a dataset of the hub; from the local cache if the hub does not answer within seconds.
 
     `of_hub` receives the revision of a hub dataset.
     """
@@ -357,7 +356,7 @@ def _load(source: Source, of_hub: dict[str, Any] | None = None) -> Any:
 
 
 def _listens(url: str) -> bool:
-    """Whether something listens at an address; taken for granted where a proxy stands between."""
+    """Whether a server listens at an address; true without a test if requests go through a proxy."""
     address = urlsplit(url)
     if address.scheme in urllib.request.getproxies() or address.hostname is None:
         return True
@@ -382,11 +381,12 @@ def _tfds(source: Source, name: str) -> Iterator[_Row]:
         rows: Any = tfds.data_source(name, split=source.split, download=False)
     except (ValueError, KeyError, NotImplementedError, AssertionError, OSError) as error:
         folder = Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
-        built = sorted(f"{one.parent.parent.name}/{one.parent.name}" for one in folder.glob("*/*/[0-9]*.*"))
+        versions = folder.glob("*/*/[0-9]*.*")
+        built = sorted(f"{version.parent.parent.name}/{version.parent.name}" for version in versions)
         _fail(
             source,
             f"tfds {name}: cannot be opened as ArrayRecord ({_first_line(error)}); TFDS_DATA_DIR is {folder}, which "
-            f"holds {', '.join(built) or 'nothing'}; trajectories are built there with "
+            f"contains {', '.join(built) or 'nothing'}; trajectories are built there with "
             "python -m xlam_jax.data.tfds_builder",
         )
     for start in range(0, len(rows), BATCH):

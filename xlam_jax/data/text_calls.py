@@ -1,11 +1,11 @@
-"""Tool calls that a data set left in the text of assistant turns, in the spellings of the models that wrote them.
+"""Finds tool calls in the text of assistant turns, in the spellings of the models that wrote them.
 
-Read are, with the text before them as the thought:
+The text before the calls is the thought. Calls are read
 - after a mark: `<tool_call>`, `[TOOL_CALLS]`, `<functioncall>`, `<|python_tag|>`, `<function=NAME>{…}`, `Action: NAME`
   with `Action Input: {…}`, and the marks of `_MARK`;
 - without a mark, at the end of the text: a list or an object of calls, also in a code fence; xLAM's
   `{"thought", "tool_calls"}`; `[name(key="value"), …]`; and `name(key="value")` as the whole text.
-Values are JSON or Python literals, which are never evaluated. All of it takes time linear in the text.
+Values are JSON or Python literals, which are never evaluated. All functions take time linear in the text.
 """
 
 import re
@@ -18,23 +18,23 @@ from xlam_jax.data.trajectory import InvalidTrajectory, Message, ToolCall, turn_
 from xlam_jax.errors import nearest
 
 MOST_FAILURES = 8
-"""Values of a text that may fail to parse before the search for calls without a mark ends."""
+"""Number of values that may fail to parse before the search for calls without a mark ends."""
 
 
 class TextCalls(NamedTuple):
-    """The calls in a text. Where `problem` is not empty they are no sound calls of declared tools, and it says why."""
+    """The calls in a text. A `problem` that is not empty explains why they are not valid calls of declared tools."""
 
     thought: str
     calls: tuple[ToolCall, ...]
     problem: str = ""
     repairs: tuple[tuple[str, str], ...] = ()
-    """(reason, detail) of what was repaired within the calls."""
+    """(reason, detail) of each repair within the calls."""
     style: str = ""
     """The mark before the first call, empty where there is none."""
 
 
 class _Call(NamedTuple):
-    """A call as it is written: its arguments may be missing, or be JSON in a text."""
+    """A call as written: its arguments may be missing, or be JSON in a text."""
 
     name: str
     arguments: Any = None
@@ -42,7 +42,7 @@ class _Call(NamedTuple):
 
 
 class _UnreadableError(ValueError):
-    """What follows a mark, or looks like a call, cannot be read as one."""
+    """Text after a mark, or text that looks like a call, cannot be read as a call."""
 
     style = ""
 
@@ -57,7 +57,7 @@ _FIRST = re.compile(rf"\s*+(?:{_FENCE}\s*+)?+{_NAME}\(")
 _MARK = re.compile(
     r"<tool_calls?>|<function_?calls?>|<\|python_tag\|>|\[TOOL_CALLS\]|<\|tool_calls?\|>|<function=(?P<function>[^<>\s]{1,128})>"
     rf"|^Action:[ \t]*+(?P<action>{_NAME})\n[ \t]*+Action Input:"
-    # not read: a call in these is always reported
+    # calls after the marks below are not read, but reported
     r"|<｜tool▁calls?▁begin｜>|<\|tool_calls?(?:_section)?_begin\|>|<\|action_start\|>|✿FUNCTION✿:|<tool_use>",
     re.MULTILINE,
 )
@@ -95,39 +95,40 @@ _ARGUMENTS = ("arguments", "parameters", "args")
 _CALL_KEYS = frozenset({"name", "function", "id", "type", "index", *_ARGUMENTS})
 
 
-def read(text: str, declared: Collection[str], where: str) -> TextCalls | None:
-    """Returns the calls in a text, None where it has none and nothing that is clearly meant as one.
+def find_calls(text: str, declared: Collection[str], where: str) -> TextCalls | None:
+    """Returns the calls in a text, None where it has no calls and nothing that is clearly meant as a call.
 
-    `declared` are the names of the tools that may be called, `where` names the turn in details.
+    `declared` are the names of the tools that may be called; `where` names the turn in details. Text that is meant as a
+    call but cannot be read gives a `TextCalls` with a `problem`.
     """
     if not _may_hold_calls(text):
         return None
     thinking = _THINKING.match(text)
-    if thinking:  # calls that are considered in it are not made
-        found = read(text[thinking.end() :], declared, where)
-        return found and found._replace(thought=(thinking[0] + found.thought).rstrip())
+    if thinking:  # reasoning may consider calls without making them
+        calls = find_calls(text[thinking.end() :], declared, where)
+        return calls and calls._replace(thought=(thinking[0] + calls.thought).rstrip())
     written = None
     try:
-        written = _marked(text, declared) or _unmarked(text, declared)
-        return None if written is None else _checked(written, declared, where)
+        written = _read_marked(text, declared) or _read_unmarked(text, declared)
+        return None if written is None else _check(written, declared, where)
     except _UnreadableError as error:
         return TextCalls(text, (), str(error), style=written.mark if written else error.style)
 
 
 def unread_calls(messages: Sequence[Message], declared: Collection[str]) -> Iterator[str]:
-    """Yields a description of each assistant turn whose text is meant as a call of a tool, and was not read as one."""
+    """Yields a description of each assistant turn whose text is meant as a tool call but was not read as one."""
     for i, message in enumerate(messages):
         if message.role != "assistant":
             continue
         where = f"turn {turn_number(i, message)}"
-        written = read(message.content, declared, where)
+        written = find_calls(message.content, declared, where)
         if written is not None:
             problem = written.problem or f"calls '{written.calls[0].name}', and the turn has tool calls as well"
             yield f"the text of {where} {problem}"
 
 
 def _may_hold_calls(text: str) -> bool:
-    """A quick test, true for every text with calls and for few others: all training data go through it."""
+    """A fast test, true for every text with calls and for few others: it runs on all training data."""
     return bool(
         ("<" in text and _TAGS.search(text))
         or ("[" in text and _BRACKETS.search(text))
@@ -139,7 +140,7 @@ def _may_hold_calls(text: str) -> bool:
 
 
 class _Written(NamedTuple):
-    """Calls as they are written, the text before them, between or after them, and the mark of the first."""
+    """Calls as written, the text before them (`thought`) and between or after them, and the mark of the first."""
 
     thought: str
     calls: list[_Call]
@@ -147,7 +148,8 @@ class _Written(NamedTuple):
     mark: str = ""
 
 
-def _checked(written: _Written, declared: Collection[str], where: str) -> TextCalls:
+def _check(written: _Written, declared: Collection[str], where: str) -> TextCalls:
+    """Decodes the arguments and checks the names. Raises `_UnreadableError` for arguments that are not an object."""
     repairs: list[tuple[str, str]] = []
     if written.trailing:
         repairs.append(("trailing-text-after-json", f"{where} has text after its calls: {written.trailing[:80]!r}"))
@@ -170,19 +172,19 @@ def _checked(written: _Written, declared: Collection[str], where: str) -> TextCa
     unknown = next((call.name for call in calls if call.name not in declared), None)
     problem = ""
     if unknown is not None:
-        known = ", ".join(declared) or "none"
-        problem = f"calls '{unknown}', declared tools: {known}{nearest(unknown[:100], declared)}"
+        names = ", ".join(declared) or "none"
+        problem = f"calls '{unknown}', declared tools: {names}{nearest(unknown[:100], declared)}"
     return TextCalls(written.thought, tuple(calls), problem, tuple(repairs), written.mark)
 
 
 # Calls after a mark
 
 
-def _marked(text: str, declared: Collection[str]) -> _Written | None:
+def _read_marked(text: str, declared: Collection[str]) -> _Written | None:
     last = {mark: text.rfind(closer) for mark, closer in _CLOSERS.items()}
 
     def attempt(at: int) -> re.Match[str] | None:
-        """The next mark that a call follows: prose may mention marks as well."""
+        """The next mark before a call: prose may mention marks as well."""
         return next((mark for mark in _MARK.finditer(text, at) if _is_attempt(text, mark, declared, last)), None)
 
     first = attempt(0)
@@ -199,13 +201,13 @@ def _marked(text: str, declared: Collection[str]) -> _Written | None:
 def _calls_after(
     text: str, first: re.Match[str], attempt: Callable[[int], re.Match[str] | None]
 ) -> tuple[list[_Call], str]:
-    """The calls from the first mark on, and the prose between and after them."""
+    """The calls after the first mark and later ones, and the prose between and after them."""
     calls: list[_Call] = []
     prose: list[str] = []
     mark: re.Match[str] | None = first
     while mark is not None:
-        found, end = _payload(text, mark)
-        calls += found
+        marked_calls, end = _payload(text, mark)
+        calls += marked_calls
         after = _CLOSER.match(text, end)
         closes, end = (after[0], after.end()) if after else ("", end)
         closer = _CLOSERS.get(mark[0])
@@ -226,14 +228,14 @@ def _thought(before: str, mark: re.Match[str]) -> str:
 
 
 def _is_attempt(text: str, mark: re.Match[str], declared: Collection[str], last: dict[str, int]) -> bool:
-    """Whether a call follows the mark, or what its writer meant as one, rather than prose about the mark."""
+    """Whether the text after a mark is a call or an attempt at one, rather than prose about the mark."""
     if mark["action"]:
         return mark["action"].strip() in declared
     if mark["function"] or _PAYLOAD.match(text, mark.end()):
         return True
     if mark[0] == "[TOOL_CALLS]" and mark.end() < len(text):
         return bool(_MISTRAL.match(text, mark.end()))
-    if _before(text, mark.start()) not in ("", ">", "]"):  # amid a line
+    if _before(text, mark.start()) not in ("", ">", "]"):  # within a line
         return bool(_MARK.match(text, mark.end()))
     closer = _CLOSERS.get(mark[0])
     if closer is None or mark.end() == len(text):
@@ -242,7 +244,7 @@ def _is_attempt(text: str, mark: re.Match[str], declared: Collection[str], last:
 
 
 def _before(text: str, at: int) -> str:
-    """The last character before a position on the same line that is not white space, empty where there is none."""
+    """The last character before `at` on the same line that is not white space, or ""."""
     return text[max(0, at - 40) : at].rpartition("\n")[2].rstrip()[-1:]
 
 
@@ -266,7 +268,9 @@ def _payload(text: str, mark: re.Match[str]) -> tuple[list[_Call], int]:
         closer = _CLOSERS.get(mark[0])
         if closer and text.find(closer, at) < 0:
             raise _UnreadableError(f"opens {mark[0]} and does not close it") from None
-        raise _UnreadableError(f"has after {mark[0].strip()[:40]} what cannot be read as a call: {error}") from None
+        raise _UnreadableError(
+            f"has text after {mark[0].strip()[:40]} that cannot be read as a call: {error}"
+        ) from None
 
 
 def _no_arguments(text: str, at: int) -> tuple[None, int]:
@@ -276,24 +280,24 @@ def _no_arguments(text: str, at: int) -> tuple[None, int]:
 
 
 def _values(text: str, at: int) -> tuple[list[_Call], int]:
-    """One list or object of calls after another."""
+    """The calls of consecutive lists and objects, and where they end."""
     calls: list[_Call] = []
     end, limit = at, -1
     while text[at : at + 1] in ("[", "{"):
         if _BRACKET_CALL.match(text, at):
-            found, end = _python_calls(text, at)
+            next_calls, end = _python_calls(text, at)
         elif opening := _GLAIVE.match(text, at):
             if limit < at:
                 closes = _REGION_END.search(text, at)
                 limit = closes.start() if closes else len(text)
             call, end = _glaive(text, opening, limit)
-            found = [call]
+            next_calls = [call]
         else:
             value, end = value_at(text, at)
-            found = _shaped(value, marked=True)
-            if found is None:
+            next_calls = _calls_of_value(value, marked=True)
+            if next_calls is None:
                 raise ValueError('a call is {"name": …, "arguments": {…}}')
-        calls += found
+        calls += next_calls
         at = _end(_SEPARATOR, text, end)
     if not calls:
         raise ValueError("no JSON follows")
@@ -301,16 +305,16 @@ def _values(text: str, at: int) -> tuple[list[_Call], int]:
 
 
 def _glaive(text: str, opening: re.Match[str], limit: int) -> tuple[_Call, int]:
-    """`{"name": "f", "arguments": '{"a": 1}'}`: single quotes around JSON, in which apostrophes are not escaped."""
+    """`{"name": "f", "arguments": '{"a": 1}'}`, as glaive writes it: apostrophes in the quoted JSON are not escaped."""
     try:
         end = closing(text, opening.start(), limit)
         return _Call(opening[1], _quoted_json(text[opening.end() : end])), end
-    except ValueError:  # with an apostrophe, all up to the next mark is one call
+    except ValueError:  # with an apostrophe: all text up to the next mark is one call
         return _Call(opening[1], _quoted_json(text[opening.end() : limit])), limit
 
 
 def _quoted_json(text: str) -> Any:
-    """The JSON before `'}`, the end of the text."""
+    """The JSON before the `'}` at the end of the text."""
     ending = _GLAIVE_END.search(text, max(0, len(text) - 200))
     if ending is None:
         raise ValueError("a quote is not closed")
@@ -320,14 +324,14 @@ def _quoted_json(text: str) -> Any:
 # Calls without a mark
 
 
-def _unmarked(text: str, declared: Collection[str]) -> _Written | None:
+def _read_unmarked(text: str, declared: Collection[str]) -> _Written | None:
     if not declared:
         return None
     return _json_calls(text, declared) or _bracket_calls(text, declared) or _bare_calls(text, declared)
 
 
 def _json_calls(text: str, declared: Collection[str]) -> _Written | None:
-    """Lists and objects of calls that the text ends with."""
+    """Lists and objects of calls at the end of the text."""
     calls: list[_Call] = []
     thought = ""
     begin = end = at = failures = 0
@@ -338,23 +342,23 @@ def _json_calls(text: str, declared: Collection[str]) -> _Written | None:
         except ValueError as error:
             named = _NAMED.search(text, start.start(), start.start() + 2000)
             if named and named[1] in declared:
-                raise _UnreadableError(f"names '{named[1]}' in what cannot be read as a call: {error}") from None
+                raise _UnreadableError(f"names '{named[1]}' in text that cannot be read as a call: {error}") from None
             failures, at = failures + 1, start.start() + 1
             continue
         at = stop
-        found = _shaped(value, marked=False)
-        if found is None:
+        next_calls = _calls_of_value(value, marked=False)
+        if next_calls is None:
             continue
         apart |= bool(calls) and _end(_SEPARATOR, text, end) != start.start()
         if not calls:
             begin = start.start()
-            thought = _own_thought(value)
-        calls += found
+            thought = _thought_of_value(value)
+        calls += next_calls
         end = stop
     if failures == MOST_FAILURES:
         named = next((named for named in _NAMED.finditer(text, at) if named[1] in declared), None)
         if named:
-            raise _UnreadableError(f"names '{named[1]}' in what cannot be read as a call")
+            raise _UnreadableError(f"names '{named[1]}' in text that cannot be read as a call")
     if not calls:
         return None
     before = _OPENING_FENCE.sub("", text[:begin]).rstrip()
@@ -362,35 +366,35 @@ def _json_calls(text: str, declared: Collection[str]) -> _Written | None:
         if not any(call.name in declared for call in calls):
             return None  # an example
         names = ", ".join(dict.fromkeys(call.name for call in calls))
-        raise _UnreadableError(f"shows calls ({names}) amid text: {text[begin : begin + 80]!r}")
+        raise _UnreadableError(f"shows calls ({names}) within text: {text[begin : begin + 80]!r}")
     return _Written("\n".join(part for part in (before, thought) if part), calls)
 
 
-def _own_thought(value: object) -> str:
-    """The thought that xLAM's object holds beside its calls."""
+def _thought_of_value(value: object) -> str:
+    """The thought in xLAM's object of a thought and calls."""
     texts = [value.get(key) for key in ("thought", "content")] if isinstance(value, dict) else []
     return "\n".join(text for text in texts if isinstance(text, str) and text)
 
 
-def _shaped(value: object, marked: bool) -> list[_Call] | None:
-    """The calls that a value stands for, None if it is anything else. After a mark a name alone is a call too."""
+def _calls_of_value(value: object, marked: bool) -> list[_Call] | None:
+    """The calls in a JSON value, None for any other value. After a mark, a name without arguments is a call too."""
     if isinstance(value, list):
-        found = [_shaped(item, marked) for item in value if isinstance(item, dict)]
-        if not value or len(found) < len(value):
+        calls_of_items = [_calls_of_value(item, marked) for item in value if isinstance(item, dict)]
+        if not value or len(calls_of_items) < len(value):
             return None
-        return [call for calls in found for call in calls or ()] if all(found) else None
+        return [call for calls in calls_of_items for call in calls or ()] if all(calls_of_items) else None
     if not isinstance(value, dict):
         return None
     if isinstance(calls := value.get("tool_calls"), list) and value.keys() <= {"tool_calls", "thought", "content"}:
-        return _shaped(calls, marked)
+        return _calls_of_value(calls, marked)
     for key in ("tool_call", "function_call"):
         if isinstance(value.get(key), dict) and len(value) == 1:
-            return _shaped(value[key], marked)
+            return _calls_of_value(value[key], marked)
     if not value.keys() <= _CALL_KEYS:
         return None
     function = value.get("function")
     if isinstance(function, dict):
-        inner = _shaped(function, marked)
+        inner = _calls_of_value(function, marked)
         return inner and [inner[0]._replace(id=value.get("id"))]
     name = value.get("name", function)
     keys = [key for key in _ARGUMENTS if key in value]
@@ -398,7 +402,7 @@ def _shaped(value: object, marked: bool) -> list[_Call] | None:
         return None
     arguments = value[keys[0]] if keys else None
     if keys == ["parameters"] and _is_schema(arguments):
-        return None  # a tool, not a call of one
+        return None  # the schema of a tool, not a call
     return [_Call(name.removeprefix("functions."), arguments, value.get("id"))]
 
 
@@ -407,7 +411,7 @@ def _is_schema(value: object) -> bool:
 
 
 def _bracket_calls(text: str, declared: Collection[str]) -> _Written | None:
-    """`[name(key="value"), …]` that the text ends with."""
+    """`[name(key="value"), …]` at the end of the text."""
     at, first = 0, _end(_SPACE, text, 0)
     while (start := _BRACKET_CALL.search(text, at)) is not None:
         name, at = start[1].strip(), start.end()
@@ -421,7 +425,7 @@ def _bracket_calls(text: str, declared: Collection[str]) -> _Written | None:
         except ValueError as error:
             if name not in declared or _is_link(text, start.start()):
                 continue
-            raise _UnreadableError(f"names '{name}' in what cannot be read as a call: {error}") from None
+            raise _UnreadableError(f"names '{name}' in text that cannot be read as a call: {error}") from None
         at = end
         if text.startswith("(", end):  # a link in Markdown
             continue
@@ -429,18 +433,18 @@ def _bracket_calls(text: str, declared: Collection[str]) -> _Written | None:
         if last:
             return _Written(_OPENING_FENCE.sub("", text[: start.start()]).rstrip(), calls)
         if name in declared:
-            raise _UnreadableError(f"shows calls ({name}) amid text: {text[start.start() : start.start() + 80]!r}")
+            raise _UnreadableError(f"shows calls ({name}) within text: {text[start.start() : start.start() + 80]!r}")
     return None
 
 
 def _is_link(text: str, at: int) -> bool:
-    """Whether the bracket is that of a link in Markdown, `[text](address)`."""
+    """Whether the bracket begins a Markdown link, `[text](address)`."""
     closes = text.find("](", at, at + 300)
     return closes >= 0 and "\n" not in text[at:closes]
 
 
 def _bare_calls(text: str, declared: Collection[str]) -> _Written | None:
-    """`name(key="value")`, one or several, that are the whole text."""
+    """One or more `name(key="value")` that are the whole text."""
     calls: list[_Call] = []
     end = _end(_FRONT, text, 0)
     while (start := _CALL.match(text, end)) is not None:
@@ -452,7 +456,7 @@ def _bare_calls(text: str, declared: Collection[str]) -> _Written | None:
         except ValueError as error:
             if not text.rstrip("` \n").endswith(")"):
                 return None  # prose
-            raise _UnreadableError(f"names '{name}' in what cannot be read as a call: {error}") from None
+            raise _UnreadableError(f"names '{name}' in text that cannot be read as a call: {error}") from None
         calls.append(_Call(name, arguments))
         end = _end(_SEPARATOR, text, end)
     return _Written("", calls) if calls and _TAIL.match(text, end) else None
@@ -475,6 +479,6 @@ def _python_calls(text: str, at: int) -> tuple[list[_Call], int]:
 
 
 def _end(pattern: re.Pattern[str], text: str, at: int) -> int:
-    """Where a pattern that also matches the empty text ends at `at`."""
+    """Where the match of a pattern at `at` ends; the pattern also matches the empty text."""
     match = pattern.match(text, at)
     return match.end() if match else at

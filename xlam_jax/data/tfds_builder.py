@@ -28,10 +28,10 @@ from xlam_jax.outputs import refuse_existing
 def build(
     source: Source, data_dir: Path, *, split: str = "train", drop_invalid: bool = False
 ) -> tuple[UnifiedTrajectories, Counter[str]]:
-    """Builds `unified_trajectories/<the source's name>` in `data_dir`.
+    """Builds `unified_trajectories/<name of the source>` in `data_dir`.
 
-    Returns its builder, and for each reason how many rows were dropped. Raises `UserError` when it exists, and for a
-    row that is not a trajectory unless `drop_invalid`.
+    Returns its builder, and the number of dropped rows by reason. Raises `UserError` when the dataset exists, and for
+    an invalid row unless `drop_invalid`.
     """
     if not re.fullmatch(r"\w[\w.-]*", source.name):
         raise UserError(f"--name is {source.name!r}; letters, digits, '_', '.' and '-' are possible")
@@ -47,7 +47,7 @@ def build(
 
 
 def _trajectories(source: Source, drop_invalid: bool, dropped: Counter[str]) -> Iterator[Trajectory]:
-    """The trajectories of a source; counts rows that are dropped."""
+    """Yields the trajectories of a source and counts the dropped rows."""
     for item in sources.read(source):
         match item.trajectory:
             case Trajectory() as trajectory:
@@ -63,13 +63,16 @@ def _trajectories(source: Source, drop_invalid: bool, dropped: Counter[str]) -> 
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line."""
     parser = cli.Parser(
         prog="python -m xlam_jax.data.tfds_builder",
         description="Builds a TFDS dataset of trajectories, as ArrayRecord.",
     )
     parser.add_argument("--name", required=True, help="name of the configuration: unified_trajectories/NAME")
-    parser.add_argument("--files", required=True, nargs="+", metavar="FILE", help="as `files` of a source in a config")
-    parser.add_argument("--data-dir", required=True, type=Path, metavar="DIR", help="where TFDS keeps its datasets")
+    parser.add_argument(
+        "--files", required=True, nargs="+", metavar="FILE", help="like `files` of a source in a config"
+    )
+    parser.add_argument("--data-dir", required=True, type=Path, metavar="DIR", help="folder of TFDS datasets")
     parser.add_argument("--split", default="train", help="the split of the files (default: train)")
     parser.add_argument("--format", default="unified", help="format of the files' rows (default: unified)")
     parser.add_argument("--drop-invalid", action="store_true", help="drop rows that are not trajectories")

@@ -1,7 +1,7 @@
-"""The TFDS dataset of trajectories, `unified_trajectories`, with one configuration per set of files, as ArrayRecord.
+"""The TFDS dataset `unified_trajectories`, with one configuration per set of files, as ArrayRecord.
 
 Importing this module registers it with TFDS. `xlam_jax.data.tfds_builder` builds configurations, and
-`xlam_jax.data.sources` reads them. Rows are in the order of the files; nested values are JSON texts, and so is the
+`xlam_jax.data.sources` reads them. Rows are in the order of the files. Nested values are JSON texts, and so is the
 score, which TFDS would round to 32 bits. TensorFlow is not imported.
 """
 
@@ -20,19 +20,19 @@ NESTED = ("tools", "conversation")
 
 @dataclasses.dataclass(eq=False)
 class Trajectories(tfds.core.BuilderConfig):
-    """A configuration; the fields are needed to build it, not to read it."""
+    """A configuration; building it needs the fields, reading it does not."""
 
     trajectories: Callable[[], Iterable[Trajectory]] | None = None
     """Reads the trajectories."""
     split: str = "train"
-    """The name of their split."""
+    """The name of the split that contains them."""
 
 
 class UnifiedTrajectories(tfds.core.GeneratorBasedBuilder):
     """Conversations of an agent with the tools it may call, one format for all sources."""
 
     VERSION = tfds.core.Version("1.0.0")
-    code_path = None  # no files lie next to the code; TFDS would need an undeclared package to search for them
+    code_path = None  # skips TFDS's search for files next to the code, which needs an undeclared package
 
     def __init__(self, *, config: Trajectories | str | None = None, **options: Any):
         super().__init__(config=config, **options)
@@ -52,7 +52,7 @@ class UnifiedTrajectories(tfds.core.GeneratorBasedBuilder):
                     "conversation": text,
                 }
             ),
-            disable_shuffling=True,  # keeps the order of the files, so that `limit` means the same
+            disable_shuffling=True,  # keeps the order of the files, so that `limit` selects the same rows
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def _features(trajectory: Trajectory) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """Returns a row of `tfds.data_source` as JSON values: text for bytes, lists for arrays.
+    """Converts a row of `tfds.data_source` to JSON values: bytes to text, arrays to lists.
 
     Raises `InvalidTrajectory` for bytes that are not UTF-8.
     """

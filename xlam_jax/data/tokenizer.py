@@ -1,4 +1,4 @@
-"""Tokenizers: Mistral's own, built from the models inside mistral-common, and any fast tokenizer of a HF folder."""
+"""Loads tokenizers: Mistral's own, built from the files of mistral-common, and fast Hugging Face tokenizers."""
 
 import importlib.util
 import json
@@ -18,45 +18,45 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-# files of mistral-common, and the template that renders like it: Mistral 7B v0.1, v0.2 and Mixtral use v1, Mistral 7B
-# v0.3 uses v3
 MISTRAL = {
     "mistral:v1": ("tokenizer.model.v1", "mistral_v1"),
     "mistral:v3": ("mistral_instruct_tokenizer_240323.model.v3", "mistral_v3"),
 }
+"""Name → file in mistral-common, and the chat template that renders like it. Mistral 7B v0.1, v0.2 and Mixtral use v1,
+Mistral 7B v0.3 uses v3."""
 
 
 def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
-    """Returns a fast tokenizer: "mistral:v1", "mistral:v3", a local Hugging Face folder, or a name on its hub.
+    """Loads a fast tokenizer: "mistral:v1", "mistral:v3", a local Hugging Face folder, or a name on the hub.
 
-    The Mistral ones give mistral-common's ids and have Mistral's chat template. Raises `UserError` when there is no
-    such tokenizer.
+    The Mistral tokenizers give mistral-common's ids and have Mistral's chat template. Raises `UserError` when the
+    tokenizer does not exist or its files are malformed.
     """
     if name in MISTRAL:
         return _mistral(*MISTRAL[name])
     if name.startswith("mistral:"):
         raise UserError(f"tokenizer '{name}': known are {', '.join(MISTRAL)}{nearest(name, MISTRAL)}")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing is no problem here
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # tokenizers work without PyTorch
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    known = f"give a folder with tokenizer.json, a name on the Hugging Face hub, or one of {', '.join(MISTRAL)}"
+    hint = f"give a folder with tokenizer.json, a name on the Hugging Face hub, or one of {', '.join(MISTRAL)}"
     if (Path(name).exists() or name.startswith((".", "/", "~"))) and not (
         Path(name) / "tokenizer_config.json"
     ).is_file():
-        raise UserError(f"tokenizer '{name}': no tokenizer_config.json there; {known}")
+        raise UserError(f"tokenizer '{name}': no tokenizer_config.json there; {hint}")
     if Path(name).is_dir():
         _check_files(Path(name))
     try:
         tokenizer = _plain(Path(name)) or AutoTokenizer.from_pretrained(name)
         if isinstance(tokenizer, PreTrainedTokenizerFast):
-            tokenizer("a")  # what is malformed in tokenizer.json may show only now
+            tokenizer("a")  # some errors in tokenizer.json appear only at the first use
     except BaseException as error:  # transformers and tokenizers raise nearly anything for a malformed file
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UserError(f"tokenizer '{name}' cannot be loaded ({reason[:300]}); {known}") from None
+        raise UserError(f"tokenizer '{name}' cannot be loaded ({reason[:300]}); {hint}") from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise UserError(f"tokenizer '{name}' is a {type(tokenizer).__name__} without tokenizer.json; {known}")
+        raise UserError(f"tokenizer '{name}' is a {type(tokenizer).__name__} without tokenizer.json; {hint}")
     return tokenizer
 
 
@@ -68,23 +68,23 @@ def _check_files(folder: Path) -> None:
 
 
 def _plain(folder: Path) -> "PreTrainedTokenizerFast | None":
-    """The tokenizer of a folder that asks for no class of its own: spares the import of every model's code."""
+    """Loads a folder's tokenizer if it needs no special class, without importing every model's code; else None."""
     from transformers import PreTrainedTokenizerFast
 
     if not (folder / "tokenizer_config.json").is_file():
         return None
-    asked = documents.read_object(folder / "tokenizer_config.json").get("tokenizer_class")
-    if asked not in ("PreTrainedTokenizerFast", "TokenizersBackend"):
+    class_name = documents.read_object(folder / "tokenizer_config.json").get("tokenizer_class")
+    if class_name not in ("PreTrainedTokenizerFast", "TokenizersBackend"):
         return None
     return PreTrainedTokenizerFast.from_pretrained(str(folder))
 
 
 def save(tokenizer: "PreTrainedTokenizerFast", folder: str | Path, format: str = "xlam") -> None:
-    """Writes the tokenizer's files with the chat template of a format, so that servers render what was trained.
+    """Writes the tokenizer's files with the chat template of a format, so that servers render prompts as in training.
 
-    The tokenizer itself keeps its own template.
+    The tokenizer object keeps its own template.
     """
-    for key in ("is_local", "local_files_only"):  # how it was loaded is no property of the tokenizer
+    for key in ("is_local", "local_files_only"):  # options of loading, not properties of the tokenizer
         tokenizer.init_kwargs.pop(key, None)
     own = tokenizer.chat_template
     tokenizer.chat_template = own if format == "native" and own else chat_template(tokenizer, format)
@@ -95,8 +95,10 @@ def save(tokenizer: "PreTrainedTokenizerFast", folder: str | Path, format: str =
 
 
 def text_to_ids_digest(tokenizer: "PreTrainedTokenizerFast") -> str:
-    """A digest of what turns text into ids (vocabulary, merges, normalizer, pre-tokenizer, special tokens), wherever
-    the tokenizer was loaded from."""
+    """Returns a digest of all that maps text to ids: vocabulary, merges, normalizer, pre-tokenizer, special tokens.
+
+    It does not depend on where the tokenizer was loaded from.
+    """
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     for unused in ("truncation", "padding"):
         backend.pop(unused, None)
@@ -105,15 +107,15 @@ def text_to_ids_digest(tokenizer: "PreTrainedTokenizerFast") -> str:
 
 
 def tokenizer_digest(tokenizer: "PreTrainedTokenizerFast") -> str:
-    """A digest of everything that rendering uses: `text_to_ids_digest`, and the chat template."""
+    """Returns a digest of everything that rendering uses: `text_to_ids_digest` and the chat template."""
     return json_digest([text_to_ids_digest(tokenizer), tokenizer.chat_template], length=16)
 
 
 def byte_fallback_bpe(pieces: Sequence[str], scores: Sequence[float], first_byte: int) -> "Tokenizer":
-    """Returns SentencePiece's BPE as a fast tokenizer that gives the same ids.
+    """Converts a SentencePiece BPE model to a fast tokenizer that gives the same ids.
 
-    `pieces` and their `scores` are in id order, the 256 byte pieces start at id `first_byte`; before them are the
-    unknown, control and user-defined pieces, which never come out of a merge.
+    `pieces` and their `scores` are in the order of their ids. The 256 byte pieces start at id `first_byte`; before them
+    are the unknown, control and user-defined pieces, which no merge produces.
     """
     from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
     from tokenizers.models import BPE
@@ -165,7 +167,7 @@ def _mistral(file: str, template: str) -> "PreTrainedTokenizerFast":
         bos_token=bos,
         eos_token=eos,
         unk_token=unk,
-        pad_token=unused[-1] if unused else unk,  # byte fallback leaves <unk> without a use
+        pad_token=unused[-1] if unused else unk,  # with byte fallback, no text is encoded as <unk>
         extra_special_tokens=[piece for piece in control if piece not in (bos, eos, unk)],
         clean_up_tokenization_spaces=False,
         chat_template=read_template(template),

@@ -82,7 +82,7 @@ def turn_number(place: int, turn: Any) -> int:
 
 
 def system_text(task_instruction: str, messages: Sequence[Message]) -> str:
-    """Joins the task instruction and the system turns with blank lines; empty ones are left out."""
+    """Joins the task instruction and the system turns with blank lines, without empty ones."""
     parts = [task_instruction, *(message.content for message in messages if message.role == "system")]
     return "\n\n".join(part for part in parts if part)
 

@@ -1,4 +1,4 @@
-"""Everything that is wrong with files of trajectories: what the parser refuses, repairs or leaves out, and each call
+"""Finds everything that is wrong with files of trajectories: what the parser refuses, repairs or drops, and each call
 that its tool's JSON Schema does not allow.
 """
 
@@ -32,11 +32,11 @@ from xlam_jax.errors import UserError
 
 LONGEST_DETAIL = 400
 Limit = Callable[[Trajectory], Iterable[Problem]]
-"""Says what keeps a trajectory out of a config's rows."""
+"""Finds the problems that keep a trajectory out of a config's rows."""
 
 
 class Finding(NamedTuple):
-    """One thing that is wrong, and where. `id` is the trajectory's, empty where it has none."""
+    """A problem and its place. `id` is the trajectory's, empty where it has none."""
 
     file: str
     line: int
@@ -49,9 +49,9 @@ class Finding(NamedTuple):
 
 
 def validate(path: Path, limit: Limit | None = None) -> Iterator[list[Finding]]:
-    """Yields the findings of each row of a file, none for a row without fault; any file that a config may name.
+    """Yields a list of findings for each row of a file, empty for a valid row. Reads any file that a config may name.
 
-    Keeps 16 bytes of each id in memory. Raises `UserError` when the file can't be read or holds no row.
+    Keeps 16 bytes of each id in memory. Raises `UserError` when the file cannot be read or has no rows.
     """
     seen: dict[bytes, int] = {}
     line = 0
@@ -64,20 +64,20 @@ def validate(path: Path, limit: Limit | None = None) -> Iterator[list[Finding]]:
             problems = [Problem(row.reason, row.detail)]
         else:
             problems = list(check_row(row, limit, padded=padded))
-            given = row.get("unique_trajectory_id")
-            if isinstance(given, str | int):
-                identity = str(given)
+            row_id = row.get("unique_trajectory_id")
+            if isinstance(row_id, str | int):
+                identity = str(row_id)
                 digest = key_digest(identity)
                 first = seen.setdefault(digest, line)
                 if first != line:
                     problems.append(Problem("duplicate-trajectory-id", f"'{identity}' is line {first}'s too"))
         yield [Finding(str(path), line, identity, problem.reason, _one_line(problem.detail)) for problem in problems]
     if not line:
-        raise UserError(f"{path}: holds no row; expected trajectories, one JSON object a line")
+        raise UserError(f"{path}: has no rows; expected trajectories, one JSON object per line")
 
 
 def check_row(row: object, limit: Limit | None = None, *, padded: bool = False) -> Iterator[Problem]:
-    """Yields everything that is wrong with one row, but for ids that another row has.
+    """Yields every problem of one row, except ids that another row has.
 
     A row with `chosen` and `rejected` is a pair.
     """
@@ -119,7 +119,7 @@ def check_row(row: object, limit: Limit | None = None, *, padded: bool = False) 
 
 
 def _check_pair(row: dict[str, Any], limit: Limit | None, padded: bool) -> Iterator[Problem]:
-    """Yields what is wrong with each side by itself, or else with the two sides together."""
+    """Yields the problems of each side, or else those of the two sides together."""
     is_faulty = False
     shared = {key: row[key] for key in ROW_KEYS & row.keys()}
     for side in ("chosen", "rejected"):
@@ -137,7 +137,7 @@ def _check_pair(row: dict[str, Any], limit: Limit | None, padded: bool) -> Itera
 
 
 def check_calls(trajectory: Trajectory) -> Iterator[Problem]:
-    """Yields what is wrong with the tools' JSON Schemas, and with the arguments of calls under them.
+    """Yields the problems of the tools' JSON Schemas, and of the arguments of calls under them.
 
     Reasons: bad-schema, missing-argument, extra-argument, wrong-type, wrong-value.
     """
@@ -163,8 +163,8 @@ def _compiled(tools: str) -> dict[str, Parameters]:
 
 
 def _unread_calls(trajectory: Trajectory) -> Iterator[Problem]:
-    """Yields the turns whose text is meant as a call of a tool, and was not read as one."""
-    declared = {tool["function"]["name"]: None for tool in trajectory.tools}  # a set that keeps their order
+    """Yields turns whose text is meant as a tool call but was not read as one."""
+    declared = {tool["function"]["name"]: None for tool in trajectory.tools}  # an ordered set
     for detail in unread_calls(trajectory.conversation, declared):
         yield Problem("call-in-text", f"{detail}; write it under `tool_calls`")
 
@@ -191,7 +191,7 @@ def _empty_turns(turns: Sequence[Message]) -> Iterator[Problem]:
 
 
 def _unanswered(turns: Sequence[Message]) -> Iterator[Problem]:
-    """Yields calls without a result that other turns follow. Results that belong to no call were reported before."""
+    """Yields calls without a result before the next turn. Results without a call were reported before."""
     for at, turn in enumerate(turns):
         if not turn.tool_calls:
             continue
@@ -208,9 +208,9 @@ def _unanswered(turns: Sequence[Message]) -> Iterator[Problem]:
 
 
 def length_limit(config: Path, overrides: Sequence[str] = ()) -> Limit:
-    """Returns what finds trajectories that a config can't train on whole: too long for its rows, or not to be written.
+    """Returns a check for trajectories that a config cannot train on completely: too long, or not representable.
 
-    Raises `UserError` for a config or tokenizer that can't be used.
+    Raises `UserError` for an invalid config or tokenizer.
     """
     from xlam_jax import config as configs
     from xlam_jax.data.lengths import fit
@@ -268,7 +268,7 @@ def _many(count: int, noun: str) -> str:
 
 
 def _one_line(text: str) -> str:
-    """The text cut to a length and without characters that a terminal acts upon."""
+    """The text, truncated to a length and without control characters of a terminal."""
     if len(text) > LONGEST_DETAIL:
         text = text[: LONGEST_DETAIL - 1] + "…"
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

@@ -70,7 +70,7 @@ class Evaluator:
     def heldout(self, params: Params, frozen: Params) -> dict[str, Any] | None:
         """Returns the held-out record: losses by source, and for SFT by kind of span. None if nothing is held out."""
         batches = pipeline.heldout_batches(
-            self._loaded, self._data, rows=self._rows, limit=self._limit, mine=self._setup.rows(self._rows)
+            self._loaded, self._data, rows=self._rows, limit=self._limit, host_rows=self._setup.rows(self._rows)
         )
         sums = (self._step(params, frozen, self._setup.batch(local_rows, self._rows)) for local_rows in batches)
         return heldout_record(sums, self._sources, kinds=self._kinds)

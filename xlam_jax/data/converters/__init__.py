@@ -1,6 +1,6 @@
-"""Converters between trajectory formats and the unified trajectory, one module a format.
+"""Converters between trajectory formats and the unified trajectory, one module per format.
 
-Each module has `convert(paths)`; those that take a row at a time also have `convert_row(row, name)`, and those in
+Each module has `convert(paths)`. Those that convert row by row also have `convert_row(row, name)`, and those in
 `EXPORTERS` have `export_row(trajectory)`, which yields the trajectory's rows in that format. `common` has the types.
 """
 
@@ -36,7 +36,7 @@ FORMATS = (
     "alpaca",
 )
 GUESSED = 20
-"""Rows by which a format is guessed."""
+"""Number of rows that are read to guess a format."""
 EXPORTERS = ("openai", "sharegpt", "xlam60k", "train_ready")
 
 
@@ -45,29 +45,32 @@ def _convert(name: str, paths: list[Path]) -> Iterator[Converted | Dropped]:
 
 
 CONVERTERS: dict[str, Convert] = {name: partial(_convert, name) for name in FORMATS}
-"""Every format's `convert`; its module is imported at the first call."""
+"""Format → its `convert`; the first call imports the module."""
 
 
 def converter(name: str) -> Convert:
-    """The `convert` of a format. Raises `UserError` on an unknown name."""
-    _known(name, FORMATS, "format")
+    """Returns the `convert` of a format. Raises `UserError` for an unknown name."""
+    _check_name(name, FORMATS, "format")
     return CONVERTERS[name]
 
 
 def row_converter(name: str) -> ConvertRow | None:
-    """The `convert_row` of a format, None where rows can't be taken alone. Raises `UserError` on an unknown name."""
-    _known(name, FORMATS, "format")
+    """Returns the `convert_row` of a format, None if rows depend on others. Raises `UserError` for an unknown name."""
+    _check_name(name, FORMATS, "format")
     return getattr(_module(name), "convert_row", None)
 
 
 def exporter(name: str) -> ExportRow:
-    """The `export_row` of a format. Raises `UserError` on a name that has none."""
-    _known(name, EXPORTERS, "format to write")
+    """Returns the `export_row` of a format. Raises `UserError` for a name that is not in `EXPORTERS`."""
+    _check_name(name, EXPORTERS, "format to write")
     return _module(name).export_row
 
 
 def guess(paths: list[Path], besides: str) -> str:
-    """A hint at the format that reads most of the first `GUESSED` rows, empty where none reads half of them."""
+    """Returns a hint at the format, other than `besides`, that reads most of the first `GUESSED` rows.
+
+    The hint is empty if no format reads half of the rows.
+    """
     best, most = "", 0
     for name in FORMATS:
         if name == besides:
@@ -82,7 +85,8 @@ def guess(paths: list[Path], besides: str) -> str:
     return f"; --format {best} reads them" if best else ""
 
 
-def _known(name: str, names: tuple[str, ...], what: str) -> None:
+def _check_name(name: str, names: tuple[str, ...], what: str) -> None:
+    """Raises `UserError` for a name that is not in `names`."""
     if name not in names:
         raise UserError(f"{what} '{name}' is not known; known are {', '.join(names)}{nearest(name, names)}")
 

@@ -1,8 +1,8 @@
-"""AgentOhana: homogeneous multi-turn rows, one episode of an agent a row.
+"""AgentOhana: homogeneous multi-turn rows, one episode of an agent per row.
 
 Raw: {"user query", "model name", "score", "other information", "steps": [{"step_id", "input", "output",
-"next observation"}, …]}; keys with spaces or underscores, the score a text or a number. The first input is the task
-with the format prompt; a later one repeats it, then "Action: …" and "Observation: …" of every step before.
+"next observation"}, …]}; keys have spaces or underscores, the score is a text or a number. The first input is the task
+with the format prompt; later inputs repeat it, and then "Action: …" and "Observation: …" of every earlier step.
 """
 
 import re
@@ -31,7 +31,7 @@ class Step(NamedTuple):
 
 
 class Action(NamedTuple):
-    """A text action, taken apart: `thought` stands before it."""
+    """The parts of a text action; `thought` is the text before it."""
 
     thought: str
     name: str
@@ -39,18 +39,19 @@ class Action(NamedTuple):
 
 
 def convert(paths: list[Path]) -> Iterator[Converted | Dropped]:
-    """Actions of WebShop and HotpotQA become calls of these converters' tools, and the user query the user's turn: the
-    task instruction and the tools stand in for the format prompt. Thoughts stand beside the calls. In WebShop, steps
-    answered with "Invalid" are dropped.
+    """Converts actions of WebShop and HotpotQA to calls of these converters' tools, with their thoughts as text.
 
-    Elsewhere, and where an action is of neither kind, outputs stay text, the first input is the user's turn and
-    observations are the user's as well. The last observation is left out, as are model name and other information.
+    The user query becomes the user's turn: task instruction and tools replace the format prompt. In WebShop, steps that
+    the environment answered with "Invalid" are dropped.
+
+    In other environments, and where an action belongs to neither, outputs stay text, and the first input and the
+    observations are user turns. The last observation, model name and other information are dropped.
     """
     return convert_rows(paths, convert_row)
 
 
 def convert_row(row: dict[str, Any], name: str) -> Iterator[dict[str, Any] | StepDropped | Repaired]:
-    """Converts one episode. Raises `InvalidTrajectory` where a later input is of another task than the first."""
+    """Converts one episode. Raises `InvalidTrajectory` where a later input has another task than the first."""
     repairs: list[Repaired] = []
     steps = _steps(row, repairs)
     if not steps:
@@ -67,7 +68,7 @@ def convert_row(row: dict[str, Any], name: str) -> Iterator[dict[str, Any] | Ste
     environment = _environment(steps, hints.lower(), prompt)
     score = row.get("score")
     identity = row.get("id")
-    made: dict[str, Any] = {
+    unified: dict[str, Any] = {
         "unique_trajectory_id": name if identity is None else identity,
         "source": row.get("source"),
         "score": _number(score) if isinstance(score, str) else score,
@@ -84,8 +85,8 @@ def convert_row(row: dict[str, Any], name: str) -> Iterator[dict[str, Any] | Ste
             turns.append({"role": "user", "content": step.observation})
     else:
         turns[0]["content"] = query or prompt
-        made["source"] = environment.__name__.rpartition(".")[2] if made["source"] is None else made["source"]
-        made |= {"task_instruction": environment.INSTRUCTION, "tools": environment.TOOLS}
+        unified["source"] = environment.__name__.rpartition(".")[2] if unified["source"] is None else unified["source"]
+        unified |= {"task_instruction": environment.INSTRUCTION, "tools": environment.TOOLS}
         for item in _call_turns(steps, environment):
             if isinstance(item, StepDropped):
                 yield item
@@ -93,11 +94,11 @@ def convert_row(row: dict[str, Any], name: str) -> Iterator[dict[str, Any] | Ste
                 turns.append(item)
     if len(turns) == 1:
         raise InvalidTrajectory("no-assistant-turn", "every step is invalid")
-    yield made | {"conversation": turns[:-1]}
+    yield unified | {"conversation": turns[:-1]}
 
 
 def _call_turns(steps: Sequence[Step], environment: ModuleType) -> Iterator[dict[str, Any] | StepDropped]:
-    """The turns of a known environment, calls and results by turns."""
+    """Yields the turns of a known environment, alternately calls and results."""
     thoughts: list[str] = []
     number = 0
     for i, step in enumerate(steps):
@@ -122,18 +123,23 @@ def _call_turns(steps: Sequence[Step], environment: ModuleType) -> Iterator[dict
 
 
 def _environment(steps: Sequence[Step], hints: str, prompt: str) -> ModuleType | None:
-    """The environment that has every action; of several, the one that is named, or whose own action the prompt has."""
+    """The environment that has every action; of several, that of the `hints`, or with an action of its own in `prompt`.
+
+    None where there is not exactly one.
+    """
     fitting = []
     for environment in ENVIRONMENTS:
         shop = environment is webshop
         names = [_name(step) for step in steps if not (shop and "Invalid" in step.observation)]
-        known = {*environment.PARAMETER, "think"} if shop else environment.PARAMETER.keys()
-        if names and all(name in known for name in names) and set(names) != {"think"}:
+        actions = {*environment.PARAMETER, "think"} if shop else environment.PARAMETER.keys()
+        if names and all(name in actions for name in names) and set(names) != {"think"}:
             fitting.append(environment)
     if len(fitting) > 1:
-        named = [each for each in fitting if each.__name__.rpartition(".")[2] in hints]
-        own = [each for each in fitting if any(f"{name}[" in prompt for name in each.PARAMETER.keys() - {"search"})]
-        fitting = named or own
+        named = [module for module in fitting if module.__name__.rpartition(".")[2] in hints]
+        in_prompt = [
+            module for module in fitting if any(f"{name}[" in prompt for name in module.PARAMETER.keys() - {"search"})
+        ]
+        fitting = named or in_prompt
     return fitting[0] if len(fitting) == 1 else None
 
 
@@ -143,13 +149,13 @@ def _name(step: Step) -> str | None:
 
 
 def _action(output: str) -> Action | None:
-    """The action that an output ends with, None if it does not."""
-    found, text = ACTION.search(output), output.rstrip()
-    if not found or not text.endswith("]"):
+    """The action at the end of an output, None if there is none."""
+    match, text = ACTION.search(output), output.rstrip()
+    if not match or not text.endswith("]"):
         return None
-    thought = output[: found.start()]
+    thought = output[: match.start()]
     label = THOUGHT.match(thought)
-    return Action(thought[label.end() if label else 0 :].strip(), found[1].lower(), text[found.end() : -1])
+    return Action(thought[label.end() if label else 0 :].strip(), match[1].lower(), text[match.end() : -1])
 
 
 def _steps(row: dict[str, Any], repairs: list[Repaired]) -> list[Step]:
@@ -167,9 +173,9 @@ def _steps(row: dict[str, Any], repairs: list[Repaired]) -> list[Step]:
 
 
 def _value(row: dict[str, Any], key: str) -> Any:
-    """The value of a key that has spaces or underscores."""
-    spaced, scored = key.replace("_", " "), key.replace(" ", "_")
-    return row[spaced] if row.get(spaced) is not None else row.get(scored)
+    """The value of a key, which has spaces or underscores."""
+    with_spaces, with_underscores = key.replace("_", " "), key.replace(" ", "_")
+    return row[with_spaces] if row.get(with_spaces) is not None else row.get(with_underscores)
 
 
 def _text(step: dict[str, Any], key: str) -> str | None:
@@ -183,11 +189,14 @@ def _number(score: str) -> Any:
     try:
         return float(score)
     except ValueError:
-        return score  # the reader tells what is wrong with it
+        return score  # the parser reports it
 
 
 def _check_inputs(steps: Sequence[Step], repairs: list[Repaired]) -> None:
-    """Notes the first way in which an input is not the first one and all that happened since."""
+    """Reports the first input that is not the first input followed by all earlier steps.
+
+    Raises `InvalidTrajectory` for an input that does not contain the first one.
+    """
     first = (steps[0].input or "").strip()
     for i, step in enumerate(steps[1:], start=1):
         if step.input is None or not first:
@@ -202,16 +211,16 @@ def _check_inputs(steps: Sequence[Step], repairs: list[Repaired]) -> None:
 
 
 def _difference(text: str, at: int, steps: Sequence[Step]) -> str:
-    """How an input differs, from `at` on, from what the steps say; empty if it does not."""
+    """Describes how an input, from `at` on, differs from the steps; empty if it does not."""
     for j, step in enumerate(steps):
         for what, part in (("output", step.output), ("observation", step.observation)):
             part = LABELS.sub("", part, count=1).strip()
-            found = text.find(part, at)
-            if found < 0:
+            start = text.find(part, at)
+            if start < 0:
                 return f"lacks the {what} of step {j}: {part[:80]!r}"
-            between = text[at:found]
+            between = text[at:start]
             if not LABELS.fullmatch(between):
-                return f"has before the {what} of step {j}: {between.strip()[:80]!r}"
-            at = found + len(part)
+                return f"has text before the {what} of step {j}: {between.strip()[:80]!r}"
+            at = start + len(part)
     rest = text[at:]
     return "" if LABELS.fullmatch(rest) else f"ends in {rest.strip()[:80]!r}"

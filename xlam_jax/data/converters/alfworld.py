@@ -1,6 +1,6 @@
-"""ALFWorld: household tasks as MINT's agents played them (Wang et al. 2023, arXiv:2309.10691), one episode a line.
+"""ALFWorld: household tasks played by MINT's agents (Wang et al. 2023, arXiv:2309.10691), one episode per line.
 
-Raw: {"state": {"history": [{"role", "content"}, …], "success"}, "task": {"task_id", "prompt"}}. The first turn holds
+Raw: {"state": {"history": [{"role", "content"}, …], "success"}, "task": {"task_id", "prompt"}}. The first turn has
 MINT's rules, the functions of the environment, an example and the task. The agent thinks in <thought>, and either runs
 Python that calls the functions in <execute>, or proposes a <solution>; the environment answers "Observation: …".
 """
@@ -35,19 +35,20 @@ SPEAKER = re.compile(r"Assistant\s*(?::|：|<\|im_sep\|>)")
 
 
 def convert(paths: list[Path]) -> Iterator[Converted | Dropped]:
-    """The two things a MINT agent can do become the tools `execute` and `solution`; thoughts stand beside the calls.
+    """Converts the two actions of a MINT agent to calls of `execute` and `solution`, with their thoughts as text.
 
-    The functions of the environment (goto, take_from, …) are called from Python, often in loops over what they return,
-    so they are described with `execute` and are no tools themselves; the example and the rules for tags are left out.
-    A turn becomes the call that the environment took it for: its solution if it has one, else its code, several blocks
-    as one. Where code was ignored for a solution, the agent had imagined its results: that turn carries no loss. Steps
-    without code and solution are dropped, and so is an observation that nothing follows. The score is 1 or 0 for the
-    episode's success.
+    The functions of the environment (goto, take_from, …) are called from Python, often in loops over what they return.
+    So the description of `execute` has them, and they are not tools themselves. The example and the rules for tags are
+    dropped. A turn becomes the call that the environment ran: its solution if it has one, else its code, with several
+    blocks joined. Where code was ignored in favor of a solution, the agent had imagined its results: that turn has
+    `loss: false`. Steps without code and solution are dropped, and so is an observation at the end. The score is 1 or 0
+    for the episode's success.
     """
     return convert_rows(paths, convert_row)
 
 
 def convert_row(row: dict[str, Any], name: str) -> Iterator[dict[str, Any] | StepDropped | Repaired]:
+    """Converts one episode."""
     state, task = field(row, "state", dict), field(row, "task", dict)
     history = field(state, "history", list)
     rules = field(history[0], "content", str) if history else ""
@@ -71,9 +72,9 @@ def convert_row(row: dict[str, Any], name: str) -> Iterator[dict[str, Any] | Ste
         elif role != "user":
             raise InvalidTrajectory("unknown-role", f"turn {i} has role '{role}', known roles: user, assistant")
     if turns[-1]["role"] == "tool":
-        turns.pop()  # nothing was done about it
+        turns.pop()  # no answer follows it
     if number == 0:
-        raise InvalidTrajectory("no-assistant-turn", "no turn holds code or a solution")
+        raise InvalidTrajectory("no-assistant-turn", "no turn has code or a solution")
     identity = "_".join(str(part) for part in ("alfworld", task.get("task_id"), name) if part)
     code = "Run Python code in a notebook, which keeps its variables. These functions are imported:\n"
     yield {
@@ -90,20 +91,20 @@ def convert_row(row: dict[str, Any], name: str) -> Iterator[dict[str, Any] | Ste
 
 
 def _turn(content: str, where: str, number: int) -> tuple[str, dict[str, Any] | None, list[Repaired | StepDropped]]:
-    """Returns the tool that the environment took a turn for ("" for none), its assistant turn, and what was mended."""
+    """Returns (name of the tool that the environment ran, "" for none; assistant turn or None; repairs)."""
     action = "solution" if "<solution>" in content else "execute"
-    taken = [content[start:end].strip() for start, end in _blocks(content, action)]
-    argument = "\n".join(taken)
+    blocks = [content[start:end].strip() for start, end in _blocks(content, action)]
+    argument = "\n".join(blocks)
     if not argument:
         return "", None, [StepDropped("invalid-action", f"{where}: {content.strip()[:200]}")]
     edges = [(0, 0), *_blocks(content, "execute", "solution"), (len(content), len(content))]
     prose = [content[end:start] for (_, end), (start, _) in pairwise(edges)]
     turn: dict[str, Any] = {"role": "assistant", "content": _plain(prose[0])}
     notes: list[Repaired | StepDropped] = []
-    if len(taken) > 1:
-        notes.append(Repaired("joined-blocks", f"{where} has {len(taken)} <{action}>, which count as one"))
+    if len(blocks) > 1:
+        notes.append(Repaired("joined-blocks", f"{where} has {len(blocks)} <{action}>, which are joined"))
     if action == "solution" and "<execute>" in content:
-        notes.append(Repaired("ignored-code", f"{where} has code beside its solution; kept without loss"))
+        notes.append(Repaired("ignored-code", f"{where} has code and a solution; kept without loss"))
         turn["loss"] = False
     elif after := _plain(" ".join(prose[1:])):
         notes.append(Repaired("text-after-action", f"{where}: {after[:200]}"))
@@ -112,7 +113,7 @@ def _turn(content: str, where: str, number: int) -> tuple[str, dict[str, Any] | 
 
 
 def _blocks(content: str, *tags: str) -> list[tuple[int, int]]:
-    """Returns where the text between each pair of tags starts and ends, outermost tags only, in linear time."""
+    """Returns the span of the text between each pair of outermost tags, in linear time."""
     blocks: list[tuple[int, int]] = []
     closed, at = set(tags), 0
     while opening := OPENING.search(content, at):

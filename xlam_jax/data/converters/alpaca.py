@@ -1,7 +1,7 @@
-"""Alpaca: one instruction and its answer, with the rounds before it.
+"""Alpaca: one instruction and its answer, after earlier questions and answers.
 
-Raw: {"instruction", "input", "output", "system", "history": [["question", "answer"], …]}, all but `instruction` and
-`output` optional.
+Raw: {"instruction", "input", "output", "system", "history": [["question", "answer"], …]}; only `instruction` and
+`output` are required.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ KEYS = ("instruction", "input", "output", "system", "history", "id")
 
 
 def convert(paths: list[Path]) -> Iterator[Converted | Dropped]:
-    """The input stands a line below the instruction; `system` becomes the task instruction."""
+    """Converts rows; the input is on the line after the instruction, `system` becomes the task instruction."""
     return convert_rows(paths, convert_row)
 
 
@@ -32,7 +32,7 @@ def convert_row(row: dict[str, Any], name: str) -> Iterator[dict[str, Any] | Rep
             case [str(question), str(answer)]:
                 turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
             case _:
-                raise InvalidTrajectory("bad-turn", f"round {i} of `history` is no pair of texts")
+                raise InvalidTrajectory("bad-turn", f"round {i} of `history` is not a pair of texts")
     parts = [field(row, "instruction", str), field(row, "input", str) if row.get("input") is not None else ""]
     turns.append({"role": "user", "content": "\n".join(part for part in parts if part)})
     turns.append({"role": "assistant", "content": field(row, "output", str)})

@@ -1,4 +1,4 @@
-"""API-Bank: dialogues with calls of its APIs (Li et al. 2023, arXiv:2304.08244), one a line.
+"""API-Bank: dialogues with calls of its APIs (Li et al. 2023, arXiv:2304.08244), one per line.
 
 Raw: {"file", "turns": [{"role": "User" or "AI", "text"} or {"role": "API", "api_name", "param_dict", "result":
 {"input", "output", "exception"}}, …]}; the APIs are in apis.json, {name: {"description", "input_parameters": {name:
@@ -28,17 +28,18 @@ from xlam_jax.errors import UserError
 
 INSTRUCTION = "Help the user with the tools. Ask for what a call needs and the user has not told."
 APIS = "apis.json"
-SOMETIMES = "Only needed for"  # in the description of a parameter that not every call needs
+OPTIONAL = "Only needed for"  # in the description of a parameter that not every call needs
 CALL_IN_TEXT = re.compile(r"\[(\w+)\(")
 
 
 def convert(paths: list[Path]) -> Iterator[Converted | Dropped]:
-    """What the AI says right before a call is the text of the turn that calls; what the API returned is its result.
+    """Converts dialogues; text of the AI directly before a call is the text of the turn with the call.
 
-    Declared are the APIs that the file's name lists and those that are called. Arguments that were written as text
-    take the type with which they reached the API. Dialogues in which a call is part of what the AI says are dropped:
-    its result was not recorded. User turns and results after the AI's last turn are left out.
-    The APIs are read from apis.json, given in `paths` or beside the first of them; raises `UserError` without it.
+    The tools are the APIs in the file's name and those that are called. Arguments that are written as text get the type
+    with which they reached the API. Dialogues with calls in the text of the AI are dropped, because their results were
+    not recorded. User turns and results after the AI's last turn are dropped.
+    The APIs are read from apis.json, which is one of `paths` or in the folder of the first. Raises `UserError` without
+    it.
     """
     rows = [path for path in paths if path.name != APIS]
     pool = next((path for path in paths if path.name == APIS), paths[0].with_name(APIS))
@@ -66,7 +67,7 @@ def _tool(name: str, api: Any) -> dict[str, Any]:
     for key, parameter in field(api, "input_parameters", dict).items():
         description = field(parameter, "description", str)
         properties[key] = json_schema(field(parameter, "type", str))[0] | {"description": description}
-        if SOMETIMES not in description:
+        if OPTIONAL not in description:
             required.append(key)
     return tool(name, field(api, "description", str), properties, required)
 
@@ -81,15 +82,15 @@ def _convert_row(
     number = 0
     for i, item in enumerate(field(row, "turns", list)):
         role = field(item, "role", str)
-        talking = bool(turns) and turns[-1]["role"] == "assistant" and "tool_calls" not in turns[-1]
+        after_text = bool(turns) and turns[-1]["role"] == "assistant" and "tool_calls" not in turns[-1]
         if role == "User":
             turns.append({"role": "user", "content": field(item, "text", str)})
         elif role == "AI":
             text = field(item, "text", str)
             if any(api in tools for api in CALL_IN_TEXT.findall(text)):
                 raise InvalidTrajectory("call-in-text", f"turn {i}: {text[:200]}")
-            if talking:
-                yield Repaired("consecutive-turns", f"turn {i} is the AI's like the one before; they are one now")
+            if after_text:
+                yield Repaired("consecutive-turns", f"turn {i} is by the AI, like the one before; they are joined")
                 turns[-1]["content"] += "\n" + text
             else:
                 turns.append({"role": "assistant", "content": text})
@@ -101,7 +102,7 @@ def _convert_row(
             declared[api] = tools[api]
             arguments, repairs = _arguments(api, field(item, "param_dict", dict), result.get("input"), tools[api])
             yield from repairs
-            if not talking:
+            if not after_text:
                 turns.append({"role": "assistant", "content": ""})
             turns[-1]["tool_calls"] = [call(number, api, arguments)]
             turns.append({"role": "tool", "tool_call_id": f"call_{number}", "name": api, "content": _content(result)})
@@ -121,7 +122,7 @@ def _convert_row(
 def _arguments(
     name: str, written: dict[str, Any], received: Any, schema: dict[str, Any]
 ) -> tuple[dict[str, Any], list[Repaired]]:
-    """Returns the arguments in their declared types, and what was mended; `received` is what reached the API."""
+    """Returns (arguments with their declared types, repairs); `received` are the arguments that reached the API."""
     properties = schema["function"]["parameters"]["properties"]
     received = received if isinstance(received, dict) else {}
     arguments, repairs = dict(written), []
@@ -135,7 +136,7 @@ def _arguments(
 
 
 def _content(result: dict[str, Any]) -> str:
-    """Returns what the API answered: its output, or its exception and output."""
+    """Returns the answer of the API: its output, or its exception and output."""
     output = result.get("output")
     if result.get("exception") is not None:
         output = {"exception": result["exception"], "output": output}

@@ -1,10 +1,9 @@
 """APIBench: requests and the call that loads a fitting model (Patil et al. 2023, Gorilla, arXiv:2305.15334).
 
-Raw, torchhub_train.json: a line {"code", "api_call", "provider", "api_data": the API's documentation}, where "code" is
-a text in the manner of a Python dict, {'Instruction': …, 'Output': {'domain', 'api_call', 'explanation', 'code'}},
-whose quotes do not match, and "api_call" a Python call such as torch.hub.load(repo_or_dir='pytorch/vision',
-model='resnet18', pretrained=True). In torchhub_eval.json "code" has headings instead: ###Instruction: …, ###Input: …,
-###Output: {…}.
+Raw, torchhub_train.json: each line is {"code", "api_call", "provider", "api_data": the API's documentation}. "code" is
+text like a Python dict, {'Instruction': …, 'Output': {'domain', 'api_call', 'explanation', 'code'}}, whose quotes do
+not match; "api_call" is a Python call such as torch.hub.load(repo_or_dir='pytorch/vision', model='resnet18',
+pretrained=True). In torchhub_eval.json "code" has headings instead: ###Instruction: …, ###Input: …, ###Output: {…}.
 """
 
 import ast
@@ -30,7 +29,7 @@ from xlam_jax.data.trajectory import InvalidTrajectory
 
 FUNCTION = "torch.hub.load"
 NAME = "torch_hub_load"
-"""The tool's name; servers take no dots in it."""
+"""The tool's name; servers do not accept dots in names."""
 INSTRUCTION = "Choose the model on PyTorch Hub that fits the user's request best, and load it."
 TOOL = tool(
     NAME,
@@ -53,15 +52,15 @@ _NAMED_BEFORE_UNNAMED = re.compile(r"""repo_or_dir=(("|')[^"']*\2\s*,\s*)(("|')[
 
 
 def convert(paths: list[Path]) -> Iterator[Converted | Dropped]:
-    """The instruction becomes the user turn; the answer is a call of the tool that stands for `torch.hub.load`,
-    the explanation its thought.
+    """Converts the instruction to a user turn, and the answer to a call of a tool for `torch.hub.load`.
 
-    A call and not the text of the answer: "api_call" is what the benchmark scores, and it is whole where the answer's
-    code is not; the documentation is left out, as it would give the answer away. An explanation of another call than
-    "api_call" is left out as a step. Mended: a nameless entry point after repo_or_dir=, with the entry point's own
-    argument `model` (nameless-after-named; that becomes `args`).
-    Dropped: calls with variables for values (placeholder-argument) or without a model, of other functions, and answers
-    that hold none (no-answer).
+    The explanation is the thought. The answer is "api_call" rather than the answer's code, because the benchmark scores
+    the former, and it is complete where the code is not. The documentation is dropped, because it would reveal the
+    answer. An explanation of another call than "api_call" is dropped as a step.
+    Repaired: an entry point without a name after repo_or_dir=, together with an argument `model` of the entry point
+    (nameless-after-named; the latter becomes `args`).
+    Dropped: calls with variables as values (placeholder-argument), without a model or of other functions, and answers
+    without a call (no-answer).
     """
     for path in paths:
         for number, line in read_lines(path):
@@ -69,6 +68,7 @@ def convert(paths: list[Path]) -> Iterator[Converted | Dropped]:
 
 
 def convert_row(row: dict[str, Any], name: str) -> Iterator[dict[str, Any] | StepDropped | Repaired]:
+    """Converts one row."""
     code = field(row, "code", str)
     text = field(row, "api_call", str)
     start, end = _INSTRUCTION.match(code), _OUTPUT.search(code)
@@ -112,7 +112,7 @@ def _row(line: bytes) -> dict[str, Any] | InvalidTrajectory:
 
 
 def _arguments(text: str) -> dict[str, Any]:
-    """Returns the arguments of a call in Python by name, those of its entry point that have none as `args`."""
+    """Returns the arguments of a Python call by name; `args` has the entry point's arguments without a name."""
     try:
         node = literals.expression(text)
     except ValueError as error:
@@ -121,7 +121,7 @@ def _arguments(text: str) -> dict[str, Any]:
         case ast.Call(func=ast.Attribute(ast.Attribute(ast.Name("torch"), "hub"), "load")):
             pass
         case _:
-            raise InvalidTrajectory("unknown-function", f"{text[:200]} is no call of {FUNCTION}")
+            raise InvalidTrajectory("unknown-function", f"{text[:200]} is not a call of {FUNCTION}")
     try:
         unnamed = [literals.value(argument) for argument in node.args]
         pairs: list[tuple[str, Any]] = [*zip(("repo_or_dir", "model"), unnamed, strict=False)]
@@ -134,7 +134,7 @@ def _arguments(text: str) -> dict[str, Any]:
             elif isinstance(value, dict):
                 pairs += value.items()
             else:
-                raise ValueError("** before what is no dict")
+                raise ValueError("** before a value that is not a dict")
     except ValueError as error:
         raise InvalidTrajectory("placeholder-argument", f"{text[:200]}: {error}") from None
     arguments = dict(pairs)
@@ -147,12 +147,12 @@ def _arguments(text: str) -> dict[str, Any]:
 
 
 def _request(text: str) -> str:
-    """Returns the instruction, with its input on a line of its own where it has one."""
+    """Returns the instruction, followed by its input, if any, on a separate line."""
     comma = _INPUT.search(text)
     if not comma:
         return _unquoted(text)
-    given = _unquoted(text[comma.end() :])
-    return _unquoted(text[: comma.start()]) + (f"\n{given}" if given != "<noinput>" else "")
+    text_input = _unquoted(text[comma.end() :])
+    return _unquoted(text[: comma.start()]) + (f"\n{text_input}" if text_input != "<noinput>" else "")
 
 
 def _explanation(output: str) -> str:

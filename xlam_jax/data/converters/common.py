@@ -1,4 +1,4 @@
-"""What the trajectory converters share: reading raw rows, counting what is dropped, JSON Schema of type spellings."""
+"""Shared parts of the trajectory converters: reading rows, dropped rows, repairs, losses of exports, JSON Schema."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from xlam_jax.data.trajectory import InvalidTrajectory, Message, Trajectory, sys
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """A trajectory, or one step of it, that was left out; `row` is its line (JSONL) or its item's number (JSON)."""
+    """A dropped trajectory, or one dropped step of it; `row` is its line (JSONL) or the number of its item (JSON)."""
 
     path: Path
     row: int
@@ -26,16 +26,17 @@ class Dropped:
     detail: str
     unit: Literal["trajectory", "step"] = "trajectory"
     line: int = 0
-    """That the row begins on, where it is known."""
+    """The line on which the row begins, 0 where unknown."""
 
     @property
     def where(self) -> str:
+        """Where the row is, for messages."""
         return place(self.path, self.row, self.line)
 
 
 @dataclass(frozen=True, slots=True)
 class StepDropped:
-    """What a row converter yields, before its trajectory, for each step it leaves out."""
+    """A step that a row converter drops. It yields them before the trajectory."""
 
     reason: str
     detail: str
@@ -43,7 +44,7 @@ class StepDropped:
 
 @dataclass(frozen=True, slots=True)
 class Repaired:
-    """What a row converter yields, before its trajectory, for each defect it mended; the reader's look the same."""
+    """A repair by a row converter, which yields them before the trajectory, or by the parser."""
 
     reason: str
     detail: str
@@ -51,7 +52,7 @@ class Repaired:
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """A trajectory, the row that it was made from, and what was mended on the way."""
+    """A trajectory, the row that it was made from, and the repairs."""
 
     path: Path
     row: int
@@ -61,25 +62,26 @@ class Converted:
 
     @property
     def where(self) -> str:
+        """Where the row is, for messages."""
         return place(self.path, self.row, self.line)
 
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """What an exporter yields, beside its rows, for each thing of the trajectory that its format can't hold."""
+    """A part of a trajectory that an exporter's format cannot represent. It yields them after its rows."""
 
     reason: str
     detail: str
 
 
 Convert = Callable[[list[Path]], Iterator[Converted | Dropped]]
-"""Every row gives at least one item, and its items follow each other."""
+"""Converts files. Every row gives one or several consecutive items."""
 ConvertRow = Callable[[dict[str, Any], str], Iterable[dict[str, Any] | StepDropped | Repaired | InvalidTrajectory]]
 ExportRow = Callable[[Trajectory], Iterable[dict[str, Any] | Lost]]
 
 
 def convert_rows(paths: Iterable[Path], convert_row: ConvertRow) -> Iterator[Converted | Dropped]:
-    """Streams every row of `paths` through `convert_row(row, name)`, where `name` is unique to the row."""
+    """Converts every row of `paths` with `convert_row(row, name)`, where `name` identifies the row."""
     for path in paths:
         for read in read_rows(path):
             yield from convert_one(path, read.number, read.row, convert_row, read.padded, read.line)
@@ -93,16 +95,15 @@ def convert_one(
     padded: bool = False,
     line: int = 0,
 ) -> Iterator[Converted | Dropped]:
-    """Converts row `number` of `path`, on `line`; `padded` where it has the null fields of a union schema.
+    """Converts row `number` of `path`, on `line`; `padded` if it has the null fields of a union schema.
 
-    `convert_row(row, name)` yields unified trajectories as objects, which are checked here, and before each the steps
-    left out of it and the defects mended in it; it raises `InvalidTrajectory` for a row that can't be converted, and
-    yields it in place of one trajectory of several that can't. What was mended in or left out of a trajectory that is
-    dropped is not told.
+    `convert_row(row, name)` yields unified trajectories as objects, which are checked here, each after its dropped
+    steps and repairs. It raises `InvalidTrajectory` for a row that cannot be converted, and yields it in place of one
+    of several trajectories. Repairs and dropped steps of a dropped trajectory are not reported.
     """
     steps: list[StepDropped] = []
     repairs: list[Repaired] = []
-    silent = True
+    is_empty = True
     try:
         if isinstance(row, InvalidTrajectory):
             raise row
@@ -113,12 +114,12 @@ def convert_one(
             if isinstance(item, Repaired):
                 repairs.append(item)
                 continue
-            silent = False
+            is_empty = False
             try:
                 if isinstance(item, InvalidTrajectory):
                     raise item
                 trajectory = parse_trajectory(item, repaired=partial(_note, repairs), padded=padded)
-            except InvalidTrajectory as invalid:  # a row may hold several: the next one may be fine
+            except InvalidTrajectory as invalid:  # the next trajectory of the row may be valid
                 yield Dropped(path, number, invalid.reason, invalid.detail, line=line)
             else:
                 yield from (Dropped(path, number, step.reason, step.detail, unit="step", line=line) for step in steps)
@@ -128,8 +129,8 @@ def convert_one(
         yield Dropped(path, number, invalid.reason, invalid.detail, line=line)
     else:
         yield from (Dropped(path, number, step.reason, step.detail, unit="step", line=line) for step in steps)
-        if silent:
-            yield Dropped(path, number, "no-trajectory", "the row holds none", line=line)
+        if is_empty:
+            yield Dropped(path, number, "no-trajectory", "the row has no trajectory", line=line)
 
 
 def _note(repairs: list[Repaired], reason: str, detail: str) -> None:
@@ -137,9 +138,9 @@ def _note(repairs: list[Repaired], reason: str, detail: str) -> None:
 
 
 def losses(trajectory: Trajectory, row: dict[str, Any], convert_row: ConvertRow) -> Iterator[Lost]:
-    """What of a trajectory does not come back when the `row` it was exported to is imported with `convert_row`.
+    """Yields the parts of a trajectory that are lost when its exported `row` is imported with `convert_row`.
 
-    What it gained on the way (ids, names) is no loss.
+    Ids and names that were added are not losses.
     """
     try:
         back = next(item for item in convert_row(row, "") if isinstance(item, dict))
@@ -169,7 +170,7 @@ def _differences(before: Trajectory, after: Trajectory) -> Iterator[Lost]:
     for i, (turn, other) in enumerate(zip(turns, others, strict=True)):
         for reason in _turn_losses(turn, other):
             if reason not in seen:
-                yield Lost(reason, f"turn {i} ({turn.role}), leaving out system turns")
+                yield Lost(reason, f"turn {i} ({turn.role}), not counting system turns")
             seen.add(reason)
 
 
@@ -203,7 +204,7 @@ def field(row: object, key: str, kind: type | tuple[type, ...]) -> Any:
 
 
 def turns_of(row: dict[str, Any], key: str, repairs: list[Repaired]) -> list[Any]:
-    """The turns at `key`: a list, or JSON of one in a text, as tables hold it. Raises `InvalidTrajectory`."""
+    """Returns the turns at `key`: a list, or a list as JSON text, as tables have it. Raises `InvalidTrajectory`."""
     value = row.get(key)
     if isinstance(value, str):
         value = parse_text(value, "no-conversation", f"`{key}`", DEEPEST_ROW)
@@ -212,7 +213,10 @@ def turns_of(row: dict[str, Any], key: str, repairs: list[Repaired]) -> list[Any
 
 
 def declared_tools(value: Any) -> list[Any]:
-    """Tools that may be JSON in a text, each tool too, and one tool without a list. Raises `InvalidTrajectory`."""
+    """Returns a list of tools. The list or each tool may be a JSON text, and a single tool need not be in a list.
+
+    Raises `InvalidTrajectory` for a text that is not JSON.
+    """
     if isinstance(value, str):
         value = parse_text(value, "bad-tools", "`tools`") if value.strip() else []
     tools = value if isinstance(value, list) else [] if value is None else [value]
@@ -223,11 +227,11 @@ def declared_tools(value: Any) -> list[Any]:
 
 
 def take_tools(turns: list[dict[str, Any]], tools: list[Any], repairs: list[Repaired]) -> list[Any]:
-    """Returns the tools of a row; those that the last of `turns`, a system turn, declares are taken out of its text.
+    """Returns the tools of a row: `tools`, or those that the last of `turns`, a system turn, declares in its text.
 
-    A turn that then has no text is removed. Where `tools`, which the row has already, are others than those in the
-    text, both stay as they are. Raises `InvalidTrajectory("unreadable-tools", …)` for a row without tools whose text
-    declares some that cannot be read.
+    The declarations are removed from the text, and the turn too if no text remains. Where the row's `tools` differ from
+    those in the text, both stay as they are. Raises `InvalidTrajectory("unreadable-tools", …)` for a row without tools
+    whose text declares tools that cannot be read.
     """
     text = turns[-1].get("content")
     if not isinstance(text, str):
@@ -277,10 +281,10 @@ JSON_TYPES = {
 
 
 def json_schema(spelling: str, levels: int = 8) -> tuple[dict[str, Any], bool]:
-    """Returns the JSON Schema of a Python-like type spelling and whether it says "optional".
+    """Returns (JSON Schema, whether it is optional) of a Python-like type spelling.
 
-    `str`, `List[int]`, `list(str)`, `Dict[str, Any]`, `Optional[str]`, `int, optional`. Spellings it does not know,
-    unions, and what is nested below `levels` allow anything: {}.
+    Examples are `str`, `List[int]`, `list(str)`, `Dict[str, Any]`, `Optional[str]`, `int, optional`. The schema {},
+    which allows any value, is returned for unknown spellings, unions, and types nested deeper than `levels`.
     """
     text, comma, _ = spelling.strip().partition(", optional")
     optional = bool(comma)
@@ -301,7 +305,7 @@ def json_schema(spelling: str, levels: int = 8) -> tuple[dict[str, Any], bool]:
 
 
 def as_declared(value: object, schema: dict[str, Any]) -> object:
-    """Returns numbers and booleans that a source wrote as text as the type its schema declares; else the value."""
+    """Converts numbers and booleans written as text to the type of their schema; returns other values as they are."""
     if not isinstance(value, str):
         return value
     kind = schema.get("type")
@@ -317,7 +321,7 @@ def as_declared(value: object, schema: dict[str, Any]) -> object:
 def declared_arguments(
     tool_name: str, arguments: dict[str, Any], properties: dict[str, Any]
 ) -> tuple[dict[str, Any], list[Repaired]]:
-    """Returns the arguments of a call as their `properties` declare them (see `as_declared`), and what was changed."""
+    """Returns (arguments of a call with the types of `properties`, repairs); see `as_declared`."""
     declared = {key: as_declared(value, properties.get(key, {})) for key, value in arguments.items()}
     return declared, [
         Repaired("text-for-declared-type", f"`{key}` of '{tool_name}' is the text {value!r}")

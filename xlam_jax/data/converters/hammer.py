@@ -1,8 +1,8 @@
-"""Hammer, in the shape of xlam-function-calling-60k (see `xlam60k`).
+"""Hammer, in the layout of xlam-function-calling-60k (see `xlam60k`).
 
 Raw: {"query", "tools", "answers"}; tools are flat with Python type spellings, tools and answers may be JSON in strings.
-Hammer's query may be a list of turns: "agent" talks, "assistant" calls (a JSON array in a code fence), "tool" answers,
-and the last turn ends in "Generate API Request:".
+The query may be a list of turns: text by the "agent", calls by the "assistant" (a JSON array in a code fence), results
+by the "tool"; the last turn ends with "Generate API Request:".
 """
 
 from collections.abc import Iterator
@@ -18,9 +18,9 @@ REQUEST = "Generate API Request:"
 
 
 def convert(paths: list[Path]) -> Iterator[Converted | Dropped]:
-    """The answers become one assistant turn, with what the agent said right before them as its text.
+    """Converts the answers to one assistant turn, whose text is that of the agent directly before them.
 
-    Earlier assistant turns of a dialogue carry no loss: each of them is the answer of a row of its own.
+    Earlier assistant turns of a dialogue have `loss: false`, because each is the answer of a separate row.
     """
     return convert_rows(paths, convert_row)
 

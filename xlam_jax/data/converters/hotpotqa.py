@@ -1,6 +1,6 @@
 """HotpotQA: ReAct episodes of FireAct.
 
-Raw, one of: {"messages": […]} a line; or one JSON object of episodes, {"…": {"traj": […] or text, "f1", …}}. Turns read
+Raw, one of: lines {"messages": […]}; or one JSON object of episodes, {"…": {"traj": […] or text, "f1", …}}. Turns are
 "Thought: …\\nAction: search[…]" or "finish[…]", answered by "Observation: …".
 """
 
@@ -31,9 +31,9 @@ REWARD = re.compile(r"Episode finished, reward = (True|False)")
 
 
 def convert(paths: list[Path]) -> Iterator[Converted | Dropped]:
-    """Searches and the final answer become tool calls, thoughts stand beside them.
+    """Converts searches and the final answer to tool calls, with their thoughts as text.
 
-    The score is the recorded F1, or else 1 or 0 for the episode's reward; the turn that tells the reward is left out.
+    The score is the recorded F1, or else 1 or 0 for the episode's reward; the turn with the reward is dropped.
     """
     return convert_rows(paths, convert_row)
 
@@ -43,7 +43,7 @@ def convert_row(row: dict[str, Any], name: str) -> Iterator[dict[str, Any]]:
     raw = row["traj"] if "traj" in row else row.get("messages")
     messages = _split(raw) if isinstance(raw, str) else raw
     if not isinstance(messages, list) or not messages:
-        raise InvalidTrajectory("missing-field", "neither `messages` nor `traj` holds an episode")
+        raise InvalidTrajectory("missing-field", "neither `messages` nor `traj` has an episode")
     turns: list[dict[str, Any]] = []
     score, number, tool_name = row.get("f1"), 0, ""
     for i, message in enumerate(messages):
@@ -75,7 +75,7 @@ def convert_row(row: dict[str, Any], name: str) -> Iterator[dict[str, Any]]:
 
 
 def _split(text: str) -> list[dict[str, Any]]:
-    """Splits an Alpaca-style episode, where all steps are one response, into turns."""
+    """Splits an Alpaca-style episode, with all steps in one response, into turns."""
     head, marker, response = text.partition("\n\n### Response:\n")
     question = head.partition("### Instruction:\n")[2]
     if not marker or not question:

@@ -1,8 +1,8 @@
 """InterCode: tasks solved with bash commands or SQL queries (Yang et al. 2023, arXiv:2306.14898).
 
-Raw: one JSON object of episodes. The benchmark's agents leave {"environment": "ic_bash" or "ic_sql", "query",
-"turn_history": {"actions", "observations", "rewards", …}, "summary": {"max_reward", …}}, where ReAct agents also have
-"thoughts" and write "execute[…]" and "submit". The environment itself writes, on "submit", {"environment", "query",
+Raw: one JSON object of episodes. The benchmark's agents log {"environment": "ic_bash" or "ic_sql", "query",
+"turn_history": {"actions", "observations", "rewards", …}, "summary": {"max_reward", …}}; ReAct agents also have
+"thoughts" and write "execute[…]" and "submit". The environment itself logs, on "submit", {"environment", "query",
 "reward", "trajectory": [{"action", "observation"}, …]}.
 """
 
@@ -35,12 +35,12 @@ ENVIRONMENTS = {
     ),
 }
 NO_CODE = ("No BASH code was found", "No SQL code was found", "Error executing query: Your last `execute` action")
-BLOCKED = "blocked"  # stands for what the model's provider refused to give
-OUT_OF_TURNS = "EXCEEDED MAX TURNS"  # the thought of a submission that was not the agent's
+BLOCKED = "blocked"  # replaces an action that the model's provider refused
+OUT_OF_TURNS = "EXCEEDED MAX TURNS"  # the thought of a submission by the benchmark, not by the agent
 
 
 class Step(NamedTuple):
-    """What the agent thought and did, and what the environment answered."""
+    """Thought and action of the agent, and the observation of the environment."""
 
     thought: str
     action: str
@@ -48,21 +48,22 @@ class Step(NamedTuple):
 
 
 def convert(paths: list[Path]) -> Iterator[Converted | Dropped]:
-    """Commands and queries become calls of the tool `bash` or `sql`, outputs their results, submission a `submit` call.
+    """Converts commands and queries to calls of `bash` or `sql`, outputs to their results, submissions to `submit`.
 
-    Outside of ReAct the benchmark submits after every action and ends the episode at the full reward: there the last
-    action is followed by the submission, but not where the turns ran out. The environment's own logs exist because the
-    agent submitted. The score is the highest reward, as the benchmark counts.
-    Answers without code are dropped, and so is an output that nothing follows. A "submit;" that was run as a query
-    stays in the context and carries no loss.
+    Except for ReAct agents, the benchmark submits after every action and ends the episode at the full reward: then the
+    last action is followed by a submission, unless the turns ran out. The environment's own logs exist because the
+    agent submitted. The score is the highest reward, like the benchmark's.
+    Answers without code are dropped, and so is an output at the end. A "submit;" that was run as a query stays in the
+    context with `loss: false`.
     """
     return convert_rows(paths, convert_row)
 
 
 def convert_row(row: dict[str, Any], name: str) -> Iterator[dict[str, Any] | StepDropped | Repaired]:
+    """Converts one episode."""
     environment = field(row, "environment", str)
     if environment not in ENVIRONMENTS:
-        raise InvalidTrajectory("unknown-environment", f"'{environment}', known are {', '.join(ENVIRONMENTS)}")
+        raise InvalidTrajectory("unknown-environment", f"'{environment}' is unknown; known: {', '.join(ENVIRONMENTS)}")
     schema, parameter, instruction = ENVIRONMENTS[environment]
     tool_name = schema["function"]["name"]
     steps, score, submission = _own_log(row) if "trajectory" in row else _agent_log(row)
@@ -81,7 +82,7 @@ def convert_row(row: dict[str, Any], name: str) -> Iterator[dict[str, Any] | Ste
         turns.append(turn)
         turns.append({"role": "tool", "tool_call_id": f"call_{number}", "name": tool_name, "content": observation})
     if number == 0:
-        raise InvalidTrajectory("no-assistant-turn", "no step holds a command")
+        raise InvalidTrajectory("no-assistant-turn", "no step has a command")
     if submission is None:
         turns.pop()
     else:
@@ -97,7 +98,7 @@ def convert_row(row: dict[str, Any], name: str) -> Iterator[dict[str, Any] | Ste
 
 
 def _own_log(row: dict[str, Any]) -> tuple[list[Step], Any, str | None]:
-    """Returns the steps, the score, and the thought beside the submission: none was written."""
+    """Returns (steps, score, "" as the thought of the submission, which has none) of the environment's log."""
     steps = [
         Step("", field(step, "action", str), field(step, "observation", str)) for step in field(row, "trajectory", list)
     ]
@@ -105,7 +106,7 @@ def _own_log(row: dict[str, Any]) -> tuple[list[Step], Any, str | None]:
 
 
 def _agent_log(row: dict[str, Any]) -> tuple[list[Step], Any, str | None]:
-    """Returns the steps, the score, and the thought beside the submission, None if the agent made none."""
+    """Returns (steps, score, thought of the submission) of an agent's log; the last is None without a submission."""
     history = field(row, "turn_history", dict)
     actions, observations = _texts(history, "actions"), _texts(history, "observations")
     if actions[len(observations) :] == [BLOCKED]:
@@ -127,12 +128,12 @@ def _agent_log(row: dict[str, Any]) -> tuple[list[Step], Any, str | None]:
 
 
 def _inside(action: str) -> str:
-    """Returns the code of a ReAct agent's "execute[…]"."""
+    """Returns the code in a ReAct agent's "execute[…]"."""
     return action.partition("execute[")[2].rpartition("]")[0] or action
 
 
 def _texts(history: dict[str, Any], key: str) -> list[str]:
     values = field(history, key, list)
     if not all(isinstance(value, str) for value in values):
-        raise InvalidTrajectory("missing-field", f"`{key}` holds what is no text")
+        raise InvalidTrajectory("missing-field", f"`{key}` has items that are not text")
     return list(values)

@@ -1,4 +1,4 @@
-"""Calls and results of formats that write no ids: parallel calls in one turn, ids where the pairing is unambiguous."""
+"""Links calls and results of formats without ids: joins parallel calls, adds ids where the pairing is unambiguous."""
 
 from collections.abc import Sequence
 from itertools import islice, takewhile
@@ -11,10 +11,10 @@ from xlam_jax.data.trajectory import Message, ToolCall
 
 
 def link(turns: Sequence[dict[str, Any]], repairs: list[Repaired], ids: bool = True) -> list[dict[str, Any]]:
-    """Joins parallel calls that are written a turn each; with `ids`, adds the ids that calls and their results lack.
+    """Joins parallel calls in separate turns; with `ids`, adds the ids that calls and their results lack.
 
-    Turns in which a call or a result has an id are left to the reader, as are those whose pairing is in doubt. `turns`
-    need not be checked yet. Raises `InvalidTrajectory` as `join_calls` does.
+    The parser handles turns in which a call or a result has an id, or whose pairing is ambiguous. `turns` need not be
+    checked yet. Raises the errors of `join_calls`.
     """
     joined = join_calls(turns, lambda reason, detail: repairs.append(Repaired(reason, detail)))
     if not ids:
@@ -46,17 +46,19 @@ def _calls(turn: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _pairs(calls: Sequence[dict[str, Any]], results: Sequence[dict[str, Any]]) -> list[int] | None:
-    """For each result the index of its call; None where that is in doubt, or not for this module to decide."""
+    """For each result the index of its call; None if that is ambiguous, or if calls or results have ids."""
     functions = [call.get("function") for call in calls]
     names = [function.get("name") if isinstance(function, dict) else None for function in functions]
-    given = [result.get("name") for result in results]
-    known = all(call.get("id") is not None for call in calls)
-    if known or any(result.get("tool_call_id") is not None for result in results):
+    result_names = [result.get("name") for result in results]
+    have_ids = all(call.get("id") is not None for call in calls)
+    if have_ids or any(result.get("tool_call_id") is not None for result in results):
         return None
-    if not all(isinstance(name, str) for name in names) or not all(isinstance(name, str | None) for name in given):
+    if not all(isinstance(name, str) for name in names):
+        return None
+    if not all(isinstance(name, str | None) for name in result_names):
         return None
     if not results:
         return []
     return pair_without_ids(
-        [ToolCall(None, str(name), {}) for name in names], [Message("tool", "", name=name) for name in given]
+        [ToolCall(None, str(name), {}) for name in names], [Message("tool", "", name=name) for name in result_names]
     )

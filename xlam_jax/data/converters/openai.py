@@ -1,9 +1,9 @@
-"""OpenAI chat messages, as its fine-tuning files hold them.
+"""OpenAI chat messages, as in its fine-tuning files.
 
-Raw: {"messages": [{"role", "content", "tool_calls", "tool_call_id", "name", "weight"}, …], "tools": […]}; arguments
-are JSON in a string, `content` is null beside calls, `weight` 0 takes the loss of an assistant turn away. Also read:
-the role "developer" (as system), and the older "functions", "function_call" and role "function". An assistant's
-reasoning is "reasoning_content" (also "reasoning", "thinking", or content parts of these types).
+Raw: {"messages": [{"role", "content", "tool_calls", "tool_call_id", "name", "weight"}, …], "tools": […]}. Arguments
+are JSON in a string, `content` is null in turns with calls, and `weight` 0 excludes an assistant turn from the loss.
+Also read: the role "developer" (as system), and the older "functions", "function_call" and role "function". The
+reasoning of an assistant turn is "reasoning_content" (or "reasoning", "thinking", or content parts of these types).
 """
 
 import json
@@ -34,9 +34,9 @@ from xlam_jax.data.trajectory import TURN, InvalidTrajectory, Message, Trajector
 
 
 def convert(paths: list[Path]) -> Iterator[Converted | Dropped]:
-    """Each row becomes one trajectory; a system message at the front becomes the task instruction.
+    """Converts each row to one trajectory; a system message at the front becomes the task instruction.
 
-    Calls and results without ids, as the older form has them, get ids where it is clear which belong together.
+    Calls and results without ids, as in the older form, get ids where their pairing is unambiguous.
     """
     return convert_rows(paths, convert_row)
 
@@ -44,7 +44,7 @@ def convert(paths: list[Path]) -> Iterator[Converted | Dropped]:
 def convert_row(row: dict[str, Any], name: str, ids: bool = True) -> Iterator[dict[str, Any] | Repaired]:
     """Converts one conversation. `id`, `source` and `score`, which some files add, are kept.
 
-    Without `ids`, calls and results that have none stay so.
+    With `ids` False, no ids are added to calls and results.
     """
     rest = {key: value for key, value in row.items() if key not in ("messages", "functions", "id")}
     identity = row.get("id")
@@ -74,7 +74,7 @@ def convert_row(row: dict[str, Any], name: str, ids: bool = True) -> Iterator[di
 
 
 def split_instruction(turns: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
-    """Takes a system turn that is nothing but text off the front."""
+    """Returns (task instruction, other turns): the text of a system turn at the front that has no other keys."""
     match turns:
         case [{"role": "system", "content": str(text), **others}, *rest] if text and not others.keys() - {TURN}:
             return text, rest
@@ -82,7 +82,7 @@ def split_instruction(turns: list[dict[str, Any]]) -> tuple[str, list[dict[str, 
 
 
 def read_turn(i: int, message: Any, repairs: list[Repaired]) -> dict[str, Any]:
-    """Turn `i` of a conversation in OpenAI form, as the reader of trajectories takes it. Raises `InvalidTrajectory`."""
+    """Converts turn `i` of a conversation in OpenAI form to the form of the parser. Raises `InvalidTrajectory`."""
     field(message, "role", str)
     turn = modern_turn(message, f"turn {i}") | {TURN: i}
     if turn.get("weight") is not None:
@@ -102,7 +102,7 @@ def read_turn(i: int, message: Any, repairs: list[Repaired]) -> dict[str, Any]:
 def _call(i: int, call: Any, repairs: list[Repaired]) -> Any:
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
-        return dict(call) if isinstance(call, dict) else call  # the reader reports what is wrong with it
+        return dict(call) if isinstance(call, dict) else call  # the parser reports what is wrong with it
     where = f"turn {i} calls '{function.get('name')}' with"
     arguments = decode_arguments(
         function["arguments"], where, lambda reason, detail: repairs.append(Repaired(reason, detail))
@@ -111,7 +111,7 @@ def _call(i: int, call: Any, repairs: list[Repaired]) -> Any:
 
 
 def export_row(trajectory: Trajectory) -> Iterator[dict[str, Any] | Lost]:
-    """One row. Calls without id get one, as the format demands; id, source and score have no place in it."""
+    """Yields one row. The format requires ids of calls, which are added; id, source and score are lost."""
     turns = with_ids(trajectory.conversation)
     messages = to_messages(replace(trajectory, conversation=turns), reasoning=True)
     for turn, message in zip(turns, messages[len(messages) - len(turns) :], strict=True):
@@ -127,7 +127,7 @@ def export_row(trajectory: Trajectory) -> Iterator[dict[str, Any] | Lost]:
 
 
 def with_ids(conversation: Sequence[Message]) -> list[Message]:
-    """The turns with an id for every call, and in every tool result the id of its call."""
+    """Returns the turns with an id in every call, and in every tool result the id of its call."""
     turns = list(conversation)
     used = {call.id for turn in turns for call in turn.tool_calls}
     fresh = (name for name in map("call_{}".format, count(1)) if name not in used)

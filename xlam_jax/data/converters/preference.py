@@ -1,10 +1,10 @@
-"""Preference pairs as other tools write them, read wherever a source's format is `pairs`.
+"""Preference pairs in the layouts of other tools, which are read wherever a source's format is `pairs`.
 
-* TRL: {"prompt", "chosen", "rejected", "tools"}, lists of chat messages or texts; without a prompt, or where the sides
-  begin with it, each side is a whole conversation.
+* TRL: {"prompt", "chosen", "rejected", "tools"}, lists of chat messages or texts; without a prompt, or if the sides
+  begin with it, each side is a complete conversation.
 * OpenAI: {"input": {"messages", "tools"}, "preferred_output", "non_preferred_output"}.
-* LLaMA-Factory's ranking rows: {"conversations", "chosen", "rejected", "system", "tools"}, the sides one
-  {"from", "value"} each; or {"instruction", "input", "chosen", "rejected"} with texts.
+* LLaMA-Factory's ranking rows: {"conversations", "chosen", "rejected", "system", "tools"}, where each side is one
+  {"from", "value"}; or {"instruction", "input", "chosen", "rejected"} with texts.
 """
 
 from typing import Any
@@ -15,18 +15,18 @@ from xlam_jax.data.problems import Report
 from xlam_jax.data.trajectory import ROW_KEYS, InvalidTrajectory
 
 SIDES = {"chosen": "preferred_output", "rejected": "non_preferred_output"}
-"""The sides of a pair, and their names in OpenAI's rows."""
+"""Sides of a pair → their names in OpenAI's rows."""
 
 
 def is_other_layout(keys: Any) -> bool:
-    """Whether the keys of a row are those of a pair in another layout than the project's own."""
+    """Whether `keys`, the keys of a row, are those of a pair in a layout of another tool."""
     return "conversation" not in keys and (set(SIDES) <= set(keys) or set(SIDES.values()) <= set(keys))
 
 
 def pair_row(row: dict[str, Any], name: str, repaired: Report) -> dict[str, Any]:
-    """Returns a pair as `xlam_jax.data.pair.parse_pair` reads it; a row in no known layout stays as it is.
+    """Converts a pair to the form that `xlam_jax.data.pair.parse_pair` reads; other rows stay as they are.
 
-    `repaired` is called once for each repair, though both sides hold the prompt. Raises `InvalidTrajectory`.
+    `repaired` is called once per repair, although both sides contain the prompt. Raises `InvalidTrajectory`.
     """
     if not is_other_layout(row):
         return row
@@ -37,7 +37,7 @@ def pair_row(row: dict[str, Any], name: str, repaired: Report) -> dict[str, Any]
     chosen, rejected = sides.values()
     for side in sides.values():
         instruction = side.pop("task_instruction", None)
-        if instruction:  # prompts may differ where each side has its own; the reader reports that
+        if instruction:  # prompts may differ if each side has one; the parser reports that
             side["conversation"] = [{"role": "system", "content": instruction}, *side["conversation"]]
     scores = {f"{side}_score": row.get(f"{side}_score", row.get(f"score_{side}")) for side in SIDES}
     shared = {key: chosen.get(key) for key in ROW_KEYS - {"score", "conversation", "task_instruction"}}
@@ -47,7 +47,7 @@ def pair_row(row: dict[str, Any], name: str, repaired: Report) -> dict[str, Any]
 
 
 def _converted(row: dict[str, Any], side: str, name: str, notes: dict[tuple[str, str], None]) -> dict[str, Any]:
-    """One side as a unified row."""
+    """Converts one side to a unified row."""
     convert_row, whole = _whole(row, side)
     unified: dict[str, Any] = {}
     try:
@@ -62,14 +62,14 @@ def _converted(row: dict[str, Any], side: str, name: str, notes: dict[tuple[str,
         raise InvalidTrajectory(invalid.reason, f"{side}: {invalid.detail}") from None
     for key, value in unified.items():
         if key not in ROW_KEYS and value is not None:
-            notes["unknown-key", f"`{key}` of the row is left out"] = None
+            notes["unknown-key", f"`{key}` of the row is dropped"] = None
     return unified
 
 
 def _whole(row: dict[str, Any], side: str) -> tuple[ConvertRow, dict[str, Any]]:
-    """The row of one side's whole conversation in a chat format, and what converts it."""
-    known = {*SIDES, *SIDES.values(), "prompt", "input"} | {f"{name}_score" for name in SIDES}
-    rest = {key: value for key, value in row.items() if key not in known | {f"score_{name}" for name in SIDES}}
+    """Returns (converter, row with the complete conversation of one side in the converter's format)."""
+    pair_keys = {*SIDES, *SIDES.values(), "prompt", "input"} | {f"{name}_score" for name in SIDES}
+    rest = {key: value for key, value in row.items() if key not in pair_keys | {f"score_{name}" for name in SIDES}}
     if SIDES[side] in row:
         prompt = field(row, "input", dict)
         answer = _messages(row[SIDES[side]], "role", "assistant")
@@ -88,7 +88,7 @@ def _whole(row: dict[str, Any], side: str) -> tuple[ConvertRow, dict[str, Any]]:
 
 
 def _messages(value: Any, key: str, speaker: str) -> list[Any]:
-    """Messages given as a list, as one message, or as the text of one."""
+    """A list of messages, from a list, from one message, or from the text of one."""
     if isinstance(value, str):
         value = {key: speaker, "content" if key == "role" else "value": value}
     return value if isinstance(value, list) else [value]

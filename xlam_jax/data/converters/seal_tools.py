@@ -1,6 +1,6 @@
 """Seal-Tools: queries with their (parallel) calls, and a pool of 4076 tools in tool.jsonl.
 
-Raw: {"id", "query", "calling": [{"api", "parameters", "responses": ["API_call_0", …]}, …]} a line; the tools,
+Raw: lines {"id", "query", "calling": [{"api", "parameters", "responses": ["API_call_0", …]}, …]}; tools are
 {"api_name", "api_description", "field", "parameters": {name: {"type", "description"}}, "required"}.
 """
 
@@ -25,14 +25,15 @@ from xlam_jax.data.rows import place, read_rows
 from xlam_jax.data.trajectory import InvalidTrajectory
 from xlam_jax.errors import UserError
 
-DISTRACTORS = 2  # tools of the same field that are declared but not called
+DISTRACTORS = 2  # number of tools of the same field that are declared but not called
 
 
 def convert(paths: list[Path]) -> Iterator[Converted | Dropped]:
-    """Each row becomes a user turn and one assistant turn with all calls; two more tools of the field are declared.
+    """Converts each row to a user turn and one assistant turn with all calls; declares two more tools of the field.
 
-    Rows whose arguments name the result of another call ("API_call_0") are dropped: no such result was recorded. The
-    tools are read from tool.jsonl, given in `paths` or beside the first of them; raises `UserError` without it.
+    Rows whose arguments refer to the result of another call ("API_call_0") are dropped, because results were not
+    recorded. The tools are read from tool.jsonl, which is one of `paths` or in the folder of the first. Raises
+    `UserError` without it.
     """
     rows = [path for path in paths if path.name != "tool.jsonl"]
     pool = next((path for path in paths if path.name == "tool.jsonl"), paths[0].with_name("tool.jsonl"))
@@ -43,7 +44,7 @@ def convert(paths: list[Path]) -> Iterator[Converted | Dropped]:
     fields: dict[str, list[str]] = {}
     for number, line, row, _ in read_rows(pool):
         if isinstance(row, InvalidTrajectory) or not isinstance(row.get("api_name"), str):
-            raise UserError(f"{place(pool, number, line)}: no tool; every line is an object with `api_name`")
+            raise UserError(f"{place(pool, number, line)}: not a tool; every line is an object with `api_name`")
         try:
             tools[row["api_name"]] = _schema(row)
         except InvalidTrajectory as invalid:
@@ -76,8 +77,8 @@ def _convert_row(
         yield from repairs
         calls.append(call(number, api, arguments))
     if not calls:
-        raise InvalidTrajectory("no-assistant-turn", "the row holds no call")
-    choice = random.Random(f"seal_tools {identity}")  # of the row, so that other rows do not change it
+        raise InvalidTrajectory("no-assistant-turn", "the row has no call")
+    choice = random.Random(f"seal_tools {identity}")  # seeded per row, so that it does not depend on other rows
     others = [other for other in fields[field_of[next(iter(called))]] if other not in called]
     declared = [
         *called.values(),

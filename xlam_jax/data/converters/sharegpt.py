@@ -1,10 +1,10 @@
-"""ShareGPT conversations, also as LLaMA-Factory, AgentInstruct and Hermes write them.
+"""ShareGPT conversations, also in the layouts of LLaMA-Factory, AgentInstruct and Hermes.
 
-Raw: {"conversations": [{"from", "value", "loss"}, …], "system", "tools", "id"}; `from` is human (user), gpt
-(assistant), system, function_call (JSON of one call or of several) or observation (tool, function_response); turns may
-also be {"role", "content", "tool_calls"}. `tools` is JSON, mostly in a string, and its tools may lack the wrapper
-{"type": "function"}. Hermes, Qwen, ToolACE and glaive have the tools in the system text, and calls in the assistant's.
-`loss` may also be spelled `train`, or `weight` (0 or 1).
+Raw: {"conversations": [{"from", "value", "loss"}, …], "system", "tools", "id"}. `from` is human (user), gpt
+(assistant), system, function_call (JSON of one or several calls) or observation (tool, function_response); turns may
+also be {"role", "content", "tool_calls"}. `tools` is JSON, mostly in a string; its tools may lack the wrapper {"type":
+"function"}. Hermes, Qwen, ToolACE and glaive have tools in the system text, and calls in the assistant's text. `loss`
+may also be spelled `train`, or `weight` (0 or 1).
 """
 
 import json
@@ -51,11 +51,11 @@ FROM = {"user": "human", "assistant": "gpt", "system": "system", "tool": "observ
 
 
 def convert(paths: list[Path]) -> Iterator[Converted | Dropped]:
-    """Text right before a function call, of the same turn or a turn of its own, becomes the thought beside the call.
+    """Converts conversations; text directly before a call, in its turn or the previous one, is the call's thought.
 
-    Calls get ids, and results the ids of their calls, where it is clear which belong together; calls in turns that
-    follow each other become one turn. The system column, or else a system turn at the front, becomes the task
-    instruction; tools that it declares are taken out of the text.
+    Calls get ids, and results the ids of their calls, where their pairing is unambiguous. Calls in consecutive turns
+    are joined to one turn. The system column, or else a system turn at the front, becomes the task instruction; tools
+    that it declares are removed from the text.
     """
     return convert_rows(paths, convert_row)
 
@@ -86,8 +86,8 @@ def convert_row(row: dict[str, Any], name: str) -> Iterator[dict[str, Any] | Rep
 
 
 def _add(turns: list[dict[str, Any]], i: int, message: Any, tools: list[Any], repairs: list[Repaired]) -> None:
-    """Adds what `message` holds: a turn, several tool results, or calls that join the text before them."""
-    if isinstance(message, dict) and "from" not in message and "role" in message:  # as chat messages have it
+    """Adds the content of `message` to `turns`: a turn, several tool results, or calls, which join the text before."""
+    if isinstance(message, dict) and "from" not in message and "role" in message:  # a chat message
         if not isinstance(message.get("content"), str):
             turns.append(_chat_turn(i, message, message.get("content"), repairs))
             return
@@ -95,7 +95,7 @@ def _add(turns: list[dict[str, Any]], i: int, message: Any, tools: list[Any], re
     role, value = field(message, "from", str), field(message, "value", str)
     if role not in ROLES:
         raise InvalidTrajectory(
-            "unknown-role", f"turn {i} is from '{role}', known: {', '.join(ROLES)}{nearest(role[:100], ROLES)}"
+            "unknown-role", f"turn {i} is from '{role}'; known: {', '.join(ROLES)}{nearest(role[:100], ROLES)}"
         )
     if any(message.get(key) for key in CALLS):
         turns.append(_chat_turn(i, message, value, repairs))
@@ -132,7 +132,7 @@ def _without(message: dict[str, Any], *keys: str) -> dict[str, Any]:
 
 
 def _chat_turn(i: int, message: dict[str, Any], content: Any, repairs: list[Repaired]) -> dict[str, Any]:
-    """A turn whose calls are in `tool_calls`, in which they may lack the wrapper {"type": "function"}."""
+    """Converts a turn with `tool_calls`, whose items may lack the wrapper {"type": "function"}."""
     role = field(message, "from" if "from" in message else "role", str)
     kind = ROLES.get(role, role)
     loss = _loss(i, message)
@@ -154,7 +154,7 @@ def _chat_turn(i: int, message: dict[str, Any], content: Any, repairs: list[Repa
 
 
 def _results(i: int, value: str, turns: list[dict[str, Any]], repairs: list[Repaired]) -> list[str]:
-    """The results in a turn: in Hermes' tags, or in ToolACE's list of {"name", "results"} for parallel calls."""
+    """The results in a turn: within Hermes' tags, or ToolACE's list of {"name", "results"} for parallel calls."""
     if "</tool_response>" in value:
         parts = value.strip().removesuffix("</tool_response>").split("</tool_response>")
         return [part.strip().removeprefix("<tool_response>").strip() for part in parts]
@@ -169,7 +169,7 @@ def _results(i: int, value: str, turns: list[dict[str, Any]], repairs: list[Repa
             results = [results[named.index(name)] for name in names]
             named = names
         if named == names:
-            repairs.append(Repaired("results-in-one-turn", f"turn {i} holds the results of {len(names)} calls"))
+            repairs.append(Repaired("results-in-one-turn", f"turn {i} has the results of {len(names)} calls"))
             return [json.dumps([item], ensure_ascii=False) for item in results]
     return [value]
 
@@ -192,11 +192,11 @@ def _calls(i: int, text: str, repairs: list[Repaired]) -> list[dict[str, Any]]:
     if value is None:
         value = decode_arguments(text, f"turn {i} calls with", note)
     else:
-        note("python-literals", f"turn {i} calls with Python literals in place of JSON")
+        note("python-literals", f"turn {i} calls with Python literals instead of JSON")
     calls = value if isinstance(value, list) else [value]
     if not calls:
-        raise InvalidTrajectory("bad-call", f"turn {i} holds an empty list of calls")
-    found = []
+        raise InvalidTrajectory("bad-call", f"turn {i} has an empty list of calls")
+    normalized = []
     for call in calls:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
@@ -204,15 +204,16 @@ def _calls(i: int, text: str, repairs: list[Repaired]) -> list[dict[str, Any]]:
                 "bad-call", f'turn {i} has a call without {{"name": …, "arguments": {{…}}}}: {call}'
             )
         arguments = function.get("arguments", function.get("parameters"))
-        if isinstance(arguments, str):  # as OpenAI has them
+        if isinstance(arguments, str):  # as in OpenAI form
             arguments = decode_arguments(arguments, f"turn {i} calls '{function['name']}' with", note)
         identity = {} if call.get("id") is None else {"id": call["id"]}
-        found.append({"type": "function", **identity, "function": {"name": function["name"], "arguments": arguments}})
-    return found
+        named = {"name": function["name"], "arguments": arguments}
+        normalized.append({"type": "function", **identity, "function": named})
+    return normalized
 
 
 def _literal(text: str) -> Any:
-    """The calls that a text holds as Python literals, None if it is anything else."""
+    """The value of a text that is a Python list or dict but not JSON; None for other text."""
     text = text.strip()
     if text[:1] not in ("[", "{") or "'" not in text:
         return None
@@ -230,28 +231,28 @@ def _literal(text: str) -> Any:
 def _text_calls(
     i: int, text: str, tools: list[Any], repairs: list[Repaired]
 ) -> tuple[list[dict[str, Any]] | None, str]:
-    """The calls in an assistant's text, and its thought.
+    """Returns (calls in an assistant's text or None, text before them).
 
-    Calls in <tool_call> are this format's own way to write them, so they must be sound.
+    This format itself writes calls in <tool_call>: such a call that cannot be read raises `InvalidTrajectory`.
     """
-    names = {name: None for tool in tools if isinstance(name := _name(tool), str)}  # a set that keeps their order
-    found = text_calls.read(text, names, f"turn {i}")
-    own = found is not None and found.style == "<tool_call>"
-    if found is None or (found.problem and not own):
-        return None, text  # the reader reports the latter
-    if found.problem and not found.calls:
-        raise InvalidTrajectory("bad-call", f"turn {i} {found.problem}")
-    repairs += [Repaired(reason, detail) for reason, detail in found.repairs]
-    if not own:
-        repairs.append(Repaired("call-in-text", f"turn {i} calls {found.calls[0].name} in its text, {text[-80:]!r}"))
+    names = {name: None for tool in tools if isinstance(name := _name(tool), str)}  # an ordered set
+    written = text_calls.find_calls(text, names, f"turn {i}")
+    is_native = written is not None and written.style == "<tool_call>"
+    if written is None or (written.problem and not is_native):
+        return None, text  # the parser reports problems
+    if written.problem and not written.calls:
+        raise InvalidTrajectory("bad-call", f"turn {i} {written.problem}")
+    repairs += [Repaired(reason, detail) for reason, detail in written.repairs]
+    if not is_native:
+        repairs.append(Repaired("call-in-text", f"turn {i} calls {written.calls[0].name} in its text, {text[-80:]!r}"))
     return [
         {
             "type": "function",
             **({} if call.id is None else {"id": call.id}),
             "function": {"name": call.name, "arguments": call.arguments},
         }
-        for call in found.calls
-    ], found.thought
+        for call in written.calls
+    ], written.thought
 
 
 def _name(item: Any) -> Any:
@@ -261,14 +262,14 @@ def _name(item: Any) -> Any:
 
 
 def _wrapped(item: Any) -> Any:
-    """A tool or call in OpenAI form; flat ones are this format's own way to write them."""
+    """A tool or call in OpenAI form; flat ones are valid in this format, so their conversion is not a repair."""
     return unflattened(item, "item", lambda reason, detail: None)
 
 
 def export_row(trajectory: Trajectory) -> Iterator[dict[str, Any] | Lost]:
-    """One row, a thought as a gpt turn before its function_call turn; source, score, call ids have no place in it.
+    """Yields one row, with a thought as a gpt turn before its function_call turn; source, score, call ids are lost.
 
-    Parallel calls are a JSON list in one turn, their results a turn each, in the order of the calls.
+    Parallel calls are a JSON list in one turn, and each of their results is a turn, in the order of the calls.
     """
     turns: list[dict[str, Any]] = []
     if trajectory.task_instruction:

@@ -1,7 +1,7 @@
-"""τ-bench: an agent serves a simulated user under a policy (Yao et al. 2024, arXiv:2406.12045), one trial a row.
+"""τ-bench: an agent serves a simulated user under a policy (Yao et al. 2024, arXiv:2406.12045), one trial per row.
 
-Raw: a JSON list of {"task_id", "trial", "reward", "traj": […]}, where "traj" holds chat messages with tool calls, the
-policy first. The tools are in <domain>_tools.json, a JSON list of tool schemas.
+Raw: a JSON list of {"task_id", "trial", "reward", "traj": […]}, where "traj" is a list of chat messages with tool calls
+that starts with the policy. The tools are in <domain>_tools.json, a JSON list of tool schemas.
 """
 
 from collections.abc import Iterator
@@ -18,21 +18,22 @@ TOOLS = "_tools"
 
 
 def convert(paths: list[Path]) -> Iterator[Converted | Dropped]:
-    """The policy becomes the task instruction, the reward the score; what follows the agent's last turn (results,
-    and the user's ###STOP###) is left out.
+    """Converts trials: the policy becomes the task instruction, the reward the score.
 
-    Trials of a task have ids that differ in the last number: tau_bench_<domain>_<task>_<trial>. A file's tools are read
-    from the <domain>_tools.json whose domain its name holds, given in `paths` or beside it; one that is given alone
-    goes with every file. Raises `UserError` without them.
+    Turns after the agent's last turn (results, and the user's ###STOP###) are dropped. Trials of a task have ids that
+    differ in the last number: tau_bench_<domain>_<task>_<trial>. The tools of a file are in the <domain>_tools.json
+    whose domain is in the file's name; it is one of `paths` or in the same folder. If `paths` has exactly one file of
+    tools, it belongs to every file. Raises `UserError` without tools.
     """
-    given = [path for path in paths if stem(path).endswith(TOOLS)]
-    rows = [path for path in paths if path not in given]
+    tool_files = [path for path in paths if stem(path).endswith(TOOLS)]
+    rows = [path for path in paths if path not in tool_files]
     for path in rows:
-        yield from _convert(path, given or sorted(path.parent.glob(f"*{TOOLS}.json*")), alone=len(given) == 1)
+        candidates = tool_files or sorted(path.parent.glob(f"*{TOOLS}.json*"))
+        yield from _convert(path, candidates, alone=len(tool_files) == 1)
 
 
 def _convert(path: Path, candidates: list[Path], alone: bool) -> Iterator[Converted | Dropped]:
-    fitting = candidates if alone else [one for one in candidates if _domain(one) in path.name]
+    fitting = candidates if alone else [candidate for candidate in candidates if _domain(candidate) in path.name]
     if len(fitting) != 1:
         raise UserError(
             f"{path}: its tools are in a file <domain>{TOOLS}.json whose domain is in its name, found: "

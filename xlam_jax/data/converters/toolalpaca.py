@@ -1,4 +1,4 @@
-"""ToolAlpaca: simulated use of public APIs (Tang et al. 2023, arXiv:2306.05301), one API with its tasks a row.
+"""ToolAlpaca: simulated use of public APIs (Tang et al. 2023, arXiv:2306.05301), one API with its tasks per row.
 
 Raw: a JSON list of {"Name", "Documentation": an OpenAPI document in a string, "Function_Projection": {function: [path,
 method]}, "Function_Description", …}, with "Instances" [{"input", "output", "intermediate_steps": [[[action, action
@@ -34,25 +34,26 @@ ASK_TOOL = tool(
     ["Question"],
 )
 PLACEHOLDER = "${"
-STOPPED = "Agent stopped due to"  # what stands in place of an answer after too many steps
-NODES, LEVELS = 10_000, 20  # schemas read of one document, one inside the other; references could go on without end
+STOPPED = "Agent stopped due to"  # replaces the answer after too many steps
+NODES, LEVELS = 10_000, 20  # maximum number of schemas of a document, and of nested ones; references can be endless
 
 Item = dict[str, Any] | StepDropped | Repaired | InvalidTrajectory
 
 
 def convert(paths: list[Path]) -> Iterator[Converted | Dropped]:
-    """The API's functions and `getDetails` are the tools, typed as the document says; each task is a trajectory.
+    """Converts each task to a trajectory; tools are `getDetails` and the API's functions, with the document's types.
 
-    Instances: actions become calls with their thought beside them, the output the last turn; its thought, and hints in
-    the input, are left out. Steps whose action or input the environment could not read are dropped.
-    Golden answers hold no results: the calls become one turn, up to the first whose arguments are placeholders or that
-    comes after a question to the user. What comes after is dropped; a task of which no call is left is dropped.
-    Numbers in text become numbers, empty texts for options are left out.
+    Instances: actions become calls with their thought as text, and the output becomes the last turn. Its thought and
+    hints in the input are dropped, and so are steps whose action or input the environment could not read.
+    Golden answers have no results: the calls become one turn, up to the first call with placeholders as arguments or
+    after a question to the user. The calls from there on are dropped, and so is a task without remaining calls.
+    Numbers in text become numbers; empty texts of optional arguments are dropped.
     """
     return convert_rows(paths, convert_row)
 
 
 def convert_row(row: dict[str, Any], name: str) -> Iterator[Item]:
+    """Converts the tasks of one API; yields `InvalidTrajectory` for each task that is dropped."""
     tools = _tools(row)
     instances = row.get("Instances") or []
     if not isinstance(instances, list):
@@ -77,7 +78,7 @@ def convert_row(row: dict[str, Any], name: str) -> Iterator[Item]:
                     }
                 else:
                     yield item
-        except InvalidTrajectory as invalid:  # the API's other tasks may be fine
+        except InvalidTrajectory as invalid:  # the API's other tasks may be valid
             yield invalid
 
 
@@ -92,7 +93,7 @@ def _instance(
             case [[str(action), str(text), str(log), *_], observation]:
                 pass
             case _:
-                raise InvalidTrajectory("bad-step", f"step {i} is no [[action, input, log], observation]")
+                raise InvalidTrajectory("bad-step", f"step {i} is not [[action, input, log], observation]")
         if action not in tools:
             yield StepDropped("unknown-action", f"step {i}: {action[:200]}")
             continue
@@ -120,7 +121,7 @@ def _golden(
     instruction: Any, answer: Any, tools: dict[str, dict[str, Any]]
 ) -> Iterator[list[dict[str, Any]] | StepDropped | Repaired]:
     if not isinstance(instruction, str) or not isinstance(answer, list):
-        raise InvalidTrajectory("missing-field", "an instruction is no text, or its golden answer no list")
+        raise InvalidTrajectory("missing-field", "an instruction is not text, or its golden answer is not a list")
     calls: list[dict[str, Any]] = []
     waits = ""
     for i, step in enumerate(answer):
@@ -142,19 +143,19 @@ def _golden(
             calls.append(call(len(calls) + 1, action, arguments))
             waits = f"'{ASK}', whose answer is not recorded" if action == ASK else ""
     if not calls:
-        raise InvalidTrajectory("no-tool-call", "the golden answer holds no call")
+        raise InvalidTrajectory("no-tool-call", "the golden answer has no call")
     yield [{"role": "user", "content": instruction}, {"role": "assistant", "content": "", "tool_calls": calls}]
 
 
 def _thought(log: str) -> str:
-    """Returns what comes before "Action: … Action Input: …"."""
+    """Returns the text before "Action: … Action Input: …"."""
     log = "\n" + log.replace("\nASSISTANT Action", "\nAction")
     head = log.rpartition("\nAction Input:")[0] or log
     return head.rpartition("\nAction:")[0].strip().removeprefix("Thought:").strip()
 
 
 def _arguments(name: str, text: str, tools: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], list[Repaired]]:
-    """Returns the arguments in `text` as the tool declares them, and what was mended. Raises `InvalidTrajectory`."""
+    """Returns (arguments in `text` with their declared types, repairs). Raises `InvalidTrajectory`."""
     repairs: list[Repaired] = []
     raw = decode_arguments(text, f"'{name}' has", lambda reason, detail: repairs.append(Repaired(reason, detail)))
     if not isinstance(raw, dict):
@@ -166,7 +167,7 @@ def _arguments(name: str, text: str, tools: dict[str, dict[str, Any]]) -> tuple[
         schema = properties.get(key, {})
         if "" not in schema.get("enum", [""]) or schema.get("type", "string") != "string":
             del arguments[key]
-            changes.append(Repaired("empty-option", f"'{name}' has an empty `{key}`, which can't be empty"))
+            changes.append(Repaired("empty-option", f"'{name}' has an empty `{key}`, which must not be empty"))
     return arguments, repairs + changes
 
 
@@ -181,7 +182,7 @@ def _tools(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
             case [str(path), str(method)]:
                 pass
             case _:
-                raise InvalidTrajectory("bad-tools", f"'{name}' is not at a path and method but at {place!r}")
+                raise InvalidTrajectory("bad-tools", f"'{name}' is at {place!r}, not at a path and method")
         item = field(paths, path, dict)
         operation = field(item, method, dict)
         description = descriptions.get(name) or operation.get("summary") or operation.get("description") or ""
@@ -193,14 +194,14 @@ def _tools(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 class _Components:
-    """The named schemas of an OpenAPI document, to write its schemas without references."""
+    """The named schemas of an OpenAPI document, which replace references to them."""
 
     def __init__(self, schemas: dict[str, Any]):
         self._schemas = schemas
         self._left = NODES
 
     def parameters(self, parameters: list[Any], body: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Returns the properties and the required names of an operation's parameters and request body."""
+        """Returns (properties, required names) of an operation's parameters and request body."""
         properties: dict[str, Any] = {}
         required: list[str] = []
         for parameter in parameters:
@@ -219,7 +220,7 @@ class _Components:
         return properties, required
 
     def schema(self, raw: Any, inside: frozenset[str] = frozenset(), levels: int = LEVELS) -> dict[str, Any]:
-        """Returns `raw` as JSON Schema; a type it does not know, and a schema inside itself, allow anything."""
+        """Converts `raw` to JSON Schema; unknown types and recursive schemas become {}, which allows any value."""
         self._left -= 1
         if not isinstance(raw, dict) or self._left < 0 or levels < 0:
             return {}

@@ -1,10 +1,10 @@
 """ToolBench: trees of attempts to answer a query with RapidAPI's functions (Qin et al. 2023, arXiv:2307.16789).
 
-Raw: a file an answer, answer/<group>_answer/<query id>_….json, {"win", "tree": {"tree": node}, "answer_generation":
+Raw: one file per answer, answer/<group>_answer/<query id>_….json, {"win", "tree": {"tree": node}, "answer_generation":
 {"query", "function": [schema, …], "train_messages", …}}. A node is {"node_type": "Thought", "Action" or "Action
-Input", "description": its text, "observation", "finished", "children": [node, …]}; the root says nothing. A path from
-the root to a leaf is one attempt; the search goes back, and on from another child, when an attempt fails. The queries
-alone are in instruction/<group>_query.json, a JSON list.
+Input", "description": its text, "observation", "finished", "children": [node, …]}; the root is empty. A path from the
+root to a leaf is one attempt; when an attempt fails, the search goes back and continues with another child. Queries
+without answers are in instruction/<group>_query.json, a JSON list.
 """
 
 import json
@@ -34,7 +34,7 @@ from xlam_jax.data.trajectory import InvalidTrajectory
 from xlam_jax.errors import UserError
 
 FAILING = 16
-"""Failing paths that are kept of a tree."""
+"""Maximum number of failing paths that are kept per tree."""
 INSTRUCTION = (
     "Answer the user's request with the functions: think about what you know and what to do next, then call one of "
     'them. Call "Finish" at the end, with an answer that tells the user everything, or to give up and restart where '
@@ -49,7 +49,9 @@ FINISH = tool(
     },
     ["return_type"],
 )
-_STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)  # one that never ends too: each is looked at once
+_STRING = re.compile(
+    r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL
+)  # also matches a string that is not closed, so that the search takes linear time
 _CONTROL = {code: json.dumps(chr(code))[1:-1] for code in range(32)}
 
 Node = dict[str, Any]
@@ -57,17 +59,18 @@ Item = dict[str, Any] | StepDropped | Repaired | InvalidTrajectory
 
 
 def convert(paths: list[Path]) -> Iterator[Converted | Dropped]:
-    """A path to a leaf becomes a trajectory: score 1 when the leaf is finished, else 0.
+    """Converts each path to a leaf to a trajectory, with score 1 if the leaf is finished, else 0.
 
-    Of the failing paths the `FAILING` that go with the winning one the longest are kept, without one the first that
-    were searched; equal ones once. A task's trajectories have its tools, instruction and user turn, so that pairs can
-    be made of them, and ids that differ in the path's number, toolbench_<group>_<query id>_<path>: leaves count from 0
-    in the order of the search. The instruction is the recorded one where there is one.
-    Thoughts stand beside the call that follows them; those after the search went back tell of attempts that are not on
-    the path. Errors of functions stay as results; the last call's result is left out. Steps that call a function which
-    is not declared, or with arguments that can't be read, are dropped, and a path that ends in one with it.
-    Mended in arguments: what `decode_arguments` mends, raw-control-character (in a string), python-literal, and
-    numbers in text. Calls that break their schema otherwise are kept: the recorded result answers them.
+    At most `FAILING` failing paths are kept: those that share the longest beginning with the winning path, or else the
+    first in the order of the search; equal paths are kept once. All trajectories of a task have the same tools,
+    instruction and user turn, so that pairs can be made from them. Their ids differ in the number of the path,
+    toolbench_<group>_<query id>_<path>: leaves count from 0 in the order of the search. The instruction is the recorded
+    one, if any.
+    Thoughts are the text of the call that follows them; those after the search went back mention attempts that are not
+    on the path. Errors of functions stay as results; the result of the last call is dropped. Steps that call an
+    undeclared function, or have unreadable arguments, are dropped; so is a path that ends with such a step.
+    Repaired in arguments: what `decode_arguments` repairs, raw-control-character (in a string), python-literal, and
+    numbers in text. Calls that break their schema in other ways are kept, because the recorded result answers them.
     Queries without a tree are dropped.
     """
     for path in paths:
@@ -79,6 +82,7 @@ def convert(paths: list[Path]) -> Iterator[Converted | Dropped]:
 
 
 def convert_row(row: dict[str, Any], name: str) -> Iterator[Item]:
+    """Converts one answer tree; yields `InvalidTrajectory` for each path that is dropped."""
     if "tree" not in row and "query" in row:
         raise InvalidTrajectory("no-answer-tree", "a query without its answer")
     leaves = list(_paths(field(field(row, "tree", dict), "tree", dict)))
@@ -99,12 +103,12 @@ def convert_row(row: dict[str, Any], name: str) -> Iterator[Item]:
             continue
         try:
             turns, notes = _turns(path, tools)
-        except InvalidTrajectory as invalid:  # the tree's other paths may be fine
+        except InvalidTrajectory as invalid:  # the tree's other paths may be valid
             yield InvalidTrajectory(invalid.reason, f"path {number}: {invalid.detail}")
             continue
         first = seen.setdefault(repr(turns), number)
         if first != number:
-            yield InvalidTrajectory("same-path", f"path {number} is path {first} again")
+            yield InvalidTrajectory("same-path", f"path {number} equals path {first}")
             continue
         kept += not won
         yield from notes
@@ -117,13 +121,13 @@ def convert_row(row: dict[str, Any], name: str) -> Iterator[Item]:
 
 
 def _paths(root: Node) -> Iterator[tuple[Node, ...]]:
-    """Yields the nodes from below the root to each leaf, in the order in which they were searched."""
+    """Yields the path to each leaf, without the root, in the order of the search."""
     stack: list[tuple[Node, ...]] = [(root,)]
     while stack:
         path = stack.pop()
         children = path[-1].get("children") or []
         if not isinstance(children, list) or not all(isinstance(child, dict) for child in children):
-            raise InvalidTrajectory("bad-tree", "`children` is no list of nodes")
+            raise InvalidTrajectory("bad-tree", "`children` is not a list of nodes")
         if children:
             stack += [(*path, child) for child in reversed(children)]
         elif len(path) == 1:
@@ -133,7 +137,7 @@ def _paths(root: Node) -> Iterator[tuple[Node, ...]]:
 
 
 def _ranked(leaves: list[tuple[Node, ...]]) -> list[tuple[int, tuple[Node, ...]]]:
-    """Returns (number, path): the winning ones first, then the failing ones that go with the first of them longest."""
+    """Returns (number, path): winning paths first, then failing ones by the length that they share with the first."""
     winner = next((path for path in leaves if path[-1].get("finished") is True), ())
 
     def rank(item: tuple[int, tuple[Node, ...]]) -> tuple[bool, int]:
@@ -146,7 +150,7 @@ def _ranked(leaves: list[tuple[Node, ...]]) -> list[tuple[int, tuple[Node, ...]]
 def _turns(
     path: tuple[Node, ...], tools: dict[str, dict[str, Any]]
 ) -> tuple[list[dict[str, Any]], list[StepDropped | Repaired]]:
-    """Returns a path's assistant and tool turns, and what was left out of them and mended in them."""
+    """Returns (assistant and tool turns of a path, dropped steps and repairs)."""
     turns: list[dict[str, Any]] = []
     notes: list[StepDropped | Repaired] = []
     thoughts: list[str] = []
@@ -188,7 +192,7 @@ def _assistant(thoughts: list[str]) -> dict[str, Any]:
 
 
 def _arguments(name: str, text: str, tools: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], list[Repaired]]:
-    """Returns the arguments in `text` as the tool declares them, and what was mended. Raises `InvalidTrajectory`."""
+    """Returns (arguments in `text` with their declared types, repairs). Raises `InvalidTrajectory`."""
     if name not in tools:
         raise InvalidTrajectory("undeclared-tool", f"'{name[:200]}' is called with {text[:200]}")
     repairs: list[Repaired] = []
@@ -199,18 +203,18 @@ def _arguments(name: str, text: str, tools: dict[str, dict[str, Any]]) -> tuple[
     try:
         value = decode_arguments(text, f"'{name}' has", note)
     except InvalidTrajectory as invalid:
-        value = _mended(text, name, invalid, note)
+        value = _repaired(text, name, invalid, note)
     if not isinstance(value, dict):
         raise InvalidTrajectory("bad-arguments", f"'{name}' has a {type(value).__name__}, not an object: {text[:200]}")
     parameters = tools[name]["function"].get("parameters")
     properties = parameters.get("properties") if isinstance(parameters, dict) else None
-    known = {key: schema for key, schema in (properties or {}).items() if isinstance(schema, dict)}
-    arguments, changes = declared_arguments(name, value, known)
+    schemas = {key: schema for key, schema in (properties or {}).items() if isinstance(schema, dict)}
+    arguments, changes = declared_arguments(name, value, schemas)
     return arguments, repairs + changes
 
 
-def _mended(text: str, name: str, invalid: InvalidTrajectory, note: Report) -> Any:
-    """Returns the value of a text that is JSON but for raw control characters, or Python; else raises `invalid`."""
+def _repaired(text: str, name: str, invalid: InvalidTrajectory, note: Report) -> Any:
+    """Returns the value of JSON with raw control characters, or of a Python literal; else raises `invalid`."""
     escaped = _STRING.sub(lambda match: match[0].translate(_CONTROL), text)
     if escaped != text:
         try:
@@ -218,7 +222,7 @@ def _mended(text: str, name: str, invalid: InvalidTrajectory, note: Report) -> A
         except InvalidTrajectory:
             pass
         else:
-            note("raw-control-character", f"'{name}' has one in a string: {text[:200]!r}")
+            note("raw-control-character", f"'{name}' has a control character in a string: {text[:200]!r}")
             return value
     try:
         value = literals.value(literals.expression(text))
@@ -235,9 +239,9 @@ def _tools(functions: list[Any]) -> dict[str, dict[str, Any]]:
         if name in tools:
             raise InvalidTrajectory("duplicate-tool", f"'{name}' is declared twice")
         if not isinstance(function.get("parameters"), dict | None):
-            raise InvalidTrajectory("bad-tools", f"`parameters` of '{name}' is no object")
+            raise InvalidTrajectory("bad-tools", f"`parameters` of '{name}' is not an object")
         if not isinstance((function.get("parameters") or {}).get("properties"), dict | None):
-            raise InvalidTrajectory("bad-tools", f"`properties` of '{name}' is no object")
+            raise InvalidTrajectory("bad-tools", f"`properties` of '{name}' is not an object")
         tools[name] = {"type": "function", "function": function}
     return {**tools, "Finish": tools.get("Finish", FINISH)}
 
@@ -250,7 +254,7 @@ def _instruction(answer: dict[str, Any]) -> str:
 
 
 def _name(path: Path) -> str:
-    """<group>_<query id> where the file and its folder are named so, else the file's name."""
+    """<group>_<query id> if the file and its folder have such names, else the file's name."""
     group = re.fullmatch(r"(G\d+)(_answer)?", path.absolute().parent.name)
     query = re.match(r"\d+(?=_|$)", stem(path))
     return f"{group[1]}_{query[0]}" if group and query else stem(path)
@@ -262,11 +266,13 @@ def _first_byte(path: Path) -> bytes:
 
 
 def _read_document(path: Path) -> Iterator[Row]:
-    """Yields the file's one object as row 1."""
+    """Yields the only object of a file as row 1."""
     with open_bytes(path) as file:
         text = file.read(LONGEST_ROW + 1)
     if len(text) > LONGEST_ROW:
-        raise UserError(f"{path}: more than {LONGEST_ROW >> 20} MiB in one object; give a file an answer tree")
+        raise UserError(
+            f"{path}: more than {LONGEST_ROW >> 20} MiB in one object; put each answer tree into a separate file"
+        )
     try:
         row = parse_json(text)
         if not isinstance(row, dict):

@@ -1,9 +1,9 @@
-"""Train-ready rows of ActionStudio: one row an assistant turn, each with the whole context before it.
+"""Train-ready rows of ActionStudio: one row per assistant turn, each with the complete context before it.
 
-Raw: {"id": "weather_0---2", "messages", "tools", "chosen", "reject", "output_message"}; `messages` are chat messages
-(the system text holds the task instruction and the format instruction), `chosen` is what the model shall write, calls
-as "[TOOL_CALLS][{"name", "arguments"}]", `output_message` the same as a message; one of the two is enough. `reject`
-(or `rejected`) is what it shall not write.
+Raw: {"id": "weather_0---2", "messages", "tools", "chosen", "reject", "output_message"}. `messages` are chat messages
+(the system text has the task instruction and the format instruction). `chosen` is the desired output as text, with
+calls as "[TOOL_CALLS][{"name", "arguments"}]", and `output_message` is the same as a message; one of the two is enough.
+`reject` (or `rejected`) is an undesired output.
 """
 
 import json
@@ -33,12 +33,12 @@ CHOSEN_SCORE, REJECTED_SCORE = 1.0, 0.0
 
 
 def convert(paths: list[Path]) -> Iterator[Converted | Dropped]:
-    """Rows of one id that follow each other, each going on where the one before ended, become one trajectory.
+    """Joins consecutive rows of one id, each of which continues the one before, to one trajectory.
 
-    It is that of the longest row; assistant turns that have no row of their own carry no loss. The shorter rows, which
-    say nothing more, are told as steps left out. A rejected output becomes a trajectory of its own after the same
-    context, with the score 0, and the chosen one has the score 1. Rows in another order (shuffled ones) stay
-    trajectories of their own, of which only the last turn carries loss: sort the file by id first.
+    It is the trajectory of the longest row; assistant turns without a row have `loss: false`. The shorter rows, which
+    have no further content, are reported as dropped steps. A rejected output becomes a separate trajectory after the
+    same context, with the score 0; the chosen one then has the score 1. Rows in another order (shuffled rows) become
+    separate trajectories in which only the last turn is trained: sort the file by id first.
     """
     for path in paths:
         yield from _merged(path)
@@ -46,7 +46,7 @@ def convert(paths: list[Path]) -> Iterator[Converted | Dropped]:
 
 @dataclass(frozen=True, slots=True)
 class _Open:
-    """A trajectory that the next row may go on; `others` are the items that its last row gave besides it."""
+    """A trajectory that the next row may continue; `others` are the other items of its last row."""
 
     id: str
     item: Converted
@@ -64,23 +64,23 @@ def _merged(path: Path) -> Iterator[Converted | Dropped]:
         if not isinstance(item, Converted):
             yield from (*others, item)
             continue
-        made = _Open("" if isinstance(row, InvalidTrajectory) else str(row.get("id")), item, others)
+        current = _Open("" if isinstance(row, InvalidTrajectory) else str(row.get("id")), item, others)
         if held is not None:
-            longer = _joined(held, made)
+            longer = _joined(held, current)
             if longer is None:
                 yield from held.items()
             else:
                 yield from held.others
-                detail = f"row {number} repeats the turns of '{held.id}' and goes on"
+                detail = f"row {number} repeats the turns of '{held.id}' and continues"
                 yield Dropped(held.item.path, held.item.row, "repeated-context", detail, "step", held.item.line)
-                made = longer
-        held = made
+                current = longer
+        held = current
     if held is not None:
         yield from held.items()
 
 
 def _joined(shorter: _Open, longer: _Open) -> _Open | None:
-    """The longer trajectory with the loss of the shorter one's turns; None if it does not go on where that ends."""
+    """The longer trajectory with the `loss` of the shorter one's turns; None if it does not continue the latter."""
     before, after = shorter.item.trajectory, longer.item.trajectory
     turns = list(after.conversation)
     if before.id != after.id or len(before.conversation) >= len(turns):
@@ -92,7 +92,7 @@ def _joined(shorter: _Open, longer: _Open) -> _Open | None:
         if not _same(turn, turns[i]):
             return None
         if turn.content != turns[i].content:
-            repairs.append(Repaired("thought-left-out", f"turn {i} has its text in one of two rows only"))
+            repairs.append(Repaired("thought-left-out", f"only one of two rows has the text of turn {i}"))
         turns[i] = replace(
             turns[i],
             content=turns[i].content or turn.content,
@@ -105,20 +105,20 @@ def _joined(shorter: _Open, longer: _Open) -> _Open | None:
 
 
 def _same(turn: Message, other: Message) -> bool:
-    """Whether two rows mean the same turn: ids and loss aside, and one may lack the text beside its calls."""
-    if turn.role != other.role or _said(turn) != _said(other):
+    """Whether two turns are equal, apart from ids and loss; of turns with calls, one may lack its text."""
+    if turn.role != other.role or _call_keys(turn) != _call_keys(other):
         return False
     return turn.content == other.content or bool(turn.tool_calls and not (turn.content and other.content))
 
 
-def _said(turn: Message) -> list[tuple[str, str]]:
+def _call_keys(turn: Message) -> list[tuple[str, str]]:
     return [(call.name, json.dumps(call.arguments)) for call in turn.tool_calls]
 
 
 def _convert_row(
     row: dict[str, Any], name: str
 ) -> Iterator[dict[str, Any] | StepDropped | Repaired | InvalidTrajectory]:
-    """The rejected trajectory, if the row has one, and last the chosen one."""
+    """Yields the rejected trajectory, if the row has one, and then the chosen one."""
     identity = name if row.get("id") is None else row["id"]
     if not isinstance(identity, str | int):
         raise InvalidTrajectory("bad-value", f"`id` of the row is text, got a {type(identity).__name__}")
@@ -137,8 +137,8 @@ def _convert_row(
         other = _parsed(rejected) if isinstance(rejected, str) else rejected
         if not isinstance(other, dict):
             yield InvalidTrajectory("bad-rejected", f"`reject` is a {type(rejected).__name__}, not text or a message")
-        elif (said := _key(output)) is not None and _key(other) == said:
-            yield StepDropped("rejected-equals-chosen", "`reject` says what `chosen` says")
+        elif (output_key := _key(output)) is not None and _key(other) == output_key:
+            yield StepDropped("rejected-equals-chosen", "`reject` equals `chosen`")
         else:
             other = other | {"role": "assistant"}
             try:
@@ -152,7 +152,7 @@ def _convert_row(
 def _conversation(
     context: dict[str, Any], identity: str, output: dict[str, Any]
 ) -> Iterator[dict[str, Any] | Repaired]:
-    """The context and one output, where only the output carries loss."""
+    """Converts the context and one output to a trajectory in which only the output is trained."""
     row = context | {"id": identity, "messages": [*context["messages"], output]}
     for item in openai.convert_row(row, identity, ids=False):
         if isinstance(item, dict):
@@ -163,7 +163,7 @@ def _conversation(
 
 
 def _output(row: dict[str, Any], repairs: list[Repaired]) -> dict[str, Any]:
-    """The assistant's turn, as a message. Raises `InvalidTrajectory` where `output_message` and `chosen` differ."""
+    """Returns the assistant's turn as a message. Raises `InvalidTrajectory` if `output_message` and `chosen` differ."""
     chosen, message = row.get("chosen"), row.get("output_message")
     if not isinstance(message, dict):
         parsed = _parsed(field(row, "chosen", str))
@@ -175,17 +175,17 @@ def _output(row: dict[str, Any], repairs: list[Repaired]) -> dict[str, Any]:
         return message
     parsed = _parsed(chosen)
     text, calls = _key(message) or ("", "")
-    found, others = _key(parsed) or ("", "")
-    if calls != others or (text and found and text != found):
+    chosen_text, chosen_calls = _key(parsed) or ("", "")
+    if calls != chosen_calls or (text and chosen_text and text != chosen_text):
         raise InvalidTrajectory("ambiguous-output", f"`output_message` and `chosen` differ: {chosen}")
-    if found and not text:
-        repairs.append(Repaired("thought-left-out", "the text beside the calls stands in `chosen` only"))
+    if chosen_text and not text:
+        repairs.append(Repaired("thought-left-out", "only `chosen` has the text of the turn with calls"))
         message["content"] = parsed["content"]
     return message
 
 
 def _parsed(text: str) -> dict[str, Any]:
-    """What a model wrote, as a message."""
+    """Parses a model's output to a message."""
     from xlam_jax.data.wire import parse_completion
 
     content, calls = parse_completion(text)
@@ -201,7 +201,7 @@ def _parsed(text: str) -> dict[str, Any]:
 
 
 def _key(message: dict[str, Any]) -> tuple[str, str] | None:
-    """The text and the calls of an assistant's message, to compare; None if it is no sound one."""
+    """Returns (text, calls) of an assistant's message, for comparison; None if it is invalid."""
     user = {"role": "user", "content": "q"}
     tools: list[dict[str, Any]] = []
     try:
@@ -211,14 +211,14 @@ def _key(message: dict[str, Any]) -> tuple[str, str] | None:
                 names = {field(field(call, "function", dict), "name", str) for call in field({"c": calls}, "c", list)}
                 tools = [{"type": "function", "function": {"name": name}} for name in names]
                 turn = parse_trajectory(item | {"tools": tools}).conversation[1]
-                return turn.content.strip(), json.dumps(_said(turn))
+                return turn.content.strip(), json.dumps(_call_keys(turn))
     except InvalidTrajectory:
         pass
     return None
 
 
 def _text(message: dict[str, Any]) -> str:
-    """What the model shall write for a message in our own form."""
+    """Returns the desired output, as text, for a message in OpenAI form."""
     calls = [call["function"] for call in message.get("tool_calls") or ()]
     content = message.get("content") or ""
     if not calls or not isinstance(content, str):
@@ -228,9 +228,9 @@ def _text(message: dict[str, Any]) -> str:
 
 
 def export_row(trajectory: Trajectory) -> Iterator[dict[str, Any] | Lost]:
-    """One row for each assistant turn but those whose `loss` is false; source and score have no place in them.
+    """Yields one row per assistant turn without `loss: false`; source and score are lost.
 
-    The text beside calls stands in `chosen` and in `output_message`. Turns after the last row's are lost.
+    The text of a turn with calls is in `chosen` and in `output_message`. Turns after the last row's turn are lost.
     """
     messages = to_messages(trajectory, reasoning=True)
     first = len(messages) - len(trajectory.conversation)
@@ -252,23 +252,23 @@ def export_row(trajectory: Trajectory) -> Iterator[dict[str, Any] | Lost]:
             }
         )
     if not rows:
-        yield Lost("no-trained-turn", "no assistant turn carries loss, and this format holds only those that do")
+        yield Lost("no-trained-turn", "no assistant turn is trained, and this format has rows of trained turns only")
         return
     yield from rows
     yield from losses(trajectory, {"rows": rows}, _read_back)
 
 
 def _read_back(row: dict[str, Any], name: str) -> Iterator[dict[str, Any]]:
-    """The trajectory of the rows of an export."""
+    """Converts the rows of an export to their trajectory."""
     held: _Open | None = None
-    for each in row["rows"]:
-        (item,) = convert_one(Path(), 0, each, _convert_row)
+    for exported in row["rows"]:
+        (item,) = convert_one(Path(), 0, exported, _convert_row)
         if isinstance(item, Dropped):
             raise InvalidTrajectory(item.reason, item.detail)
-        made = _Open("", item, [])
-        joined = made if held is None else _joined(held, made)
+        current = _Open("", item, [])
+        joined = current if held is None else _joined(held, current)
         if joined is None:
-            raise InvalidTrajectory("rows-do-not-join", f"'{each['id']}' does not go on where the row before ends")
+            raise InvalidTrajectory("rows-do-not-join", f"'{exported['id']}' does not continue the row before it")
         held = joined
     if held is not None:
         yield to_dict(held.item.trajectory)

@@ -1,6 +1,6 @@
-"""WebShop: logs of ReAct agents, one episode a row.
+"""WebShop: logs of ReAct agents, one episode per row.
 
-Raw: {"idx", "instruction", "score", "steps": [{"action", "observation"}, …]}; actions read "reset", "search[…]",
+Raw: {"idx", "instruction", "score", "steps": [{"action", "observation"}, …]}; actions are "reset", "search[…]",
 "click[…]" or "think[…]".
 """
 
@@ -32,10 +32,11 @@ PARAMETER = {"search": "query", "click": "element"}
 
 
 def convert(paths: list[Path]) -> Iterator[Converted | Dropped]:
-    """Thoughts go beside the call they precede; steps the shop answered with "Invalid" are dropped with their thoughts.
+    """Converts searches and clicks to calls; thoughts are the text of the next call.
 
-    The last observation (the score) and thoughts without an action after them are left out. The log cut long actions
-    short, closing bracket included: what is left of them is kept.
+    Steps that the shop answered with "Invalid" are dropped with their thoughts. The last observation (the score) and
+    thoughts without an action after them are dropped. Long actions are truncated in the log, without the closing
+    bracket; they are kept.
     """
     return convert_rows(paths, convert_row)
 
@@ -72,7 +73,7 @@ def convert_row(row: dict[str, Any], name: str) -> Iterator[dict[str, Any] | Ste
     if thoughts:
         yield StepDropped("thought-without-action", thoughts[0])
     if number == 0:
-        raise InvalidTrajectory("no-assistant-turn", "no step holds a valid search or click")
+        raise InvalidTrajectory("no-assistant-turn", "no step has a valid search or click")
     yield {
         "unique_trajectory_id": f"webshop_{row.get('idx', name)}",
         "source": "webshop",

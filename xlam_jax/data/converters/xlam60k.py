@@ -1,10 +1,10 @@
 """xlam-function-calling-60k: one query, the tools, and the calls that answer it.
 
-Raw: {"id", "query", "tools", "answers"}; tools and answers are JSON, mostly in strings; tools are flat,
+Raw: {"id", "query", "tools", "answers"}; tools and answers are JSON, mostly in strings. Tools are flat,
 [{"name", "description", "parameters": {"city": {"type": "str, optional", "description", "default"}}}], with Python type
 spellings; answers are [{"name", "arguments"}]. Also read: a `required` flag (true or false) in the parameters, further
-JSON Schema keywords there, `parameters` that are JSON Schema already, tools and calls in OpenAI form, arguments that
-are JSON in a string, and one tool or one answer without a list.
+JSON Schema keywords there, `parameters` that are already a JSON Schema, tools and calls in OpenAI form, arguments that
+are JSON in a string, and a single tool or answer that is not in a list.
 """
 
 import json
@@ -42,15 +42,15 @@ SPELLINGS = {
 
 
 def convert(paths: list[Path]) -> Iterator[Converted | Dropped]:
-    """The query becomes the user's turn, the answers the assistant's calls; a row without answers is dropped.
+    """Converts the query to a user turn, and the answers to calls of the assistant; drops rows without answers.
 
-    A parameter is required that is neither flagged nor spelled "optional" and has no default.
+    In data without `required` flags, a parameter is required if its type does not say "optional" and it has no default.
     """
     return convert_rows(paths, convert_row)
 
 
 def convert_row(row: dict[str, Any], name: str) -> Iterator[dict[str, Any] | Repaired]:
-    """Converts one row. `source` and `score`, which some files add, are kept; number ids get the source's name."""
+    """Converts one row. `source` and `score`, which some files add, are kept; numeric ids get the source's name."""
     tools = tool_schemas(json_list(row, "tools"))
     calls, repairs = tool_calls(json_list(row, "answers"), tools)
     identity = row.get("id")
@@ -71,7 +71,7 @@ def convert_row(row: dict[str, Any], name: str) -> Iterator[dict[str, Any] | Rep
 
 
 def json_list(row: dict[str, Any], key: str) -> list[Any]:
-    """The list at `key`, which may be JSON in a text, or one object without a list. Raises `InvalidTrajectory`."""
+    """Returns the list at `key`, which may be a JSON text, or one object. Raises `InvalidTrajectory`."""
     value = row.get(key)
     value = parse_json(value) if isinstance(value, str) else value
     value = [value] if isinstance(value, dict) else value
@@ -81,15 +81,18 @@ def json_list(row: dict[str, Any], key: str) -> list[Any]:
 
 
 def tool_schemas(raw_tools: Sequence[Any]) -> list[dict[str, Any]]:
-    """The OpenAI tool schemas of tools, flat or in OpenAI form; the order of keys stays. Raises `InvalidTrajectory`."""
+    """Converts tools, flat or in OpenAI form, to OpenAI tool schemas with the same order of keys.
+
+    Raises `InvalidTrajectory`.
+    """
     raw_tools = [_flattened(raw) for raw in raw_tools]
-    # sources that flag required parameters flag all of them; else a parameter without default is required
+    # files with `required` flags flag all required parameters; in others, a parameter without default is required
     flagged = any(_is_flag(value) for raw in raw_tools for value in _parameters(raw).values())
     return [{"type": "function", "function": _function(raw, flagged)} for raw in raw_tools]
 
 
 def tool_calls(items: Sequence[Any], tools: Sequence[dict[str, Any]], number: int = 0) -> tuple[list[Any], list[Any]]:
-    """The calls of `[{"name", "arguments"}]`, with ids from `call_<number + 1>` on, and what was mended in them."""
+    """Returns (calls of `[{"name", "arguments"}]`, repairs). The ids of the calls start with `call_<number + 1>`."""
     declared = {tool["function"]["name"]: _properties(tool["function"]) for tool in tools}
     calls: list[dict[str, Any]] = []
     repairs: list[Repaired] = []
@@ -111,13 +114,13 @@ def tool_calls(items: Sequence[Any], tools: Sequence[dict[str, Any]], number: in
 
 
 def _flattened(item: Any) -> Any:
-    """A tool or a call without the wrapper of OpenAI's form."""
+    """A tool or a call without OpenAI's wrapper."""
     function = item.get("function") if isinstance(item, dict) and "name" not in item else None
     return function if isinstance(function, dict) else item
 
 
 def _is_schema(parameters: Any) -> bool:
-    """Whether parameters are a JSON Schema: parameters named `type` and `properties` would be objects themselves."""
+    """Whether parameters are a JSON Schema. Descriptions of parameters named `type` or `properties` are objects."""
     if not isinstance(parameters, dict) or not isinstance(parameters.get("type", "object"), str):
         return False
     properties = parameters.get("properties")
@@ -130,7 +133,9 @@ def _is_schema(parameters: Any) -> bool:
 
 
 def _is_flag(parameter: dict[str, Any]) -> bool:
-    return "required" in parameter and not isinstance(parameter["required"], list)  # a list is an object schema's
+    return "required" in parameter and not isinstance(
+        parameter["required"], list
+    )  # a list is the keyword of an object schema
 
 
 def _parameters(raw: Any) -> dict[str, dict[str, Any]]:
@@ -142,7 +147,7 @@ def _parameters(raw: Any) -> dict[str, dict[str, Any]]:
     if _is_schema(parameters):
         return {}
     if not isinstance(parameters, dict) or not all(isinstance(value, dict | None) for value in parameters.values()):
-        raise InvalidTrajectory("bad-tools", f"`parameters` of '{raw.get('name')}' are no objects")
+        raise InvalidTrajectory("bad-tools", f"`parameters` of '{raw.get('name')}' are not objects")
     # null is the padding of a union schema
     present = {key: value for key, value in parameters.items() if value is not None}
     return {key: {name: item for name, item in value.items() if item is not None} for key, value in present.items()}
@@ -150,10 +155,10 @@ def _parameters(raw: Any) -> dict[str, dict[str, Any]]:
 
 def _function(raw: dict[str, Any], flagged: bool) -> dict[str, Any]:
     function: dict[str, Any] = {"name": field(raw, "name", str), "description": str(raw.get("description") or "")}
-    given = raw.get("parameters") or {}
-    given = parse_json(given) if isinstance(given, str) else given
-    if _is_schema(given):
-        return function | {"parameters": given if "type" in given else {"type": "object"} | given}
+    parameters = raw.get("parameters") or {}
+    parameters = parse_json(parameters) if isinstance(parameters, str) else parameters
+    if _is_schema(parameters):
+        return function | {"parameters": parameters if "type" in parameters else {"type": "object"} | parameters}
     properties: dict[str, Any] = {}
     required: list[str] = []
     for key, parameter in _parameters(raw).items():
@@ -164,14 +169,14 @@ def _function(raw: dict[str, Any], flagged: bool) -> dict[str, Any]:
 
 
 def _property(parameter: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-    """The JSON Schema of a parameter, its keys in the same order, and whether its type is spelled optional."""
+    """Returns (JSON Schema of a parameter with the same order of keys, whether its type says "optional")."""
     schema: dict[str, Any] = {}
     typed, optional = json_schema(str(parameter.get("type", "")))
     for key, value in parameter.items():
         if key == "type":
             schema |= typed
         elif key == "default":
-            # an empty text stands for "none" where the parameter is no text
+            # an empty text means "none" for a parameter that is not text
             if value is not None and (value != "" or typed.get("type") == "string"):
                 schema[key] = as_declared(value, typed)
         elif value if key == "description" else not (key == "required" and _is_flag(parameter)):
@@ -180,14 +185,13 @@ def _property(parameter: dict[str, Any]) -> tuple[dict[str, Any], bool]:
 
 
 def spelling(schema: Any, levels: int = 8) -> str:
-    """The type spelling of a JSON Schema: `str`, `List[List[int]]`, `dict`; `json_schema` reads it.
+    """Returns the type spelling of a JSON Schema, the inverse of `json_schema`: `str`, `List[List[int]]`, `dict`.
 
-    Types that JSON Schema has alone (null, several types, none) are spelled so that it says what is meant, though
-    `json_schema` takes them for anything: `None`, `Union[str, int]`, `Any`.
+    Null, several types and no type are spelled `None`, `Union[str, int]` and `Any`, for which `json_schema` returns {}.
     """
     kind = schema.get("type") if isinstance(schema, dict) else None
     if isinstance(kind, list):
-        return f"Union[{', '.join(SPELLINGS.get(str(each), 'Any') for each in kind)}]"
+        return f"Union[{', '.join(SPELLINGS.get(str(name), 'Any') for name in kind)}]"
     items = schema.get("items") if isinstance(schema, dict) else None
     if kind == "array" and levels and isinstance(items, dict) and items.keys() in ({"type"}, {"type", "items"}):
         return f"List[{spelling(items, levels - 1)}]"
@@ -195,15 +199,15 @@ def spelling(schema: Any, levels: int = 8) -> str:
 
 
 def export_row(trajectory: Trajectory) -> Iterator[dict[str, Any] | Lost]:
-    """One row: the user's query and the calls of the assistant's first turn; it has no place for anything else.
+    """Yields one row with the user's query and the calls of the assistant's first turn; the rest is lost.
 
-    A trajectory whose first answer calls nothing gives no row. Where a required parameter has a default, which this
-    format otherwise takes for optional, every parameter gets a `required` flag. Number ids are numbers again.
+    A trajectory whose first answer has no calls gives no row. If a required parameter has a default, which otherwise
+    means "optional" in this format, every parameter gets a `required` flag. Numeric ids become numbers again.
     """
     turns = trajectory.conversation
     at = next(i for i, turn in enumerate(turns) if turn.role == "assistant")
     if not turns[at].tool_calls:
-        yield Lost("no-calls", f"turn {at} answers the query without a call, and this format holds calls only")
+        yield Lost("no-calls", f"turn {at} answers the query without a call, and this format has calls only")
         return
     functions = [tool["function"] for tool in trajectory.tools]
     flagged = any(
@@ -236,7 +240,7 @@ def _required(function: dict[str, Any]) -> list[Any]:
 
 
 def _flat(function: dict[str, Any], flagged: bool) -> dict[str, Any]:
-    """A tool as this format has it."""
+    """A tool in this format."""
     parameters = {}
     for key, schema in _properties(function).items():
         needed = key in _required(function)
@@ -248,19 +252,19 @@ def _flat(function: dict[str, Any], flagged: bool) -> dict[str, Any]:
 
 def _parameter(schema: dict[str, Any], required: bool) -> dict[str, Any]:
     spelled = spelling(schema)
-    told, _ = json_schema(spelled)
+    understood, _ = json_schema(spelled)
     kind = spelled if required else f"{spelled}, optional"
     parameter = {} if "type" in schema else {"type": kind}
     for key, value in schema.items():
         if key == "type":
             parameter[key] = kind
-        elif key not in told or told[key] != value:
+        elif key not in understood or understood[key] != value:
             parameter[key] = value
     return parameter
 
 
 def _padded(tool: dict[str, Any]) -> dict[str, Any]:
-    """The tool with what reading adds to one that says less, which is no loss."""
+    """The tool with the defaults that an import adds, which are not losses."""
     function = _filled(tool["function"], {"name": "", "description": "", "parameters": {}})
     full = {"type": "object", "properties": {}, "required": []}
     if isinstance(function.get("parameters"), dict):
@@ -269,7 +273,7 @@ def _padded(tool: dict[str, Any]) -> dict[str, Any]:
 
 
 def _filled(obj: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """`obj` with the keys that it lacks, where it has no others and has them in this order."""
+    """`obj` with defaults for missing keys, if it has only keys of `defaults`, in the same order; else a copy."""
     if list(obj) != [key for key in defaults if key in obj]:
         return dict(obj)
     return {key: default if obj.get(key) is None else obj[key] for key, default in defaults.items()}

@@ -1,6 +1,6 @@
-"""Formats: how a conversation becomes text. Each says which pieces of the text belong to which turn.
+"""Formats, which write conversations as text and assign each segment of the text to a turn.
 
-This module has what they share; `xlam_jax.data.formats.registry` finds a format by its name.
+This module has the interface and shared functions; `xlam_jax.data.formats.registry` finds a format by its name.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,52 +14,52 @@ from xlam_jax.data.trajectory import InvalidTrajectory, Message, ToolCall, Traje
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """Another way to put the same prompt. The default is what the format's template writes."""
+    """A variant of a format's prompts. The default is the prompt that the format's template writes."""
 
     instruction: int = 0
-    """Which of the format's `instructions` tells the model how to write calls."""
+    """Index of the wording of the format instruction, which explains to the model how to write calls."""
     sections: tuple[int, ...] = ()
-    """The order of the prompt's sections, a permutation; empty: as in the template."""
+    """The order of the prompt's sections, as a permutation; empty for that of the template."""
 
 
 PLAIN = Variant()
 
 
 class Layout(NamedTuple):
-    """What one token sequence is made of. Assistant turns of `trajectory` with `loss` False are only context in it."""
+    """The text of one token sequence. Assistant turns of `trajectory` with `loss` False are only context in it."""
 
     trajectory: Trajectory
     segments: list[Segment]
 
 
 class Format(Protocol):
-    """How conversations are written for one tokenizer."""
+    """Writes conversations for one tokenizer."""
 
     template: str
-    """The jinja text that writes the same; saved with the tokenizer."""
+    """A jinja template that writes the same text; it is saved with the tokenizer."""
     instructions: int
-    """How many wordings of the format instruction there are; 0: the format has none."""
+    """Number of wordings of the format instruction; 0 for a format without one."""
     sections: int
-    """How many sections of the prompt can change places."""
+    """Number of sections of the prompt whose order can change."""
 
     def layouts(self, trajectory: Trajectory, variant: Variant = PLAIN) -> Iterator[Layout]:
-        """Lays a trajectory out, once where one pass can train all of its turns.
+        """Yields the layouts of a trajectory: one where a single sequence can train all of its turns.
 
-        It is laid out several times where the prompt of a later turn is written in another way than the turns before
-        it: then each assistant turn without `loss: false` is in exactly one sequence that trains it. Raises
-        `InvalidTrajectory("not-representable", …)` for what the format cannot write.
+        There are several where the format writes earlier turns differently in the prompt of a later turn: then each
+        assistant turn without `loss: false` is trained in exactly one of them. Raises
+        `InvalidTrajectory("not-representable", …)` for a trajectory that the format cannot write.
         """
         ...
 
     def prompt(self, system: str, tools: list[dict[str, Any]], messages: Sequence[Message]) -> list[Segment]:
-        """Lays a conversation out up to where the assistant answers. Raises as `layouts` does."""
+        """Returns the prompt for the next assistant turn. Raises the errors of `layouts`."""
         ...
 
 
 def read_template(name: str, **variables: bool) -> str:
-    """Returns a shipped template with variables set in front of it.
+    """Returns a template of this package, after statements that set `variables`.
 
-    One that writes tool results sorts them first: a server hands over what a client sends, in whatever order.
+    A template that writes tool results first sorts them, because a server passes them in the order of the client.
     """
     header = "".join(
         f"{{%- set {variable} = {'true' if value else 'false'} -%}}\n" for variable, value in variables.items()
@@ -73,9 +73,9 @@ def read_template(name: str, **variables: bool) -> str:
 def written_calls(
     calls: Iterable[ToolCall], turn: int, front: str = "", back: str = "", ids: bool = False
 ) -> Iterator[Segment]:
-    """The calls of a turn as the array that servers parse, between `front` and `back`; its text is one-line JSON.
+    """Yields the calls of a turn as a one-line JSON array, which servers parse, between `front` and `back`.
 
-    With `ids`, those of the calls that have one stand behind the arguments.
+    With `ids`, the id of a call that has one follows its arguments.
     """
     between = front + "["
     for call in calls:
@@ -86,12 +86,12 @@ def written_calls(
 
 
 def not_representable(detail: str) -> InvalidTrajectory:
-    """The error that says why a format cannot write a trajectory."""
+    """Returns the error for a trajectory that a format cannot write; `detail` says why."""
     return InvalidTrajectory("not-representable", detail)
 
 
 def without_loss(turns: Sequence[Message], before: int) -> tuple[Message, ...]:
-    """Takes the loss from the assistant turns before an index."""
+    """Returns the turns with `loss: false` in the assistant turns before an index."""
     return tuple(
         replace(turn, loss=False) if i < before and turn.role == "assistant" and turn.loss is not False else turn
         for i, turn in enumerate(turns)

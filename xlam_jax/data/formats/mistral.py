@@ -1,7 +1,7 @@
 """Mistral's own formats, as the encoders of mistral-common write them; `mistral_v1.jinja` and `mistral_v3.jinja` agree.
 
-v1 (Mistral 7B v0.1 and v0.2, Mixtral 8x7B) knows no tools, and its tags are plain text. v3 (Mistral 7B v0.3) has
-control tokens, and writes tools and system text in front of the last user turn of a request.
+v1 (Mistral 7B v0.1 and v0.2, Mixtral 8x7B) has no tools, and its tags are plain text. v3 (Mistral 7B v0.3) has control
+tokens, and writes tools and system text in front of the last user turn of a request.
 """
 
 import json
@@ -32,16 +32,16 @@ class MistralV1:
 
     @staticmethod
     def fits(codec: Codec) -> bool:
-        """Any tokenizer can write it."""
+        """True: the format works with any tokenizer."""
         return True
 
     def layouts(self, trajectory: Trajectory, variant: Variant = PLAIN) -> Iterator[Layout]:
-        """Gives the one layout; raises `InvalidTrajectory` for tools, their calls and their results."""
+        """Yields the only layout. Raises `InvalidTrajectory` for tools, calls and tool results."""
         system = system_text(trajectory.task_instruction, trajectory.conversation)
         yield Layout(trajectory, self.prompt(system, trajectory.tools, trajectory.conversation))
 
     def prompt(self, system: str, tools: list[dict[str, Any]], messages: Sequence[Message]) -> list[Segment]:
-        """The answer follows the last turn at once."""
+        """Returns the text of the turns; the answer directly follows the last one."""
         if tools or any(message.role == "tool" or message.tool_calls for message in messages):
             raise not_representable("Mistral's v1 format has no tools; use the format xlam with this tokenizer")
         segments = [Segment(self._codec.bos, "prompt", -1, control=True)]
@@ -62,9 +62,9 @@ class MistralV1:
 class MistralV3:
     """`<s>[INST]user[/INST]answer</s>[AVAILABLE_TOOLS]…[/AVAILABLE_TOOLS][INST]system\\n\\nuser[/INST]…`.
 
-    A call that has an id is written with it, `{"name", "arguments", "id"}`, and a result with the id of its call. Ids
-    that are not nine letters and digits, as Mistral's are, become so: the last nine of their letters and digits, filled
-    up with zeros in front.
+    A call that has an id is written with it, `{"name", "arguments", "id"}`, and a result with the id of its call.
+    Mistral's ids are nine letters and digits; other ids become the last nine of their letters and digits, padded with
+    zeros in front.
     """
 
     instructions = 0
@@ -76,13 +76,13 @@ class MistralV3:
 
     @staticmethod
     def fits(codec: Codec) -> bool:
-        """It takes Mistral's control tokens."""
+        """Whether the tokenizer has Mistral's control tokens."""
         return codec.control_tokens
 
     def layouts(self, trajectory: Trajectory, variant: Variant = PLAIN) -> Iterator[Layout]:
-        """Gives a layout for each user turn that is answered, as its tools and system text move; one without those.
+        """Yields a layout per answered user turn, because tools and system text move there; one layout without those.
 
-        Raises `InvalidTrajectory` for text beside calls, and for results without the id of their call.
+        Raises `InvalidTrajectory` for turns with text and calls, and for results without the id of their call.
         """
         system = system_text(trajectory.task_instruction, trajectory.conversation)
         turns = trajectory.conversation
@@ -98,7 +98,7 @@ class MistralV3:
             start = end
 
     def prompt(self, system: str, tools: list[dict[str, Any]], messages: Sequence[Message]) -> list[Segment]:
-        """The answer follows the last turn at once."""
+        """Returns the text of the turns; the answer directly follows the last one."""
         segments: list[Segment] = []
 
         def control(token: str, turn: int) -> None:
@@ -131,19 +131,19 @@ class MistralV3:
 
 
 def _exchanges(turns: Sequence[Message]) -> list[int]:
-    """The indices of the user turns that follow a turn by another, system turns aside, but for the first."""
+    """The indices of the user turns that follow a turn of another role, without the first one."""
     starts = [i for i, turn in enumerate(turns) if turn.role == "user" and (i == 0 or turns[i - 1].role != "user")]
     return starts[1:]
 
 
 def _by_role(messages: Sequence[Message]) -> Iterator[tuple[str, Turns]]:
-    """Groups the turns of one role that follow each other, with their indices."""
+    """Groups consecutive turns of one role, with their indices."""
     for role, turns in groupby(enumerate(messages), key=lambda turn: turn[1].role):
         yield role, list(turns)
 
 
 def _joined(turns: Turns) -> Iterator[tuple[int, str]]:
-    """The texts of a group with what stands between them in front of each; empty ones are left out."""
+    """Yields (turn, text) of the turns with text; all texts but the first start with the separator."""
     between = ""
     for turn, message in turns:
         if message.content:
@@ -161,7 +161,7 @@ def _answer(turns: Turns) -> Iterator[Segment]:
     turn, message = calling[0]
     if texts or len(turns) > 1:
         raise not_representable(
-            f"turn {turn} has text beside its tool calls, which Mistral's v3 format cannot write; use the format xlam"
+            f"turn {turn} has text and tool calls, which Mistral's v3 format cannot write together; use the format xlam"
             if message.content
             else f"turns {turns[0][0]} and {turns[1][0]} are both by the assistant, which Mistral's v3 format cannot "
             "write where one of them calls tools; use the format xlam"
@@ -195,8 +195,8 @@ def _result(turn: int, message: Message) -> str:
     identity = _id(message.tool_call_id)
     try:
         written = to_json({"content": json.loads(message.content or "{}"), "call_id": identity})
-        written.encode()  # an escape may stand for half a character
-    except (ValueError, RecursionError):  # text, or JSON too deep or with too long a number to be read as such
+        written.encode()  # fails for an escape of half a character
+    except (ValueError, RecursionError):  # text, or JSON that is nested too deeply or has a too long number
         return to_json({"content": message.content, "call_id": identity})
     return written
 

@@ -1,4 +1,4 @@
-"""The formats by name."""
+"""Finds formats by name."""
 
 from typing import TYPE_CHECKING
 
@@ -26,11 +26,11 @@ def find(name: str, tokenizer: "PreTrainedTokenizerFast", codec: Codec) -> Forma
     if name == "xlam_v1":
         return XlamV1(codec)
     if name != "native":
-        raise UserError(f"format '{name}': known are {', '.join(NAMES)}{nearest(name, NAMES)}")
+        raise UserError(f"format '{name}' is unknown; known: {', '.join(NAMES)}{nearest(name, NAMES)}")
     if not tokenizer.chat_template:
         raise UserError(
             f"tokenizer '{tokenizer.name_or_path}' has no chat template, which the format native needs; "
-            "use the format xlam, or a tokenizer that brings its template"
+            "use the format xlam, or a tokenizer that has a template"
         )
     for kind in (Xlam, XlamV1, MistralV1, MistralV3):
         if kind.fits(codec) and tokenizer.chat_template == (format_ := kind(codec)).template:

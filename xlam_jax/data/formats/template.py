@@ -1,7 +1,7 @@
-"""Any tokenizer's own chat template, with the loss mask found by its structure, never by searching for its text.
+"""The `native` format: any tokenizer's own chat template; its structure determines which tokens are trained.
 
-A template that marks what the model generates (`{% generation %}`) says it itself. For others, the prompt of an
-assistant turn is rendered, and the same with the answer; what the second has more is the answer, up to its end token.
+A template may mark what the model generates, with `{% generation %}`. With other templates, the prompt of an assistant
+turn is rendered with and without the answer; the difference up to the end token is the answer.
 """
 
 import re
@@ -33,11 +33,11 @@ class _Answer(NamedTuple):
 
 
 class _UnclearError(Exception):
-    """What a template does so that its answers cannot be told apart."""
+    """A template's answers cannot be separated from their prompts; the message says why."""
 
 
 class Template:
-    """Renders with jinja, as transformers and servers do."""
+    """Writes conversations with a jinja template, as transformers and servers do."""
 
     instructions = 0
     sections = 0
@@ -46,15 +46,15 @@ class Template:
         self._codec = codec
         self._name = tokenizer.name_or_path
         self._variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
-        # a tokenizer may bring one template for requests with tools and one for those without
+        # a tokenizer may have different templates for requests with and without tools
         self.template = str(tokenizer.get_chat_template())
         self._with_tools = str(tokenizer.get_chat_template(tools=[{}]))
 
     def layouts(self, trajectory: Trajectory, variant: Variant = PLAIN) -> Iterator[Layout]:
-        """Gives one layout if the template writes every turn once and for all, else one up to each turn it rewrites.
+        """Yields one layout if the template never rewrites a turn, else a new one wherever it rewrites earlier turns.
 
-        Raises `UserError` when the template never lets answers be told apart, and `InvalidTrajectory` when it does not
-        in this conversation, refuses it, or leaves out a part of it.
+        Raises `UserError` when answers can never be separated from prompts with this template, and `InvalidTrajectory`
+        when they cannot in this conversation, or the template refuses it or omits a part of it.
         """
         try:
             yield from self._layouts(trajectory)
@@ -99,7 +99,7 @@ class Template:
             yield chat.layout(trajectory, text, answers, first)
 
     def prompt(self, system: str, tools: list[dict[str, Any]], messages: Sequence[Message]) -> list[Segment]:
-        """Ends with what the template calls the generation prompt."""
+        """Returns the prompt for the next assistant turn; it ends with the template's generation prompt."""
         chat = _Chat(self, system, tools, messages)
         chat.check_tools()
         return chat.segments(chat.text(len(messages), prompt=True), [])
@@ -110,7 +110,7 @@ class Template:
         answering = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
         if len(marks) == len(answering):
             return [_Answer(turn, *mark) for turn, mark in zip(answering, marks, strict=True)]
-        # several marks a turn: each belongs to the last turn that begins before it
+        # several marks per turn: each belongs to the last turn that begins before it
         begins = [_common(chat.text(turn), text) for turn in answering]
         answers = [_Answer(answering[max(0, bisect_right(begins, mark[0]) - 1)], *mark) for mark in marks]
         if {answer.turn for answer in answers} != set(answering):
@@ -124,20 +124,20 @@ class Template:
         if not text.startswith(prompt):
             at = next((i for i, (a, b) in enumerate(zip(prompt, text, strict=False)) if a != b), len(text))
             raise _UnclearError(
-                f"writes a prompt for turn {turn} that is no beginning of what it writes with the answer: after "
-                f"{prompt[max(0, at - 20) : at]!r} the prompt goes on with {prompt[at : at + 20]!r}, the other with "
+                f"writes a prompt for turn {turn} that is not the beginning of the text with the answer: after "
+                f"{prompt[max(0, at - 20) : at]!r} the prompt continues with {prompt[at : at + 20]!r}, the text with "
                 f"{text[at : at + 20]!r}"
             )
-        ends = [found.end() for found in self._codec.special_pattern.finditer(text, len(prompt))]
+        ends = [match.end() for match in self._codec.special_pattern.finditer(text, len(prompt))]
         if not ends or text[ends[-1] :].strip():
             raise _UnclearError(
-                f"ends the answer of turn {turn} with {text[len(prompt) :][-20:]!r}, which is no control token"
+                f"ends the answer of turn {turn} with {text[len(prompt) :][-20:]!r}, which is not a control token"
             )
         return text, _Answer(turn, len(prompt), ends[-1])
 
 
 class _Chat:
-    """One conversation in the hands of a template."""
+    """One conversation, rendered with a template as a whole and in parts."""
 
     def __init__(self, owner: Template, system: str, tools: list[dict[str, Any]], turns: Sequence[Message]):
         self._codec, self._variables, self._turns = owner._codec, owner._variables, turns
@@ -149,11 +149,11 @@ class _Chat:
         self._messages, self._tools, self._guard = self._guarded(messages, tools)
 
     def text(self, turns: int, prompt: bool = False) -> str:
-        """The text of the first so many turns; with `prompt`, up to where the assistant answers."""
+        """Renders the first turns, as many as `turns`; with `prompt`, with the generation prompt at the end."""
         return self._render(self._messages[: turns + self._offset], prompt)[0]
 
     def marked(self) -> tuple[str, list[tuple[int, int]]]:
-        """The whole text, and from where to where it is generated."""
+        """Returns (text of all turns, spans of the generated text)."""
         return self._render(self._messages, marks=True)
 
     def check_tools(self) -> None:
@@ -169,12 +169,12 @@ class _Chat:
                 self._missing(f"the tool '{name}'")
 
     def layout(self, trajectory: Trajectory, text: str, answers: list[_Answer], first: int) -> Layout:
-        """The conversation up to the last answer, in which turns before the `first` carry no loss."""
+        """The layout of the conversation up to the last answer; turns before the `first` are not trained in it."""
         conversation = without_loss(trajectory.conversation[: answers[-1].turn + 1], before=first)
         return Layout(replace(trajectory, conversation=conversation), self.segments(text, answers))
 
     def segments(self, text: str, answers: list[_Answer]) -> list[Segment]:
-        """Cuts the text at its answers and control tokens. Raises `InvalidTrajectory` where something is missing."""
+        """Splits the text at its answers and control tokens. Raises `InvalidTrajectory` where content is missing."""
         self._check(text, answers)
         segments: list[Segment] = []
         position, turn = 0, -1
@@ -201,27 +201,27 @@ class _Chat:
         return segments
 
     def _main(self, text: str, answer: _Answer) -> tuple[int, int]:
-        """From where to where an answer is neither thought nor end."""
+        """The span of an answer without its thought and its end token."""
         written, message = text[answer.start : answer.end], self._messages[answer.turn + self._offset]
-        ends = [(found.start(), found.end()) for found in self._codec.special_pattern.finditer(written)]
+        ends = [match.span() for match in self._codec.special_pattern.finditer(written)]
         stop = ends[-1][0] if ends and not written[ends[-1][1] :].strip() else len(written)
         content = message["content"].strip()
         spoken = written.find(content) + len(content) if message.get("tool_calls") and content in written else 0
         return answer.start + spoken, answer.start + stop
 
     def _arguments(self, text: str, turn: int, mains: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """From where to where the arguments of a turn's calls stand; nothing unless all are there as JSON, in order."""
-        found: list[tuple[int, int]] = []
+        """The spans of the arguments of a turn's calls; empty unless all are in the text as JSON, in order."""
+        arguments: list[tuple[int, int]] = []
         position = 0
         for call in self._messages[turn + self._offset].get("tool_calls", []):
             tokens = _JSON_TOKEN.findall(to_json(call["function"]["arguments"]))
             spans = (_find_json(tokens, text, max(start, position), stop) for start, stop in mains)
-            span = next((one for one in spans if one), None)
+            span = next((span for span in spans if span), None)
             if span is None:
                 return []
-            found.append(span)
+            arguments.append(span)
             position = span[1]
-        return found
+        return arguments
 
     def _add(self, segments: list[Segment], text: str, kind: Kind, turn: int) -> None:
         for at, piece in enumerate(self._codec.special_pattern.split(text)):
@@ -230,15 +230,15 @@ class _Chat:
                 segments.append(Segment(piece, kind, turn, control=at % 2 == 1))
 
     def _check(self, text: str, answers: list[_Answer]) -> None:
-        """The whole content must be there: a template that knows no calls or results leaves them out silently."""
+        """Raises `InvalidTrajectory` for missing content: templates may silently omit calls or results."""
         squeezed, position = _squeeze(text), 0
         last = answers[-1].turn if answers else len(self._turns)
         for at, message in enumerate(self._messages[: last + self._offset + 1]):
             if message["role"] == "assistant":
                 continue
-            found = _find(message["content"], squeezed, position)
-            position = found if found >= 0 else position
-            if found < 0 and _find(message["content"], squeezed, 0) < 0:
+            start = _find(message["content"], squeezed, position)
+            position = start if start >= 0 else position
+            if start < 0 and _find(message["content"], squeezed, 0) < 0:
                 self._missing(f"the text of turn {at - self._offset}, {message['content'][:40]!r}")
         for turn, parts in groupby(answers, key=lambda answer: answer.turn):
             message = self._messages[turn + self._offset]
@@ -252,7 +252,7 @@ class _Chat:
                     self._missing(f"the call of '{call['function']['name']}' in turn {turn}")
 
     def _missing(self, what: str) -> NoReturn:
-        raise not_representable(f"the tokenizer's chat template leaves out or changes {what}; use the format xlam")
+        raise not_representable(f"the tokenizer's chat template omits or changes {what}; use the format xlam")
 
     def _render(
         self, messages: list[dict[str, Any]], prompt: bool = False, marks: bool = False, tools: bool = True
@@ -261,7 +261,7 @@ class _Chat:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            texts, found = render_jinja_template(
+            texts, generated = render_jinja_template(
                 conversations=[messages],
                 tools=(self._tools or None) if tools else None,
                 chat_template=self.template,
@@ -271,10 +271,10 @@ class _Chat:
             )
         except (TemplateError, TypeError) as error:
             raise not_representable(f"the tokenizer's chat template refuses it: {error}; use the format xlam") from None
-        return texts[0], [(int(start), int(end)) for start, end in found[0]] if marks else []
+        return texts[0], [(int(start), int(end)) for start, end in generated[0]] if marks else []
 
     def _guarded(self, messages: Any, tools: Any) -> tuple[Any, Any, str]:
-        """Breaks up the control tokens that the content spells out, with a character that occurs nowhere in it."""
+        """Inserts a character, which occurs nowhere in the content, into the control tokens that the content spells."""
         content = "\0".join(_strings([messages, tools]))
         pattern = self._codec.special_pattern
         if not pattern.search(content):
@@ -283,7 +283,7 @@ class _Chat:
 
         def broken(value: Any) -> Any:
             if isinstance(value, str):
-                return pattern.sub(lambda found: found[0][:1] + guard + found[0][1:], value)
+                return pattern.sub(lambda match: match[0][:1] + guard + match[0][1:], value)
             if isinstance(value, dict):
                 return {broken(key): broken(item) for key, item in value.items()}
             return [broken(item) for item in value] if isinstance(value, list) else value
@@ -300,7 +300,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _common(first: str, second: str) -> int:
-    """How many characters two texts have in common at their beginning."""
+    """The length of the longest common prefix of two texts."""
     same, limit = 0, min(len(first), len(second))
     while same < limit:
         half = (same + limit + 1) // 2
@@ -316,13 +316,13 @@ def _squeeze(text: str) -> str:
 
 
 def _find(content: str, squeezed: str, position: int) -> int:
-    """Where a text begins, whatever the white space, as it is or as JSON writes it; -1 if it does not."""
-    found = squeezed.find(_squeeze(content), position)
-    return found if found >= 0 else squeezed.find(_squeeze(to_json(content)[1:-1]), position)
+    """Where a text, or its JSON form, begins in `squeezed`, which has no white space; -1 if it does not occur."""
+    start = squeezed.find(_squeeze(content), position)
+    return start if start >= 0 else squeezed.find(_squeeze(to_json(content)[1:-1]), position)
 
 
 def _find_json(tokens: Sequence[str], text: str, start: int, stop: int) -> tuple[int, int] | None:
-    """Where the tokens of a JSON value stand, whatever the white space between them, and the space in front of it."""
+    """The span of a JSON value's tokens, with any white space between them, and of the space in front of it."""
     begin = text.find(tokens[0], start, stop)
     while begin >= 0:
         at = begin

@@ -4,7 +4,7 @@
     thought[TOOL_CALLS][{"name": …, "arguments": {…}}, …]</s>
     [TOOL_RESULTS]…[/TOOL_RESULTS]answer</s>[INST]…
 
-in one line. Tokenizers without those tokens get the tags as plain text and the bare JSON array as calls.
+in one line. For tokenizers without those tokens, the tags are plain text, and calls are a JSON array without a mark.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ from xlam_jax.data.codec import TOOL_CALLS, Codec, Kind, Segment, to_json
 from xlam_jax.data.formats import PLAIN, Layout, Variant, read_template, written_calls
 from xlam_jax.data.trajectory import Message, Trajectory, system_text
 
-# where no token marks a call, the model is told in words; the template says the first
+# explain the form of calls where no token marks them; the template has the first one
 INSTRUCTIONS = (
     'To call tools, end with one line: [{"name": ..., "arguments": {...}}, ...]',
     'Calls of tools are one JSON array in the last line: [{"name": ..., "arguments": {...}}, ...]',
@@ -25,7 +25,7 @@ INSTRUCTIONS = (
 
 
 class Xlam:
-    """Every turn is written once and never changes, so one sequence trains a whole conversation."""
+    """Writes every turn once and never rewrites it, so that one sequence trains a whole conversation."""
 
     def __init__(self, codec: Codec):
         self._codec = codec
@@ -38,16 +38,16 @@ class Xlam:
 
     @staticmethod
     def fits(codec: Codec) -> bool:
-        """Any tokenizer can write it."""
+        """True: the format works with any tokenizer."""
         return True
 
     def layouts(self, trajectory: Trajectory, variant: Variant = PLAIN) -> Iterator[Layout]:
-        """Gives the one layout."""
+        """Yields the only layout."""
         system = system_text(trajectory.task_instruction, trajectory.conversation)
         yield Layout(trajectory, self._segments(system, trajectory.tools, trajectory.conversation, variant))
 
     def prompt(self, system: str, tools: list[dict[str, Any]], messages: Sequence[Message]) -> list[Segment]:
-        """The same text: the answer follows the last turn at once."""
+        """Returns the text of the turns; the answer directly follows the last one."""
         return self._segments(system, tools, messages, PLAIN)
 
     def _segments(

@@ -1,10 +1,10 @@
-"""xLAM v1's format: one user message that holds everything in sections, answered by one JSON object.
+"""xLAM v1's format: one user message with the whole conversation in sections, answered by one JSON object.
 
     {system text}\\n\\n[BEGIN OF TASK INSTRUCTION]…[BEGIN OF AVAILABLE TOOLS]…[BEGIN OF FORMAT INSTRUCTION]…
     [BEGIN OF QUERY]…[BEGIN OF HISTORY STEPS]…   →   {"thought": "…", "tool_calls": [{"name": …, "arguments": {…}}]}
 
-The history goes into the prompt, one step an assistant turn, so that every assistant turn has a prompt of its own.
-`xlam_jax/data/templates/xlam_v1.jinja` writes the same text. The message stands between the tags of the format `xlam`.
+The prompt contains the history, one step per assistant turn, so that every assistant turn has a separate prompt.
+`xlam_jax/data/templates/xlam_v1.jinja` writes the same text. The message is between the tags of the format `xlam`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ _EXAMPLE = (
     '{"thought": "why this step, or the reply in words", '
     '"tool_calls": [{"name": "tool_name", "arguments": {"argument": "value"}}]}'
 )
-# the template says the first
+# the template has the first one
 INSTRUCTIONS = (
     "Answer with one JSON object and nothing else, in the form below. Give each argument the type that the tool "
     f'declares. Without a call, "tool_calls" is an empty list.\n{_EXAMPLE}',
@@ -36,7 +36,7 @@ INSTRUCTIONS = (
 
 
 class XlamV1:
-    """Each assistant turn is a sequence of its own."""
+    """Writes a separate sequence for each assistant turn."""
 
     instructions = len(INSTRUCTIONS)
     sections = 4
@@ -47,11 +47,11 @@ class XlamV1:
 
     @staticmethod
     def fits(codec: Codec) -> bool:
-        """Any tokenizer can write it."""
+        """True: the format works with any tokenizer."""
         return True
 
     def layouts(self, trajectory: Trajectory, variant: Variant = PLAIN) -> Iterator[Layout]:
-        """Gives a layout for each assistant turn that carries loss."""
+        """Yields a layout for each trained assistant turn."""
         turns = trajectory.conversation
         system = system_text(trajectory.task_instruction, turns)
         front, steps = self._pieces(system, trajectory.tools, turns, variant)
@@ -78,13 +78,13 @@ class XlamV1:
             yield Layout(replace(trajectory, conversation=(*context[:turn], message)), segments)
 
     def prompt(self, system: str, tools: list[dict[str, Any]], messages: Sequence[Message]) -> list[Segment]:
-        """The answer follows the message that holds the whole conversation."""
+        """Returns the message with the whole conversation; the answer directly follows it."""
         return self._prompt(*self._pieces(system, tools, messages, PLAIN))
 
     def _pieces(
         self, system: str, tools: list[dict[str, Any]], messages: Sequence[Message], variant: Variant
     ) -> tuple[list[Segment], list[Segment]]:
-        """What is in front of the history, and the history's steps."""
+        """Returns (segments before the history, steps of the history)."""
         control = self._codec.control_tokens
         front, steps = _written(system, tools, messages, INSTRUCTIONS[variant.instruction], order=variant.sections)
         begin = [
@@ -110,7 +110,7 @@ def user_message(
     task_instruction: str | None = None,
     format_instruction: str | None = None,
 ) -> str:
-    """The one user message that holds a conversation, for servers that know nothing of the format."""
+    """Returns a conversation as one user message, for servers whose chat template is not that of the format."""
     front, steps = _written(
         system_text("", messages), tools, messages, format_instruction or INSTRUCTIONS[0], task_instruction
     )
@@ -125,7 +125,7 @@ def _written(
     task_instruction: str | None = None,
     order: Sequence[int] = (),
 ) -> tuple[list[Segment], list[Segment]]:
-    """The system text and the sections, and the history's steps."""
+    """Returns (system text and sections, steps of the history)."""
     query, steps = _steps(messages)
     first = next((turn for turn, message in enumerate(messages) if message.role == "user"), -1)
     sections = [
@@ -145,7 +145,7 @@ def _written(
 
 
 def _history(steps: list[Segment]) -> list[Segment]:
-    """The section of the history's steps, if there are any."""
+    """The section of the history, empty without steps."""
     if not steps:
         return []
     return [
@@ -156,7 +156,7 @@ def _history(steps: list[Segment]) -> list[Segment]:
 
 
 def _steps(messages: Sequence[Message]) -> tuple[str, list[tuple[int, dict[str, Any]]]]:
-    """The request that opens the conversation, and each assistant turn with what came after it up to the next one."""
+    """Returns (request that opens the conversation, steps): each assistant turn with the turns up to the next one."""
     query: list[str] = []
     steps: list[tuple[int, dict[str, Any]]] = []
     observations: list[str] = []
