@@ -18,7 +18,7 @@ PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check --no-com
 
 UV_INSTALL := $(SERVE)/bin/uv pip install --quiet --python $(SERVE)/bin/python
 
-# What the suite bfcl takes its data and checkers from. What it requires itself cannot stand beside JAX, and is not used.
+# What the suite bfcl takes its data and checkers from. Its own requirements conflict with JAX and are not installed.
 BFCL := bfcl-eval==2026.3.23
 
 # Processes that share the tests; each takes 2 to 3 GB.
@@ -60,6 +60,7 @@ lint: $(VENV)/.dev
 	$(PY) -m ruff check .
 	$(PY) -m pyright --pythonpath $(PY)
 	$(PY) tools/layers.py
+	$(PY) tools/words.py
 
 bench: $(VENV)/.test
 	$(PY) benchmarks/train_step.py

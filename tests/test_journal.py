@@ -96,8 +96,8 @@ def test_a_line_that_does_not_belong_is_named(tmp_path: Path):
     path = tmp_path / "journal.jsonl"
     for wrong in ("[]", "not JSON", '{"other": 1}', "null"):
         path.write_text('{"id": 1}\n' + wrong + "\n", encoding="utf-8")
-        with pytest.raises(UserError, match=r"journal\.jsonl:2: is no record; remove it"):
-            list(read(path, lambda value: value["id"], "is no record; remove it"))
+        with pytest.raises(UserError, match=r"journal\.jsonl:2: is not a record; remove it"):
+            list(read(path, lambda value: value["id"], "is not a record; remove it"))
     path.write_text('{"id": 1}\n{"id": 2', encoding="utf-8")
     assert list(read(path, lambda value: value["id"], "")) == [1]
 
@@ -110,7 +110,7 @@ def test_problems_are_collected_and_summarized(tmp_path: Path):
     assert len(problems) == SHOWN + 2
     (warning,) = summarize(path, problems)
     assert warning.startswith(f"{path}: line 2 is not valid JSON; line 3 is not valid JSON")
-    assert warning.endswith("line 6 is not valid JSON, and 2 more like this: left out")
+    assert warning.endswith("line 6 is not valid JSON, and 2 more like this: skipped")
     assert summarize(path, []) == []
 
 

@@ -224,7 +224,7 @@ def test_spikes_do_not_press_the_rest_flat(tmp_path):
     write_records(run, lines)
     figures = page_of(tmp_path, run).figures
     (caption,) = [caption for caption in figures if caption.startswith("Gradient norm")]
-    assert re.search(r"; [12] pale steps? lies? beyond the axis, up to 5,000$", caption)
+    assert re.search(r"; [12] pale steps? (is|are) beyond the axis, up to 5,000$", caption)
     faint = figures[caption].unnamed["faint"][0]
     assert faint.values[200] == max(faint.values) < 1100  # the mean of five steps includes it
     for drawn, one in zip(faint.values, lines, strict=True):
@@ -351,11 +351,11 @@ def test_damaged_lines_are_told_and_a_cut_last_line_is_not(tmp_path, capsys):
     assert metrics == (
         f"warning: {run}/metrics.jsonl: line 3, exact, parsable: not a finite number; line 4 is not valid JSON; "
         "line 5 is not a record with step and kind; line 6 has the unknown kind 'later'; "
-        "line 7 is not a record with step and kind: left out"
+        "line 7 is not a record with step and kind: skipped"
     )
     assert answers == (
         f"warning: {run}/samples.jsonl: line 3 is not valid JSON; line 4 is not a sample with a step; "
-        "line 6 is not a sample with a step: left out"
+        "line 6 is not a sample with a step: skipped"
     )
     assert page.figures["Loss nats per trained token"].curves["train"].steps == list(range(1, 21))
     assert page.figures["Requests share"].curves["exact"].steps == [0, 20]
@@ -366,7 +366,7 @@ def test_many_damaged_lines_are_counted(tmp_path, capsys):
     with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write("x\n" * 1234)
     report(run)
-    assert capsys.readouterr().err.endswith("and 1,229 more like this: left out\n")
+    assert capsys.readouterr().err.endswith("and 1,229 more like this: skipped\n")
 
 
 def test_numbers_that_are_not_finite_are_told(tmp_path, capsys):
@@ -574,7 +574,7 @@ def test_answers_by_step(tmp_path):
 
 def test_a_doubled_answer_is_told(tmp_path, capsys):
     report(_with_samples(tmp_path / "run", [_sample(5, [], []), _sample(5, [], [])]))
-    assert "samples.jsonl: line 2 repeats the answer to a request after step 5: left out" in capsys.readouterr().err
+    assert "samples.jsonl: line 2 repeats the answer to a request after step 5: skipped" in capsys.readouterr().err
 
 
 def test_long_texts_and_many_requests_are_cut_and_counted(tmp_path):

@@ -91,7 +91,7 @@ def part_of(module: str) -> tuple[int, str]:
     return index, part
 
 
-def imports(module: str, tree: ast.Module, known: dict[str, Path]) -> Iterator[Import]:
+def imports(module: str, tree: ast.Module, paths: dict[str, Path]) -> Iterator[Import]:
     """Yields the imports of the project's own modules."""
     functions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
     inside = {id(node) for function in ast.walk(tree) if isinstance(function, functions) for node in ast.walk(function)}
@@ -101,25 +101,25 @@ def imports(module: str, tree: ast.Module, known: dict[str, Path]) -> Iterator[I
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
             full = [f"{node.module}.{alias.name}" for alias in node.names]
-            names = [name if name in known else node.module for name in full]
+            names = [name if name in paths else node.module for name in full]
         for name in dict.fromkeys(names):
-            if name in known and name != module:
+            if name in paths and name != module:
                 yield Import(module, name, getattr(node, "lineno", 0), id(node) in inside)
 
 
-def upward(found: list[Import]) -> Iterator[Violation]:
+def upward(all_imports: list[Import]) -> Iterator[Violation]:
     """Yields imports of a higher layer, or of another part of the same one."""
-    for one in found:
-        (layer, part), (theirs, their_part) = part_of(one.importer), part_of(one.imported)
-        same = layer == theirs and part != their_part and LAYERS[layer][0] not in MAY_IMPORT_EACH_OTHER
-        if theirs < layer or same:
+    for one in all_imports:
+        (layer, part), (other_layer, other_part) = part_of(one.importer), part_of(one.imported)
+        same = layer == other_layer and part != other_part and LAYERS[layer][0] not in MAY_IMPORT_EACH_OTHER
+        if other_layer < layer or same:
             yield Violation("upward import", f"{one.importer}:{one.line}", f"imports {one.imported}")
 
 
-def cycles(found: list[Import]) -> list[list[str]]:
+def cycles(all_imports: list[Import]) -> list[list[str]]:
     """Groups of modules that import each other, directly or through others (Tarjan's strongly connected components)."""
     graph: dict[str, set[str]] = defaultdict(set)
-    for one in found:
+    for one in all_imports:
         graph[one.importer].add(one.imported)
     index: dict[str, int] = {}
     low: dict[str, int] = {}
@@ -148,13 +148,13 @@ def cycles(found: list[Import]) -> list[list[str]]:
     return groups
 
 
-def private_names(module: str, tree: ast.Module, known: dict[str, Path]) -> Iterator[Violation]:
+def private_names(module: str, tree: ast.Module, paths: dict[str, Path]) -> Iterator[Violation]:
     """Yields uses of another module's private names."""
     aliases: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in PACKAGES:
             for alias in node.names:
-                is_module = f"{node.module}.{alias.name}" in known
+                is_module = f"{node.module}.{alias.name}" in paths
                 if is_module:
                     aliases.add(alias.asname or alias.name)
                 elif alias.name.startswith("_"):
@@ -183,15 +183,16 @@ def redefined(module: str, tree: ast.Module) -> Iterator[Violation]:
 
 def violations(root: Path = ROOT) -> list[Violation]:
     """Everything that breaks the contract."""
-    known = modules(root)
-    trees = {name: ast.parse(path.read_bytes()) for name, path in known.items()}
-    found = [one for name, tree in trees.items() for one in imports(name, tree, known)]
-    broken = list(upward(found))
+    paths = modules(root)
+    trees = {name: ast.parse(path.read_bytes()) for name, path in paths.items()}
+    all_imports = [one for name, tree in trees.items() for one in imports(name, tree, paths)]
+    broken = list(upward(all_imports))
     broken += [
-        Violation("cycle", group[0], "imports and is imported by " + ", ".join(group[1:])) for group in cycles(found)
+        Violation("cycle", group[0], "imports and is imported by " + ", ".join(group[1:]))
+        for group in cycles(all_imports)
     ]
     for name, tree in trees.items():
-        broken += [*private_names(name, tree, known), *redefined(name, tree)]
+        broken += [*private_names(name, tree, paths), *redefined(name, tree)]
     return broken
 
 
@@ -205,20 +206,20 @@ def diagram() -> str:
 
 def figures(root: Path = ROOT) -> str:
     """Sizes and counts outside tests."""
-    known = modules(root)
+    paths = modules(root)
     suffixes = (".py", ".jinja", ".css", ".js")
     files = [path for package in PACKAGES for path in (root / package).rglob("*") if path.suffix in suffixes]
     lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in files}
-    trees = {name: ast.parse(path.read_bytes()) for name, path in known.items()}
+    trees = {name: ast.parse(path.read_bytes()) for name, path in paths.items()}
     functions = [
         ((node.end_lineno or 0) - node.lineno + 1, f"{name}.{node.name}")
         for name, tree in trees.items()
         for node in ast.walk(tree)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     ]
-    found = [one for name, tree in trees.items() for one in imports(name, tree, known)]
-    across = [one for one in found if one.lazy and part_of(one.importer) != part_of(one.imported)]
-    private = [one for name, tree in trees.items() for one in private_names(name, tree, known)]
+    all_imports = [one for name, tree in trees.items() for one in imports(name, tree, paths)]
+    across = [one for one in all_imports if one.lazy and part_of(one.importer) != part_of(one.imported)]
+    private = [one for name, tree in trees.items() for one in private_names(name, tree, paths)]
     longest = max(lines, key=lambda path: lines[path])
     return "\n".join(
         f"{name}: {value}"
@@ -228,9 +229,9 @@ def figures(root: Path = ROOT) -> str:
             "functions over 60 lines": sum(length > 60 for length, _ in functions),
             "longest file": f"{lines[longest]} lines, {longest.relative_to(root)}",
             "files over 500 lines": sum(count > 500 for count in lines.values()),
-            "upward imports": len(list(upward(found))),
-            "cycles": len(cycles(found)),
-            "modules in cycles": sum(map(len, cycles(found))),
+            "upward imports": len(list(upward(all_imports))),
+            "cycles": len(cycles(all_imports)),
+            "modules in cycles": sum(map(len, cycles(all_imports))),
             "lazy imports across layers": len(across),
             "private names across modules": len(private),
         }.items()

@@ -37,6 +37,16 @@ TEXT = {
 }
 """Pattern → what to write instead."""
 
+EXCEPTIONS = {
+    ("xlam_jax/data/converters/api_bank.py", "told"),
+    ("xlam_jax/data/converters/toolbench.py", "tells"),
+    ("tests/data/test_environment_converters.py", "tell"),
+}
+"""Files and words in them that are data: instructions to models, and turns of the examples."""
+
+TEMPLATES = ("xlam_jax/data/templates/", "examples/quickstart/tokenizer/")
+"""Texts that are not checked: a tokenizer's saved template is compared with them, and older exports keep theirs."""
+
 NAMES = {"told", "found", "known", "how", "made", "given", "asked", "mine", "away", "theirs"}
 """Names that say nothing about the thing."""
 
@@ -77,7 +87,9 @@ def in_python(source: str) -> Iterator[Hit]:
 def hits(path: Path) -> list[Hit]:
     """The discouraged words of a file, by line."""
     text = path.read_text(encoding="utf-8")
-    return sorted(in_python(text) if path.suffix == ".py" else in_text(text))
+    name = str(path.relative_to(ROOT)) if path.is_absolute() else str(path)
+    listed = in_python(text) if path.suffix == ".py" else in_text(text)
+    return sorted(hit for hit in listed if (name, hit.word) not in EXCEPTIONS)
 
 
 def files() -> list[Path]:
@@ -86,7 +98,7 @@ def files() -> list[Path]:
         "\n"
     )
     paths = [Path(name) for name in listed if name.endswith(KINDS)]
-    skipped = ("fixtures", "examples/quickstart/LICENSES")
+    skipped = ("fixtures", "examples/quickstart/LICENSES", *TEMPLATES)
     return [ROOT / path for path in paths if path.name != "words.py" and not any(part in str(path) for part in skipped)]
 
 

@@ -126,7 +126,7 @@ def json_lines(path: Path, problems: list[str]) -> Iterator[tuple[int, Any]]:
             yield number, value
 
 
-def summarize(path: Path, problems: list[str], done: str = "left out") -> list[str]:
+def summarize(path: Path, problems: list[str], done: str = "skipped") -> list[str]:
     """Returns one warning about all problems of a file, or none. `done`: what was done with such lines."""
     if not problems:
         return []

@@ -14,7 +14,7 @@ from support import ROOT
 from xlam_jax import config as configs
 from xlam_jax.models import tiles
 from xlam_jax.models.tiles import MIB, Shape, Tile, outer_tile, outer_vmem, product_tile, product_vmem
-from xlam_jax.planning.failures import failure
+from xlam_jax.planning.failures import classify
 from xlam_jax.planning.hardware import parse
 
 LIMITS = (16 * MIB, 32 * MIB)
@@ -129,7 +129,7 @@ def test_the_compiler_takes_the_tile_for_two_rows_of_mixtral():
     Kernel(shape, product_tile(shape, 16 * MIB)).compile("v5p:2x2x1")
     with pytest.raises(jax.errors.JaxRuntimeError) as refused:
         Kernel(shape, Tile(512, 4096, 512)).compile("v5p:2x2x1")
-    outcome, cause = failure(refused.value)
+    outcome, cause = classify(refused.value)
     assert outcome == "kernel-memory"
     assert cause == (
         "the kernel gmm.1 (bf16[16384,4096], bf16[8,4096,14336] → bf16[16384,14336]) needs 17.00M of VMEM, "

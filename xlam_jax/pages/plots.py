@@ -118,7 +118,7 @@ def _visible_range(lines: Sequence[Line]) -> tuple[float, float, str]:
         beyond, ends, low = int((faint < inside_low).sum()), [exact(low)], inside_low
     if high - inside_high > room:
         beyond, ends, high = beyond + int((faint > inside_high).sum()), [*ends, exact(high)], inside_high
-    noun = "step lies" if beyond == 1 else "steps lie"
+    noun = "step is" if beyond == 1 else "steps are"
     return low, high, f"{beyond:,} pale {noun} beyond the axis, up to {' and '.join(ends)}" if ends else ""
 
 
@@ -227,7 +227,7 @@ class Plot(NamedTuple):
     scale: str
     """Unit and kind of the y axis."""
     note: str
-    """Points that lie beyond the axis; empty if there are none."""
+    """Points that are beyond the axis; empty if there are none."""
     description: str
     """For readers who cannot see the figure."""
     axis: Axis
@@ -306,7 +306,7 @@ def _y_labels(axis: Axis, percent: bool) -> list[Label]:
 
 
 def _base_line(axis: Axis) -> float:
-    """Returns y of the base line: zero if it lies inside the axis, else the bottom."""
+    """Returns y of the base line: zero if it is inside the axis, else the bottom."""
     if axis.log or not axis.low < 0 < axis.high:
         return HEIGHT
     return HEIGHT * axis.high / (axis.high - axis.low)

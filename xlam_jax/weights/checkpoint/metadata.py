@@ -54,7 +54,7 @@ def metadata_digest(metadata: dict[str, Any]) -> str:
 
 def file_digests(run: Path) -> dict[str, str]:
     """Digests of the files next to the steps that an export reads, by their paths in the run folder. config.json is
-    left out: its contents are in the metadata."""
+    skipped: its contents are in the metadata."""
     files = [*sorted((run / TOKENIZER).iterdir())] if (run / TOKENIZER).is_dir() else []
     return {
         str(path.relative_to(run)): file_digest(path, length=32)
