@@ -77,10 +77,11 @@ def _convert(opened: HFWeights, dtype: np.dtype | None, work: ResumableFolder, w
 
 def _verify(opened: HFWeights, dtype: np.dtype | None, folder: Path, workers: int) -> None:
     """Raises `UserError` for tensors that differ from the source in any bit, and if a small model's logits differ."""
-    from xlam_jax.weights.checkpoint import STEPS, open_params
+    from xlam_jax.enums import STEPS_FOLDER
+    from xlam_jax.weights.checkpoint import open_params
     from xlam_jax.weights.logits import compare_logits
 
-    params = open_params(folder / STEPS / "0")
+    params = open_params(folder / STEPS_FOLDER / "0")
 
     def is_equal(item: tuple[Tensor, Source]) -> bool:
         tensor, source = item

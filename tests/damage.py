@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from xlam_jax.enums import STEPS_FOLDER
 from xlam_jax.errors import UserError
 from xlam_jax.parallel.link import Hosts
 from xlam_jax.training.restore import restore_newest
@@ -80,7 +81,7 @@ def outcome(read: Callable[[], Any], expected: dict[Any, Any]) -> str:
 
 def files_of(folder: Path, step: str) -> list[Path]:
     """Returns the files of a run or a converted model that are read again, relative to its folder."""
-    own = [path for path in (folder / checkpoint.STEPS / step).rglob("*") if path.is_file()]
+    own = [path for path in (folder / STEPS_FOLDER / step).rglob("*") if path.is_file()]
     beside = [folder / checkpoint.HF_CONFIG, *(folder / checkpoint.TOKENIZER).iterdir()]
     return sorted(path.relative_to(folder) for path in own + beside if path.stat().st_size)
 

@@ -337,9 +337,6 @@ def test_export_names_a_folder():
 def test_lists_of_names_agree_with_the_schema():
     assert get_args(configs.ObjectiveSection.model_fields["kind"].annotation) == ("sft", *enums.PAIR_LOSSES)
     assert tuple(configs.MeshShape.model_fields)[: len(enums.MESH_AXES)] == enums.MESH_AXES
-    from xlam_jax.weights.checkpoint import STEPS
-
-    assert enums.STEPS_FOLDER == STEPS
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -10,7 +10,7 @@ from support import ROOT
 
 from xlam_jax import config as configs
 from xlam_jax.config import check_divisible, flatten, reference
-from xlam_jax.parallel.mesh import AXES
+from xlam_jax.enums import MESH_AXES
 
 FILES = {path.stem: path for path in sorted((ROOT / "configs").glob("*.yaml"))}
 PUBLISHED = sorted(name for name in FILES if not name.startswith("quickstart"))
@@ -163,7 +163,7 @@ def test_rows_divide_over_the_devices_it_is_made_for(name):
     full = next((counts for model, counts in DEVICES["full"].items() if name.startswith(model)), ())
     for count in full if resolved.model.lora is None else (1, 2, 4, 8):
         check_divisible(
-            resolved.config, resolved.model, {f"mesh.{axis}": count if axis == "fsdp" else 1 for axis in AXES}
+            resolved.config, resolved.model, {f"mesh.{axis}": count if axis == "fsdp" else 1 for axis in MESH_AXES}
         )
 
 

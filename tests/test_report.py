@@ -14,6 +14,7 @@ import yaml
 from fake_runs import KINDS, SHARES, SOURCES, TRAINED, heldout_record, train_record, write_run
 from report_page import Curve, Page
 
+from xlam_jax import enums
 from xlam_jax.errors import UserError
 from xlam_jax.report import runs, samples
 from xlam_jax.report.__main__ import main
@@ -121,7 +122,7 @@ def test_last_losses_of_kinds_by_source(single, page):
 
 def test_requests_of_a_run_stand_in_one_figure(single, page):
     figure = page.figures["Requests share"]
-    for mark in samples.MARKS:
+    for mark in enums.REQUEST_MARKS:
         expected = [(one["step"], one[mark]) for one in records(single, "requests")]
         check(figure.curves[mark.replace("_", " ")], expected)
 

@@ -23,7 +23,7 @@ import numpy as np
 from xlam_jax import cli
 from xlam_jax import config as configs
 from xlam_jax.config import Resolved
-from xlam_jax.enums import MESH_AXES as AXES
+from xlam_jax.enums import MESH_AXES
 from xlam_jax.errors import UserError
 from xlam_jax.planning.advice import Change, advise
 from xlam_jax.planning.failures import (
@@ -124,12 +124,12 @@ def _reporter(quiet: bool) -> Any:
 def _mesh_overrides(text: str | None) -> list[str]:
     if text is None:
         return []
-    sizes = dict.fromkeys(AXES, "1")
+    sizes = dict.fromkeys(MESH_AXES, "1")
     for part in text.split(","):
         axis, _, size = part.partition("=")
-        if axis not in AXES or not size.lstrip("-").isdigit():
+        if axis not in MESH_AXES or not size.lstrip("-").isdigit():
             raise UserError(
-                f"--mesh: {part!r} is not AXIS=N; axes are {', '.join(AXES)}, N is a number, or -1 for one axis"
+                f"--mesh: {part!r} is not AXIS=N; axes are {', '.join(MESH_AXES)}, N is a number, or -1 for one axis"
             )
         sizes[axis] = size
     return [f"mesh.{axis}={size}" for axis, size in sizes.items()]
@@ -259,7 +259,7 @@ def _add_times(
 
 def _group(devices: np.ndarray, axes: Sequence[str]) -> tuple[list[Any], int]:
     """Returns the first group of devices along mesh axes, and the extent of its indices in the order of all devices."""
-    index = tuple(slice(None) if axis in axes else 0 for axis in AXES)
+    index = tuple(slice(None) if axis in axes else 0 for axis in MESH_AXES)
     positions = np.arange(devices.size).reshape(devices.shape)[index]
     return list(devices[index].flat), int(positions.max() - positions.min()) + 1
 
@@ -343,7 +343,7 @@ def candidates(resolved: Resolved, devices: int) -> list[Resolved]:
     """Returns the layouts that a search tries, grouped by mesh: each mesh with each remat and microbatch count."""
     config = resolved.config
     layouts = []
-    for data, fsdp, expert, context, tensor in factorizations(devices, len(AXES)):
+    for data, fsdp, expert, context, tensor in factorizations(devices, len(MESH_AXES)):
         if data > 1 and fsdp > 1 and config.train.trainable == "full":
             continue  # sharding alone needs less memory than replicas of shards, and no more communication
         if tensor > 8 or context > 16:

@@ -11,6 +11,7 @@ import tiny_models
 from support import ROOT, Commands
 from transformers import AutoConfig, GenerationConfig
 
+from xlam_jax.enums import STEPS_FOLDER
 from xlam_jax.errors import UserError
 from xlam_jax.generate import find_model
 from xlam_jax.models.generation_config import align, read_generation_config, stop_ids
@@ -49,7 +50,7 @@ def run(trained: tuple[Path, str], tmp_path: Path) -> Path:
     config = read(copy / "config.json") | {"eos_token_id": 7, "bos_token_id": 5}
     (copy / "config.json").write_text(json.dumps(config))
     for step in checkpoint.whole_steps(copy):  # as if the run had been saved with these files
-        path = copy / checkpoint.STEPS / str(step) / checkpoint.METADATA
+        path = copy / STEPS_FOLDER / str(step) / checkpoint.METADATA
         note = read(path)
         note["custom_metadata"] |= {"model": config, checkpoint.FILES: {}}
         note["custom_metadata"][checkpoint.DIGEST] = checkpoint.metadata_digest(note["custom_metadata"])

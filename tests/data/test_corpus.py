@@ -10,9 +10,10 @@ import pytest
 from xlam_jax.config import Data
 from xlam_jax.data import corpus, examples, render_sources
 from xlam_jax.data.parse import read_jsonl
-from xlam_jax.data.render import KINDS, render
+from xlam_jax.data.render import render
 from xlam_jax.data.tokenizer import load_tokenizer
 from xlam_jax.data.trajectory import Trajectory
+from xlam_jax.enums import SPAN_KINDS
 from xlam_jax.errors import UserError
 
 
@@ -55,7 +56,7 @@ def test_examples_are_what_render_gives(quickstart, codec):
         assert np.array_equal(example["tokens"], rendered.input_ids[:-1])
         assert np.array_equal(example["labels"], rendered.input_ids[1:])
         assert np.array_equal(example["weights"], rendered.weights[1:])
-        kinds = [KINDS[kind] for kind in example["kinds"]]
+        kinds = [SPAN_KINDS[kind] for kind in example["kinds"]]
         assert kinds == [span.kind for span in rendered.spans for _ in range(span.start, span.end)][1:]
         assert [value.dtype for value in example.values()] == [np.int32, np.int32, np.float32, np.int8]  # pyright: ignore
     assert [len(part) for part in (one.train[10:20:3], one.train[-1:], one.train[180:])] == [4, 1, 0]
@@ -96,7 +97,7 @@ def test_annotations_point_back_to_where_each_label_is_from(quickstart, codec):
             assert plain.ids[row] == trajectory.id
             for span in render(trajectory, codec).spans:
                 labels = slice(max(0, span.start - 1), span.end - 1)
-                assert set(example["kinds"][labels].tolist()) <= {KINDS.index(span.kind)}
+                assert set(example["kinds"][labels].tolist()) <= {SPAN_KINDS.index(span.kind)}
                 assert set(example["turns"][labels].tolist()) <= {span.turn}
             assert len(example["kinds"]) == len(example["turns"]) == len(example["tokens"])
 

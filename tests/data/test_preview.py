@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from xlam_jax import config as configs
 from xlam_jax.data import corpus, pipeline, preview
 from xlam_jax.data.parse import read_jsonl
-from xlam_jax.data.render import KINDS, codec_and_format, render
+from xlam_jax.data.render import codec_and_format, render
 from xlam_jax.data.tokenizer import load_tokenizer
+from xlam_jax.enums import SPAN_KINDS
 from xlam_jax.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -76,7 +77,7 @@ def test_shows_augmented_rows_too(config):
     overrides = ("data.augment.tools=true", "data.augment.negatives=0.5")
     rows = list(preview.rows(config, overrides, count=5))
     as_trained(rows, *loaded(config, overrides))
-    assert {token.kind for row in rows for segment in row.segments for token in segment.tokens} == set(KINDS)
+    assert {token.kind for row in rows for segment in row.segments for token in segment.tokens} == set(SPAN_KINDS)
 
 
 def test_both_sides_of_pairs_are_shown_as_they_are_trained(config):

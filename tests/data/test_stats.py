@@ -10,8 +10,9 @@ from xlam_jax import config as configs
 from xlam_jax.data import corpus, pipeline, render_sources, stats
 from xlam_jax.data.mixture import shares
 from xlam_jax.data.parse import read_jsonl
-from xlam_jax.data.render import KINDS, render
+from xlam_jax.data.render import render
 from xlam_jax.data.tokenizer import load_tokenizer
+from xlam_jax.enums import SPAN_KINDS
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "examples" / "quickstart"
@@ -50,7 +51,7 @@ def test_counts_what_is_there(config, collected):
     for source, counted in zip(data.sources, collected.sources, strict=True):
         counts: Counter[str] = Counter()
         lengths, weighted = [], 0.0
-        kinds = np.zeros(len(KINDS), int)
+        kinds = np.zeros(len(SPAN_KINDS), int)
         for _, row in read_jsonl(source.files[0]):
             if isinstance(row, Exception):
                 counts[row.reason] += 1
@@ -68,8 +69,8 @@ def test_counts_what_is_there(config, collected):
                 weighted += float(rendered.weights.sum())
                 lengths.append(len(rendered.input_ids) - 1)
                 for span in rendered.spans:
-                    kinds[KINDS.index(span.kind)] += span.end - span.start
-        kinds[KINDS.index("prompt")] -= len(lengths)  # the first token is nobody's label
+                    kinds[SPAN_KINDS.index(span.kind)] += span.end - span.start
+        kinds[SPAN_KINDS.index("prompt")] -= len(lengths)  # the first token is nobody's label
         dropped = {key: counts[key] for key in ("too-long", "not-an-object", "no-conversation") if counts[key]}
         assert counted.name == source.name
         assert counted.dropped == dropped

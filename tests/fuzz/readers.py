@@ -22,6 +22,7 @@ from xlam_jax.data.row_json import parse_json
 from xlam_jax.data.tokenizer import load_tokenizer, text_to_ids_digest
 from xlam_jax.data.trajectory import InvalidTrajectory, to_dict
 from xlam_jax.data.validate import check_row
+from xlam_jax.enums import STEPS_FOLDER
 from xlam_jax.models import hf_keys
 from xlam_jax.models.config import ModelConfig, read_hf_config
 from xlam_jax.models.generation_config import read_generation_config
@@ -228,7 +229,7 @@ def run(folder: Path) -> Read:
     text = configs.to_yaml(configs.load(QUICKSTART).config)
     (kept / "config.yaml").write_text(text, encoding="utf-8")
     (kept / "config.json").write_text(json.dumps(SMALL), encoding="utf-8")
-    step = kept / checkpoint.STEPS / "20"
+    step = kept / STEPS_FOLDER / "20"
     (step / "params").mkdir(parents=True)
     metadata = {"item_handlers": {"params": "x"}, "custom_metadata": {"config": yaml.safe_load(text), "model": SMALL}}
     (step / checkpoint.METADATA).write_text(json.dumps(metadata), encoding="utf-8")
@@ -255,7 +256,7 @@ def run(folder: Path) -> Read:
             case _:
                 path.write_bytes(mutate_json(draw, json.loads(whole[name])))
         run_folder.read_run(kept / "run.json", lambda line: None)
-        if name.parts[0] == checkpoint.STEPS or name.name == "config.json":
+        if name.parts[0] == STEPS_FOLDER or name.name == "config.json":
             weights.saved_run(checkpoint.resolve(kept))
             checkpoint.load_hf_config(step)
             checkpoint.tokenizer_dir(step)

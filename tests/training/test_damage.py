@@ -15,6 +15,7 @@ from damage import KINDS, bits, copy, damage, files_of, flip, outcome, read_for_
 from support import ROOT, Commands, same_arrays, train_losses
 
 from xlam_jax import config as configs
+from xlam_jax.enums import STEPS_FOLDER
 from xlam_jax.errors import UserError
 from xlam_jax.parallel.link import Hosts
 from xlam_jax.progress import Progress
@@ -359,7 +360,7 @@ def after_damage(
     result = outcome(lambda: read_for_export(run), exports)
     if items is not None:
         result += f", {outcome(lambda: resumed(run, items), resumes)}"
-    for aside in (run / checkpoint.STEPS).glob("*.damaged"):
+    for aside in (run / STEPS_FOLDER).glob("*.damaged"):
         aside.rename(aside.with_suffix(""))
     (run / file).write_bytes(content)
     return result

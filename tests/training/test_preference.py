@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xlam_jax.training.preference import WATCHED, Preference, Sides, by_side, count_pairs, pair_losses, preference_sums
+from xlam_jax.enums import PAIR_METRICS
+from xlam_jax.training.preference import Preference, Sides, by_side, count_pairs, pair_losses, preference_sums
 
 ROWS, LENGTH, PAIRS = 3, 60, 4
 
@@ -95,7 +96,7 @@ def test_losses_are_those_of_the_papers(preference: Preference):
     losses = by_hand(preference)
     assert float(count_pairs(jnp.asarray(segments_BT))) == len(losses) == 7
     np.testing.assert_allclose(float(jnp.sum(losses_BP)), sum(losses), rtol=1e-5)
-    assert tuple(watched) == WATCHED
+    assert tuple(watched) == PAIR_METRICS
     assert 0 <= float(watched["accuracy"]) <= 7
 
 

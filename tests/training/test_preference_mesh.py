@@ -14,13 +14,13 @@ import optax
 import pytest
 import tiny_batches
 
-from xlam_jax.enums import UNREFERENCED
+from xlam_jax.enums import PAIR_METRICS, UNREFERENCED
 from xlam_jax.models.config import Lora, ModelConfig
 from xlam_jax.models.params import shapes, trainable
 from xlam_jax.parallel.mesh import make_mesh, put_rows
 from xlam_jax.parallel.placement import place
 from xlam_jax.training import step as steps
-from xlam_jax.training.preference import WATCHED, Kind, Preference
+from xlam_jax.training.preference import Kind, Preference
 
 ROWS, LENGTH, STEPS = 8, 72, 4
 MESHES = {
@@ -48,7 +48,7 @@ MODEL = ModelConfig(
 )
 
 
-SHOWN = ("loss", "grad_norm", *WATCHED)
+SHOWN = ("loss", "grad_norm", *PAIR_METRICS)
 
 
 def trained(kind: Any, layout: str) -> list[list[float]]:

@@ -11,7 +11,7 @@ from xlam_jax.config import PAIRS, Source
 from xlam_jax.data.pair import Pair
 from xlam_jax.data.render import Rendered
 from xlam_jax.data.trajectory import Trajectory
-from xlam_jax.enums import SPAN_KINDS as KINDS
+from xlam_jax.enums import SPAN_KINDS
 
 
 class Example(TypedDict):
@@ -183,7 +183,7 @@ class Referenced(LazyExamples):
 def make_columns(rendered: Rendered, annotate: bool = False) -> Columns:
     """Returns the part of a rendered sequence that training needs; with `annotate`, also the turn of each token."""
     counts = [span.end - span.start for span in rendered.spans]
-    kinds = np.repeat(np.array([KINDS.index(span.kind) for span in rendered.spans], np.int8), counts)
+    kinds = np.repeat(np.array([SPAN_KINDS.index(span.kind) for span in rendered.spans], np.int8), counts)
     turns = np.repeat(np.array([span.turn for span in rendered.spans], np.int32), counts) if annotate else None
     return Columns(np.asarray(rendered.input_ids, np.int32), np.asarray(rendered.weights, np.float32), kinds, turns)
 

@@ -1,4 +1,4 @@
-"""Colors and labels of the kinds of spans in `render.KINDS`, for pages and terminals."""
+"""Colors and labels of the kinds of spans in `enums.SPAN_KINDS`, for pages and terminals."""
 
 COLORS = {
     "prompt": "#bbbbbb",

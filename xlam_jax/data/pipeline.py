@@ -21,7 +21,7 @@ from xlam_jax.data.augment import augmented
 from xlam_jax.data.examples import Example, LazyExamples, Loaded, make_columns, make_example
 from xlam_jax.data.mixture import shares, stream_mixture
 from xlam_jax.digest import random_integer
-from xlam_jax.enums import SPAN_KINDS as KINDS
+from xlam_jax.enums import SPAN_KINDS
 
 
 class Row(NamedTuple):
@@ -38,7 +38,7 @@ class Row(NamedTuple):
     """Segment ids: the number of the example in the row, from 1; 0 is padding. The chosen and the rejected side of a
     row's p-th pair are segments 2p − 1 and 2p."""
     groups: np.ndarray
-    """Group of each label, by which the loss is reported: source × len(KINDS) + kind."""
+    """Group of each label, by which the loss is reported: source × len(SPAN_KINDS) + kind."""
     reference: np.ndarray | None = None
     """Pairs only: log p under the reference policy, see `examples.Example`."""
 
@@ -87,7 +87,7 @@ def _packed(examples: grain.IterDataset, keys: Sequence[str], data: Data, seed: 
 def _row(packed: dict[str, np.ndarray]) -> Row:
     segments = packed["tokens_segment_ids"].astype(np.int32)
     sources = np.concatenate([[0], packed["origin"][::2]])[segments]  # `origin` has (source, row) of each example
-    groups = np.where(segments > 0, sources * len(KINDS) + packed["kinds"], 0).astype(np.int32)
+    groups = np.where(segments > 0, sources * len(SPAN_KINDS) + packed["kinds"], 0).astype(np.int32)
     positions = packed["tokens_positions"].astype(np.int32)
     if "sides" in packed:
         segments = np.where(segments > 0, 2 * segments - 2 + packed["sides"], 0).astype(np.int32)

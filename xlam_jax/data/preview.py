@@ -12,8 +12,8 @@ from xlam_jax import config as configs
 from xlam_jax.data import corpus, examples, pipeline
 from xlam_jax.data.kind_styles import COLORS, TERMINAL_COLORS, label
 from xlam_jax.data.pair import Pair
-from xlam_jax.data.render import KINDS
 from xlam_jax.data.tokenizer import load_tokenizer
+from xlam_jax.enums import SPAN_KINDS
 from xlam_jax.errors import UserError, nearest
 from xlam_jax.pages import document
 
@@ -115,7 +115,7 @@ def _row(
             tokens = [_token(text, int(column["tokens"][0]), 0, 0.0, "prompt", -1)]
             for at, token in enumerate(column["labels"].tolist()):
                 weight, kind, turn = (column[key][at] for key in ("weights", "kinds", "turns"))
-                tokens.append(_token(text, token, at + 1, float(weight), KINDS[kind], int(turn)))
+                tokens.append(_token(text, token, at + 1, float(weight), SPAN_KINDS[kind], int(turn)))
             roles = tuple(message.role for message in trajectory.conversation)
             name = whole.id + side
             segments.append(Segment(source.source.name, name, int(places[0]), len(places), roles, tokens))
@@ -215,7 +215,7 @@ def _weighted(kind: str, weight: float) -> str:
 
 def terminal(rows: Iterable[Row], color: bool) -> Iterator[str]:
     """Yields the rows as text: trained spans in color or as «kind| … », special tokens in ⟦ ⟧."""
-    kinds = [kind for kind in KINDS if kind != "prompt"]
+    kinds = [kind for kind in SPAN_KINDS if kind != "prompt"]
     legend = " ".join(_marked(kind, 1.0, label(kind), color) for kind in kinds)
     yield f"trained: {legend if color else '«kind| … »'}; special tokens: ⟦ ⟧"
     for row in rows:
@@ -256,7 +256,7 @@ def write_page(rows: Iterable[Row], path: Path) -> None:
         "preview.html.jinja",
         title="What training sees",
         generator="",
-        kinds=[(kind, COLORS[kind], label(kind)) for kind in KINDS if kind != "prompt"],
+        kinds=[(kind, COLORS[kind], label(kind)) for kind in SPAN_KINDS if kind != "prompt"],
         rows=((_header(row), [_page_segment(segment) for segment in row.segments]) for row in rows),
     )
 

@@ -19,7 +19,6 @@ from xlam_jax.data.formats.registry import find
 from xlam_jax.data.messages import parse_request
 from xlam_jax.data.parse import parse_tools
 from xlam_jax.data.trajectory import InvalidTrajectory, Message, ToolCall, Trajectory, system_text
-from xlam_jax.enums import SPAN_KINDS as KINDS
 from xlam_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CONTROL_TOKENS",
-    "KINDS",
     "RENDER_VERSION",
     "Kind",
     "Rendered",

@@ -16,8 +16,8 @@ from xlam_jax.data.examples import Loaded
 from xlam_jax.data.kind_styles import COLORS, label
 from xlam_jax.data.mixture import shares
 from xlam_jax.data.pair import Pair
-from xlam_jax.data.render import KINDS
 from xlam_jax.data.tokenizer import load_tokenizer
+from xlam_jax.enums import SPAN_KINDS
 from xlam_jax.pages import document, figures
 
 MOST_ROWS = 20_000
@@ -46,7 +46,7 @@ class SourceStats(NamedTuple):
     weighted: float
     """Sum of their loss weights."""
     kinds: np.ndarray
-    """Tokens per kind, in the order of `render.KINDS`, int64 [kinds]."""
+    """Tokens per kind, in the order of `enums.SPAN_KINDS`, int64 [kinds]."""
     target: float
     """Share of the drawn examples, according to the config."""
     target_trained: float
@@ -164,10 +164,10 @@ def _count_source(source: Loaded, parts: bool) -> tuple[int, int, Counter[str], 
 
 def _count_kinds(source: Loaded) -> tuple[float, np.ndarray]:
     """Returns the sum of the loss weights, and the tokens of each kind [kinds]."""
-    weighted, kinds = 0.0, np.zeros(len(KINDS), np.int64)
+    weighted, kinds = 0.0, np.zeros(len(SPAN_KINDS), np.int64)
     for example in source.train:
         weighted += float(example["weights"].sum(dtype=np.float64))
-        kinds += np.bincount(example["kinds"], minlength=len(KINDS))
+        kinds += np.bincount(example["kinds"], minlength=len(SPAN_KINDS))
     return weighted, kinds
 
 
@@ -298,7 +298,7 @@ def _svg(plot: Callable[[Stats, Any], None], stats: Stats, height: float) -> str
 def _plot_kinds(stats: Stats, axes: Any) -> None:
     names = [source.name for source in stats.sources]
     left = np.zeros(len(names))
-    for at, kind in enumerate(KINDS):
+    for at, kind in enumerate(SPAN_KINDS):
         share = np.array([source.kinds[at] / max(source.kinds.sum(), 1) for source in stats.sources])
         axes.barh(names, share, left=left, color=COLORS[kind], label=label(kind))
         left += share

@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from xlam_jax.enums import MESH_AXES as AXES
+from xlam_jax.enums import MESH_AXES
 from xlam_jax.errors import UserError
 
 BATCH_AXES = ("data", "fsdp", "expert")
@@ -88,7 +88,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     number of devices, or if the data axis is not a multiple of the number of slices.
     """
     devices = jax.devices() if devices is None else devices
-    shape = [sizes.get(axis, 1) for axis in AXES]
+    shape = [sizes.get(axis, 1) for axis in MESH_AXES]
     if -1 in shape:
         product = int(np.prod([size for size in shape if size != -1]))
         if len(devices) % product:
@@ -96,21 +96,21 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
         shape[shape.index(-1)] = len(devices) // product
     if int(np.prod(shape)) != len(devices):
         raise UserError(_misfit(sizes, devices))
-    types = (AxisType.Auto,) * len(AXES)
+    types = (AxisType.Auto,) * len(MESH_AXES)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
-        return jax.make_mesh(tuple(shape), AXES, axis_types=types, devices=devices)
+        return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=types, devices=devices)
     if shape[0] % slices:
         raise UserError(
             f"mesh.data is {shape[0]} and the devices are of {slices} slices, which only the data axis joins; "
             f"make it a multiple of {slices}"
         )
-    inside, between = [shape[0] // slices, *shape[1:]], [slices] + [1] * (len(AXES) - 1)
-    return Mesh(mesh_utils.create_hybrid_device_mesh(inside, between, devices), AXES, axis_types=types)
+    inside, between = [shape[0] // slices, *shape[1:]], [slices] + [1] * (len(MESH_AXES) - 1)
+    return Mesh(mesh_utils.create_hybrid_device_mesh(inside, between, devices), MESH_AXES, axis_types=types)
 
 
 def _misfit(sizes: Mapping[str, int], devices: Sequence[Any]) -> str:
-    layout = " × ".join(f"{axis} {sizes.get(axis, 1)}" for axis in AXES)
+    layout = " × ".join(f"{axis} {sizes.get(axis, 1)}" for axis in MESH_AXES)
     platform = devices[0].platform
     split = ", or mesh.cpu_devices to split a CPU into more" if platform == "cpu" else ""
     return (
@@ -305,7 +305,7 @@ def varying(array: jax.Array) -> frozenset[str]:
 
 def vary(array: jax.Array, axes: tuple[str, ...] | frozenset[str]) -> jax.Array:
     """Marks an array as different on each device along `axes`; its gradient is then summed over them."""
-    missing = tuple(axis for axis in AXES if axis in axes and axis not in varying(array))
+    missing = tuple(axis for axis in MESH_AXES if axis in axes and axis not in varying(array))
     return jax.lax.pcast(array, missing, to="varying") if missing else array
 
 

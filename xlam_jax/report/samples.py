@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from xlam_jax.data.schemas import hashable
-from xlam_jax.enums import REQUEST_MARKS as MARKS
+from xlam_jax.enums import REQUEST_MARKS
 from xlam_jax.journal import json_lines, summarize
 from xlam_jax.pages.plots import color_class
 from xlam_jax.report.runs import is_step
@@ -139,7 +139,7 @@ def _read_answer(record: dict[str, Any]) -> Answer:
         content=_shorten(record.get("content"), "answer"),
         text=_shorten(record.get("text"), "answer"),
         cut=record.get("finish_reason") == "length",
-        marks={mark: record[mark] is True for mark in MARKS if mark in record},
+        marks={mark: record[mark] is True for mark in REQUEST_MARKS if mark in record},
     )
 
 

@@ -14,7 +14,7 @@ from xlam_jax.config import Data, Eval
 from xlam_jax.data import pipeline
 from xlam_jax.data.corpus import Loaded
 from xlam_jax.data.render import end_tokens
-from xlam_jax.enums import SPAN_KINDS as KINDS
+from xlam_jax.enums import SPAN_KINDS
 from xlam_jax.errors import UserError
 from xlam_jax.evaluate import next_call
 from xlam_jax.models.generation import Generate
@@ -33,7 +33,7 @@ def losses_by_group(groups: Groups, sources: Sequence[str], *, kinds: bool) -> d
         return {"loss": float(loss.sum() / weight.sum()), "tokens": round(float(count.sum()))}
 
     def by_kind(loss_K: Any, weight_K: Any, count_K: Any) -> dict[str, Any]:
-        each = zip(KINDS, loss_K, weight_K, count_K, strict=True)
+        each = zip(SPAN_KINDS, loss_K, weight_K, count_K, strict=True)
         return {"kinds": {kind: mean(*sums) for kind, *sums in each if sums[1]}} if kinds else {}
 
     each = zip(sources, loss_SK, weight_SK, count_SK, strict=True)

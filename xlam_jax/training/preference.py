@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from xlam_jax.enums import PAIR_METRICS as WATCHED
+from xlam_jax.enums import PAIR_METRICS
 from xlam_jax.enums import PairLoss as Kind
 from xlam_jax.parallel import mesh
 
@@ -105,7 +105,7 @@ def preference_sums(
     pairs: int,
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
     """Returns the losses of pairs [B, P], 0 for those that do not exist; which exist; and this device's sums of
-    `WATCHED`.
+    `PAIR_METRICS`.
 
     `log_p_BT`: log-probabilities of the labels, 0 for tokens without weight. `reference_BT`: the same under the
     reference policy, 0 without one.
@@ -135,5 +135,5 @@ def preference_sums(
         policy.rejected,
         (moved.chosen + moved.rejected) / jnp.maximum(tokens.chosen + tokens.rejected, 1.0),
     )
-    sums = {name: jnp.sum(real(value)) for name, value in zip(WATCHED, watched, strict=True)}
+    sums = {name: jnp.sum(real(value)) for name, value in zip(PAIR_METRICS, watched, strict=True)}
     return real(losses_BP), real_BP, sums

@@ -8,11 +8,11 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
+from xlam_jax.enums import STEPS_FOLDER
 from xlam_jax.errors import UserError
 from xlam_jax.parallel.link import Hosts
 from xlam_jax.weights.checkpoint import (
     ARRAYS,
-    STEPS,
     DamagedError,
     check_shapes,
     checksums,
@@ -66,11 +66,11 @@ def restore_newest(
     visible = [set(steps) for steps in hosts.gather(whole_steps(run))]
     problems: dict[int, str] = {}
     for step in sorted((step for step in set.intersection(*visible) if step <= newest), reverse=True):
-        result = _try_step(run / STEPS / str(step), items, hosts, report)
+        result = _try_step(run / STEPS_FOLDER / str(step), items, hosts, report)
         if isinstance(result, Restored):
             _set_aside(run, problems, hosts, report)
             if problems:
-                report(f"continuing from {run / STEPS / str(step)}, the newest intact checkpoint")
+                report(f"continuing from {run / STEPS_FOLDER / str(step)}, the newest intact checkpoint")
             return result
         problems[step] = result
         if on_damage == "error":
@@ -79,8 +79,8 @@ def restore_newest(
             )
     reasons = "\n  ".join(problems.values())
     raise UserError(
-        f"{run / STEPS}: no checkpoint is intact; restore one from a copy, or start again in another output_dir\n"
-        f"  {reasons}"
+        f"{run / STEPS_FOLDER}: no checkpoint is intact; restore one from a copy, or start again in another "
+        f"output_dir\n  {reasons}"
     )
 
 
@@ -101,7 +101,7 @@ def _try_step(step_dir: Path, items: dict[str, Any], hosts: Hosts, report: Repor
 def _set_aside(run: Path, problems: dict[int, str], hosts: Hosts, report: Report) -> None:
     """Renames damaged steps, on one host while the others wait."""
     for step, problem in problems.items():
-        path = run / STEPS / str(step)
+        path = run / STEPS_FOLDER / str(step)
         aside = path.with_name(f"{step}.damaged")
         for number in range(2, 1000):
             if not aside.exists():

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from xlam_jax import config as configs
 from xlam_jax.config import Config, Resolved
+from xlam_jax.enums import STEPS_FOLDER
 from xlam_jax.errors import UserError
 from xlam_jax.outputs import LOCK, PART, locked, remove_parts, write_text
 from xlam_jax.parallel.link import Hosts, host_name
@@ -74,7 +75,7 @@ def newest_step(run: Path, hosts: Hosts, report: Report) -> int:
 
     Raises `UserError` when some hosts see steps and no step is seen by all.
     """
-    from xlam_jax.weights.checkpoint import STEPS, whole_steps
+    from xlam_jax.weights.checkpoint import whole_steps
 
     visible = [set(steps) for steps in hosts.gather(whole_steps(run))]
     common = max(set.intersection(*visible), default=0)
@@ -83,7 +84,7 @@ def newest_step(run: Path, hosts: Hosts, report: Report) -> int:
             f"{host_name(process, hosts.names[process])} sees {', '.join(map(str, sorted(steps))) or 'none'}"
             for process, steps in enumerate(visible)
         )
-        where = f"{run / STEPS}: the hosts see different checkpoints ({by_host})"
+        where = f"{run / STEPS_FOLDER}: the hosts see different checkpoints ({by_host})"
         if not common:
             raise UserError(f"{where}; output_dir must be on a file system that all of them share")
         report(f"{where}; continuing from {common}, which all of them see")

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from xlam_jax import errors
+from xlam_jax.enums import STEPS_FOLDER
 from xlam_jax.errors import UserError
 from xlam_jax.models.families import stacked_axes
 from xlam_jax.outputs import write_text
@@ -25,7 +26,6 @@ from xlam_jax.weights.checkpoint import (
     FILES,
     METADATA,
     METRICS,
-    STEPS,
     DamagedError,
     checksums,
     file_digests,
@@ -48,7 +48,7 @@ class Checkpoints:
 
     def __init__(self, run: Path, *, keep: int, metadata: dict[str, Any], best: str | None = None):
         _silence_orbax_threads()
-        self._folder = run / STEPS
+        self._folder = run / STEPS_FOLDER
         self._metadata = metadata
         self._files = file_digests(run)
         self._best, self._keep = best, keep

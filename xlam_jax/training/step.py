@@ -19,6 +19,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
+from xlam_jax.enums import PAIR_METRICS
 from xlam_jax.models.config import ModelConfig
 from xlam_jax.models.decoder import Decoder
 from xlam_jax.models.kernels import XLA, Kernels
@@ -26,7 +27,7 @@ from xlam_jax.models.params import Params, binder, freeze, frozen_specs, join, p
 from xlam_jax.parallel import mesh as meshes
 from xlam_jax.parallel.placement import place, put
 from xlam_jax.training.objectives import load_balancing, token_log_probabilities
-from xlam_jax.training.preference import WATCHED, Preference, Sides, by_side, count_pairs, firsts, preference_sums
+from xlam_jax.training.preference import Preference, Sides, by_side, count_pairs, firsts, preference_sums
 
 
 class State(NamedTuple):
@@ -132,7 +133,7 @@ class Sums(NamedTuple):
     z: jax.Array
     """Sum of the squared log of the softmax's normalizer over the trained tokens."""
     watched: dict[str, jax.Array]
-    """Further metrics of pairs (`preference.WATCHED`), to be divided by `weight`."""
+    """Further metrics of pairs (`enums.PAIR_METRICS`), to be divided by `weight`."""
     groups: Groups
 
 
@@ -217,7 +218,7 @@ def _sums(
 def _preference(
     objective: Objective, reference: Decoder | None, batch: Batch, log_p_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array | None, dict[str, jax.Array]]:
-    """Returns the losses of pairs, which pairs are real, their groups, [B, P] each, and the sums of `WATCHED`."""
+    """Returns the losses of pairs, which pairs are real, their groups, [B, P] each, and the sums of `PAIR_METRICS`."""
     assert objective.preference is not None
     reference_BT = jnp.zeros_like(log_p_BT) if batch.reference_BT is None else batch.reference_BT
     if reference is not None:
@@ -268,7 +269,8 @@ def make_train_step(
     """Builds the step `(state, frozen, batch) -> (state, metrics)`; `frozen` are the frozen parameters, {} if none.
 
     Metrics: loss (mean over weighted tokens, or over pairs), aux_loss, grad_norm, tokens, trained_tokens, the means of
-    `WATCHED` for pairs, and `groups`, the sums of each group. The first steps of a moving average have a smaller decay.
+    `PAIR_METRICS` for pairs, and `groups`, the sums of each group. The first steps of a moving average have a smaller
+    decay.
     """
     specs = param_specs(model, mesh)
     frozen_spec = frozen_specs(model, mesh, quantized=options.quantized)
@@ -329,7 +331,7 @@ def _accumulate(
         return jax.tree.map(jnp.add, total, gradient(params, *part)), None
 
     keys = jax.random.split(key, options.microbatches)
-    watched = WATCHED if options.objective.preference else ()
+    watched = PAIR_METRICS if options.objective.preference else ()
     zero = jnp.zeros(())
     zeros_G = jnp.zeros((options.objective.groups if batch.groups_BT is not None else 0,))
     no_sums = Sums(

@@ -14,6 +14,7 @@ from xlam_jax.data import pipeline
 from xlam_jax.data.corpus import Loaded
 from xlam_jax.data.identity import Identity
 from xlam_jax.data.tokenizer import save
+from xlam_jax.enums import STEPS_FOLDER
 from xlam_jax.errors import STOPPED, UserError
 from xlam_jax.outputs import replace_folder
 from xlam_jax.parallel.hosts import merged
@@ -36,7 +37,7 @@ from xlam_jax.training.start import Start
 from xlam_jax.training.step import State, init_state
 from xlam_jax.training.trackers import flatten, open_trackers
 from xlam_jax.weights import run as weights
-from xlam_jax.weights.checkpoint import STEPS, TOKENIZER, resolve
+from xlam_jax.weights.checkpoint import TOKENIZER, resolve
 
 SHOWN = 20
 """Maximum number of trajectories that a message names."""
@@ -99,7 +100,7 @@ class Trainer:
             self.report(f"weights from {self.config.model.init_from or 'the seed'}")
         finished = self.start >= self.steps
         was_due = bool(self.start) and self.config.eval.is_due(self.start, last=finished)
-        step_dir = self.run_dir / STEPS / str(self.start)
+        step_dir = self.run_dir / STEPS_FOLDER / str(self.start)
         self.needs_evaluation = self.hosts.gather(was_due and not is_evaluated(step_dir))[0]
         # a finished run keeps the tokenizer that its checkpoints were saved with, and that exports read
         folder = self.run_dir / TOKENIZER
@@ -306,13 +307,13 @@ class Trainer:
             self.report(f"loss plot: {plot(self.run_dir)}")
         if self.best:
             best, value = self.best
-            self.report(f"best {self.config.checkpoint.best}: {value:.4f}, {self.run_dir / STEPS / str(best)}")
+            self.report(f"best {self.config.checkpoint.best}: {value:.4f}, {self.run_dir / STEPS_FOLDER / str(best)}")
 
     def _divergence(self, step: int, record: dict[str, Any], origins: list[tuple[int, int]]) -> str:
         """Returns the message for a step whose loss or gradient is not finite."""
         ids = [f"{self.loaded[source].source.name}: {self.loaded[source].ids[row]}" for source, row in origins]
         shown = "\n  ".join(ids[:SHOWN]) + (f"\n  and {len(ids) - SHOWN} more" if len(ids) > SHOWN else "")
-        folder = self.run_dir / STEPS
+        folder = self.run_dir / STEPS_FOLDER
         *before, newest = self.checkpoints.steps() or [0]
         if newest == step - 1 > 0:  # its weights or the batch may be to blame
             kept = f"checkpoint {folder / str(newest)} is what this step started from"

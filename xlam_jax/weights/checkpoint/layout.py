@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 
 from xlam_jax.digest import hex_digest
+from xlam_jax.enums import STEPS_FOLDER
 from xlam_jax.errors import UserError
 
-STEPS = "checkpoints"
 TOKENIZER = "tokenizer"
 HF_CONFIG = "config.json"
 METADATA = "_CHECKPOINT_METADATA"
@@ -29,7 +29,7 @@ class DamagedError(UserError):
 
 def whole_steps(run: Path) -> list[int]:
     """The complete steps of a run folder, in order. Other entries of its checkpoints/ are ignored."""
-    folder = run / STEPS
+    folder = run / STEPS_FOLDER
     return sorted(int(entry.name) for entry in folder.iterdir() if is_step(entry)) if folder.is_dir() else []
 
 
@@ -40,7 +40,7 @@ def is_step(entry: Path) -> bool:
 
 def is_checkpoint(path: Path) -> bool:
     """Whether `resolve` would return a step for this path."""
-    return (_is_number(path.name) and path.parent.name == STEPS) or bool(whole_steps(path))
+    return (_is_number(path.name) and path.parent.name == STEPS_FOLDER) or bool(whole_steps(path))
 
 
 def resolve(path: Path) -> Path:
@@ -49,20 +49,20 @@ def resolve(path: Path) -> Path:
     Raises `UserError` when there is none.
     """
     if not path.exists():
-        raise UserError(f"{path}: no such folder; a run folder or one of its {STEPS}/STEP folders is expected")
-    if _is_number(path.name) and path.parent.name == STEPS:
+        raise UserError(f"{path}: no such folder; a run folder or one of its {STEPS_FOLDER}/STEP folders is expected")
+    if _is_number(path.name) and path.parent.name == STEPS_FOLDER:
         return path
     steps = whole_steps(path)
     if not steps:
         raise UserError(
-            f"{path}: holds no {STEPS}/STEP folder; give a run folder, a step folder of one, or train first"
+            f"{path}: holds no {STEPS_FOLDER}/STEP folder; give a run folder, a step folder of one, or train first"
         )
-    return path / STEPS / str(steps[-1])
+    return path / STEPS_FOLDER / str(steps[-1])
 
 
 def check_names(run: Path, steps: range) -> None:
     """Raises `UserError` when an entry that is not a step has the name of a step that the run is going to save."""
-    for entry in (run / STEPS).iterdir() if (run / STEPS).is_dir() else ():
+    for entry in (run / STEPS_FOLDER).iterdir() if (run / STEPS_FOLDER).is_dir() else ():
         if _is_number(entry.name) and int(entry.name) in steps and not is_step(entry):
             raise UserError(
                 f"{entry}: not a checkpoint, but it has the name of one that this run is going to save; move it away"

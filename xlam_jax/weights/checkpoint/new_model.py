@@ -10,10 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from xlam_jax.enums import STEPS_FOLDER
 from xlam_jax.models.params import Params
 from xlam_jax.outputs import write_text
 from xlam_jax.weights.checkpoint.arrays import named_leaves
-from xlam_jax.weights.checkpoint.layout import HF_CONFIG, STEPS
+from xlam_jax.weights.checkpoint.layout import HF_CONFIG
 from xlam_jax.weights.checkpoint.metadata import ARRAYS, DIGEST, FILES, metadata_digest
 
 CHUNK = 2**25
@@ -30,7 +31,7 @@ class NewModel:
     def __init__(self, folder: Path, like: Params, split: Callable[[tuple[str, ...]], int]):
         """Begins a model in `folder`, or continues one. `like`: shapes and dtypes. `split`: returns for a parameter's
         path how many of its leading axes index its layers (and experts)."""
-        self._folder = (folder / STEPS / "0").absolute()
+        self._folder = (folder / STEPS_FOLDER / "0").absolute()
         if not self._folder.is_dir():
             _write_step(folder, self._folder, like)
         self._split = split
