@@ -402,7 +402,7 @@ def test_sharegpt_defects_are_reported():
     row = {"conversations": turns, "tools": [TOOL]}
     read("sharegpt", row, "trailing-text-after-json")
     for value, why in (
-        ("[]", "bad-call: turn 1 holds an empty list"),
+        ("[]", "bad-call: turn 1 has an empty list of calls"),
         ("look()", "bad-arguments: turn 1 calls with a text that is not valid JSON"),
         ('{"name": "look", "arguments": [1]}', "bad-arguments: turn 1 calls 'look' with a list"),
         ('{"name": "lok", "arguments": {}}', "undeclared-tool: turn 1 calls 'lok'.*did you mean 'look'"),

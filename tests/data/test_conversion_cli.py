@@ -165,7 +165,7 @@ def test_mistakes_are_user_errors_and_leave_nothing(tmp_path, write_jsonl):
         (("hammer", [tmp_path], out), "no such file"),
         (("hammer", [HAMMER], tmp_path / "no" / "out.jsonl"), "does not exist; create it"),
         (("hammer", [HAMMER], tmp_path), "exists already"),
-        (("hammer", [HAMMER], tmp_path / "out.jsonl.gz"), r"leave \.gz out of its name"),
+        (("hammer", [HAMMER], tmp_path / "out.jsonl.gz"), r"remove \.gz from its name"),
         (("hammer", [bad], bad), "is an input as well"),
         (("hammer", [bad], out), r"not one trajectory of format 'hammer'.*rows\.jsonl:1: missing-field"),
     ):
@@ -202,7 +202,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(__main__, "_exported", full)
+    monkeypatch.setattr(__main__, "_export", full)
     with pytest.raises(UserError, match=r"out\.jsonl: can't be written .No space left on device"):
         convert("hammer", [HAMMER], tmp_path / "out.jsonl")
     assert list(tmp_path.iterdir()) == []
