@@ -231,9 +231,10 @@ def compare_required_call(
     tools: list[dict[str, Any]],
     tokens: int,
 ) -> Difference | None:
-    """Compares the calls of an answer that must be a call, for models whose other answers have none.
+    """Requests an answer that must be a call, and compares the calls that the server parses with ours.
 
-    The answer has at most max(`tokens`, REQUIRED_TOKENS) tokens.
+    For models that call no tool unasked. Returns the difference, also for an answer without a call; None if they are
+    equal. The answer has at most max(`tokens`, REQUIRED_TOKENS) tokens.
     """
     completion, calls = server.required_call(messages, tools, max(tokens, REQUIRED_TOKENS))
     difference = compare_calls(tokenizer, completion, calls)

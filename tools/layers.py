@@ -198,7 +198,7 @@ def violations(root: Path = ROOT) -> list[Violation]:
 
 def diagram() -> str:
     """The layers as text, highest first."""
-    shown = {"commands": "xlam_jax.{launch, train, generate, plan}, every __main__"}
+    shown = {"commands": "xlam_jax.{launch, train, generate, plan, export}, most __main__"}
     rows = [(name, shown.get(name, ", ".join(parts)), purpose) for name, purpose, parts in LAYERS]
     width = max(len(parts) for _, parts, _ in rows)
     return "\n".join(f"{name:<18}{parts:<{width}}  {purpose}" for name, parts, purpose in rows)

@@ -33,8 +33,9 @@ def parse_pair(row: object, default_id: str, repaired: Report, *, padded: bool =
     """Checks a row in the form that `python -m xlam_jax.data pairs` writes, and returns it typed.
 
     `conversation` has the turns that both sides share, `chosen` and `rejected` have the following turns; equal turns at
-    their beginnings are shared too. Each side is checked and repaired like a trajectory. Raises `InvalidTrajectory`,
-    with the reason equal-sides where chosen and rejected are the same.
+    their beginnings are shared too. Each side is checked and repaired like a trajectory. `default_id`: id of a row
+    without one. `repaired` receives each repair, and unknown keys. `padded`: the row has the null fields of a union
+    schema. Raises `InvalidTrajectory`, with the reason equal-sides where chosen and rejected are the same.
     """
     if not isinstance(row, dict):
         raise InvalidTrajectory("not-an-object", f"a row is a JSON object, got a {type(row).__name__}")

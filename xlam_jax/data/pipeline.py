@@ -168,7 +168,9 @@ class Loader:
         return {name: stream.get_state() for name, stream in self._streams.items()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Moves every stream to a saved position, in constant time."""
+        """Moves every stream of this host to a saved position; the time does not depend on the position.
+
+        `state`: the merged `state()` of all hosts. Raises `KeyError` if a stream is missing."""
         for name, stream in self._streams.items():
             stream.set_state(state[name])
 

@@ -190,7 +190,10 @@ def is_mapped(path: str, number: int) -> bool:
 
 
 def write_maps(process: int, as_nobody: bool) -> None:
-    """Maps the user to root in the namespace, for the set-up, and makes the id of nobody available there."""
+    """Maps this user and group to root in the user namespace of `process` (its id), for the set-up.
+
+    `as_nobody` also makes the ids of nobody available there.
+    """
     for kind, own in (("uid", os.geteuid()), ("gid", os.getegid())):
         if kind == "gid" and not as_nobody:
             write(f"/proc/{process}/setgroups", "deny")
@@ -273,7 +276,7 @@ def give_up_rights(as_nobody: bool, memory_mb: int, disk_mb: int, filter_: bytes
 
 
 def lower(limit: int, value: int) -> None:
-    """Sets a resource limit, unless the machine has set a lower one."""
+    """Sets the soft and the hard limit of a resource to `value`, or to the present hard limit if that is lower."""
     hard = resource.getrlimit(limit)[1]
     value = value if hard == resource.RLIM_INFINITY else min(value, hard)
     resource.setrlimit(limit, (value, value))

@@ -31,7 +31,7 @@ class Request(NamedTuple):
     turn: int
     """Index of the requested assistant turn in the trajectory's conversation."""
     messages: list[dict[str, Any]]
-    """The messages before that turn, in OpenAI form, beginning with system text."""
+    """The messages before that turn, in OpenAI form; the task instruction is the first, if there is one."""
     tools: list[dict[str, Any]]
     expected: tuple[ToolCall, ...]
     """The recorded calls, at least one."""

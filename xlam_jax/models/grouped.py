@@ -49,7 +49,10 @@ class Groups(NamedTuple):
 
 
 def group(expert_SK: jax.Array, experts: int, kernel: str) -> Groups:
-    """Sorts assignments by expert, then by token; `expert_SK` equal to `experts` means no expert (padding tokens).
+    """Lays the assignments out in rows, sorted by expert, then by token, and padded to whole tiles.
+
+    `expert_SK`: the expert of each assignment, integers; `experts` means none (padding tokens). `kernel`: megablox or
+    triton.
 
     For triton, padding rows fill each expert's last tile, so that a tile has only one expert.
     """

@@ -64,7 +64,7 @@ class Instruction(NamedTuple):
         return NAME.findall(match[1]) if match else []
 
     def numbers(self, attribute: str) -> list[int]:
-        """Returns the numbers in an attribute such as `dimensions={1,2}`."""
+        """Returns the numbers in an attribute, [1, 2] for `dimensions={1,2}`; [] without it."""
         match = re.search(rf"\b{attribute}=\{{([\d,]*)\}}", self.attributes)
         return [int(number) for number in match[1].split(",") if number] if match else []
 

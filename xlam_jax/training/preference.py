@@ -24,6 +24,7 @@ class Preference(NamedTuple):
 
     kind: Kind
     beta: float
+    """Scale of a pair's rewards; ipo: 1 / (2β) is the target of their difference; orpo: weight of its term."""
     label_smoothing: float = 0.0
     """sigmoid: assumed fraction of pairs whose labels are swapped (conservative DPO)."""
     margin: float = 0.0
@@ -92,6 +93,7 @@ def pair_losses(loss: Preference, policy: Sides, reference: Sides, tokens: Sides
         gain = jax.nn.sigmoid(loss.beta * (chosen - moved_rejected))
         retained = jax.nn.sigmoid(loss.beta * (moved_chosen - rejected))
         return (1 - gain + 1 - retained) / 2
+    assert loss.kind == "orpo", loss.kind
     odds = [log_p - jnp.log1p(-jnp.exp(jnp.minimum(log_p, -1e-6))) for log_p in policy]
     return -loss.beta * jax.nn.log_sigmoid(odds[0] - odds[1])
 

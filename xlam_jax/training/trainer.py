@@ -286,7 +286,10 @@ class Trainer:
         self.metrics.record(step, "train", record | ({"memory": memory} if memory else {}))
 
     def save(self, step: int) -> None:
-        """Starts saving the state after a step, with the position in the data."""
+        """Starts saving the state after a step, with the position in the data. All hosts call it together.
+
+        Raises `UserError` when an earlier save failed.
+        """
         with self.metrics.paused("saving"):
             self.checkpoints.save(step, self.state.trees(), merged(self.loader.state()))
 

@@ -1,4 +1,4 @@
-"""Reads and writes safetensors files tensor by tensor, so that only a few tensors are in memory.
+"""Reads safetensors files tensor by tensor, and makes their headers, so that only a few tensors are in memory.
 
 Files are local, or remote ones that fsspec opens. The format (https://huggingface.co/docs/safetensors): 8 bytes
 (little-endian) with the length of a JSON header, the header (name → dtype, shape, start and end offset), and the bytes

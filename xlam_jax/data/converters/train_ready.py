@@ -228,9 +228,10 @@ def _text(message: dict[str, Any]) -> str:
 
 
 def export_row(trajectory: Trajectory) -> Iterator[dict[str, Any] | Lost]:
-    """Yields one row per assistant turn without `loss: false`; source and score are lost.
+    """Yields one row per assistant turn without `loss: false`, then a `Lost` for each part that the rows do not keep.
 
-    The text of a turn with calls is in `chosen` and in `output_message`. Turns after the last row's turn are lost.
+    Lost are for example source, score, and turns after the last trained one; if no turn is trained, there is only a
+    `Lost`. `chosen` and `output_message` both have the text of a turn with calls.
     """
     messages = to_messages(trajectory, reasoning=True)
     first = len(messages) - len(trajectory.conversation)

@@ -36,7 +36,7 @@ def normalize(answer: str) -> str:
 
 
 def exact_match(answer: str, gold: str) -> bool:
-    """Returns HotpotQA's exact match (EM)."""
+    """Returns whether two answers are equal after `normalize`: HotpotQA's exact match (EM)."""
     return normalize(answer) == normalize(gold)
 
 

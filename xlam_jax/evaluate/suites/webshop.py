@@ -26,7 +26,11 @@ _HIDDEN = {"script", "style", "head", "title", "iframe"}
 
 
 class WebShop(AgentSuite):
-    """`reward` is computed by the server; `success` means that it is 1. Without a purchase both are 0."""
+    """Buys what a request describes.
+
+    Scores: `reward`, 0 to 1, as the server computes it, and `success`, 1 where the reward is 1. Without a purchase both
+    are 0.
+    """
 
     name = "webshop"
     about = "buy what a request describes, at a WebShop server (--set url=http://localhost:3000)"
@@ -76,7 +80,7 @@ class WebShop(AgentSuite):
             raise UserError(f"--set tasks={self._count}: must be at least 1")
 
     def tasks(self) -> list[Task]:
-        """Returns one task per request of the server; a task's id is the name of its session."""
+        """Returns one task for each of the server's first N requests (`--set tasks=N`); its id names the session."""
         return [Task(f"fixed_{at}", f"fixed_{at}") for at in range(self._count)]
 
     def environment(self, task: Task) -> "Shopping":

@@ -1,7 +1,7 @@
 """The model families that this project trains: one file and one row of `FAMILIES` each.
 
 To add a family, write a module with a `Family` (how its config.json is read, and its weight table) and add it to
-`FAMILIES`. Nothing else names a family.
+`FAMILIES`. In `xlam_jax`, nothing else names a family.
 """
 
 from collections.abc import Mapping

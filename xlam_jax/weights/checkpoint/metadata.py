@@ -115,7 +115,8 @@ def load_generation_config(step_dir: Path) -> dict[str, Any] | None:
 def tokenizer_dir(step_dir: Path) -> Path | None:
     """The tokenizer folder next to a step folder, if there is one.
 
-    Raises `UserError` when one of its files has changed since the step was saved.
+    Raises `UserError` when one of its
+    files, or generation_config.json, is missing or has changed since the step was saved.
     """
     folder = step_dir.parent.parent / TOKENIZER
     check_files(step_dir)
