@@ -45,7 +45,8 @@ def ignore_progress(line: str) -> None:
 def is_heldout(source: str, trajectory_id: str, share: float) -> bool:
     """Whether a trajectory belongs to the held-out part.
 
-    Depends on `share`, the name of its source and its id, never on its place in a file. For a pair, the digest of its task (`pair.task`, hex) replaces the id, so that no task is in both parts.
+    Depends on `share`, the name of its source and its id, never on its place in a file. For a
+    pair, the digest of its task (`pair.task`, hex) replaces the id, so that no task is in both parts.
     """
     return _hash(source, trajectory_id) < share * 2**64
 

@@ -83,7 +83,8 @@ def source_folder(resolved: Resolved) -> Path | None:
 def read_adapters(resolved: Resolved, base: Params | None) -> Params | None:
     """Reads the adapters that `lora.init_from` names, for use with `base`.
 
-    Returns None for new adapters, and for a model without adapters. Raises `UserError` if they do not fit the model or the base.
+    Returns None for new adapters, and for a model without adapters. Raises `UserError` if they do not fit
+    the model or the base.
     """
     from xlam_jax.weights.peft import read_peft
 
