@@ -224,7 +224,7 @@ def test_gpus_are_computed_and_it_says_so(commands: Commands):
     [
         (["fsdp=2"], "attention: pallas; experts: triton"),
         (["fsdp=2", "model.attention=xla", "model.experts=xla"], "attention: xla; experts: xla"),
-        (["expert=2"], "experts: xla (triton is not used: mesh.expert is 2: it computes experts that are whole on"),
+        (["expert=2"], "experts: xla (triton is not used: mesh.expert is 2: it needs all experts on each device"),
         (["context=2"], "attention: xla (pallas is not used: it has no queries apart from their keys"),
         (["fsdp=2", "model.overrides.head_dim=24"], "attention: xla (pallas is not used: the model's head size is 24"),
         (["fsdp=2", "data.sequence_length=500"], "attention: xla (pallas is not used: data.sequence_length 500 is"),
