@@ -4,6 +4,7 @@ import io
 import json
 import re
 import tracemalloc
+from contextlib import suppress
 
 import pytest
 from hypothesis import given, settings
