@@ -206,6 +206,7 @@ async def attempts() -> dict[str, Any]:
                 usage[escape] = measure_usage(own_pids)
                 if escape.startswith(("takes", "misleads")):  # each gets a new session
                     await session._end()
+                    await all_ended(own_pids)  # a killed process may need time to return its memory
         for escape, code in OUTLIVES.items():
             session = Sandbox(seconds=60, memory_mb=MEMORY_MB)
             await session.run(prelude)
@@ -214,10 +215,7 @@ async def attempts() -> dict[str, Any]:
                 outputs[escape] = await asyncio.wait_for(session.run(code), 30)
             except TimeoutError:
                 outputs[escape] = "ESCAPED: it does not end"
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(300):  # enough for a busy machine
-                    while set(descendants()) - own_pids:
-                        await asyncio.sleep(0.01)
+            await all_ended(own_pids)
             for pid in set(descendants()) - own_pids:
                 outputs[escape] += f" ESCAPED {pid}"
                 os.kill(pid, signal.SIGKILL)
@@ -229,6 +227,14 @@ async def attempts() -> dict[str, Any]:
             outputs["the victim"] = "ESCAPED"
         after = read_state(victim.pid)
         return {"outputs": outputs, "usage": usage, "before": before, "after": after}
+
+
+async def all_ended(ignored: set[int]) -> None:
+    """Waits until the sandbox's processes have ended, or 300 s, which is enough on a busy machine."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(300):
+            while set(descendants()) - ignored:
+                await asyncio.sleep(0.01)
 
 
 def read_state(victim: int) -> dict[str, Any]:
