@@ -208,16 +208,19 @@ def compare(
             return Difference(
                 "numerics", f"{detail} {tokenizer.decode([answer.completion[index]])!r}, {gap:.3g} less likely"
             ), largest
-    return compare_calls(tokenizer, answer.completion, answer.calls), largest
+    return compare_calls(tokenizer, answer.completion, answer.calls, tools), largest
 
 
 def compare_calls(
-    tokenizer: "PreTrainedTokenizerFast", completion: list[int], calls: list[dict[str, Any]]
+    tokenizer: "PreTrainedTokenizerFast",
+    completion: list[int],
+    calls: list[dict[str, Any]],
+    tools: Sequence[dict[str, Any]],
 ) -> Difference | None:
     """Compares the calls that the server parsed with those that this project parses in the same tokens."""
     from xlam_jax.data.completion import named, read_completion
 
-    ours = named(read_completion(completion, tokenizer).calls)
+    ours = named(read_completion(completion, tokenizer, tools=tools).calls)
     if ours == calls:
         return None
     texts = [json.dumps(parsed, ensure_ascii=False) for parsed in (ours, calls)]
@@ -237,7 +240,7 @@ def compare_required_call(
     equal. The answer has at most max(`tokens`, REQUIRED_TOKENS) tokens.
     """
     completion, calls = server.required_call(messages, tools, max(tokens, REQUIRED_TOKENS))
-    difference = compare_calls(tokenizer, completion, calls)
+    difference = compare_calls(tokenizer, completion, calls, tools)
     if difference is None and not calls:
         text = tokenizer.decode(completion)
         wrote = f"with tool_choice required the server wrote {text[-100:]!r}, which contains no call"

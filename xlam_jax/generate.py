@@ -111,12 +111,13 @@ def complete(
     tokenizer: "PreTrainedTokenizerFast",
     prompts: list[list[int]],
     *,
+    tools: "Sequence[dict[str, Any]]" = (),
     stops: "Sequence[int] | None" = None,
     **sampling: Any,
 ) -> list[dict[str, Any]]:
     """Completes rendered prompts.
 
-    `prompts`: token ids of each prompt. `stops`: token ids that end an answer; None: those of the tokenizer's chat
+    `prompts`: token ids of each prompt. `tools`: those of the requests. `stops`: token ids that end an answer; None: those of the tokenizer's chat
     template. `sampling`: options of `generate`. Returns content, tool calls and finish reason of each answer, as this
     command prints them.
     """
@@ -126,9 +127,10 @@ def complete(
 
     stops = end_tokens(tokenizer) if stops is None else stops
     rows = generate(model, prompts, eos_id=stops, **sampling)
-    answers = [read_completion(new, tokenizer, stops) for new in rows]
+    answers = [read_completion(new, tokenizer, stops=stops, tools=tools) for new in rows]
     return [
         {"content": answer.content, "tool_calls": named(answer.calls), "finish_reason": answer.finish_reason}
+        | ({"reasoning": answer.reasoning} if answer.reasoning else {})
         for answer in answers
     ]
 
@@ -182,6 +184,7 @@ def main() -> None:
         model.load(),
         model.tokenizer,
         prompts,
+        tools=tools or (),
         stops=model.stops,
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,

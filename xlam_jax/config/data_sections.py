@@ -145,6 +145,9 @@ class Data(Section):
     """Share of the trajectories, chosen by a hash of their id, that is never trained on."""
     on_invalid: Literal["error", "drop"] = "error"
     """An invalid trajectory stops the run before it starts, or is dropped and counted by reason."""
+    unreadable_calls: Literal["error", "allow"] = "error"
+    """A call that a server would parse differently from what is trained stops the run before it starts, or is trained
+    and counted."""
     on_long: Literal["error", "drop", "cut", "split"] = "drop"
     """The same for a trajectory of more than `sequence_length` tokens; cut removes the oldest turns (system and tools
     stay); split divides it between turns and repeats as many earlier turns before each part as fit."""

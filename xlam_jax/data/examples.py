@@ -68,7 +68,8 @@ class Loaded(NamedTuple):
     repaired: Counter[str]
     """Reason → number of repairs."""
     changed: Counter[str]
-    """Reason → number of trajectories that did not fit and were cut or split."""
+    """Reason → number of trajectories that did not fit and were cut or split, or that a server would parse
+    differently."""
     digests: dict[str, str] | None = None
     """Of `train` and `heldout`, where they are known without reading every example: see `identity`."""
     dataset: dict[str, Any] | None = None

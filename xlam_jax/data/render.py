@@ -19,6 +19,7 @@ from xlam_jax.data.formats.registry import find
 from xlam_jax.data.messages import parse_request
 from xlam_jax.data.parse import parse_tools
 from xlam_jax.data.trajectory import InvalidTrajectory, Message, ToolCall, Trajectory, system_text
+from xlam_jax.data.wire import ANY, Wire
 from xlam_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ __all__ = [
     "render",
     "render_all",
     "render_prompt",
+    "wire_of",
 ]
 
 
@@ -235,6 +237,16 @@ def end_tokens(tokenizer: "PreTrainedTokenizerFast", format: str | None = None) 
     if not ends and tokenizer.eos_token_id is not None:
         return (int(tokenizer.eos_token_id),)  # pyright: ignore[reportArgumentType]
     return tuple(ends)
+
+
+def wire_of(tokenizer: "PreTrainedTokenizerFast", format: str | None = None) -> Wire:
+    """Returns the wire format of a format: how calls and reasoning are parsed in a model's answer.
+
+    The default `format` is that of `render_prompt`. `ANY`, which recognizes every wire format by its marks, is returned
+    for a chat template whose wire format cannot be detected.
+    """
+    name = format or ("native" if tokenizer.chat_template else "xlam")
+    return codec_and_format(tokenizer, name)[1].wire or ANY
 
 
 @dataclass

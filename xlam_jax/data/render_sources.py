@@ -10,6 +10,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from itertools import islice
 from multiprocessing import get_context
 from typing import Any, NamedTuple
@@ -17,8 +18,10 @@ from typing import Any, NamedTuple
 from xlam_jax.config import PAIRS, Data, Source
 from xlam_jax.data import sources
 from xlam_jax.data.examples import Columns, Examples, Loaded, Pairs, counts_text, make_columns, summary
-from xlam_jax.data.lengths import fit, fit_pair
+from xlam_jax.data.lengths import Fitted, fit, fit_pair
 from xlam_jax.data.pair import Pair, task
+from xlam_jax.data.readback import Unreadable, unreadable_turn
+from xlam_jax.data.render import codec_and_format
 from xlam_jax.data.sources import Filtered, Item
 from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory
 from xlam_jax.digest import random_integer
@@ -122,6 +125,9 @@ class _SourceParts:
                 self._drop(item.where, fitted.reasons, fitted.detail)
             case Trajectory() | Pair() as whole:
                 self.changed.update(fitted.reasons)
+                if fitted.unreadable:
+                    _check_readable(item.where, fitted.unreadable, self._data)
+                    self.changed[fitted.unreadable.reason] += 1
                 self._add_example(item.where, whole, fitted)
 
     def _add_example(self, where: str, whole: Trajectory | Pair, fitted: "Ready") -> None:
@@ -182,6 +188,15 @@ def _check_droppable(where: str, reason: str, detail: str, data: Data) -> None:
         raise UserError(f"{where}: {reason}: {detail}; correct the line, or drop such lines with data.on_invalid=drop")
 
 
+def _check_readable(where: str, turn: Unreadable, data: Data) -> None:
+    """Raises `UserError` for a call that a server would parse differently, unless the config allows it."""
+    if turn.reason == "unreadable-call" and data.unreadable_calls == "error":
+        raise UserError(
+            f"{where}: {turn.reason}: {turn.detail}; a server would not return the call that is trained: use "
+            "data.format=xlam, another chat template, or train it nevertheless with data.unreadable_calls=allow"
+        )
+
+
 class Ready(NamedTuple):
     """The result for a trajectory or a pair: `lengths.Fitted` with the columns that training keeps of each sequence."""
 
@@ -189,6 +204,8 @@ class Ready(NamedTuple):
     reasons: list[str]
     parts: list[Trajectory]
     detail: str
+    unreadable: Unreadable | None = None
+    """The first turn that a server would parse differently."""
 
 
 _NOTHING = Ready([], [], [], "")
@@ -252,7 +269,17 @@ class _Work(NamedTuple):
             return _NOTHING
         fitted = (fit_pair if isinstance(whole, Pair) else fit)(whole, self.tokenizer, self.data)  # pyright: ignore
         rendered = [make_columns(sequence, self.annotate) for sequence in fitted.rendered]
-        return Ready(rendered, fitted.reasons, fitted.parts if self.data.augment.active else [], fitted.detail)
+        parts = fitted.parts if self.data.augment.active else []
+        return Ready(rendered, fitted.reasons, parts, fitted.detail, self._unreadable(whole, fitted))
+
+    def _unreadable(self, whole: Trajectory | Pair, fitted: Fitted) -> Unreadable | None:
+        """Returns the first turn that a server would parse differently."""
+        wire = codec_and_format(self.tokenizer, self.data.format)[1].wire
+        decode = partial(self.tokenizer.decode, skip_special_tokens=False)
+        # turns in the spans of a part are those of the whole trajectory
+        of = fitted.parts if isinstance(whole, Pair) else [whole] * len(fitted.rendered)
+        turns = (unreadable_turn(*pair, wire, decode) for pair in zip(fitted.rendered, of, strict=True))
+        return next((turn for turn in turns if turn), None)
 
 
 _worker: _Work

@@ -165,13 +165,16 @@ def answer(
     prompted: Sequence[Prompted],
     generate: Callable[[list[list[int]]], list[list[int]]],
     tokenizer: "PreTrainedTokenizerFast",
-    stops: Collection[int] | None = None,
+    format: str | None = None,
 ) -> list[ScoredAnswer]:
-    """Returns a model's scored answers. `generate` maps prompts to new token ids, which end with one of the tokens
-    `stops` (as in `read_completion`) if the model generated one."""
+    """Returns a model's scored answers.
+
+    `generate` maps prompts to new token ids, with the end token if the model generated one. `format`: as in
+    `read_completion`.
+    """
     answers = []
     for item, new in zip(prompted, generate([item.prompt for item in prompted]), strict=True):
-        completion = read_completion(new, tokenizer, stops)
+        completion = read_completion(new, tokenizer, format=format, tools=item.request.tools)
         answers.append(ScoredAnswer(item.request, completion, score(item.request, completion.calls)))
     return answers
 

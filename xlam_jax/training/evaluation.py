@@ -95,15 +95,15 @@ class Requests:
                 f"eval.requests is {section.requests}, and no held-out trajectory can be used ({reasons}); "
                 "increase data.heldout, or set eval.requests to 0"
             )
-        self._tokenizer = setup.tokenizer
-        self._stops = end_tokens(setup.tokenizer, data.format)
+        self._tokenizer, self._format = setup.tokenizer, data.format
+        stops = end_tokens(setup.tokenizer, data.format)
         generate = Generate(setup.model, setup.mesh, dtype=setup.dtype, quantized=setup.options.quantized)
-        self._generate = partial(generate, rows=rows, max_new_tokens=section.max_new_tokens, eos_id=self._stops)
+        self._generate = partial(generate, rows=rows, max_new_tokens=section.max_new_tokens, eos_id=stops)
 
     def answer(self, params: Params, frozen: Params) -> list[next_call.ScoredAnswer]:
         """Returns the answers of the model with these parameters, decoded greedily."""
         generate = partial(self._generate, params, frozen)
-        return next_call.answer(self._prompts, generate, self._tokenizer, self._stops)
+        return next_call.answer(self._prompts, generate, self._tokenizer, self._format)
 
     @staticmethod
     def summary(answers: Sequence[next_call.ScoredAnswer]) -> dict[str, float]:

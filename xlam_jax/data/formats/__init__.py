@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 from xlam_jax.data.codec import Segment, to_json
 from xlam_jax.data.trajectory import InvalidTrajectory, Message, ToolCall, Trajectory
+from xlam_jax.data.wire import Wire
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,11 @@ class Format(Protocol):
     """Number of wordings of the format instruction; 0 for a format without one."""
     sections: int
     """Number of sections of the prompt whose order can change."""
+
+    @property
+    def wire(self) -> Wire | None:
+        """How calls and reasoning are written in an answer, None if no wire format fits a tokenizer's template."""
+        ...
 
     def layouts(self, trajectory: Trajectory, variant: Variant = PLAIN) -> Iterator[Layout]:
         """Yields the layouts of a trajectory: one where a single sequence can train all of its turns.

@@ -13,6 +13,7 @@ from typing import Any
 from xlam_jax.data.codec import TOOL_CALLS, Codec, Segment, to_json
 from xlam_jax.data.formats import PLAIN, Layout, Variant, not_representable, read_template, without_loss, written_calls
 from xlam_jax.data.trajectory import Message, ToolCall, Trajectory, system_text
+from xlam_jax.data.wire import ARRAY
 
 ID_LENGTH = 9
 _ASCII_ALNUM = frozenset("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
@@ -25,6 +26,7 @@ class MistralV1:
 
     instructions = 0
     sections = 0
+    wire = ARRAY
 
     def __init__(self, codec: Codec):
         self._codec = codec
@@ -69,6 +71,7 @@ class MistralV3:
 
     instructions = 0
     sections = 0
+    wire = ARRAY
 
     def __init__(self, codec: Codec):
         self._codec = codec

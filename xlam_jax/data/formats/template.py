@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from xlam_jax.data.codec import Codec, Kind, Segment, to_json
 from xlam_jax.data.formats import PLAIN, Layout, Variant, not_representable, without_loss
+from xlam_jax.data.formats.detect import detect
 from xlam_jax.data.trajectory import InvalidTrajectory, Message, Trajectory, system_text, to_messages
+from xlam_jax.data.wire import Wire
 from xlam_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -65,6 +67,11 @@ class Template:
                 f"the chat template of tokenizer '{self._name}' does not say which tokens the model generates: it "
                 f"{unclear}; put {{% generation %}} marks into it, or use the format xlam"
             ) from None
+
+    @cached_property
+    def wire(self) -> Wire | None:
+        """The wire format that parses what the template writes, None if no row of the table does."""
+        return detect(self.layouts)
 
     @cached_property
     def _always_unclear(self) -> bool:

@@ -27,6 +27,8 @@ INSTRUCTIONS = (
 class Xlam:
     """Writes every turn once and never rewrites it, so that one sequence trains a whole conversation."""
 
+    wire = ARRAY
+
     def __init__(self, codec: Codec):
         self._codec = codec
         in_words = not codec.control_tokens

@@ -40,6 +40,7 @@ class XlamV1:
 
     instructions = len(INSTRUCTIONS)
     sections = 4
+    wire = ARRAY
 
     def __init__(self, codec: Codec):
         self._codec = codec
