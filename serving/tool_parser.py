@@ -109,7 +109,7 @@ class XlamJaxToolParser(ToolParser):
 
     def finish_streaming(self) -> DeltaMessage | None:
         """Returns the rest of the answer: its calls, or text that looked like calls."""
-        content, calls = self._stream.finish()
+        _, content, calls = self._stream.finish()
         self._stream = CompletionStream()
         if not content and not calls:
             return None

@@ -17,7 +17,7 @@ def streamed(pieces: Iterable[str]) -> tuple[str, tuple[ToolCall, ...] | None]:
     """The result for a text that is streamed in these pieces."""
     stream = CompletionStream()
     content = "".join([stream.feed(piece) for piece in pieces])
-    rest, calls = stream.finish()
+    _, rest, calls = stream.finish()
     return content + rest, calls
 
 
@@ -389,7 +389,7 @@ def test_content_is_released_as_it_arrives():
     assert [stream.feed(piece) for piece in ("It is ", "3 °C [1", "], [{ }", "] \n", "[", "{", '"name')] == [
         "It is", " 3 °C [1", "], [{ }", "]", "", "", "",
     ]  # fmt: skip
-    assert stream.finish() == (' \n[{"name', None)
+    assert stream.finish() == ("", ' \n[{"name', None)
 
 
 @pytest.mark.parametrize(
