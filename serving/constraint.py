@@ -9,7 +9,7 @@ other spellings of types. A tool whose schema has no such form is refused by nam
 import json
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from jsonschema import Draft202012Validator
@@ -86,6 +86,70 @@ def calls_schema(tools: Iterable[dict[str, Any]], at_most: int | None = None) ->
     if definitions:
         schema["$defs"] = definitions
     return schema
+
+
+class _Written(NamedTuple):
+    """How a wire format writes a call around its arguments."""
+
+    begin: str
+    """With {name} for the name, and {quoted} for the name as JSON."""
+    end: str
+    separator: str = ""
+    front: str = ""
+    """In front of the first call."""
+    back: str = ""
+    """After the last call."""
+    style: str = "json"
+    """xgrammar's name for how the arguments are written."""
+
+
+_WRITTEN = {
+    "hermes": _Written('<tool_call>\n{{"name": {quoted}, "arguments": ', "}}\n</tool_call>", "\n"),
+    "mistral": _Written("[TOOL_CALLS]{name}[ARGS]", ""),
+    "llama3_json": _Written('{{"name": {quoted}, "parameters": ', "}}", "; "),
+    "qwen3_coder": _Written("<tool_call>\n<function={name}>\n", "\n</function>\n</tool_call>", "\n", style="qwen_xml"),
+    "deepseek_v31": _Written(
+        "<｜tool▁call▁begin｜>{name}<｜tool▁sep｜>",
+        "<｜tool▁call▁end｜>",
+        front="<｜tool▁calls▁begin｜>",
+        back="<｜tool▁calls▁end｜>",
+    ),
+}
+"""Wire format → how a call is written, for those whose arguments a grammar can express."""
+
+
+def calls_tag(wire: str, tools: Iterable[dict[str, Any]], at_most: int | None = None) -> dict[str, Any]:
+    """Returns xgrammar's structural tag for calls to the tools in a wire format other than the array.
+
+    `at_most`: maximum number of calls, 1 or None. The arguments are constrained as in `calls_schema`. Raises
+    `ValueError` for a wire format that a grammar cannot express, and with the tool's name for an unsupported schema.
+    """
+    if wire not in _WRITTEN:
+        raise ValueError(f"calls in the wire format {wire} cannot be enforced by a grammar; use tool_choice auto")
+    written = _WRITTEN[wire]
+    tags = []
+    for tool in tools:
+        function, definitions = tool["function"], dict[str, Any]()
+        name = function["name"]
+        try:
+            schema = _Arguments(function.get("parameters"), "", definitions).schema()
+        except ValueError as error:
+            raise ValueError(f"tool '{name}' cannot be enforced by a grammar: {error}") from None
+        if definitions:
+            schema |= {"$defs": definitions}
+        content = {"type": "json_schema", "json_schema": schema, "style": written.style, "max_whitespace_cnt": 1}
+        begin = written.begin.format(name=name, quoted=json.dumps(name, ensure_ascii=False))
+        tags.append({"type": "tag", "begin": begin, "content": content, "end": written.end.format()})
+    calls = {
+        "type": "tags_with_separator",
+        "tags": tags,
+        "separator": written.separator,
+        "at_least_one": True,
+        "stop_after_first": at_most == 1,
+    }
+    front, back = ({"type": "const_string", "value": text} for text in (written.front, written.back))
+    elements = [front, calls, back] if written.front else [calls]
+    return {"type": "structural_tag", "format": {"type": "sequence", "elements": elements}}
 
 
 class _Arguments:

@@ -151,7 +151,7 @@ class Server:
         url = f"{self._url}/chat/completions"
         sent = self._ask("POST", url, request)
         try:
-            message = read_response(sent, "tools", with_tools=False)["choices"][0]["message"]
+            message = read_response(sent, "tools", None)["choices"][0]["message"]
         except MalformedAnswer as error:
             raise ServerError(f"{url}: {error}") from None
         return sent["choices"][0], [{key: call[key] for key in ("name", "arguments")} for call in message["tool_calls"]]

@@ -28,6 +28,7 @@ from serving.checks import check_adapter, check_folder, load_config
 from serving.vllm_cli import package
 from xlam_jax.cli import Parser, positive, run
 from xlam_jax.client.completion import API_KEY
+from xlam_jax.documents import read_text
 from xlam_jax.errors import UserError
 from xlam_jax.outputs import write_text
 
@@ -140,7 +141,7 @@ def vllm_command(
     command += ["--host", host, "--port", str(port), "--served-model-name", name]
     command += ["--tensor-parallel-size", str(tensor_parallel_size)]
     command += ["--enable-auto-tool-choice", "--tool-parser-plugin", "serving.tool_parser"]
-    command += ["--tool-call-parser", "xlam_jax"]
+    command += _parsers(Path(model), extra)
     # JSON allows unlimited white space: a constrained model could write it forever
     command += ["--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}']
     if Path(model).is_dir():
@@ -350,6 +351,29 @@ def _limits(folder: Path, extra: Sequence[str]) -> list[str]:
             "run, or pass a template: -- --chat-template FILE"
         )
     return words
+
+
+def _parsers(folder: Path, extra: Sequence[str]) -> list[str]:
+    """Returns vLLM's flags for the parsers of calls and reasoning, by the chat template that the server uses.
+
+    A model of the hub has the parser that detects its wire format at the start.
+    """
+    from xlam_jax.data.render import wire_of
+    from xlam_jax.data.tokenizer import load_tokenizer
+
+    if not folder.is_dir():
+        return ["--tool-call-parser", "xlam_jax"]
+    tokenizer = load_tokenizer(str(folder))
+    flags = dict(zip(extra, (*extra[1:], ""), strict=True)) | dict(
+        word.split("=", 1) for word in extra if word.startswith("--") and "=" in word
+    )
+    if template := flags.get("--chat-template"):
+        tokenizer.chat_template = read_text(Path(template), "a chat template") if Path(template).is_file() else template
+    wire = wire_of(tokenizer)
+    parsers = ["--tool-call-parser", f"xlam_jax_{wire.format.name}"]
+    if wire.reasoning is not None and "--reasoning-parser" not in flags:
+        parsers += ["--reasoning-parser", wire.reasoning.vllm]
+    return parsers
 
 
 def _tokenizer_config(folder: Path) -> dict[str, Any]:

@@ -2,16 +2,19 @@
 
     vllm serve DIR --enable-auto-tool-choice --tool-parser-plugin serving.tool_parser --tool-call-parser xlam_jax
 
-Calls are parsed by `xlam_jax.data.wire`, with the same result whole or streamed in pieces of any size. With
-`tool_choice` "required" or a named function, the output is constrained to calls of these tools in the trained format,
-in chat completions and in the Responses API. Malformed or truncated calls are returned as content, and so is every
-answer to a request without tools or with `tool_choice` "none".
+Calls are parsed by `xlam_jax.data.wire`, with the same result whole or streamed in pieces of any size. The parser
+`xlam_jax` detects the wire format from the tokenizer's chat template; `xlam_jax_hermes` and so on parse one format, for
+servers that are started with another template. With `tool_choice` "required" or a named function, the output is
+constrained to calls of these tools in the trained format, in chat completions and in the Responses API. Malformed or
+truncated calls are returned as content, and so is every answer to a request without tools or with `tool_choice` "none".
 """
 # pyright: reportMissingImports=false
 
+import json
+import logging
 import uuid
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from openai.types.responses import ToolChoiceCustom, ToolChoiceFunction
 from vllm.entrypoints.generate.base.protocol import (
@@ -31,8 +34,12 @@ from vllm.tool_parsers.abstract_tool_parser import Tool, ToolParser, ToolParserM
 from vllm.tool_parsers.utils import get_function_tools
 from vllm.v1.structured_output.backend_xgrammar import validate_xgrammar_grammar
 
-from serving.constraint import calls_schema
-from xlam_jax.data.wire import CompletionStream, arguments_json, may_call, parse_completion
+from serving.constraint import calls_schema, calls_tag
+from xlam_jax.data.render import codec_and_format
+from xlam_jax.data.wire import ARRAY, WIRE_FORMATS, CompletionStream, Tools, Wire, arguments_json, may_call
+from xlam_jax.errors import UserError
+
+logger = logging.getLogger("vllm.xlam_jax")
 
 
 class XlamJaxToolParser(ToolParser):
@@ -42,10 +49,15 @@ class XlamJaxToolParser(ToolParser):
     supports_required_and_named = False
     # makes vLLM call finish_streaming
     engine_based_streaming = True
+    wire: ClassVar[Wire | None] = None
+    """None: that of the tokenizer's chat template."""
 
     def __init__(self, tokenizer: TokenizerLike, tools: list[Tool] | None = None):
         super().__init__(tokenizer, tools)
-        self._stream = CompletionStream()
+        # without its reasoning: vLLM's reasoning parser has removed it, or the user wants it in the content
+        self._wire = Wire((self.wire or detect_wire(tokenizer)).format)
+        self._schemas = _schemas(tools or ())
+        self._stream = CompletionStream(self._wire, self._schemas)
 
     def adjust_request(
         self, request: ChatCompletionRequest | ResponsesRequest
@@ -66,7 +78,7 @@ class XlamJaxToolParser(ToolParser):
             if not tools:
                 raise ValueError(f"tool_choice names '{name}', which is not one of the tools")
             at_most = 1 if name or request.parallel_tool_calls is False else None
-            request.structured_outputs = _constraint(tools, at_most)
+            request.structured_outputs = _constraint(self._wire, tools, at_most)
         except ValueError as error:
             raise VLLMValidationError(str(error), parameter="tools") from None
         if isinstance(request, ResponsesRequest):
@@ -79,7 +91,7 @@ class XlamJaxToolParser(ToolParser):
         """Splits a whole answer into content and calls."""
         # vLLM also calls this for requests that allow no calls
         allowed = may_call(request.tools, request.tool_choice)
-        content, calls = parse_completion(model_output) if allowed else (model_output, None)
+        _, content, calls = self._wire.parse(model_output, self._schemas) if allowed else ("", model_output, None)
         return ExtractedToolCallInformation(
             tools_called=bool(calls),
             tool_calls=[
@@ -110,7 +122,7 @@ class XlamJaxToolParser(ToolParser):
     def finish_streaming(self) -> DeltaMessage | None:
         """Returns the rest of the answer: its calls, or text that looked like calls."""
         _, content, calls = self._stream.finish()
-        self._stream = CompletionStream()
+        self._stream = CompletionStream(self._wire, self._schemas)
         if not content and not calls:
             return None
         return DeltaMessage(
@@ -125,6 +137,28 @@ class XlamJaxToolParser(ToolParser):
                 for index, call in enumerate(calls or ())
             ],
         )
+
+
+def detect_wire(tokenizer: TokenizerLike) -> Wire:
+    """Returns the wire format of a tokenizer's chat template; arrays if none can be detected."""
+    template = getattr(tokenizer, "chat_template", None)
+    key = template if isinstance(template, str) else None
+    if key not in _detected:
+        try:
+            _detected[key] = codec_and_format(tokenizer, "native")[1].wire or ARRAY  # pyright: ignore
+        except (UserError, AttributeError, TypeError) as error:  # no template, or a tokenizer of another kind
+            logger.warning("xlam_jax parses calls as a JSON array: %s", error)
+            _detected[key] = ARRAY
+    return _detected[key]
+
+
+_detected: dict[str | None, Wire] = {}
+"""Chat template → its wire format: each answer has a parser of its own."""
+
+
+def _schemas(tools: Sequence[Any]) -> Tools:
+    """Converts a request's functions to OpenAI's format, without other tools, which are never called in the text."""
+    return [schema for tool in tools if get_function_tools([tool]) for schema in _functions([tool])]
 
 
 def _required_name(choice: Any) -> str | None:
@@ -152,12 +186,21 @@ def _functions(tools: Sequence[Any]) -> list[dict[str, Any]]:
     return converted
 
 
-def _constraint(tools: Sequence[dict[str, Any]], at_most: int | None) -> StructuredOutputsParams:
-    """Returns the output constraint for calls of tools. Raises `ValueError` with the name of an unsupported tool."""
-    constraint = StructuredOutputsParams(json=calls_schema(tools, at_most))
+def _constraint(wire: Wire, tools: Sequence[dict[str, Any]], at_most: int | None) -> StructuredOutputsParams:
+    """Returns the output constraint for calls of tools.
+
+    Raises `ValueError` with the name of an unsupported tool, and for a wire format that no grammar can express.
+    """
+
+    def constrain(tools: Sequence[dict[str, Any]]) -> StructuredOutputsParams:
+        if wire.format is ARRAY.format:
+            return StructuredOutputsParams(json=calls_schema(tools, at_most))
+        return StructuredOutputsParams(structural_tag=json.dumps(calls_tag(wire.format.name, tools, at_most)))
+
+    constraint = constrain(tools)
     if _refusal(constraint):
         for tool in tools:
-            if refusal := _refusal(StructuredOutputsParams(json=calls_schema([tool]))):
+            if refusal := _refusal(constrain([tool])):
                 raise ValueError(f"tool '{tool['function']['name']}' cannot be enforced by a grammar: {refusal}")
     return constraint
 
@@ -177,3 +220,6 @@ def _id(written_id: str | None) -> str:
 
 
 ToolParserManager.register_module("xlam_jax", module=XlamJaxToolParser)
+for _name, _format in WIRE_FORMATS.items():
+    _parser = type(f"XlamJax_{_name}", (XlamJaxToolParser,), {"wire": Wire(_format)})
+    ToolParserManager.register_module(f"xlam_jax_{_name}", module=_parser)

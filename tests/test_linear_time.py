@@ -105,11 +105,11 @@ def client(text: str) -> None:
         call = {"id": "0", "function": {"name": "f", "arguments": text}}
         said = {"message": {"content": text}, "finish_reason": "stop"}
         called = {"message": {"content": None, "tool_calls": [call]}, "finish_reason": "length"}
-        read_response({"choices": [said, called]}, format, with_tools=True)
+        read_response({"choices": [said, called]}, format, tools=())
 
 
 def streamed_by_client(text: str) -> None:
-    answer, calls, many = (AnswerStream("tools", with_tools=True) for _ in range(3))
+    answer, calls, many = (AnswerStream("tools", tools=()) for _ in range(3))
     for at, piece in enumerate(pieces(text)):
         answer.add({"choices": [{"delta": {"content": piece}}]})
         function = {"name": "f", "arguments": piece}

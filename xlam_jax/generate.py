@@ -117,9 +117,9 @@ def complete(
 ) -> list[dict[str, Any]]:
     """Completes rendered prompts.
 
-    `prompts`: token ids of each prompt. `tools`: those of the requests. `stops`: token ids that end an answer; None: those of the tokenizer's chat
-    template. `sampling`: options of `generate`. Returns content, tool calls and finish reason of each answer, as this
-    command prints them.
+    `prompts`: token ids of each prompt. `tools`: those of the requests. `stops`: token ids that end an answer;
+    None: those of the tokenizer's chat template. `sampling`: options of `generate`. Returns content, tool calls, finish
+    reason and reasoning of each answer, as this command prints them.
     """
     from xlam_jax.data.completion import named, read_completion
     from xlam_jax.data.render import end_tokens

@@ -225,9 +225,9 @@ def now() -> str:
 def test_content_that_is_not_text_is_malformed(content: Any):
     choice = {"message": {"content": content}, "finish_reason": "stop"}
     with pytest.raises(MalformedAnswer):
-        read_response({"choices": [choice]}, "tools", with_tools=True)
+        read_response({"choices": [choice]}, "tools", tools=())
     with pytest.raises(MalformedAnswer):
-        AnswerStream("tools", with_tools=True).add({"choices": [{"delta": {"content": content}}]})
+        AnswerStream("tools", tools=()).add({"choices": [{"delta": {"content": content}}]})
 
 
 TEXTS = st.text(alphabet='ab [{"}],:é\n', max_size=30) | st.sampled_from(
@@ -285,8 +285,10 @@ def test_any_answer_is_the_same_streamed_and_whole(
     answer: tuple[dict[str, Any], list[dict[str, Any]]], finish: str, with_tools: bool, format: str
 ):
     message, deltas = answer
-    whole = read_response({"choices": [{"message": message, "finish_reason": finish}]}, format, with_tools)
-    stream = AnswerStream(format, with_tools)
+    whole = read_response(
+        {"choices": [{"message": message, "finish_reason": finish}]}, format, () if with_tools else None
+    )
+    stream = AnswerStream(format, () if with_tools else None)
     text = "".join(stream.add({"choices": [{"index": 0, "delta": delta}]}) for delta in deltas)
     stream.add({"choices": [{"index": 0, "delta": {}, "finish_reason": finish}]})
     finished = stream.finish()
@@ -337,8 +339,8 @@ JSON = st.recursive(
 def test_any_json_from_a_server_is_parsed_or_malformed(value: Any, key: str):
     for sent in (value, {"choices": [{key: value, "finish_reason": "stop"}]}):
         with contextlib.suppress(MalformedAnswer):
-            assert read_response(sent, "tools", with_tools=True)["choices"]
-        stream = AnswerStream("tools", with_tools=True)
+            assert read_response(sent, "tools", tools=())["choices"]
+        stream = AnswerStream("tools", tools=())
         try:
             stream.add(sent)
         except (MalformedAnswer, UserError):  # the latter: several choices

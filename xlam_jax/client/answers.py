@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from xlam_jax.data.messages import legacy_call, openai_call, plain, unique_ids
 from xlam_jax.data.row_json import DEEPEST, check_json, parse_json
 from xlam_jax.data.trajectory import REASONING_KEYS, InvalidTrajectory
-from xlam_jax.data.wire import TOOL_CALLS, CompletionStream, parse_completion
+from xlam_jax.data.wire import ANY, ARRAY, TOOL_CALLS, CompletionStream, Tools, Wire
 from xlam_jax.errors import UserError
 
 _SHOWN = 300
@@ -34,22 +34,21 @@ def shorten(text: str) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} … ({len(text)} characters)"
 
 
-def read_response(response: Any, format: str, with_tools: bool) -> dict[str, Any]:
+def read_response(response: Any, format: str, tools: Tools | None) -> dict[str, Any]:
     """Parses a chat completion (an SDK object or JSON) into `{"choices": [{"message", "finish_reason"}, …], "usage"}`.
 
     A message is `{"role", "content", "tool_calls"}`; each call is `{"name", "arguments", "id"}`, its arguments an
     object. A refusal is returned as the content and under the key `refusal`; `reasoning` contains the text that a
     reasoning model wrote before its answer. A choice has an `error` if its calls cannot be parsed, or if it is empty.
-    `format`: the client's format. `with_tools`: also parse calls in the text. Raises `MalformedAnswer`.
+    `format`: the client's format. `tools`: those of the request, with which calls in the text are parsed too, in any
+    wire format; None if the request allows no calls. Raises `MalformedAnswer`.
     """
     sent = plain(response)
     choices = sent.get("choices") if isinstance(sent, dict) else None
     if not isinstance(choices, list) or not choices:
         raise MalformedAnswer(f"did not answer with a chat completion: {shorten(str(sent))!r}")
     try:
-        parsed = [
-            _read_choice(choice["message"], choice.get("finish_reason"), format, with_tools) for choice in choices
-        ]
+        parsed = [_read_choice(choice["message"], choice.get("finish_reason"), format, tools) for choice in choices]
     except (TypeError, KeyError, AttributeError):
         raise MalformedAnswer(f"did not answer with a chat completion: {shorten(str(sent))!r}") from None
     return {"choices": parsed, "usage": sent.get("usage")}
@@ -58,10 +57,11 @@ def read_response(response: Any, format: str, with_tools: bool) -> dict[str, Any
 class AnswerStream:
     """Assembles a streamed answer from its chunks."""
 
-    def __init__(self, format: str, with_tools: bool):
-        self._format, self._with_tools = format, with_tools
-        self._reads_calls = _reads_calls(format, with_tools)
-        self._completion = CompletionStream()
+    def __init__(self, format: str, tools: Tools | None):
+        """`format` and `tools`: as in `read_response`."""
+        self._format, self._tools = format, tools
+        self._reads_calls = _reads_calls(format, tools)
+        self._completion = CompletionStream(_wire(format), tools or ())
         self._released = 0
         """Characters of the content that `add` has returned."""
         self._texts: dict[str, list[str]] = {"content": [], "refusal": [], "reasoning": []}
@@ -114,7 +114,7 @@ class AnswerStream:
             return None
         message: dict[str, Any] = {key: "".join(texts) for key, texts in self._texts.items()}
         message["tool_calls"] = self._calls.assemble() or self._legacy.assemble()
-        choice = _read_choice(message, self._finish, self._format, self._with_tools)
+        choice = _read_choice(message, self._finish, self._format, self._tools)
         answer = {"choices": [choice], "usage": self._usage}
         return choice["message"]["content"][self._released :], answer
 
@@ -243,15 +243,16 @@ def read_arguments(sent: Any) -> dict[str, Any] | None:
     return sent if isinstance(sent, dict) else None
 
 
-def _read_choice(sent: Any, finish: Any, format: str, with_tools: bool) -> dict[str, Any]:
+def _read_choice(sent: Any, finish: Any, format: str, tools: Tools | None) -> dict[str, Any]:
     """Parses the message of a choice. Raises `TypeError` or `AttributeError` for an invalid message."""
     content, refusal, reasoning = _texts(sent)
     calls, error = _read_calls(sent)
-    if not calls and _reads_calls(format, with_tools):
+    if not calls and _reads_calls(format, tools):
         text = content
-        content, parsed = parse_completion(text)
+        written, content, parsed = _wire(format).parse(text, tools or ())
+        reasoning = reasoning or written
         calls = [{"name": call.name, "arguments": call.arguments, "id": call.id} for call in parsed or ()]
-        if not calls and _meant_calls(text, content, format, cut_off=finish == "length"):
+        if not calls and _meant_calls(text, content, format, tools or (), cut_off=finish == "length"):
             error = f"the model's answer contains calls that cannot be read: {shorten(text)!r}"
     if not calls:
         content = content or refusal
@@ -289,16 +290,21 @@ def _read_calls(message: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
     return calls, error
 
 
-def _reads_calls(format: str, with_tools: bool) -> bool:
+def _reads_calls(format: str, tools: Tools | None) -> bool:
     """Returns whether calls in the text are parsed."""
-    return with_tools or format == "xlam_v1"
+    return tools is not None or format == "xlam_v1"
 
 
-def _meant_calls(text: str, content: str, format: str, cut_off: bool) -> bool:
+def _wire(format: str) -> Wire:
+    """Returns how calls are written in the text: in any wire format if the server renders the request."""
+    return ARRAY if format == "xlam_v1" else ANY
+
+
+def _meant_calls(text: str, content: str, format: str, tools: Tools, cut_off: bool) -> bool:
     """Returns whether a text without any valid call looks like an attempt at one."""
     if format == "xlam_v1":  # any text but the format's object is malformed
         return content == text and bool(text.strip())
-    stream = CompletionStream()
+    stream = CompletionStream(ANY, tools)
     stream.feed(text)
     keys = ('"arguments"', '"tool_calls"', *(('"name"',) if cut_off else ()))
     return TOOL_CALLS in text or (stream.holding and content == text and any(key in text for key in keys))

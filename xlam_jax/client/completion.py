@@ -128,7 +128,7 @@ class xLAMChatCompletion:  # noqa: N801 - the name that xLAM's users know
         request = self._request(messages, tools, options)
         with self._server_errors():
             response = self._client.chat.completions.create(**request)
-            answer = read_response(response, self.config.format, may_call(tools, options.get("tool_choice")))
+            answer = read_response(response, self.config.format, _callable_tools(request, tools, options))
         return self._check(answer)
 
     async def acompletion(
@@ -141,7 +141,7 @@ class xLAMChatCompletion:  # noqa: N801 - the name that xLAM's users know
                 response = await self._async_client.chat.completions.create(**request)
             else:  # the typed method takes 75 % longer: it visits all messages, and builds a model of the answer
                 response = await self._async_client.post("/chat/completions", cast_to=object, body=request)
-            answer = read_response(response, self.config.format, may_call(tools, options.get("tool_choice")))
+            answer = read_response(response, self.config.format, _callable_tools(request, tools, options))
         return self._check(answer)
 
     def stream(
@@ -152,7 +152,7 @@ class xLAMChatCompletion:  # noqa: N801 - the name that xLAM's users know
         Raises as `completion`, and `ServerError` if the stream breaks off.
         """
         request = self._request(messages, tools, options)
-        answer = AnswerStream(self.config.format, may_call(tools, options.get("tool_choice")))
+        answer = AnswerStream(self.config.format, _callable_tools(request, tools, options))
         with self._server_errors(), self._client.chat.completions.create(**request, stream=True) as chunks:
             for chunk in chunks:
                 if piece := answer.add(chunk):
@@ -167,7 +167,7 @@ class xLAMChatCompletion:  # noqa: N801 - the name that xLAM's users know
     ) -> AsyncIterator[str | dict[str, Any]]:
         """`stream` without blocking."""
         request = self._request(messages, tools, options)
-        answer = AnswerStream(self.config.format, may_call(tools, options.get("tool_choice")))
+        answer = AnswerStream(self.config.format, _callable_tools(request, tools, options))
         with self._server_errors():
             async with await self._async_client.chat.completions.create(**request, stream=True) as chunks:
                 async for chunk in chunks:
@@ -295,6 +295,13 @@ class xLAMChatCompletion:  # noqa: N801 - the name that xLAM's users know
         return answer
 
 
+def _callable_tools(
+    request: dict[str, Any], tools: Sequence[Any] | None, options: dict[str, Any]
+) -> list[dict[str, Any]] | None:
+    """Returns the tools that the answer may call, None if it may call none."""
+    return request.get("tools", []) if may_call(tools, options.get("tool_choice")) else None
+
+
 def to_openai(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Converts messages to OpenAI's format: arguments as JSON text, and an id for each call and its result."""
     converted: list[dict[str, Any]] = []
@@ -305,6 +312,8 @@ def to_openai(messages: Sequence[Message]) -> list[dict[str, Any]]:
             entry["tool_call_id"] = pending_ids.pop(0)
         if message.name is not None:
             entry["name"] = message.name
+        if message.reasoning:
+            entry["reasoning_content"] = message.reasoning
         if message.tool_calls:
             ids = call_ids([call.id for call in message.tool_calls], turn)
             results = list(takewhile(lambda later: later.role == "tool", messages[turn + 1 :]))

@@ -257,9 +257,13 @@ def _fits(about: dict[str, Any] | None, data: Data) -> bool:
     return about is not None and about["all_fit"] and about["longest"] <= data.sequence_length
 
 
+_SETTINGS = {"format", "loss", "heldout", "on_invalid", "on_long", "sequence_length", "unreadable_calls"}
+"""Fields of the section `data` that a cache depends on."""
+
+
 def make_key(data: Data, tokenizer: Any) -> dict[str, Any]:
     """Returns everything that a cache of this config depends on."""
-    settings = data.model_dump(include={"format", "loss", "heldout", "on_invalid", "on_long", "sequence_length", "unreadable_calls"})
+    settings = data.model_dump(include=_SETTINGS)
     return {
         "layout": LAYOUT,
         "render_version": RENDER_VERSION,

@@ -47,7 +47,7 @@ def detect(layouts: Layouts) -> Wire | None:
     if called is None:
         return None
     expected = [(CALL.name, CALL.arguments)]
-    for format_ in WIRE_FORMATS:
+    for format_ in WIRE_FORMATS.values():
         parsed = Wire(format_).parse(called, TOOLS)
         if [(call.name, call.arguments) for call in parsed.calls or ()] == expected and not parsed.content.strip():
             return _with_reasoning(Wire(format_), layouts)
@@ -59,7 +59,7 @@ def _with_reasoning(wire: Wire, layouts: Layouts) -> Wire:
     answer = _answer(layouts, Message("assistant", _CONTENT, reasoning=_REASONING), [])
     if answer is None or wire.parse(answer).reasoning.strip() == _REASONING:
         return wire
-    for reasoning in REASONINGS:
+    for reasoning in REASONINGS.values():
         parsed = Wire(wire.format, reasoning).parse(answer)
         if parsed.reasoning.strip() == _REASONING and parsed.content.strip() == _CONTENT:
             return Wire(wire.format, reasoning)

@@ -13,6 +13,7 @@ from typing import Any
 from xlam_jax.data.codec import TOOL_CALLS, Codec, Kind, Segment, to_json
 from xlam_jax.data.formats import PLAIN, Layout, Variant, read_template, written_calls
 from xlam_jax.data.trajectory import Message, Trajectory, system_text
+from xlam_jax.data.wire import ARRAY
 
 # explain the form of calls where no token marks them; the template has the first one
 INSTRUCTIONS = (

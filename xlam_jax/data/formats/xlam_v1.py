@@ -14,6 +14,7 @@ from typing import Any
 from xlam_jax.data.codec import Codec, Segment, to_json
 from xlam_jax.data.formats import PLAIN, Layout, Variant, read_template, without_loss, written_calls
 from xlam_jax.data.trajectory import Message, Trajectory, system_text
+from xlam_jax.data.wire import ARRAY
 
 TASK_INSTRUCTION = (
     "Given the request below and the steps taken so far, take the next step: call the tools that bring the request "
