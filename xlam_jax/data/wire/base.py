@@ -66,7 +66,7 @@ class Wire:
             reasoning, text = self.reasoning.split(text, self.opened)
         content, calls = self.format.read_calls(text, tools)
         if self.format.read_reasoning is not None:
-            reasoning = self.format.read_reasoning(text)
+            reasoning = reasoning or self.format.read_reasoning(text)
         return Parsed(reasoning, content, calls)
 
 
