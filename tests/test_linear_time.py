@@ -126,8 +126,8 @@ def fastchat(text: str) -> None:
     choices[-1].finish_reason = "stop"
     chunks = [SimpleNamespace(usage=None, choices=[choice]) for choice in choices]
     worker: Any = Worker.__new__(Worker)
-    worker._counted = contextlib.nullcontext
-    worker._asked = lambda params: contextlib.nullcontext(chunks)
+    worker._count_active = contextlib.nullcontext
+    worker._stream = lambda params: contextlib.nullcontext(chunks)
     [answer] = worker.generate({}, stream=False)
     assert answer["text"] == text
 

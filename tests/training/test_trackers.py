@@ -30,16 +30,19 @@ def loss_of(step: int) -> float:
 def live(run: Path, name: str, after: int, to: int, *, failed: bool = False, project: str = "mine") -> list[str]:
     """Runs steps after `after` up to `to`, evaluated at every fifth. Returns the lines for people."""
     said: list[str] = []
-    trackers = open_trackers(
-        Track.model_validate({"to": [name], "project": project}), run, CONFIG, said.append, after=after
-    )
-    if not after:
-        trackers.log(0, {"heldout/loss": 3.0})
-    for step in range(after + 1, to + 1):
-        trackers.log(step, {"train/loss": loss_of(step), "train/sources/shop (a)/loss": 2.0})
-        if step % 5 == 0:
-            trackers.log(step, {"heldout/loss": 3.0})
-    trackers.close(failed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("xlam_jax.training.trackers.START_SECONDS", 600)  # on a busy machine, a tracker starts late
+        patch.setattr(sender, "CLOSE_SECONDS", 600)
+        trackers = open_trackers(
+            Track.model_validate({"to": [name], "project": project}), run, CONFIG, said.append, after=after
+        )
+        if not after:
+            trackers.log(0, {"heldout/loss": 3.0})
+        for step in range(after + 1, to + 1):
+            trackers.log(step, {"train/loss": loss_of(step), "train/sources/shop (a)/loss": 2.0})
+            if step % 5 == 0:
+                trackers.log(step, {"heldout/loss": 3.0})
+        trackers.close(failed)
     return said
 
 
