@@ -5,11 +5,13 @@ conversation is rendered, and each row of the table parses the answer; the first
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from itertools import takewhile
+from typing import Any, NamedTuple
 
 from xlam_jax.data.formats import Layout
 from xlam_jax.data.trajectory import InvalidTrajectory, Message, ToolCall, Trajectory
-from xlam_jax.data.wire import REASONINGS, WIRE_FORMATS, Wire
+from xlam_jax.data.wire import REASONINGS, WIRE_FORMATS, Reasoning, Wire
+from xlam_jax.errors import UserError
 
 TOOLS: list[dict[str, Any]] = [
     {
@@ -43,34 +45,54 @@ def detect(layouts: Layouts) -> Wire | None:
 
     Returns None if no row of the table parses the calls, or if the format writes none.
     """
-    called = _answer(layouts, Message("assistant", "", (CALL,)), TOOLS)
+    called = _render(layouts, Message("assistant", "", (CALL,)), TOOLS)
     if called is None:
         return None
-    expected = [(CALL.name, CALL.arguments)]
+    reasoning = _detect_reasoning(layouts)
     for format_ in WIRE_FORMATS.values():
-        parsed = Wire(format_).parse(called, TOOLS)
-        if [(call.name, call.arguments) for call in parsed.calls or ()] == expected and not parsed.content.strip():
-            return _with_reasoning(Wire(format_), layouts)
+        # a template may write empty reasoning in front of the call
+        for marks in (reasoning,) if reasoning else (None, *REASONINGS.values()):
+            wire = Wire(format_, marks, opened=marks and called.ends_with(marks.opening))
+            if _parses(wire, called.answer):
+                return wire
     return None
 
 
-def _with_reasoning(wire: Wire, layouts: Layouts) -> Wire:
-    """Returns a wire format with the marks of a template's reasoning, unchanged if it writes none or its own."""
-    answer = _answer(layouts, Message("assistant", _CONTENT, reasoning=_REASONING), [])
-    if answer is None or wire.parse(answer).reasoning.strip() == _REASONING:
-        return wire
-    for reasoning in REASONINGS.values():
-        parsed = Wire(wire.format, reasoning).parse(answer)
-        if parsed.reasoning.strip() == _REASONING and parsed.content.strip() == _CONTENT:
-            return Wire(wire.format, reasoning)
-    return wire
+def _parses(wire: Wire, answer: str) -> bool:
+    """Returns whether a wire format parses the answer to the probe with a call."""
+    reasoning, content, calls = wire.parse(answer, TOOLS)
+    is_call = [(call.name, call.arguments) for call in calls or ()] == [(CALL.name, CALL.arguments)]
+    return is_call and not reasoning.strip() and not content.strip()
 
 
-def _answer(layouts: Layouts, turn: Message, tools: list[dict[str, Any]]) -> str | None:
-    """Returns what a model would write for a turn, without the end token; None if the format cannot write it."""
+def _detect_reasoning(layouts: Layouts) -> Reasoning | None:
+    """Returns the marks of a template's reasoning, None if it writes none or marks it in a way of its own."""
+    rendered = _render(layouts, Message("assistant", _CONTENT, reasoning=_REASONING), [])
+    for marks in REASONINGS.values() if rendered is not None else ():
+        reasoning, content = marks.split(rendered.answer, rendered.ends_with(marks.opening))
+        if reasoning.strip() == _REASONING and content.strip() == _CONTENT:
+            return marks
+    return None
+
+
+class _Rendered(NamedTuple):
+    """A prompt, and the answer that a model would write, without its end token."""
+
+    prompt: str
+    answer: str
+
+    def ends_with(self, mark: str) -> bool:
+        """Returns whether the prompt ends with a mark."""
+        return self.prompt.rstrip().endswith(mark)
+
+
+def _render(layouts: Layouts, turn: Message, tools: list[dict[str, Any]]) -> _Rendered | None:
+    """Renders a question and a turn; None if the format cannot write them."""
     probe = Trajectory("", None, None, "", tools, (_QUESTION, turn))
     try:
         *_, layout = layouts(probe)
-    except InvalidTrajectory:
+    except (InvalidTrajectory, UserError):
         return None
-    return "".join(part.text for part in layout.segments if part.turn == 1 and part.kind not in ("prompt", "eos"))
+    prompt = takewhile(lambda segment: segment.kind == "prompt", layout.segments)
+    answer = (part.text for part in layout.segments if part.turn == 1 and part.kind not in ("prompt", "eos"))
+    return _Rendered("".join(part.text for part in prompt), "".join(answer))
