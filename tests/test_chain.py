@@ -17,10 +17,10 @@ COPIES = 4
 MODEL = {
     "architectures": ["MistralForCausalLM"],
     "model_type": "mistral",
-    "hidden_size": 192,
-    "intermediate_size": 384,
+    "hidden_size": 128,
+    "intermediate_size": 256,
     "num_hidden_layers": 2,
-    "num_attention_heads": 6,
+    "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 32,
     "max_position_embeddings": 1024,
@@ -97,15 +97,15 @@ def test_a_memorized_call_is_parsed(tmp_path: Path, name: str):
             "sources": [{"name": "rows", "files": [str(tmp_path / "rows.jsonl")]}],
             "streams": 1,
         },
-        "train": {"steps": 240, "batch_size": 2, "learning_rate": 3e-3, "warmup_steps": 10, "log_every": 40},
-        "eval": {"every": 240, "requests": 60, "max_new_tokens": 160},
-        "checkpoint": {"every": 240},
+        "train": {"steps": 160, "batch_size": 2, "learning_rate": 3e-3, "warmup_steps": 10, "log_every": 40},
+        "eval": {"every": 160, "requests": 60, "max_new_tokens": 160},
+        "checkpoint": {"every": 160},
     }
     (tmp_path / "config.yaml").write_text(json.dumps(config), encoding="utf-8")
     command = [sys.executable, "-m", "xlam_jax.train", "--config", str(tmp_path / "config.yaml")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text("utf-8").splitlines()]
-    [record] = [record for record in records if record["kind"] == "requests" and record["step"] == 240]
+    [record] = [record for record in records if record["kind"] == "requests" and record["step"] == 160]
     assert (record["parsable"], record["exact"]) == (1, 1), done.stdout
     assert wire_of(load_tokenizer(str(tmp_path / "run/tokenizer"))).format.name == template.wire
