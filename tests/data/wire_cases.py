@@ -31,7 +31,8 @@ WORDS = [
 MARKS = [
     "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<think>", "</think>", "[THINK]", "[/THINK]", "```", "</parameter>",
     "<function=f>", "</arg_value>", "<parameter=a>", "{", "}", "[", "]", "f(a=1)", "[f(a=1)]", '{"name": "f"',
-    "<|end|>", "<|python_tag|>", "[ARGS]", "<｜tool▁calls▁begin｜>", "<|tool_call_start|>", "<|channel|>", '"arguments": {}',
+    "<|end|>", "<|python_tag|>", "[ARGS]", "<｜tool▁calls▁begin｜>", "<|tool_call_start|>", "<|channel|>",
+    '"arguments": {}',
 ]  # fmt: skip
 NAMES = ["f", "get_weather", "search-flights", "a.b", "Überblick", "name"]
 KEYS = ["a", "city", "unit_of", "name", "arguments", "b2", "größe", "two words", "x-y", "9", "q'", "<k>"]
@@ -318,8 +319,8 @@ def by_mistral_common(version: str) -> Callable[[Answer], str]:
     return render
 
 
-def _wire(name: str, reasoning: str = "") -> Wire:
-    return Wire(wire_format(name), REASONINGS[reasoning] if reasoning else None)
+def _wire(name: str, reasoning: str = "", opened: bool | None = None) -> Wire:
+    return Wire(wire_format(name), REASONINGS[reasoning] if reasoning else None, opened)
 
 
 def _template(
@@ -333,6 +334,7 @@ def _template(
 
 
 HERMES = (spaces_before_calls, marks_of_calls)
+MISTRAL = (any_reasoning, *HERMES, spaces_at_the_ends)
 THINK = (marks_of_reasoning, lines_at_the_ends)
 XML = (values_without_types, marks_in_values, names_of_arguments)
 
@@ -367,7 +369,7 @@ def templates() -> list[Template]:
             LLAMA,
             (any_reasoning, thought_and_calls, parallel_calls, spaces_at_the_ends),
         ),
-        _template("deepseekv3_training", _wire("deepseek_v3", "think"), DEEPSEEK, (any_reasoning, *HERMES, *THINK)),
+        _template("deepseekv3_training", _wire("deepseek_v3"), DEEPSEEK, (any_reasoning, *HERMES, marks_of_reasoning)),
         _template("glm4moe", _wire("glm", "think"), GLM, (*HERMES, *THINK, *XML, spaces_at_the_ends)),
         _template(
             "gptoss", _wire("harmony"), HARMONY, (thought_and_calls, parallel_calls, marks_of_messages), "thinking"
@@ -385,11 +387,16 @@ def templates() -> list[Template]:
                 f"mistral {version}",
                 _wire("array"),
                 by_mistral_common(version),
-                (any_reasoning, thought_and_calls, *HERMES, spaces_at_the_ends),
+                (thought_and_calls, *MISTRAL),
             )
             for version in ("v2", "v3")
         ),
-        Template("mistral v7", _wire("array"), by_mistral_common("v7"), (any_reasoning, *HERMES)),
-        Template("mistral v11", _wire("mistral"), by_mistral_common("v11"), (any_reasoning, *HERMES)),
-        Template("mistral v13", _wire("mistral", "mistral"), by_mistral_common("v13"), (*HERMES, *THINK)),
+        Template("mistral v7", _wire("array"), by_mistral_common("v7"), MISTRAL),
+        Template("mistral v11", _wire("mistral"), by_mistral_common("v11"), MISTRAL),
+        Template(
+            "mistral v13",
+            _wire("mistral", "mistral", opened=False),
+            by_mistral_common("v13"),
+            (*HERMES, *THINK, spaces_at_the_ends),
+        ),
     ]
