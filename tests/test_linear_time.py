@@ -127,7 +127,8 @@ def wires(text: str) -> None:
 
 
 def streamed_wires(text: str) -> None:
-    for wire in (*map(Wire, WIRE_FORMATS.values()), *THINKING, ANY):
+    """Streams a text with reasoning in front, and with the beginnings of calls of all formats."""
+    for wire in (*THINKING, ANY):
         reader = CompletionStream(wire)
         for piece in pieces(text):
             reader.feed(piece)
