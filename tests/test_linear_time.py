@@ -17,7 +17,7 @@ from serving.tools import as_tool, call_tool
 from xlam_jax.client.answers import AnswerStream, read_response
 from xlam_jax.data.row_json import parse_json
 from xlam_jax.data.trajectory import InvalidTrajectory, ToolCall
-from xlam_jax.data.wire import CompletionStream, objects_in, parse_completion
+from xlam_jax.data.wire import ANY, REASONINGS, WIRE_FORMATS, CompletionStream, Wire, objects_in, parse_completion
 from xlam_jax.evaluate import rate
 from xlam_jax.evaluate.agents import _actions, bolaa
 from xlam_jax.evaluate.bfcl.calls import NoCalls
@@ -52,6 +52,12 @@ REPEATED = [
         "new ",
     ),
     *("a\u2028", "é", "\ud800", "\x00", "\u2003"),
+    *("<tool_call>{", "<tool_call>\n", "<tool_call>f\n", "</tool_call>", "<function=f>", "<function=f>\n<parameter=a>"),
+    *("</parameter>", "</parameter>\n<parameter=a>", "<arg_key>a</arg_key>", "</arg_value>", "[TOOL_CALLS]f[ARGS]{}"),
+    *("[TOOL_CALLS]f", '{"name": "f", "parameters": {}}\n', '{"name":\n', "{\n", "[f(a=1)]\n", "[f(a=1)](\n", "[f(\n"),
+    *("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>f<｜tool▁sep｜>{}<｜tool▁call▁end｜>", "<|tool_call_start|>["),
+    *("<think>", "</think>", "<thi", "[THINK]", "<|channel|>analysis<|message|>", "<|end|><|start|>assistant"),
+    '<tool_call>{"name": "f", "arguments": {}}</tool_call>',
 ]
 ENDINGS = [
     *(
@@ -82,8 +88,22 @@ ENDINGS = [
         ("", '"', "]"),
         ("", "\\", '"]'),
     ),
+    *(
+        ("<tool_call><function=f><parameter=a>", "</parameter>\n<", "</parameter></function></tool_call>"),
+        ("<tool_call>f<arg_key>a</arg_key><arg_value>", "</arg_value> ", "</arg_value></tool_call>"),
+        ('[TOOL_CALLS]f[ARGS]{"a": ', "[" * 200 + "]" * 200 + ",", "1}"),
+        ("[f(a=", "[1,", "])]"),
+        ("<think>", "\n", "</think>"),
+        ("</think>", "\n", "x"),
+        ("<|channel|>analysis<|message|>", "<", "<|end|>"),
+    ),
     *(('[{"name": "f", "arguments": {"a": "', "\\\\", '"}}]'), ('{"thought": "', "x", '", "tool_calls": []}')),
     *(('[{"name": "f", "arguments": {"a": ', "[" * 200 + "]" * 200 + ",", "1}}]"), ('{"a":', '{"a":', "}")),
+]
+THINKING = [
+    Wire(WIRE_FORMATS["hermes"], REASONINGS["think"], opened=True),
+    Wire(WIRE_FORMATS["pythonic"], REASONINGS["think"]),
+    Wire(WIRE_FORMATS["mistral"], REASONINGS["mistral"], opened=False),
 ]
 TOOLS = {tool["function"]["name"]: tool["function"] for tool in hotpotqa.TOOLS}
 PAGE = '<body><a href="/x">Back</a><form action="/s"><input name="search_query"></form></body>'
@@ -98,6 +118,21 @@ def stream(text: str) -> None:
     for piece in pieces(text):
         reader.feed(piece)
     reader.finish()
+
+
+def wires(text: str) -> None:
+    """Reads a text in every wire format, with and without reasoning in front."""
+    for wire in (*map(Wire, WIRE_FORMATS.values()), *THINKING, ANY):
+        wire.parse(text)
+
+
+def streamed_wires(text: str) -> None:
+    """Streams a text with reasoning in front, and with the beginnings of calls of all formats."""
+    for wire in (*THINKING, ANY):
+        reader = CompletionStream(wire)
+        for piece in pieces(text):
+            reader.feed(piece)
+        reader.finish()
 
 
 def client(text: str) -> None:
@@ -213,6 +248,8 @@ def controller(text: str) -> None:
 READERS: dict[str, Callable[[str], object]] = {
     "parse_completion": parse_completion,
     "CompletionStream": stream,
+    "wires": wires,
+    "streamed wires": streamed_wires,
     "objects_in": lambda text: list(objects_in(text)),
     "parse_json": json_,
     "ratings": ratings,
@@ -229,7 +266,7 @@ READERS: dict[str, Callable[[str], object]] = {
     "fastchat": fastchat,
 }
 """All that read what a model wrote; ToolBench's judge is read by `objects_in`, and chats show what the client read."""
-SLOW = ("bfcl", "streamed by the client", "fastchat")
+SLOW = ("wires", "streamed wires", "bfcl", "streamed by the client", "fastchat")
 """Readers that do more for each character."""
 
 

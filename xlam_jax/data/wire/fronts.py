@@ -34,7 +34,7 @@ class Fronts:
         A front that is not complete extends to the end of the text. `is_start`: the text begins at its start.
         """
         at = 0
-        while True:
+        while at < len(text):
             complete = self._anywhere.match(text, at) or (is_start and at == 0 and self._at_start.match(text))
             if complete:
                 return at, True
@@ -46,6 +46,7 @@ class Fronts:
             else:
                 first = self._first.search(text, at + 1)
                 at = first.start() if first else len(text)
+        return at, False
 
     @cached_property
     def _anywhere(self) -> re.Pattern[str]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from xlam_jax.data.trajectory import ToolCall
 from xlam_jax.data.wire.base import Tools
 from xlam_jax.data.wire.fronts import Fronts, literal
-from xlam_jax.data.wire.marked import Read, UnreadableError, object_at
+from xlam_jax.data.wire.marked import Read, UnreadableError, end_of, object_at
 
 _FUNCTIONS = "functions."
 _HEADER = re.compile(
@@ -19,6 +19,8 @@ _HEADER = re.compile(
     r"\s*+(?:<\|constrain\|>)?+\w*+<\|message\|>"
 )
 _BODY_END = re.compile(r"<\|(?:end|call|return)\|>|(?=<\|start\|>)|\Z")
+_SPACE = re.compile(r"\s*+")
+_CALL_END = re.compile(rf"\s*+(?:{_BODY_END.pattern})")
 HARMONY_FRONTS = Fronts((), tuple(map(literal, ("<|start|>", "<|channel|>", "to="))))
 
 
@@ -53,13 +55,15 @@ def _read(text: str) -> _Messages | None:
                 if at and text[at:].isspace():
                     break
                 return None
+            recipient = header["to"] or header["channel_to"]
+            if recipient is not None:
+                call, at = _read_call(text, header.end(), recipient)
+                calls.append(call)
+                continue
             end = _BODY_END.search(text, header.end())
             assert end is not None
             body, at = text[header.end() : end.start()], end.end()
-            recipient = header["to"] or header["channel_to"]
-            if recipient is not None:
-                calls.append(_call(recipient, body))
-            elif header["channel"] == "analysis":
+            if header["channel"] == "analysis":
                 reasoning.append(body)
             else:
                 content.append(body)
@@ -68,9 +72,10 @@ def _read(text: str) -> _Messages | None:
     return _Messages("\n".join(reasoning), "\n".join(content), tuple(calls))
 
 
-def _call(recipient: str, body: str) -> ToolCall:
-    body = body.strip()
-    arguments, end = object_at(body, 0)
-    if not recipient.startswith(_FUNCTIONS) or end < len(body):
+def _read_call(text: str, at: int, recipient: str) -> tuple[ToolCall, int]:
+    """Returns the call in the body of a message, and where the message ends. A string in it may contain marks."""
+    arguments, end = object_at(text, end_of(_SPACE, text, at))
+    stop = end_of(_CALL_END, text, end)
+    if not recipient.startswith(_FUNCTIONS):
         raise UnreadableError("not a call of a function")
-    return ToolCall(None, recipient.removeprefix(_FUNCTIONS), arguments)
+    return ToolCall(None, recipient.removeprefix(_FUNCTIONS), arguments), stop

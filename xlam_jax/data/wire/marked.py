@@ -117,7 +117,7 @@ def read_mistral(text: str, tools: Tools = (), alone: bool = False) -> Read:
 _BEGIN = r"(?:<｜tool▁calls▁begin｜>\s*+)?+<｜tool▁call▁begin｜>"
 _DEEPSEEK = re.compile(
     r"<｜tool▁calls▁begin｜>\s*+<｜tool▁call▁begin｜>"
-    r"|<｜tool▁call▁begin｜>(?:[^<\n]{0,256}+<｜tool▁sep｜>|[^<\n]{0,256}+\Z)|<｜tool▁calls▁begin｜>\s*+\Z"
+    r"|<｜tool▁call▁begin｜>(?:[^<\n]{0,256}+<｜tool▁sep｜>|[^<\n]{0,256}+(?:<[^<>\n]{0,16}+)?+\Z)|<｜tool▁calls▁begin｜>\s*+\Z"
 )
 _DEEPSEEK_V3 = re.compile(rf"{_BEGIN}function<｜tool▁sep｜>({NAME})\s*+```json\s*+")
 _DEEPSEEK_V31 = re.compile(rf"{_BEGIN}({NAME})<｜tool▁sep｜>\s*+")

@@ -1,5 +1,7 @@
 """The table of wire formats."""
 
+from typing import Any
+
 from xlam_jax.data.wire.array import CLOSING, TOOL_CALLS, parse_completion
 from xlam_jax.data.wire.bare import BARE_ATTEMPTS, LLAMA3_FRONTS, PYTHONIC_FRONTS, read_llama3_json, read_pythonic
 from xlam_jax.data.wire.base import Tools, Wire, WireFormat
@@ -147,31 +149,40 @@ def wire_format(name: str) -> WireFormat:
     return WIRE_FORMATS[name]
 
 
-_ATTEMPTS = (*MARKED_ATTEMPTS, *TAGGED_ATTEMPTS)
+_ATTEMPTS = (*MARKED_ATTEMPTS, *TAGGED_ATTEMPTS, *BARE_ATTEMPTS)
 _MARKED = (read_mistral, read_hermes, read_qwen3_coder, read_deepseek_v3, read_deepseek_v31)
+_MISTAKABLE = (read_glm, read_llama3_json, read_pythonic)
+"""Readers of formats whose calls look like prose or like an answer in JSON."""
 
 
 def _read_any(text: str, tools: Tools = ()) -> Read:
     """Reads the calls with which a text ends, in whichever format they are.
 
-    Prose may show calls, so other text after or between calls makes the whole text content. Formats without marks need
-    the names of the tools.
+    Prose may show calls, so other text after or between calls makes the whole text content, as do calls in another
+    format in front of them. Formats that can be mistaken need the names of the tools.
     """
     if (harmony := read_harmony(text)) != (text, None):
         return harmony
     names = {function.get("name") for tool in tools if isinstance(function := tool.get("function", tool), dict)}
+    content, calls = _first_calls(text, tools, names)
+    if calls and any(attempt.search(content) for attempt in _ATTEMPTS):
+        return text, None
+    return content, calls
+
+
+def _first_calls(text: str, tools: Tools, names: set[Any]) -> Read:
+    """Returns the calls of the first format that reads some."""
     for read in _MARKED:
         content, calls = read(text, tools, alone=True)
         if calls:
-            return (text, None) if any(attempt.search(content) for attempt in _ATTEMPTS) else (content, calls)
+            return content, calls
     content, calls = parse_completion(text)
     if calls or content != text:
         return content, calls
-    for read in (read_glm, read_llama3_json, read_pythonic):
+    for read in _MISTAKABLE:
         content, calls = read(text, tools, alone=True)
         if calls and all(call.name in names for call in calls):
-            others = any(attempt.search(content) for attempt in (*_ATTEMPTS, *BARE_ATTEMPTS))
-            return (text, None) if others else (content, calls)
+            return content, calls
     return text, None
 
 

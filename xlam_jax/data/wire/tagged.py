@@ -13,9 +13,12 @@ from xlam_jax.data.wire.fronts import Fronts, literal
 from xlam_jax.data.wire.marked import NAME, TOOL_CALL, Read, UnreadableError, end_of, read_attempts
 from xlam_jax.data.wire.typed import parameters_of, typed_value
 
+_CUT = r"<?+/?+[a-z_]*+\Z"
+"""The beginning of a tag at the end of a text that was cut off."""
+
 _FUNCTION = r"<function=([^<>\n]{1,128}+)>\s*+"
 _QWEN3_CODER = re.compile(
-    rf"{TOOL_CALL}|<function=[^<>\n]{{1,128}}+>\s*+(?:<parameter=|</function>)|</function>\s*+</tool_call>"
+    rf"{TOOL_CALL}|<function=[^<>\n]{{1,128}}+>\s*+(?:<parameter=|</function>|{_CUT})|</function>\s*+</tool_call>"
 )
 _FUNCTION_START = re.compile(rf"(<tool_call>)?+\s*+{_FUNCTION}")
 _PARAMETER = re.compile(r"<parameter=([^<>\n]{1,256}+)>\n?+")
@@ -50,7 +53,9 @@ def read_qwen3_coder(text: str, tools: Tools = (), alone: bool = False) -> Read:
     return read_attempts(text, _QWEN3_CODER, read, alone)
 
 
-_GLM = re.compile(rf"{TOOL_CALL}|<tool_call>\s*+{NAME}\s*+(?:<arg_key>|</tool_call>|\Z)|</arg_value>\s*+</tool_call>")
+_GLM = re.compile(
+    rf"{TOOL_CALL}|<tool_call>\s*+{NAME}\s*+(?:<arg_key>|</tool_call>|{_CUT})|</arg_value>\s*+</tool_call>"
+)
 _GLM_START = re.compile(rf"<tool_call>\s*+({NAME})\s*+")
 _KEY = re.compile(r"<arg_key>([^<>\n]{1,256}+)</arg_key>\s*+<arg_value>")
 _VALUE_END = re.compile(r"</arg_value>\s*+(?=<arg_key>|</tool_call>)")
