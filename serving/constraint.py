@@ -88,7 +88,7 @@ def calls_schema(tools: Iterable[dict[str, Any]], at_most: int | None = None) ->
     return schema
 
 
-class _Written(NamedTuple):
+class Written(NamedTuple):
     """How a wire format writes a call around its arguments."""
 
     begin: str
@@ -103,12 +103,12 @@ class _Written(NamedTuple):
     """xgrammar's name for how the arguments are written."""
 
 
-_WRITTEN = {
-    "hermes": _Written('<tool_call>\n{{"name": {quoted}, "arguments": ', "}}\n</tool_call>", "\n"),
-    "mistral": _Written("[TOOL_CALLS]{name}[ARGS]", ""),
-    "llama3_json": _Written('{{"name": {quoted}, "parameters": ', "}}", "; "),
-    "qwen3_coder": _Written("<tool_call>\n<function={name}>\n", "\n</function>\n</tool_call>", "\n", style="qwen_xml"),
-    "deepseek_v31": _Written(
+WRITTEN = {
+    "hermes": Written('<tool_call>\n{{"name": {quoted}, "arguments": ', "}}\n</tool_call>", "\n"),
+    "mistral": Written("[TOOL_CALLS]{name}[ARGS]", ""),
+    "llama3_json": Written('{{"name": {quoted}, "parameters": ', "}}", "; "),
+    "qwen3_coder": Written("<tool_call>\n<function={name}>\n", "\n</function>\n</tool_call>", "\n", style="qwen_xml"),
+    "deepseek_v31": Written(
         "<｜tool▁call▁begin｜>{name}<｜tool▁sep｜>",
         "<｜tool▁call▁end｜>",
         front="<｜tool▁calls▁begin｜>",
@@ -124,9 +124,9 @@ def calls_tag(wire: str, tools: Iterable[dict[str, Any]], at_most: int | None = 
     `at_most`: maximum number of calls, 1 or None. The arguments are constrained as in `calls_schema`. Raises
     `ValueError` for a wire format that a grammar cannot express, and with the tool's name for an unsupported schema.
     """
-    if wire not in _WRITTEN:
+    if wire not in WRITTEN:
         raise ValueError(f"calls in the wire format {wire} cannot be enforced by a grammar; use tool_choice auto")
-    written = _WRITTEN[wire]
+    written = WRITTEN[wire]
     tags = []
     for tool in tools:
         function, definitions = tool["function"], dict[str, Any]()

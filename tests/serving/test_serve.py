@@ -190,7 +190,7 @@ def test_the_command(commands: Commands, model: Path, monkeypatch: pytest.Monkey
     flags = dict(pairwise(command))
     assert flags["--dtype"] == "float32", "vLLM would halve it"
     assert flags["--max-model-len"] == "2048"
-    assert flags["--tool-call-parser"] == "xlam_jax"
+    assert flags["--tool-call-parser"] == "xlam_jax_array"
     assert flags["--tool-parser-plugin"] == "serving.tool_parser"
     assert flags["--served-model-name"] == "model"
     assert json.loads(flags["--structured-outputs-config"])["disable_any_whitespace"] is True

@@ -9,7 +9,8 @@ import pytest
 from argument_schemas import REFUSED, SUPPORTED, properties, tool
 from support import ROOT
 
-from xlam_jax.data.wire import arguments_json, parse_completion
+from serving.constraint import WRITTEN
+from xlam_jax.data.wire import REASONINGS, WIRE_FORMATS, Wire, arguments_json, parse_completion
 
 pytestmark = [pytest.mark.serve, pytest.mark.filterwarnings("ignore")]
 
@@ -60,7 +61,15 @@ def make_request(kind: str, **request: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def answers() -> Any:
-    """A function that parses a text as the server does, whole or in pieces: returns content and [(name, arguments)]."""
+    """The function of `server_parser` for the template of the quickstart."""
+    return server_parser("xlam_jax")
+
+
+def server_parser(name: str) -> Any:
+    """Returns a function that parses a text as the server does with a tool parser, whole or in pieces.
+
+    It returns content and [(name, arguments)].
+    """
     from transformers import AutoTokenizer
     from vllm.parser.abstract_parser import DelegatingParser
     from vllm.tool_parsers.abstract_tool_parser import ToolParserManager
@@ -69,7 +78,7 @@ def answers() -> Any:
     import_plugin("serving.tool_parser")
 
     class Parser(DelegatingParser):
-        tool_parser_cls = ToolParserManager.get_tool_parser("xlam_jax")
+        tool_parser_cls = ToolParserManager.get_tool_parser(name)
 
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples/quickstart/tokenizer")
     auto = make_request("chat", tools=TOOLS, tool_choice="auto")
@@ -112,6 +121,83 @@ def test_pieces_of_any_size_give_the_result_of_the_whole_text(answers: Any, text
     assert answers(None, text) == expected
     for pieces in cuts(text):
         assert answers(pieces, text) == expected, pieces
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "additionalProperties": False}
+INTEGER = [{"type": "function", "function": {"name": "f", "parameters": SCHEMA}}]
+
+
+@pytest.mark.parametrize("name", WIRE_FORMATS)
+def test_every_wire_format_has_a_parser(name: str):
+    example = WIRE_FORMATS[name].example
+    parse = server_parser(f"xlam_jax_{name}")
+    request = make_request("chat", tools=INTEGER, tool_choice="auto")
+    for text, content in ((example, ""), (f"I look.\n{example}", "I look.")):
+        _, _, calls = Wire(WIRE_FORMATS[name]).parse(text, INTEGER)
+        if not calls:  # harmony and Llama's calls have no text in front
+            assert content
+            continue
+        assert parse(None, text, request) == (content, [("f", '{"a": 1}')])
+        for pieces in cuts(text):
+            assert parse(pieces, text, request) == (content, [("f", '{"a": 1}')]), pieces
+    for text in ("Plain text.", example[:-1]):
+        whole = parse(None, text, request)
+        assert all(parse(pieces, text, request) == whole for pieces in cuts(text))
+
+
+def test_vllm_has_the_parsers_that_the_table_names():
+    from vllm.reasoning import ReasoningParserManager
+    from vllm.tool_parsers.abstract_tool_parser import ToolParserManager
+
+    for row in WIRE_FORMATS.values():
+        assert ToolParserManager.get_tool_parser(row.vllm)
+    for row in REASONINGS.values():
+        assert ReasoningParserManager.get_reasoning_parser(row.vllm)
+
+
+@pytest.mark.parametrize("name", [name for name in WIRE_FORMATS if name != "array"])
+def test_required_calls_are_written_in_the_wire_format(name: str):
+    import xgrammar
+    from transformers import AutoTokenizer
+    from vllm.exceptions import VLLMValidationError
+    from vllm.tool_parsers.abstract_tool_parser import ToolParserManager
+    from vllm.utils.import_utils import import_plugin
+    from xgrammar.testing import _is_grammar_accept_string
+
+    import_plugin("serving.tool_parser")
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples/quickstart/tokenizer")
+    request = make_request("chat", tools=INTEGER, tool_choice="required")
+    parser = ToolParserManager.get_tool_parser(f"xlam_jax_{name}")(tokenizer, request.tools)
+    if name not in WRITTEN:
+        with pytest.raises(VLLMValidationError, match=f"calls in the wire format {name} cannot be enforced"):
+            parser.adjust_request(request)
+        return
+    tag = parser.adjust_request(request).to_sampling_params(100, {}).structured_outputs.structural_tag
+    grammar = xgrammar.Grammar.from_structural_tag(tag)
+    accepted = [text for text in REQUIRED[name] if _is_grammar_accept_string(grammar, text)]
+    assert accepted == REQUIRED[name]
+    for text in accepted:
+        _, content, calls = Wire(WIRE_FORMATS[name]).parse(text, INTEGER)
+        assert (content, {call.name for call in calls or ()}) == ("", {"f"})
+    for text in ("", "text", REQUIRED[name][0].replace("1", "1.5"), REQUIRED[name][0].replace("f", "g")):
+        assert not _is_grammar_accept_string(grammar, text)
+
+
+REQUIRED = {
+    "hermes": [
+        '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>',
+        "\n".join(['<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'] * 2),
+    ],
+    "mistral": ['[TOOL_CALLS]f[ARGS]{"a": 1}', '[TOOL_CALLS]f[ARGS]{"a": 1}[TOOL_CALLS]f[ARGS]{}'],
+    "llama3_json": [
+        '{"name": "f", "parameters": {"a": 1}}',
+        '{"name": "f", "parameters": {}}; {"name": "f", "parameters": {}}',
+    ],
+    "qwen3_coder": ["<tool_call>\n<function=f>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>"],
+    "deepseek_v31": [
+        '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>{"a": 1}<｜tool▁call▁end｜><｜tool▁calls▁end｜>',
+    ],
+}
 
 
 @pytest.mark.parametrize("kind", ["chat", "responses"])
