@@ -3,14 +3,13 @@
 import copy
 import json
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from chat_tokenizers import LLAMA, QWEN, byte_level, tokenizer_of
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from xlam_jax.config import Data, Loss
@@ -25,54 +24,7 @@ from xlam_jax.data.trajectory import InvalidTrajectory, Message, ToolCall, Traje
 from xlam_jax.data.wire import CompletionStream, parse_completion
 from xlam_jax.errors import UserError
 
-SETTINGS = settings(deadline=None, derandomize=True, max_examples=60)
-QWEN = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-LLAMA = [
-    "<|begin_of_text|>",
-    "<|end_of_text|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eom_id|>",
-    "<|eot_id|>",
-]
-WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-"""How tokenizers of Qwen and, but for digits, of Llama 3 split a text into words."""
-
-
-def byte_level(special: list[str], **names: str) -> PreTrainedTokenizerFast:
-    """A small tokenizer of the kind of Qwen's and Llama 3's, with the given special tokens."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(WORDS), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    backend.train_from_iterator([FORMAT_INSTRUCTION, json.dumps(TOOLS, indent=4)], trainer)
-    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
-    if "bos_token" in names:  # as in Llama's tokenizer.json; chats must not get it twice
-        bos = (names["bos_token"], backend.token_to_id(names["bos_token"]))
-        backend.post_processor = processors.TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
-    else:  # as in Qwen's
-        backend.normalizer = normalizers.NFC()
-        backend.add_tokens([AddedToken(token, normalized=False) for token in ("<tool_call>", "</tool_call>")])
-    others = [token for token in special if token not in names.values()]
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, extra_special_tokens=others, clean_up_tokenization_spaces=False, **names
-    )
-
-
-@cache
-def tokenizer_of(variant: str) -> PreTrainedTokenizerFast:
-    if variant == "qwen":
-        return byte_level(QWEN, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    return byte_level(LLAMA, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>")
+SETTINGS = settings(deadline=None, derandomize=True, max_examples=40)
 
 
 @pytest.fixture(scope="module", params=["qwen", "llama"])
@@ -296,7 +248,11 @@ TRICKY = [
 ]
 text = st.lists(st.sampled_from(PIECES), min_size=1, max_size=4).map("".join)
 values = st.recursive(
-    st.none() | st.booleans() | st.integers(-(10**20), 10**20) | st.floats(allow_nan=False) | st.text('aé"\\/\n\x07🧿'),
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**20), 10**20)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text('aé"\\/\n\x07🧿'),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text('k"\\', max_size=2), inner, max_size=3),
     max_leaves=6,
 )
@@ -371,7 +327,9 @@ def test_trained_text_is_parsed_as_its_turn_or_refused(tokenizer, trajectory: Tr
     try:
         rendered = render(trajectory, tokenizer, "xlam2")
     except InvalidTrajectory as invalid:
-        assert invalid.reason == "not-representable"
+        event(invalid.reason)
+        if invalid.reason != "not-representable":
+            raise
         return
     answers: dict[int, list[int]] = {}
     for span in rendered.spans:
@@ -435,7 +393,7 @@ def test_control_tokens_in_content_stay_text(tokenizer):
 def test_spans_and_weights(tokenizer):
     turns = [
         user("Hi"),
-        calling(("get_time", {"city": "é"}), ("f", {}), content=" I look. "),
+        calling(("get_time", {"city": "é"}), ("f", {}), content=" I look "),
         result("1"),
         answer("So."),
     ]
@@ -448,7 +406,7 @@ def test_spans_and_weights(tokenizer):
     ]
     end = tokenizer.eos_token
     assert pieces == [
-        (1, "thought", 0.5, "I look."),
+        (1, "thought", 0.5, "I look"),
         (1, "tool_call", 2.0, '\n[{"name": "get_time", "arguments":'),
         (1, "arguments", 2.0, ' {"city": "é"}'),
         (1, "tool_call", 2.0, '}, {"name": "f", "arguments":'),
@@ -512,9 +470,11 @@ def test_the_tokenizer_decides_the_variant(quickstart):
     with pytest.raises(UserError, match=f"{needed} .*has neither; use .* the format xlam or native"):
         render_prompt([user("Hi")], None, plain, "xlam2")
     both = byte_level(QWEN + LLAMA, bos_token="<|begin_of_text|>", eos_token="<|im_end|>")
-    assert both.decode(render_prompt([user("Hi")], None, both, "xlam2")).startswith("<|im_start|>system\n")
+    assert str(both.decode(render_prompt([user("Hi")], None, both, "xlam2"))).startswith("<|im_start|>system\n")
     both = byte_level(QWEN + LLAMA, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>")
-    assert both.decode(render_prompt([user("Hi")], None, both, "xlam2")).startswith("<|begin_of_text|><|start_header")
+    assert str(both.decode(render_prompt([user("Hi")], None, both, "xlam2"))).startswith(
+        "<|begin_of_text|><|start_header"
+    )
     neither = byte_level(QWEN + LLAMA, bos_token="<|begin_of_text|>", eos_token="<|end_of_text|>")
     with pytest.raises(UserError, match=r"has both; set its eos_token, now <\|end_of_text\|>, to <\|im_end\|> or"):
         render_prompt([user("Hi")], None, neither, "xlam2")
