@@ -377,7 +377,7 @@ def test_native_needs_a_template(quickstart, row):
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="no chat template, which the format native needs"):
         render(parse_trajectory(row), tokenizer, "native")
-    with pytest.raises(UserError, match="'xlm' is unknown; known: xlam, native, xlam_v1; did you mean 'xlam'"):
+    with pytest.raises(UserError, match="'xlm' is unknown; known: xlam, native, xlam2, xlam_v1; did you mean 'xlam'"):
         render(parse_trajectory(row), tokenizer, "xlm")
 
 

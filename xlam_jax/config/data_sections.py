@@ -133,8 +133,9 @@ class Data(Section):
     """What the weights divide among the sources: trajectories or trained tokens."""
     tokenizer: str = Field(json_schema_extra=derived("the one next to the weights of model.init_from"))
     """A Hugging Face tokenizer folder or hub name, or mistral:v1, mistral:v3 (from the mistral-common package)."""
-    format: Literal["xlam", "native", "xlam_v1"] = "xlam"
-    """Chat format: this project's template, the tokenizer's own template, or the single prompt of xLAM v1."""
+    format: Literal["xlam", "native", "xlam2", "xlam_v1"] = "xlam"
+    """Chat format: this project's template, the tokenizer's own template, xLAM-2's prompts for tokenizers of Qwen and
+    Llama, or the single prompt of xLAM v1."""
     loss: Loss = Loss()
     """Loss weights of turns and kinds of tokens."""
     augment: Augment = Augment()

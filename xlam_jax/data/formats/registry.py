@@ -7,24 +7,28 @@ from xlam_jax.data.formats import Format
 from xlam_jax.data.formats.mistral import MistralV1, MistralV3
 from xlam_jax.data.formats.template import Template
 from xlam_jax.data.formats.xlam import Xlam
+from xlam_jax.data.formats.xlam2 import Xlam2
 from xlam_jax.data.formats.xlam_v1 import XlamV1
 from xlam_jax.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-NAMES = ("xlam", "native", "xlam_v1")
+NAMES = ("xlam", "native", "xlam2", "xlam_v1")
 
 
 def find(name: str, tokenizer: "PreTrainedTokenizerFast", codec: Codec) -> Format:
     """Returns a format for a tokenizer; `native` is the tokenizer's own chat template.
 
-    Raises `UserError` for a name that is not in `NAMES`, and for `native` without a chat template.
+    Raises `UserError` for a name that is not in `NAMES`, for `native` without a chat template, and for `xlam2` without
+    the control tokens that it needs.
     """
     if name == "xlam":
         return Xlam(codec)
     if name == "xlam_v1":
         return XlamV1(codec)
+    if name == "xlam2":
+        return Xlam2(codec)
     if name != "native":
         raise UserError(f"format '{name}' is unknown; known: {', '.join(NAMES)}{nearest(name, NAMES)}")
     if not tokenizer.chat_template:
@@ -32,7 +36,7 @@ def find(name: str, tokenizer: "PreTrainedTokenizerFast", codec: Codec) -> Forma
             f"tokenizer '{tokenizer.name_or_path}' has no chat template, which the format native needs; "
             "use the format xlam, or a tokenizer that has a template"
         )
-    for kind in (Xlam, XlamV1, MistralV1, MistralV3):
+    for kind in (Xlam, XlamV1, Xlam2, MistralV1, MistralV3):
         if kind.fits(codec) and tokenizer.chat_template == (format_ := kind(codec)).template:
             return format_
     return Template(tokenizer, codec)
