@@ -6,8 +6,8 @@ cost of a step and `plan` read the same rows. This module has the rows that ever
 (`xlam_jax.models.families`) puts its table together from them and from its own.
 
 Axes: L layers, E experts, R router outputs (one per expert), D model width, M model width of a scale that every device
-keeps whole, N key/value heads, G queries per key/value head, K head size, F MLP width, V vocabulary, S tokens that a run
-adds to the vocabulary.
+keeps whole, N key/value heads, G queries per key/value head, K head size, F MLP width, V vocabulary, S tokens that a
+run adds to it.
 """
 
 from collections.abc import Mapping

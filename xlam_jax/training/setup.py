@@ -82,6 +82,8 @@ def set_up(resolved: Resolved, progress: "Progress") -> Setup:
     """
     from xlam_jax.data.epochs import resolve_epochs
 
+    assert bool(resolved.model.added) == bool(resolved.config.data.added_tokens)  # with_added_tokens came first
+
     tokenizer, loaded = _load_data(resolved.config.data, resolved.model.vocab_size, progress.line)
     resolved = resolve_epochs(resolved, loaded, progress.line)
 
