@@ -26,6 +26,7 @@ MESHES = {
     "expert": {"expert": 8},
     "expert-fsdp": {"expert": 2, "fsdp": 4},
     "expert-tensor": {"data": 2, "expert": 2, "tensor": 2},
+    "fsdp-tensor": {"fsdp": 2, "tensor": 2},
     "context": {"context": 8},
     "context-fsdp": {"context": 4, "fsdp": 2},
     "context-expert-tensor": {"context": 2, "expert": 2, "tensor": 2},
@@ -125,7 +126,7 @@ if __name__ == "__main__":
         ("plain", ["alone", "expert-fsdp", "context-expert-tensor"]),
         ("one expert", ["alone", "expert-tensor"]),
         ("kernels", ["alone", "context-fsdp-in-turns"]),
-        ("added tokens", ["alone", "expert-fsdp", "context-expert-tensor"]),
+        ("added tokens", ["alone", "fsdp-tensor"]),
         *(
             pytest.param(case, list(MESHES), marks=pytest.mark.slow)
             for case in ("plain", "one expert", "window", "lora")
