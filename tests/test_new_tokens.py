@@ -1,6 +1,7 @@
 """A run that adds tokens and uses a chat template of a file: kill and resume, export, and what is refused."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from xlam_jax.data.parse import read_jsonl
 from xlam_jax.data.render import render
 from xlam_jax.data.tokenizer import open_tokenizer, with_added_tokens
 from xlam_jax.data.trajectory import Trajectory, to_messages
-from xlam_jax.models.params import binder, join
+from xlam_jax.models.params import binder, join, shapes, trainable
 from xlam_jax.weights import checkpoint
 from xlam_jax.weights import run as weights
 from xlam_jax.weights.hf import load_hf
+from xlam_jax.weights.peft import write_peft
 
 LORA = ("train.trainable=lora", "lora.rank=4", "lora.train_tokens=true")
 QLORA = ("train.trainable=qlora", "lora.rank=4", "lora.train_tokens=true", "lora.targets=[q,head,embedding]")
@@ -120,8 +122,8 @@ def assert_served_alike(folder: Path, resolved: configs.Resolved, run: Path) -> 
     ids = ids[None, :128]
     hidden_BTD, _, _ = ours(ids, np.arange(ids.shape[1], dtype=np.int32)[None], np.ones_like(ids))
     with torch.no_grad():
-        theirs = model(torch.from_numpy(ids.astype(np.int64))).logits.numpy()
-    np.testing.assert_allclose(np.asarray(ours.logits(hidden_BTD)), theirs, atol=2e-4, rtol=1e-4)
+        expected = model(torch.from_numpy(ids.astype(np.int64))).logits.numpy()
+    np.testing.assert_allclose(np.asarray(ours.logits(hidden_BTD)), expected, atol=2e-4, rtol=1e-4)
 
 
 def test_full_training_starts_from_mean_rows(config: Path, base: Path):
@@ -132,6 +134,21 @@ def test_full_training_starts_from_mean_rows(config: Path, base: Path):
     for name in ("embedding", "head"):
         assert np.array_equal(np.asarray(initial[name])[:OLD], before[name])
         assert np.array_equal(np.asarray(initial[name])[OLD], before[name].astype(np.float32).mean(axis=0))
+
+
+def test_adapters_of_a_folder_get_new_rows(config: Path, tmp_path: Path):
+    resolved = with_added_tokens(configs.load(config, [*LORA, f"lora.init_from={tmp_path / 'peft'}"]))
+    plain = replace(resolved.model, added=None, vocab_size=OLD)
+    rng = np.random.default_rng(0)
+    adapters = jax.tree.map(
+        lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), trainable(plain, shapes(plain))[0]
+    )
+    write_peft(tmp_path / "peft", plain, adapters, None)
+    initial = weights.read_initial(resolved, weights.read_base(resolved))
+    assert initial is not None
+    checkpoint.check_shapes(config, initial, trainable(resolved.model, shapes(resolved.model))[0])
+    assert same_arrays(initial["blocks"], adapters["blocks"])
+    assert not any(np.any(initial[f"{name}_rows"]) for name in ("embedding", "head"))
 
 
 def test_wrong_tokens_and_templates_are_refused_before_the_run(commands: Commands, config: Path, tmp_path: Path):
