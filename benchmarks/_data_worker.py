@@ -93,12 +93,12 @@ class Ours:
 
     def __init__(self, data: Data, tokenizer: Path, seed: int, folder: Path) -> None:
         from xlam_jax.data import corpus, examples, pipeline, render_sources
-        from xlam_jax.data.tokenizer import load_tokenizer
+        from xlam_jax.data.tokenizer import open_tokenizer
 
         render_sources.PROCESSES = 1
         self._corpus, self._examples, self._pipeline = corpus, examples, pipeline
         self._data, self._seed, self._folder = data, seed, folder
-        self._tokenizer = load_tokenizer(data.tokenizer)
+        self._tokenizer = open_tokenizer(data)
         self._emitted = 0
         self._pass: int | None = None
         self.notes: Counter[str] = Counter()

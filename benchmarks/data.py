@@ -183,7 +183,7 @@ def resume(data: Data, positions: list[int], seed: int) -> list[dict[str, Any]]:
     """
     from xlam_jax.data import corpus, pipeline
 
-    tokenizer = tokenizers.load_tokenizer(data.tokenizer)
+    tokenizer = tokenizers.open_tokenizer(data)
     loaded = corpus.load(data, tokenizer)
 
     def make() -> pipeline.Loader:
@@ -268,7 +268,7 @@ def main() -> None:
         raise UserError(f"--only: no source is named {', '.join(sorted(unknown))}; there are {', '.join(mixes)}")
     record: dict[str, Any] = {"machine": machine(), "config": data.model_dump(), "lines": []}
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
-        tokenizers.save(tokenizers.load_tokenizer(data.tokenizer), Path(scratch) / "tokenizer", data.format)
+        tokenizers.save(tokenizers.open_tokenizer(data), Path(scratch) / "tokenizer", data.format)
         processes = [Process(name, Path(scratch), stack) for name in SIDES if name in args.sides]
         smallest = min(data.sources, key=lambda source: sum(Path(file).stat().st_size for file in source.files))
         for process in processes:  # warms up libraries

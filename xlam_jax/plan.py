@@ -69,7 +69,7 @@ def main() -> int:
     arguments = parser.parse_intermixed_args()
     topology = parse(arguments.topology)
     overrides = list(arguments.overrides) + _mesh_overrides(arguments.mesh)
-    resolved = configs.load(arguments.config, overrides)
+    resolved = load(arguments.config, overrides)
     if not arguments.json:
         print(f"{arguments.config} on {topology.name}: {topology.count} devices", flush=True)
     if arguments.search:
@@ -95,19 +95,26 @@ def changes(unfit: Plan, config: Path, overrides: Sequence[str], topology: Topol
 
     If the compiler needs more memory than the estimate, the estimates of the changes are scaled up by the same factor.
     """
-    resolved = configs.load(config, list(overrides))
+    resolved = load(config, overrides)
     estimated = unfit.estimated_arguments + unfit.estimated_temporaries
     needed = needed_memory(unfit.cause or "") or unfit.peak or estimated
 
     def peak(place: Topology, changed: list[str]) -> float | None:
         try:
-            other = configs.load(config, [*overrides, *changed])
+            other = load(config, [*overrides, *changed])
             layout = make_layout(other, place)
             return (plan(other, place, layout, compiles=False).peak or 0.0) * max(1.0, needed / estimated)
         except UserError:
             return None  # not divisible, or in conflict with another field
 
     return tuple(advise(resolved.config, unfit.mesh, topology, peak))
+
+
+def load(config: Path, overrides: Sequence[str]) -> Resolved:
+    """Loads a config. The tokenizer may not be on this machine, so it is assumed to have all tokens of the model's
+    vocabulary: `data.added_tokens` then need the most memory."""
+    resolved = configs.load(config, list(overrides))
+    return configs.with_vocabulary(resolved, resolved.model.vocab_size)
 
 
 def as_json(plan: Plan) -> dict[str, Any]:

@@ -74,6 +74,10 @@ def check(arguments: argparse.Namespace) -> Resolved:
     """Loads the config, and checks everything that needs neither data nor devices. Raises `UserError`."""
     resolved = configs.load(arguments.config, arguments.overrides)
     if not arguments.print_config:
+        if resolved.config.data.added_tokens:
+            from xlam_jax.data.tokenizer import with_added_tokens
+
+            resolved = with_added_tokens(resolved)
         check_trackers(resolved.config.track)
         check_run_folder(Path(resolved.config.output_dir), resolved)
         check_export(resolved.config, Path(resolved.config.output_dir) / CONFIG)

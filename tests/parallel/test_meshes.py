@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from xlam_jax.models.config import Lora, ModelConfig
+from xlam_jax.models.config import AddedTokens, Lora, ModelConfig
 from xlam_jax.models.kernels import XLA, Kernels
 from xlam_jax.models.params import shapes, trainable
 from xlam_jax.parallel import mesh as meshes
@@ -26,6 +26,7 @@ MESHES = {
     "expert": {"expert": 8},
     "expert-fsdp": {"expert": 2, "fsdp": 4},
     "expert-tensor": {"data": 2, "expert": 2, "tensor": 2},
+    "fsdp-tensor": {"fsdp": 2, "tensor": 2},
     "context": {"context": 8},
     "context-fsdp": {"context": 4, "fsdp": 2},
     "context-expert-tensor": {"context": 2, "expert": 2, "tensor": 2},
@@ -72,6 +73,9 @@ def gradient(case: str, layout: str) -> dict[str, list]:
         model = replace(model, sliding_window=7)
     if case == "lora":
         model = replace(model, lora=Lora(targets=("q", "o", "w1", "w2", "router"), rank=4, alpha=8.0))
+    if case == "added tokens":  # on both shards of a vocabulary that tensor splits
+        lora = Lora(targets=("q", "embedding", "head"), rank=4, alpha=8.0, train_tokens=True)
+        model = replace(model, lora=lora, added=AddedTokens(45, 6))
     rng = np.random.default_rng(1)
     whole = jax.tree.map(lambda leaf: rng.normal(scale=0.2, size=leaf.shape).astype(np.float32), shapes(model))
     if case == "one expert":  # all tokens prefer the third and then the sixth
@@ -122,6 +126,7 @@ if __name__ == "__main__":
         ("plain", ["alone", "expert-fsdp", "context-expert-tensor"]),
         ("one expert", ["alone", "expert-tensor"]),
         ("kernels", ["alone", "context-fsdp-in-turns"]),
+        ("added tokens", ["alone", "fsdp-tensor"]),
         *(
             pytest.param(case, list(MESHES), marks=pytest.mark.slow)
             for case in ("plain", "one expert", "window", "lora")

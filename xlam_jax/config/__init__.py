@@ -12,9 +12,9 @@ config are relative to the working directory.
 
 from xlam_jax.config.base import CHANGEABLE, Section
 from xlam_jax.config.checks import check_divisible, model_of
-from xlam_jax.config.data_sections import Augment, Data, Filters, Loss, Source
+from xlam_jax.config.data_sections import AddedToken, Augment, Data, Filters, Loss, Source
 from xlam_jax.config.describe import describe, differences, field_help, flatten, json_schema
-from xlam_jax.config.load import Resolved, load, with_steps
+from xlam_jax.config.load import Resolved, load, with_steps, with_vocabulary
 from xlam_jax.config.migrations import SCHEMA
 from xlam_jax.config.saved import from_saved, read_saved, to_values, to_yaml
 from xlam_jax.config.schema import (
@@ -36,6 +36,7 @@ __all__ = [
     "CHANGEABLE",
     "PAIRS",
     "SCHEMA",
+    "AddedToken",
     "Augment",
     "Checkpoint",
     "Config",
@@ -67,4 +68,5 @@ __all__ = [
     "to_values",
     "to_yaml",
     "with_steps",
+    "with_vocabulary",
 ]

@@ -38,6 +38,7 @@ def _adapters(config: Config, model: ModelConfig) -> Lora:
         rank_stabilized=section.rank_stabilized,
         dropout=section.dropout,
         zero=section.zero,
+        train_tokens=section.train_tokens,
     )
 
 

@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 from xlam_jax.config.base import CHANGEABLE, ConflictError, Count, Section, Share, derived
 from xlam_jax.enums import PAIRS
 
+OR_TEXT: dict[str, Any] = {"items": {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/AddedToken"}]}}
+"""JSON Schema of the items of `Data.added_tokens`."""
+
 
 class Filters(Section):
     """Conditions on the trajectories of a source; those that are filtered out are counted by reason."""
@@ -91,6 +94,27 @@ class Source(Section):
         return self
 
 
+class AddedToken(Section):
+    """A token that a run adds to its tokenizer; in a config, a text alone is one with the other fields' defaults."""
+
+    text: str = Field(min_length=1)
+    """Its text, such as "<think>", which becomes this token wherever the chat template writes it."""
+    special: bool = True
+    """A special token: content that spells it stays text, and decoding can skip it. false: content that spells it
+    becomes the token too."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_text(cls, values: Any) -> Any:
+        return {"text": values} if isinstance(values, str) else values
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.text != self.text.strip():
+            raise ConflictError(f"the added token {self.text!r} begins or ends with white space; remove it", "text")
+        return self
+
+
 class Loss(Section):
     """Loss weights of turns and kinds of tokens. A turn with `loss: false` is always masked."""
 
@@ -136,6 +160,12 @@ class Data(Section):
     format: Literal["xlam", "native", "xlam2", "xlam_v1"] = "xlam"
     """Chat format: this project's template, the tokenizer's own template, xLAM-2's prompts for tokenizers of Qwen and
     Llama, or the single prompt of xLAM v1."""
+    chat_template: str | None = None
+    """A jinja file used in place of the tokenizer's own template, with the format native; it is saved with the
+    tokenizer."""
+    added_tokens: list[AddedToken] = Field(default=[], json_schema_extra=OR_TEXT)
+    """Tokens to add to the tokenizer. Their rows in embedding and head start as the mean of the others; see
+    lora.train_tokens."""
     loss: Loss = Loss()
     """Loss weights of turns and kinds of tokens."""
     augment: Augment = Augment()
@@ -183,6 +213,22 @@ class Data(Section):
         if by_epochs and self.share == "tokens":
             raise ConflictError(
                 "data.share is tokens, and the sources give epochs, which count trajectories; give weights", "share"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_tokenizer(self) -> Self:
+        if self.chat_template is not None and self.format != "native":
+            raise ConflictError(
+                f"data.chat_template is {self.chat_template} and data.format is {self.format}, which has its own "
+                "template; set data.format to native, or remove the file",
+                "chat_template",
+                "format",
+            )
+        texts = [token.text for token in self.added_tokens]
+        if twice := sorted({text for text in texts if texts.count(text) > 1}):
+            raise ConflictError(
+                f"data.added_tokens has {', '.join(map(repr, twice))} twice; remove one", "added_tokens"
             )
         return self
 

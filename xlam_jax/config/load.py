@@ -3,6 +3,7 @@
 import math
 import typing
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from xlam_jax.config.files import Draft, read_draft
 from xlam_jax.config.schema import Config
 from xlam_jax.errors import UserError, nearest
 from xlam_jax.models import hf_keys
-from xlam_jax.models.config import ModelConfig, read_hf_config
+from xlam_jax.models.config import AddedTokens, ModelConfig, read_hf_config
 
 LONGEST = 200
 """Maximum length of a value in a message, in characters."""
@@ -80,6 +81,17 @@ def with_steps(resolved: Resolved, steps: int) -> Resolved:
     if train.warmup_ratio is not None:
         section["warmup_steps"] = min(math.ceil(round(train.warmup_ratio * steps, 6)), steps - 1)
     return resolved._replace(config=validate(draft, "train"), origins=draft.origins)
+
+
+def with_vocabulary(resolved: Resolved, first: int) -> Resolved:
+    """Returns the same run with a vocabulary that contains `data.added_tokens`, in model and config.json. `first`: the
+    id of the first of them, which is the tokenizer's number of tokens without them."""
+    if not resolved.config.data.added_tokens:
+        return resolved
+    added = AddedTokens(first, len(resolved.config.data.added_tokens))
+    size = added.vocab_size(resolved.model.vocab_size)
+    model = replace(resolved.model, vocab_size=size, added=added)
+    return resolved._replace(model=model, hf_config=resolved.hf_config | {"vocab_size": size})
 
 
 def validate(draft: Draft, path: str) -> Config:

@@ -116,6 +116,8 @@ class LoraSection(Section):
     """Dropout on the adapter's input, in training; for q, k, v, o and a dense MLP."""
     zero: Literal["A", "B"] = "B"
     """The factor that starts at zero; the other starts with random values."""
+    train_tokens: bool = False
+    """Train the rows of data.added_tokens in embedding and head next to the adapters, although these are frozen."""
     init_from: str | None = None
     """Adapters to start from: a PEFT folder."""
 
@@ -427,6 +429,17 @@ class Config(Section):
                     f"data.loss.{name} is {getattr(data.loss, name)}, and in a loss on pairs a token counts or does "
                     "not; set it to 0 or 1"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _check_tokens(self) -> Self:
+        if self.lora.train_tokens and not self.data.added_tokens:
+            raise ConflictError(
+                "lora.train_tokens is true and data.added_tokens is empty; it trains the rows of added tokens: add "
+                "some, or remove it",
+                "lora.train_tokens",
+                "data.added_tokens",
+            )
         return self
 
     @model_validator(mode="after")

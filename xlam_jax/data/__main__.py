@@ -207,11 +207,11 @@ def _preview(options: argparse.Namespace) -> int:
 def _prepare(options: argparse.Namespace) -> int:
     from xlam_jax import config as configs
     from xlam_jax.data import corpus
-    from xlam_jax.data.tokenizer import load_tokenizer
+    from xlam_jax.data.tokenizer import open_tokenizer
 
     began = time.monotonic()
     data = configs.load(options.config, options.overrides).config.data
-    corpus.prepare(options.out, data, load_tokenizer(data.tokenizer), _log)
+    corpus.prepare(options.out, data, open_tokenizer(data), _log)
     seconds = time.monotonic() - began
     _log(f"{options.out}: written in {seconds:.0f} s; to train from it set data.cache: {options.out} in the config")
     return 0

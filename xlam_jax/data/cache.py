@@ -295,7 +295,7 @@ def _changes(was: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
         names = f"{was['tokenizer']['name']} in the cache, {now['tokenizer']['name']} now"
         yield f"data.tokenizer: another vocabulary, merges or special tokens ({names})"
     if was["template"] != now["template"]:
-        yield "data.tokenizer: another chat template, which data.format native writes"
+        yield "data.tokenizer or data.chat_template: another template, which data.format native writes"
     for name, source in now["sources"].items():
         if name not in was["sources"]:
             yield f"data.sources.{name}: not in the cache, which has {', '.join(was['sources'])}"

@@ -12,7 +12,7 @@ from xlam_jax import config as configs
 from xlam_jax.data import corpus, examples, pipeline
 from xlam_jax.data.kind_styles import COLORS, TERMINAL_COLORS, label
 from xlam_jax.data.pair import Pair
-from xlam_jax.data.tokenizer import load_tokenizer
+from xlam_jax.data.tokenizer import open_tokenizer
 from xlam_jax.enums import SPAN_KINDS
 from xlam_jax.errors import UserError, nearest
 from xlam_jax.pages import document
@@ -81,7 +81,7 @@ def rows(
     names = [entry.name for entry in data.sources]
     if source is not None and source not in names:
         raise UserError(f"--source {source}: the config has {', '.join(names)}{nearest(source, names)}")
-    tokenizer = load_tokenizer(data.tokenizer)
+    tokenizer = open_tokenizer(data)
     loaded = corpus.load(data, tokenizer, progress, annotate=True)
     packed = pipeline.packed_rows(
         loaded, data, batch_size=resolved.train.batch_size, seed=resolved.seed, tokenizer=tokenizer

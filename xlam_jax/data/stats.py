@@ -16,7 +16,7 @@ from xlam_jax.data.examples import Loaded
 from xlam_jax.data.kind_styles import COLORS, label
 from xlam_jax.data.mixture import shares
 from xlam_jax.data.pair import Pair
-from xlam_jax.data.tokenizer import load_tokenizer
+from xlam_jax.data.tokenizer import open_tokenizer
 from xlam_jax.enums import SPAN_KINDS
 from xlam_jax.pages import document, figures
 
@@ -102,7 +102,7 @@ def collect(
     """
     resolved = configs.load(config, list(overrides))
     data = resolved.config.data
-    tokenizer = load_tokenizer(data.tokenizer)
+    tokenizer = open_tokenizer(data)
     loaded = corpus.load(data, tokenizer, progress, annotate=True)
     run = resolve_epochs(resolved, loaded, progress).config
     targets = [float(share) for share in shares(loaded, data)]

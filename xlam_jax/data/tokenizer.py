@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from xlam_jax import config as configs
 from xlam_jax import documents
+from xlam_jax.config import Data, Resolved
 from xlam_jax.data.formats import read_template
 from xlam_jax.data.render import chat_template
 from xlam_jax.digest import json_digest
@@ -58,6 +60,91 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"tokenizer '{name}' is a {type(tokenizer).__name__} without tokenizer.json; {hint}")
     return tokenizer
+
+
+def open_tokenizer(data: Data) -> "PreTrainedTokenizerFast":
+    """Loads the tokenizer of a config, with the tokens that it adds and its chat template.
+
+    Raises `UserError` as `load_tokenizer` does, for a token that the tokenizer has already, and for a template that
+    cannot be read or is not valid jinja.
+    """
+    tokenizer = load_tokenizer(data.tokenizer)
+    if data.added_tokens:
+        _add_tokens(tokenizer, data)
+    if data.chat_template is not None:
+        tokenizer.chat_template = _read_chat_template(Path(data.chat_template))
+    return tokenizer
+
+
+def _add_tokens(tokenizer: "PreTrainedTokenizerFast", data: Data) -> None:
+    from transformers import AddedToken
+
+    ids, first = tokenizer.get_vocab(), len(tokenizer)
+    for at, token in enumerate(data.added_tokens):
+        if token.text in ids:
+            raise UserError(
+                f"data.added_tokens.{at}: the tokenizer {data.tokenizer} has the token {token.text!r} already, with id "
+                f"{ids[token.text]}; remove it from data.added_tokens"
+            )
+    for token in data.added_tokens:
+        added = AddedToken(token.text, normalized=False, special=token.special)
+        tokenizer.add_tokens([added], special_tokens=token.special)
+    numbered = [tokenizer.convert_tokens_to_ids(token.text) for token in data.added_tokens]
+    if numbered != list(range(first, first + len(numbered))):
+        raise UserError(
+            f"data.added_tokens: the tokenizer {data.tokenizer} has {first} tokens, and gives the added ones the ids "
+            f"{numbered}, as its ids have gaps; add the tokens to its files and give the model rows for them"
+        )
+
+
+def _read_chat_template(path: Path) -> str:
+    """Reads and compiles a chat template as transformers does."""
+    from jinja2 import TemplateError, TemplateSyntaxError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    try:
+        template = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"it is not UTF-8 text ({error})"
+        raise UserError(f"data.chat_template: {path} cannot be read: {reason}; name a jinja file") from None
+    if not template.strip():
+        raise UserError(f"data.chat_template: {path} is empty; name a jinja file")
+    try:
+        render_jinja_template([[{"role": "user", "content": "a"}]], chat_template=template)
+    except TemplateSyntaxError as error:
+        raise UserError(
+            f"data.chat_template: {path}, line {error.lineno}: not valid jinja: {error.message}; correct the template"
+        ) from None
+    except (TemplateError, TypeError):
+        pass  # it refuses this conversation; rendering reports what it refuses of the data
+    return template
+
+
+def with_added_tokens(resolved: Resolved) -> Resolved:
+    """Returns the same run with a vocabulary that contains `data.added_tokens`; loads the tokenizer if there are any.
+
+    Raises `UserError` as `open_tokenizer` does, and for a tokenizer with more tokens than the model.
+    """
+    data, size = resolved.config.data, resolved.model.vocab_size
+    if not data.added_tokens:
+        return resolved
+    first = len(open_tokenizer(data)) - len(data.added_tokens)
+    if first > size:
+        raise UserError(
+            f"data.tokenizer: {data.tokenizer} has {first} tokens before data.added_tokens, more than the model's "
+            f"vocab_size, {size}; use the model's own tokenizer"
+        )
+    with_rows = configs.with_vocabulary(resolved, first)
+    lora = resolved.model.lora
+    if lora is None or lora.train_tokens or "embedding" in lora.targets:
+        return with_rows
+    return with_rows._replace(
+        warnings=(
+            *resolved.warnings,
+            "data.added_tokens: their rows stay the mean of the others, as embedding and head are frozen, and the "
+            "model cannot distinguish these tokens; set lora.train_tokens to true to train them",
+        )
+    )
 
 
 def _check_files(folder: Path) -> None:

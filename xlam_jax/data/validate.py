@@ -214,10 +214,10 @@ def length_limit(config: Path, overrides: Sequence[str] = ()) -> Limit:
     """
     from xlam_jax import config as configs
     from xlam_jax.data.lengths import fit
-    from xlam_jax.data.tokenizer import load_tokenizer
+    from xlam_jax.data.tokenizer import open_tokenizer
 
     data = configs.load(config, list(overrides)).config.data.model_copy(update={"on_long": "drop"})
-    tokenizer = load_tokenizer(data.tokenizer)
+    tokenizer = open_tokenizer(data)
 
     def limit(trajectory: Trajectory) -> Iterator[Problem]:
         fitted = fit(trajectory, tokenizer, data)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from xlam_jax import documents
 from xlam_jax.errors import UserError, nearest
@@ -12,6 +12,10 @@ from xlam_jax.models.families import FAMILIES, family_named, family_of
 from xlam_jax.models.hf_rope import RopeScaling
 from xlam_jax.models.hf_values import Values
 from xlam_jax.models.weights_table import HEAD, Weight
+
+VOCAB_MULTIPLE = 64
+"""An enlarged vocabulary has a multiple of this number of rows, the same for every mesh, so that a checkpoint can be
+continued on another one. All usual sizes of mesh.tensor divide it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +31,26 @@ class Lora:
     """Dropout rate of an adapter's input, in training."""
     zero: str = "B"
     """The factor that starts at zero."""
+    train_tokens: bool = False
+    """Whether the rows of the tokens that the run adds are trained next to the adapters."""
 
     @property
     def scale(self) -> float:
         """The factor of A·B."""
         return self.alpha / (self.rank**0.5 if self.rank_stabilized else self.rank)
+
+
+class AddedTokens(NamedTuple):
+    """Tokens that a run adds to the vocabulary of its base: `count` ids from `first` on."""
+
+    first: int
+    count: int
+
+    def vocab_size(self, base: int) -> int:
+        """Returns the number of rows of embedding and head, from that of the base: the same if it has unused rows for
+        these tokens, else the next multiple of `VOCAB_MULTIPLE`."""
+        end = self.first + self.count
+        return base if end <= base else -(-end // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +78,8 @@ class ModelConfig:
     initializer_range: float = 0.02
     lora: Lora | None = None
     """Adapters next to the weights; not part of a config.json."""
+    added: AddedTokens | None = None
+    """The tokens of `vocab_size` that the base does not have; not part of a config.json."""
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any], origin: str = "config.json", overridden: Iterable[str] = ()) -> "ModelConfig":
@@ -85,9 +106,15 @@ class ModelConfig:
             if weight.name != HEAD.name or not self.tie_embeddings
         )
 
+    @property
+    def trained_tokens(self) -> AddedTokens | None:
+        """The added tokens whose rows of embedding and head are trained next to adapters; None if none are."""
+        return self.added if self.lora is not None and self.lora.train_tokens else None
+
     def weight(self, name: str) -> Weight:
-        """The row of a weight, or of the weight that an adapter's factor belongs to. Raises `KeyError` if absent."""
-        names = (name, name.removesuffix("_a"), name.removesuffix("_b"))
+        """The row of a weight, or of the weight that a parameter next to it belongs to (`params.is_adapter`). Raises
+        `KeyError` if absent."""
+        names = (name, name.removesuffix("_a"), name.removesuffix("_b"), name.removesuffix("_rows"))
         for weight in self.weights:
             if weight.name in names:
                 return weight
@@ -107,6 +134,7 @@ class ModelConfig:
             "K": self.head_dim,
             "F": self.mlp_size,
             "V": self.vocab_size,
+            "S": self.added.count if self.added else 0,
         }
 
     def parameters(self) -> int:

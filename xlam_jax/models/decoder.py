@@ -2,8 +2,8 @@
 model's weight table (`ModelConfig.weights`).
 
 Axes: B rows, T tokens, D model width, N key/value heads, G queries per key/value head, K head size, F MLP width,
-E experts, V vocabulary, L layers, r rank of an adapter. Blocks are stacked along L and scanned, so that compile time
-does not grow with depth. Inside a `shard_map`, sizes are those of one device's shard.
+E experts, V vocabulary, S added tokens, L layers, r rank of an adapter. Blocks are stacked along L and scanned, so that
+compile time does not grow with depth. Inside a `shard_map`, sizes are those of one device's shard.
 """
 
 import math
@@ -82,7 +82,8 @@ class _Parameters:
         self.config, self.rngs, self.sizes = config, rngs, config.axis_sizes
 
     def add(self, module: nnx.Module, weight: Weight) -> None:
-        """Adds a weight to a module, and the two factors of its adapter if it has one."""
+        """Adds a weight to a module, and if it has them, the two factors of its adapter and the trained rows of added
+        tokens, which are added to the weight's and start at zero."""
         shape = weight.shape(self.sizes)
         if weight.is_matrix:
             value = self.config.initializer_range * jax.random.normal(self.rngs.params(), shape, jnp.float32)
@@ -90,6 +91,10 @@ class _Parameters:
             value = jnp.full(shape, weight.start, jnp.float32)
         matrix = _matrix_axes(weight.axes, weight.inputs, weight.outputs) if weight.is_matrix else None
         setattr(module, weight.name, nnx.Param(value, logical=_logical(weight.axes), matrix=matrix))
+        if weight.has_token_rows and self.config.trained_tokens:
+            axes = weight.axes.replace("V", "S")
+            rows = jnp.zeros(tuple(self.sizes[axis] for axis in axes), jnp.float32)
+            setattr(module, f"{weight.name}_rows", nnx.LoRAParam(rows, logical=_logical(axes), matrix=None))
         lora = self.config.lora
         if lora is None or weight.name not in lora.targets:
             return
@@ -293,15 +298,30 @@ class Decoder(nnx.Module):
             new.add(self, HEAD)
 
     def head_VD(self) -> jax.Array:
-        """The output embedding of this device's share of the vocabulary, with its adapter added."""
+        """The output embedding of this device's share of the vocabulary, with its adapter and the trained rows of added
+        tokens, in f32 if it has either."""
         name = EMBEDDING.name if self.config.tie_embeddings else HEAD.name
         head = getattr(self, name)
         head_VD = mesh.gather(head[...], head.logical, self.dtype, self.kernels.wire)
         adapter = _adapter(self, name, self.config, 0, self.dtype)
-        if adapter is None:
-            return head_VD
-        product = "Vr,rD->VD" if self.config.tie_embeddings else "Dr,rV->VD"
-        return head_VD.astype(jnp.float32) + project(product, adapter.a, adapter.b, self.dtype, out=jnp.float32)
+        if adapter is not None:
+            product = "Vr,rD->VD" if self.config.tie_embeddings else "Dr,rV->VD"
+            head_VD = head_VD.astype(jnp.float32) + project(product, adapter.a, adapter.b, self.dtype, out=jnp.float32)
+        if (rows := self._token_rows(name, head_VD.shape[0])) is not None:
+            added_SD, places_S = rows
+            head_VD = head_VD.astype(jnp.float32).at[places_S].add(added_SD, mode="drop")
+        return head_VD
+
+    def _token_rows(self, name: str, local: int) -> tuple[jax.Array, jax.Array] | None:
+        """What is added to the rows of added tokens, f32 [S, D], and their indices in this device's share of the
+        vocabulary, of size `local`; `local` for those of other devices. None if these rows are not trained."""
+        tokens = self.config.trained_tokens
+        if tokens is None:
+            return None
+        rows = getattr(self, f"{name}_rows")
+        added_SD = mesh.gather(rows[...], rows.logical, jnp.float32)
+        places_S = tokens.first + jnp.arange(tokens.count) - mesh.index("tensor") * local
+        return added_SD, jnp.where((places_S >= 0) & (places_S < local), places_S, local)
 
     def __call__(
         self,
@@ -359,6 +379,12 @@ class Decoder(nnx.Module):
         adapter = _adapter(self, "embedding", self.config, 0, self.dtype)
         if adapter is not None:
             x_BTD = x_BTD + project("BTr,rD->BTD", look_up(adapter.a), adapter.b, self.dtype)
+        if (rows := self._token_rows(EMBEDDING.name, table_VD.shape[0])) is not None:
+            added_SD, places_S = rows
+            is_added_BTS = ((local_BT[..., None] == places_S) & (places_S < table_VD.shape[0])).astype(jnp.float32)
+            # a product, since the gradient of a look-up is a sum whose order is not deterministic on a GPU
+            added_BTD = jnp.einsum("BTS,SD->BTD", is_added_BTS, added_SD, precision=jax.lax.Precision.HIGHEST)
+            x_BTD = (x_BTD.astype(jnp.float32) + added_BTD).astype(self.dtype)
         return mesh.psum(x_BTD, "tensor")
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:

@@ -2,7 +2,8 @@
 
 Steps, checkpoints and converters pass this tree around:
 `{"embedding", "final_norm", "head"?, "blocks": {"q", "k", "v", "o", "w1", "w2", "w3", "router"?, …}}`, one leaf per row
-of the weight table. An adapter on the weight `w` adds two factors next to it, `w_a` and `w_b`.
+of the weight table. An adapter on the weight `w` adds two factors next to it, `w_a` and `w_b`; if the rows of added
+tokens are trained, `w_rows` is added to these rows of `w`.
 """
 
 from collections.abc import Callable
@@ -92,8 +93,9 @@ def _bind(graphdef: Any, abstract: nnx.State, params: Params) -> Decoder:
 
 
 def is_adapter(name: str) -> bool:
-    """Whether the parameter of this name is a factor of an adapter."""
-    return name.endswith(("_a", "_b"))
+    """Whether the parameter of this name trains next to a frozen weight: a factor of an adapter, or the trained rows of
+    added tokens."""
+    return name.endswith(("_a", "_b", "_rows"))
 
 
 def split(params: Params, belongs: Callable[[str], bool]) -> tuple[Params, Params]:

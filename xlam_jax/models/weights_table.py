@@ -6,7 +6,8 @@ cost of a step and `plan` read the same rows. This module has the rows that ever
 (`xlam_jax.models.families`) puts its table together from them and from its own.
 
 Axes: L layers, E experts, R router outputs (one per expert), D model width, M model width of a scale that every device
-keeps whole, N key/value heads, G queries per key/value head, K head size, F MLP width, V vocabulary.
+keeps whole, N key/value heads, G queries per key/value head, K head size, F MLP width, V vocabulary, S tokens that a
+run adds to it.
 """
 
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ LOGICAL_AXES = {
     "K": "head_dim",
     "F": "mlp",
     "V": "vocab",
+    "S": "added_tokens",
 }
 """Letter of an axis → logical axis, which `xlam_jax.parallel.mesh.RULES` maps to an axis of the mesh."""
 
@@ -99,6 +101,11 @@ class Weight:
     def is_matrix(self) -> bool:
         """Whether it multiplies activations; each matrix may have an adapter."""
         return bool(self.inputs)
+
+    @property
+    def has_token_rows(self) -> bool:
+        """Whether it has one row per token of the vocabulary."""
+        return "V" in self.axes
 
     @property
     def per_expert(self) -> bool:

@@ -35,6 +35,7 @@ RULES: Mapping[str, str | None] = {
     "layers": None,
     "embed": "fsdp",
     "vocab": "tensor",
+    "added_tokens": None,
     "kv_heads": "tensor",
     "mlp": "tensor",
     "experts": "expert",

@@ -45,7 +45,10 @@ def check_data(
     other_tokenizer = saved["tokenizer"]["digest"] != identity["tokenizer"]["digest"]
     if other_tokenizer:
         described = [describe_tokenizer(either["tokenizer"]) for either in (saved, identity)]
-        lines.append(f"data.tokenizer: {described[0]} at step {step}; {described[1]} now")
+        lines.append(
+            f"data.tokenizer: {described[0]} at step {step}; {described[1]} now (the digest is of its vocabulary and "
+            "chat template)"
+        )
     if not lines:
         return None, state
     changed = "\n  ".join([f"{run}: the data are not those that the run was trained on:", *lines])

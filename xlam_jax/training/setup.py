@@ -82,6 +82,8 @@ def set_up(resolved: Resolved, progress: "Progress") -> Setup:
     """
     from xlam_jax.data.epochs import resolve_epochs
 
+    assert bool(resolved.model.added) == bool(resolved.config.data.added_tokens)  # with_added_tokens came first
+
     tokenizer, loaded = _load_data(resolved.config.data, resolved.model.vocab_size, progress.line)
     resolved = resolve_epochs(resolved, loaded, progress.line)
 
@@ -101,6 +103,11 @@ def set_up(resolved: Resolved, progress: "Progress") -> Setup:
         + f" on {len(jax.devices())} {jax.default_backend()} device(s): "
         + ", ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items())
     )
+    if model.added:
+        progress.line(
+            f"added tokens: ids {model.added.first} to {model.added.first + model.added.count - 1} of "
+            f"{model.vocab_size:,} in the vocabulary"
+        )
     progress.line(layout.kernels_line)
     return Setup(**vars(layout), resolved=resolved, tokenizer=tokenizer, loaded=loaded)
 
@@ -108,9 +115,9 @@ def set_up(resolved: Resolved, progress: "Progress") -> Setup:
 def _load_data(data: Data, vocab_size: int, report: Callable[[str], None]) -> "tuple[Any, list[Loaded]]":
     """Loads the tokenizer and the examples, before any device is used, so that a bad row is reported within seconds."""
     from xlam_jax.data import corpus
-    from xlam_jax.data.tokenizer import load_tokenizer
+    from xlam_jax.data.tokenizer import open_tokenizer
 
-    tokenizer = load_tokenizer(data.tokenizer)
+    tokenizer = open_tokenizer(data)
     if len(tokenizer) > vocab_size:
         raise UserError(
             f"data.tokenizer: {data.tokenizer} has {len(tokenizer)} tokens, more than the model's vocab_size, "

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xlam_jax.config import Resolved, from_saved, model_of
+from xlam_jax.config import Resolved, from_saved, model_of, with_vocabulary
 from xlam_jax.digest import stream_digest
 from xlam_jax.errors import UserError
 from xlam_jax.models import hf_keys
@@ -18,14 +18,15 @@ from xlam_jax.models.nf4 import NF4, dense
 from xlam_jax.models.params import Params, freeze, initialize, shapes, trainable
 from xlam_jax.parallel.placement import place
 from xlam_jax.weights import checkpoint
+from xlam_jax.weights.added_tokens import extend, new_rows
 
 
 def read_base(resolved: Resolved, *, exporting: bool = False) -> Params | None:
     """Opens the weights that `model.init_from` names, a whole model without adapters. Returns None for random weights.
 
-    The parameters are lazy: `place` reads only the part that belongs to a host's devices. Raises `UserError` for
-    weights of another model, and, unless `exporting`, of another config.json: a finished run is exported with the
-    config it was trained with.
+    The parameters are lazy: `place` reads only the part that belongs to a host's devices. The rows of tokens that the
+    run adds are included. Raises `UserError` for weights of another model, and, unless `exporting`, of another
+    config.json: a finished run is exported with the config it was trained with.
     """
     from xlam_jax.weights.hf import HFWeights
 
@@ -35,12 +36,13 @@ def read_base(resolved: Resolved, *, exporting: bool = False) -> Params | None:
     like = shapes(replace(resolved.model, lora=None))
     if checkpoint.is_checkpoint(Path(init_from)):
         step = checkpoint.resolve(Path(init_from))
-        checkpoint.check_params(step, like)
+        params = extend(checkpoint.open_params(step), resolved.model)
+        checkpoint.check_shapes(step, params, like)
         if not exporting:
             check_same_config(resolved, checkpoint.load_hf_config(step))
-        return checkpoint.open_params(step)
+        return params
     opened = HFWeights(init_from)
-    params = opened.params()
+    params = extend(opened.params(), resolved.model)
     checkpoint.check_shapes(init_from, params, like)
     if not exporting:
         check_same_config(resolved, opened.hf_config)
@@ -83,13 +85,15 @@ def source_folder(resolved: Resolved) -> Path | None:
 def read_adapters(resolved: Resolved, base: Params | None) -> Params | None:
     """Reads the adapters that `lora.init_from` names, for use with `base`.
 
-    Returns None for new adapters, and for a model without adapters. Raises `UserError` if they do not fit
-    the model or the base.
+    Returns None for new adapters, and for a model without adapters. The rows of added tokens start anew. Raises
+    `UserError` if the adapters do not fit the model or the base.
     """
     from xlam_jax.weights.peft import read_peft
 
     start = resolved.config.lora.init_from
-    return None if start is None or resolved.model.lora is None else read_peft(Path(start), resolved.model, base)
+    if start is None or resolved.model.lora is None:
+        return None
+    return read_peft(Path(start), resolved.model, base) | new_rows(resolved.model)
 
 
 def read_initial(resolved: Resolved, base: Params | None) -> Params | None:
@@ -143,12 +147,15 @@ def frozen(resolved: Resolved, base: Params | None, abstract: Params, dtype: Any
 
 def saved_run(step_dir: Path) -> Resolved | None:
     """Returns the run of a step that contains adapters, None for a step that contains a whole model."""
-    saved = checkpoint.load_metadata(step_dir).get("config")
+    metadata = checkpoint.load_metadata(step_dir)
+    saved = metadata.get("config")
     config = from_saved(saved, f"{step_dir}: its config") if saved else None
     if config is None or config.train.trainable == "full":
         return None
     hf_config = checkpoint.load_hf_config(step_dir)
-    return Resolved(config, {}, hf_config, model_of(config, hf_config))
+    resolved = Resolved(config, {}, hf_config, model_of(config, hf_config))
+    count = len(config.data.added_tokens)
+    return with_vocabulary(resolved, metadata["tokenizer"]["tokens"] - count) if count else resolved
 
 
 class FrozenWeight:

@@ -34,7 +34,7 @@ def find(name: str, tokenizer: "PreTrainedTokenizerFast", codec: Codec) -> Forma
     if not tokenizer.chat_template:
         raise UserError(
             f"tokenizer '{tokenizer.name_or_path}' has no chat template, which the format native needs; "
-            "use the format xlam, or a tokenizer that has a template"
+            "use the format xlam, or name a template in data.chat_template"
         )
     for kind in (Xlam, XlamV1, Xlam2, MistralV1, MistralV3):
         if kind.fits(codec) and tokenizer.chat_template == (format_ := kind(codec)).template:
