@@ -1,6 +1,7 @@
 """Reasoning before an answer: kept in a separate field, reported where it is not rendered."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +83,12 @@ def test_it_comes_back_from_every_form_that_can_hold_it():
     assert {loss.reason for loss in losses if isinstance(loss, Lost)} == {"id-not-held"}
     assert convert("openai", written | {"id": trajectory.id}) == trajectory
     assert any("reasoning_content" in str(row) for row in exporter("train_ready")(trajectory))
-    for format in ("sharegpt", "xlam60k"):
-        reasons = {item.reason for item in exporter(format)(trajectory) if isinstance(item, Lost)}
-        assert reasons & {"reasoning-not-held", "turns-not-held"}, format
+    (written, *losses) = exporter("sharegpt")(trajectory)
+    assert isinstance(written, dict)
+    assert written["conversations"][1]["value"].startswith(f"<think>\n{THOUGHT}\n</think>\n\n")
+    assert {loss.reason for loss in losses if isinstance(loss, Lost)} == {"call-id-not-held"}
+    for shorter in (trajectory, replace(trajectory, conversation=trajectory.conversation[:2])):
+        assert "reasoning-not-held" in {item.reason for item in exporter("xlam60k")(shorter) if isinstance(item, Lost)}
 
 
 def test_a_turn_of_reasoning_alone_is_empty():
@@ -92,25 +96,3 @@ def test_a_turn_of_reasoning_alone_is_empty():
     assert [problem.reason for problem in check_row(row)][-1] == "empty-assistant-turn"
 
 
-def test_what_no_format_writes_is_reported(tmp_path, write_jsonl, quickstart):
-    trajectory = convert("openai", messages(reasoning_content=THOUGHT))
-    bare = convert("openai", messages())
-    tokenizer = load_tokenizer(str(quickstart / "tokenizer"))
-    rendered = render(trajectory, tokenizer)
-    assert rendered.input_ids.tolist() == render(bare, tokenizer).input_ids.tolist()
-    assert not any("reasoning" in key for message in to_messages(trajectory) for key in message)
-    path = write_jsonl(to_dict(trajectory), to_dict(bare))
-    data = Data.model_validate(
-        {
-            "sources": [{"name": "s", "files": [str(path)]}],
-            "tokenizer": str(quickstart / "tokenizer"),
-            "sequence_length": 512,
-            "heldout": 0.0,
-            "streams": 1,
-        }
-    )
-    lines: list[str] = []
-    (loaded,) = corpus.load(data, tokenizer, lines.append)
-    assert loaded.changed == {"reasoning-not-rendered": 1}
-    assert "changed: 1 reasoning-not-rendered" in lines[0]
-    assert fit(bare, tokenizer, data).reasons == []

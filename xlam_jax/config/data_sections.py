@@ -102,6 +102,8 @@ class Loss(Section):
     """Weight of tool calls, and of the end token after them."""
     answer: float = Field(default=1.0, ge=0)
     """Weight of turns without calls, and of the end token after them."""
+    reasoning: float = Field(default=1.0, ge=0)
+    """Weight of the reasoning in front of an answer or a call, with its marks."""
 
 
 class Augment(Section):
@@ -135,6 +137,9 @@ class Data(Section):
     """A Hugging Face tokenizer folder or hub name, or mistral:v1, mistral:v3 (from the mistral-common package)."""
     format: Literal["xlam", "native", "xlam_v1"] = "xlam"
     """Chat format: this project's template, the tokenizer's own template, or the single prompt of xLAM v1."""
+    reasoning: Literal["keep", "drop"] = "keep"
+    """The reasoning of assistant turns: write it where the format does, or drop it before rendering. A format that
+    cannot write it refuses the trajectory."""
     loss: Loss = Loss()
     """Loss weights of turns and kinds of tokens."""
     augment: Augment = Augment()

@@ -259,7 +259,9 @@ def _fits(about: dict[str, Any] | None, data: Data) -> bool:
 
 def make_key(data: Data, tokenizer: Any) -> dict[str, Any]:
     """Returns everything that a cache of this config depends on."""
-    settings = data.model_dump(include={"format", "loss", "heldout", "on_invalid", "on_long", "sequence_length"})
+    settings = data.model_dump(
+        include={"format", "reasoning", "loss", "heldout", "on_invalid", "on_long", "sequence_length"}
+    )
     return {
         "layout": LAYOUT,
         "render_version": RENDER_VERSION,
