@@ -7,15 +7,10 @@ from typing import Any
 
 import pytest
 
-from xlam_jax.config import Data
-from xlam_jax.data import corpus
 from xlam_jax.data.converters import exporter, row_converter
 from xlam_jax.data.converters.common import Converted, Lost, convert_one
-from xlam_jax.data.lengths import fit
 from xlam_jax.data.parse import parse_trajectory
-from xlam_jax.data.render import render
-from xlam_jax.data.tokenizer import load_tokenizer
-from xlam_jax.data.trajectory import Trajectory, to_dict, to_messages
+from xlam_jax.data.trajectory import Trajectory, to_dict
 from xlam_jax.data.validate import check_row
 
 TOOL = {"type": "function", "function": {"name": "tide", "parameters": {"type": "object", "properties": {}}}}
@@ -94,5 +89,3 @@ def test_it_comes_back_from_every_form_that_can_hold_it():
 def test_a_turn_of_reasoning_alone_is_empty():
     row = {"conversation": [ASK, {"role": "assistant", "content": "", "reasoning": THOUGHT}]}
     assert [problem.reason for problem in check_row(row)][-1] == "empty-assistant-turn"
-
-
