@@ -1,4 +1,4 @@
-"""Reasoning before an answer: kept in a separate field, reported where it is not rendered."""
+"""Reasoning before an answer: read from every spelling into a separate field, and written back."""
 
 import copy
 from dataclasses import replace
@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from xlam_jax.data.content import split_reasoning
 from xlam_jax.data.converters import exporter, row_converter
 from xlam_jax.data.converters.common import Converted, Lost, convert_one
-from xlam_jax.data.parse import parse_trajectory
-from xlam_jax.data.trajectory import Trajectory, to_dict
+from xlam_jax.data.parse import parse_messages, parse_trajectory
+from xlam_jax.data.trajectory import Trajectory, message_to_dict, to_dict, to_messages
 from xlam_jax.data.validate import check_row
 
 TOOL = {"type": "function", "function": {"name": "tide", "parameters": {"type": "object", "properties": {}}}}
@@ -89,3 +92,66 @@ def test_it_comes_back_from_every_form_that_can_hold_it():
 def test_a_turn_of_reasoning_alone_is_empty():
     row = {"conversation": [ASK, {"role": "assistant", "content": "", "reasoning": THOUGHT}]}
     assert [problem.reason for problem in check_row(row)][-1] == "empty-assistant-turn"
+
+
+@pytest.mark.parametrize("text", ["<think>{}</think>{}", "\n<think>\n{}\n</think>\n\n{}", "[THINK]{}[/THINK]{}"])
+def test_reasoning_at_the_start_of_text_is_moved(text):
+    row = messages(content=text.format(THOUGHT, "I look."))
+    turn = convert("openai", row, "reasoning-in-text").conversation[1]
+    assert (turn.reasoning, turn.content, len(turn.tool_calls)) == (THOUGHT, "I look.", 1)
+    turn = convert("openai", messages(content=text.format(THOUGHT, "")), "reasoning-in-text").conversation[1]
+    assert (turn.reasoning, turn.content, len(turn.tool_calls)) == (THOUGHT, "", 1)
+    both = messages(content=text.format(THOUGHT, "I look."), reasoning_content=f" {THOUGHT}\n")
+    assert convert("openai", both, "reasoning-in-text").conversation[1].reasoning == THOUGHT
+    turns = [ASK, {"role": "assistant", "content": text.format(THOUGHT, "2 m")}]
+    (problem,) = check_row({"unique_trajectory_id": "a", "conversation": turns})
+    assert problem.reason == "reasoning-in-text"
+
+
+def test_text_that_stays_text():
+    for text in (
+        f"I think <think>{THOUGHT}</think>",  # not at the start
+        f"<think>{THOUGHT}",  # not closed
+        f"<think>{THOUGHT}</think>",  # nothing else: the turn would be empty
+    ):
+        turn = parse_trajectory({"conversation": [ASK, {"role": "assistant", "content": text}]}).conversation[1]
+        assert (turn.content, turn.reasoning) == (text, "")
+    request = parse_messages([ASK, {"role": "assistant", "content": "<think>a</think>b"}, ASK])  # as a server gets it
+    assert (request[1].content, request[1].reasoning) == ("<think>a</think>b", "")
+    assert split_reasoning("<think></think>b") == ("", "b")
+
+
+def test_sharegpt_keeps_the_reasoning_of_joined_turns():
+    call = {"from": "function_call", "value": '{"name": "tide", "arguments": {}}'}
+    answer = {"from": "gpt", "value": f"<think>{THOUGHT}</think>I look."}
+    row = {"conversations": [{"from": "human", "value": "Tide?"}, answer, call], "tools": [TOOL]}
+    turn = convert("sharegpt", row).conversation[1]
+    assert (turn.reasoning, turn.content, len(turn.tool_calls)) == (THOUGHT, "I look.", 1)
+    row["conversations"][1] = {"from": "gpt", "value": "I look.", "reasoning_content": THOUGHT}
+    assert convert("sharegpt", row).conversation[1] == turn
+
+
+TURNS = st.lists(
+    st.tuples(st.sampled_from(["", THOUGHT, "a\n\nb"]), st.sampled_from(["", "I look.", "x\ny"]), st.booleans()),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(deadline=None, derandomize=True, max_examples=40)
+@given(TURNS, st.sampled_from(["openai", "sharegpt", "train_ready"]))
+def test_round_trips(turns: list[tuple[str, str, bool]], format: str):
+    conversation: list[dict[str, Any]] = []
+    for at, (reasoning, content, calls) in enumerate(turns):
+        call = CALL | {"id": f"c{at}", "function": {"name": "tide", "arguments": {}}}
+        turn = {"role": "assistant", "content": content or ("" if calls else "-"), "reasoning": reasoning}
+        conversation += [ASK, turn | {"tool_calls": [call] if calls else []}]
+        conversation += [RESULT | {"tool_call_id": f"c{at}"}] if calls else []
+    conversation += [ASK, {"role": "assistant", "content": "2 m"}]
+    trajectory = parse_trajectory({"unique_trajectory_id": "a", "tools": [TOOL], "conversation": conversation})
+    lost = {item.reason for item in exporter(format)(trajectory) if isinstance(item, Lost)}
+    assert lost <= {"id-not-held", "call-id-not-held"}
+    assert to_messages(trajectory) == [
+        {key if key != "reasoning" else "reasoning_content": value for key, value in message_to_dict(turn).items()}
+        for turn in trajectory.conversation
+    ]
