@@ -11,7 +11,7 @@ from xlam_jax.config import Config
 
 Record = dict[str, Any]
 SOURCES = ("webshop", "hotpotqa", "toolbench", "api_bank")
-KINDS = ("thought", "tool_call", "arguments", "answer", "eos")
+KINDS = ("thought", "tool_call", "arguments", "answer", "eos", "reasoning")
 SHARES = (0.4, 0.3, 0.2, 0.1)
 TRAINED = (120.0, 300.0, 80.0, 200.0)
 """Mean trained tokens of a trajectory of each source."""
@@ -145,7 +145,7 @@ def heldout_record(
         return record | _preference(rng, step, steps)
 
     def kinds(level: float) -> dict[str, Any]:
-        scales = {"thought": 1.5, "tool_call": 0.5, "arguments": 0.8, "answer": 1.2, "eos": 0.1}
+        scales = {"thought": 1.5, "tool_call": 0.5, "arguments": 0.8, "answer": 1.2, "eos": 0.1, "reasoning": 1.4}
         return {
             kind: {"loss": level * scale * (1 + 0.02 * rng.normal()), "tokens": 3000} for kind, scale in scales.items()
         }

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from support import ROOT, Commands
 
+from xlam_jax.data.formats.xlam import earlier_template
 from xlam_jax.generate import find_model
 from xlam_jax.weights import checkpoint
 from xlam_jax.weights.hf import load_hf
@@ -20,9 +21,10 @@ LOSSES = {4: 6.987415313720703, 5: 7.057799816131592}
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A copy of the run of an earlier version."""
+    """A copy of the run of an earlier version, whose tokenizer had the chat template of that time."""
     shutil.copytree(SAVED / "run", tmp_path / "run")
     shutil.copytree(TOKENIZER, tmp_path / "run/tokenizer")
+    (tmp_path / "run/tokenizer/chat_template.jinja").write_text(earlier_template(True, True), encoding="utf-8")
     return tmp_path / "run"
 
 

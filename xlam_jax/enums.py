@@ -2,10 +2,11 @@
 
 from typing import Literal, get_args
 
-SpanKind = Literal["prompt", "thought", "tool_call", "arguments", "answer", "eos"]
+SpanKind = Literal["prompt", "thought", "tool_call", "arguments", "answer", "eos", "reasoning"]
 SPAN_KINDS: tuple[SpanKind, ...] = get_args(SpanKind)
 """What a token is part of. `arguments` is the JSON of a call's arguments, with the space in front of it, as tokenizers
-join the two; `tool_call` is the rest of the calls; `eos` is the end token of a turn."""
+join the two; `tool_call` is the rest of the calls; `eos` is the end token of a turn; `reasoning` is a turn's reasoning
+with its marks. New kinds are appended, because caches and checkpoints have stored their indices."""
 
 PairLoss = Literal["sigmoid", "hinge", "ipo", "kto_pair", "simpo", "orpo"]
 PAIR_LOSSES: tuple[PairLoss, ...] = get_args(PairLoss)

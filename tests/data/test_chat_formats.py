@@ -336,7 +336,9 @@ def test_sharegpt_function_calls():
             Message("user", "q"),
             Message("assistant", "I look.", (ToolCall("call_1", "look", {"b": 1, "a": 2}),), loss=False),
             Message("tool", "r", (), "call_1", "look"),
-            Message("assistant", "Twice.", (ToolCall("call_2", "look", {}), ToolCall("call_3", "look", {}))),
+            Message(
+                "assistant", "", (ToolCall("call_2", "look", {}), ToolCall("call_3", "look", {})), reasoning="Twice."
+            ),
             Message("tool", "r1", (), "call_2", "look"),
             Message("tool", "r2", (), "call_3", "look"),
             Message("assistant", "a", loss=True),

@@ -291,12 +291,19 @@ def test_flags_and_weights_hold_for_templates(template, chatml, row):
 
 def test_a_template_that_rewrites_the_past_gives_several_sequences(chatml, row):
     """Each turn is trained once, after the prompt that a server would send for it."""
-    row["conversation"][4]["content"] = "<think>cold</think>-3 °C"
+    row["conversation"][4]["content"] = "<think>\ncold\n</think>\n\n-3 °C"
     trajectory = parse_trajectory(row)
+    assert trajectory.conversation[4].reasoning == "cold"
     tokenizer = chatml(FORGETFUL)
     trained = []
     for part, rendered in sequences(trajectory, tokenizer, "native"):
-        assert rendered.input_ids.tolist() == by_template(tokenizer, part)[0]
+        messages = to_messages(part)
+        for message in messages:
+            if reasoning := message.pop("reasoning_content", ""):  # this template reads it in the text
+                message["content"] = f"<think>\n{reasoning}\n</think>\n\n{message['content']}"
+        assert rendered.input_ids.tolist() == tokenizer.apply_chat_template(
+            messages, tools=part.tools, return_dict=False
+        )
         trained_here = sorted({span.turn for span in rendered.spans if span.weight})
         trained.append(trained_here)
         for turn in trained_here:

@@ -1,20 +1,19 @@
-"""Reasoning before an answer: kept in a separate field, reported where it is not rendered."""
+"""Reasoning before an answer: read from every spelling into a separate field, and written back."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from xlam_jax.config import Data
-from xlam_jax.data import corpus
+from xlam_jax.data.content import split_reasoning
 from xlam_jax.data.converters import exporter, row_converter
 from xlam_jax.data.converters.common import Converted, Lost, convert_one
-from xlam_jax.data.lengths import fit
-from xlam_jax.data.parse import parse_trajectory
-from xlam_jax.data.render import render
-from xlam_jax.data.tokenizer import load_tokenizer
-from xlam_jax.data.trajectory import Trajectory, to_dict, to_messages
+from xlam_jax.data.parse import parse_messages, parse_trajectory
+from xlam_jax.data.trajectory import Trajectory, message_to_dict, to_dict, to_messages
 from xlam_jax.data.validate import check_row
 
 TOOL = {"type": "function", "function": {"name": "tide", "parameters": {"type": "object", "properties": {}}}}
@@ -82,9 +81,12 @@ def test_it_comes_back_from_every_form_that_can_hold_it():
     assert {loss.reason for loss in losses if isinstance(loss, Lost)} == {"id-not-held"}
     assert convert("openai", written | {"id": trajectory.id}) == trajectory
     assert any("reasoning_content" in str(row) for row in exporter("train_ready")(trajectory))
-    for format in ("sharegpt", "xlam60k"):
-        reasons = {item.reason for item in exporter(format)(trajectory) if isinstance(item, Lost)}
-        assert reasons & {"reasoning-not-held", "turns-not-held"}, format
+    (written, *losses) = exporter("sharegpt")(trajectory)
+    assert isinstance(written, dict)
+    assert written["conversations"][1]["value"].startswith(f"<think>\n{THOUGHT}\n</think>\n\n")
+    assert {loss.reason for loss in losses if isinstance(loss, Lost)} == {"call-id-not-held"}
+    for shorter in (trajectory, replace(trajectory, conversation=trajectory.conversation[:2])):
+        assert "reasoning-not-held" in {item.reason for item in exporter("xlam60k")(shorter) if isinstance(item, Lost)}
 
 
 def test_a_turn_of_reasoning_alone_is_empty():
@@ -92,25 +94,64 @@ def test_a_turn_of_reasoning_alone_is_empty():
     assert [problem.reason for problem in check_row(row)][-1] == "empty-assistant-turn"
 
 
-def test_what_no_format_writes_is_reported(tmp_path, write_jsonl, quickstart):
-    trajectory = convert("openai", messages(reasoning_content=THOUGHT))
-    bare = convert("openai", messages())
-    tokenizer = load_tokenizer(str(quickstart / "tokenizer"))
-    rendered = render(trajectory, tokenizer)
-    assert rendered.input_ids.tolist() == render(bare, tokenizer).input_ids.tolist()
-    assert not any("reasoning" in key for message in to_messages(trajectory) for key in message)
-    path = write_jsonl(to_dict(trajectory), to_dict(bare))
-    data = Data.model_validate(
-        {
-            "sources": [{"name": "s", "files": [str(path)]}],
-            "tokenizer": str(quickstart / "tokenizer"),
-            "sequence_length": 512,
-            "heldout": 0.0,
-            "streams": 1,
-        }
-    )
-    lines: list[str] = []
-    (loaded,) = corpus.load(data, tokenizer, lines.append)
-    assert loaded.changed == {"reasoning-not-rendered": 1}
-    assert "changed: 1 reasoning-not-rendered" in lines[0]
-    assert fit(bare, tokenizer, data).reasons == []
+@pytest.mark.parametrize("text", ["<think>{}</think>{}", "\n<think>\n{}\n</think>\n\n{}", "[THINK]{}[/THINK]{}"])
+def test_reasoning_at_the_start_of_text_is_moved(text):
+    row = messages(content=text.format(THOUGHT, "I look."))
+    turn = convert("openai", row, "reasoning-in-text").conversation[1]
+    assert (turn.reasoning, turn.content, len(turn.tool_calls)) == (THOUGHT, "I look.", 1)
+    turn = convert("openai", messages(content=text.format(THOUGHT, "")), "reasoning-in-text").conversation[1]
+    assert (turn.reasoning, turn.content, len(turn.tool_calls)) == (THOUGHT, "", 1)
+    both = messages(content=text.format(THOUGHT, "I look."), reasoning_content=f" {THOUGHT}\n")
+    assert convert("openai", both, "reasoning-in-text").conversation[1].reasoning == THOUGHT
+    turns = [ASK, {"role": "assistant", "content": text.format(THOUGHT, "2 m")}]
+    (problem,) = check_row({"unique_trajectory_id": "a", "conversation": turns})
+    assert problem.reason == "reasoning-in-text"
+
+
+def test_text_that_stays_text():
+    for text in (
+        f"I think <think>{THOUGHT}</think>",  # not at the start
+        f"<think>{THOUGHT}",  # not closed
+        f"<think>{THOUGHT}</think>",  # nothing else: the turn would be empty
+    ):
+        turn = parse_trajectory({"conversation": [ASK, {"role": "assistant", "content": text}]}).conversation[1]
+        assert (turn.content, turn.reasoning) == (text, "")
+    request = parse_messages([ASK, {"role": "assistant", "content": "<think>a</think>b"}, ASK])  # as a server gets it
+    assert (request[1].content, request[1].reasoning) == ("<think>a</think>b", "")
+    assert split_reasoning("<think></think>b") == ("", "b")
+
+
+def test_sharegpt_keeps_the_reasoning_of_joined_turns():
+    call = {"from": "function_call", "value": '{"name": "tide", "arguments": {}}'}
+    answer = {"from": "gpt", "value": f"<think>{THOUGHT}</think>I look."}
+    row = {"conversations": [{"from": "human", "value": "Tide?"}, answer, call], "tools": [TOOL]}
+    turn = convert("sharegpt", row).conversation[1]
+    assert (turn.reasoning, turn.content, len(turn.tool_calls)) == (THOUGHT, "I look.", 1)
+    row["conversations"][1] = {"from": "gpt", "value": "I look.", "reasoning_content": THOUGHT}
+    assert convert("sharegpt", row).conversation[1] == turn
+
+
+TURNS = st.lists(
+    st.tuples(st.sampled_from(["", THOUGHT, "a\n\nb"]), st.sampled_from(["", "I look.", "x\ny"]), st.booleans()),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(deadline=None, derandomize=True, max_examples=40)
+@given(TURNS, st.sampled_from(["openai", "sharegpt", "train_ready"]))
+def test_round_trips(turns: list[tuple[str, str, bool]], format: str):
+    conversation: list[dict[str, Any]] = []
+    for at, (reasoning, content, calls) in enumerate(turns):
+        call = CALL | {"id": f"c{at}", "function": {"name": "tide", "arguments": {}}}
+        turn = {"role": "assistant", "content": content or ("" if calls else "-"), "reasoning": reasoning}
+        conversation += [ASK, turn | {"tool_calls": [call] if calls else []}]
+        conversation += [RESULT | {"tool_call_id": f"c{at}"}] if calls else []
+    conversation += [ASK, {"role": "assistant", "content": "2 m"}]
+    trajectory = parse_trajectory({"unique_trajectory_id": "a", "tools": [TOOL], "conversation": conversation})
+    lost = {item.reason for item in exporter(format)(trajectory) if isinstance(item, Lost)}
+    assert lost <= {"id-not-held", "call-id-not-held"}
+    assert to_messages(trajectory) == [
+        {key if key != "reasoning" else "reasoning_content": value for key, value in message_to_dict(turn).items()}
+        for turn in trajectory.conversation
+    ]

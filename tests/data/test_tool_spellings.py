@@ -444,10 +444,10 @@ def test_calls_that_are_only_considered_are_not_made():
     trajectory, _ = parsed(f"{thinking}\n\n{CALLS['hermes'].replace('Bergen', 'Oslo')}")
     turn = trajectory.conversation[1]
     assert [call.arguments for call in turn.tool_calls] == [{"harbour": "Oslo"}]
-    assert turn.content == thinking
+    assert (turn.content, turn.reasoning) == ("", f"Perhaps {CALLS['hermes']}? No.")
     trajectory, reasons = parsed(f"{thinking}\nNo tool is needed.")
     assert not trajectory.conversation[1].tool_calls
-    assert reasons == []
+    assert reasons == ["reasoning-in-text"]
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -126,6 +126,8 @@ class Loss(Section):
     """Weight of tool calls, and of the end token after them."""
     answer: float = Field(default=1.0, ge=0)
     """Weight of turns without calls, and of the end token after them."""
+    reasoning: float = Field(default=1.0, ge=0)
+    """Weight of the reasoning in front of an answer or a call, with its marks."""
 
 
 class Augment(Section):
@@ -166,6 +168,9 @@ class Data(Section):
     added_tokens: list[AddedToken] = Field(default=[], json_schema_extra=OR_TEXT)
     """Tokens to add to the tokenizer. Their rows in embedding and head start as the mean of the others; see
     lora.train_tokens."""
+    reasoning: Literal["keep", "drop"] = "keep"
+    """The reasoning of assistant turns: write it where the format does, or drop it before rendering. A format that
+    cannot write it refuses the trajectory."""
     loss: Loss = Loss()
     """Loss weights of turns and kinds of tokens."""
     augment: Augment = Augment()

@@ -423,7 +423,7 @@ class Config(Section):
             raise ConflictError(f"data.augment is on, and objective.kind is {kind}; variants are drawn for sft alone")
         if data.on_long in ("cut", "split"):
             raise ConflictError(f"data.on_long is {data.on_long}, and a pair stays whole; set it to drop or error")
-        for name in ("thought", "tool_call", "answer"):
+        for name in ("thought", "tool_call", "answer", "reasoning"):
             if getattr(data.loss, name) not in (0.0, 1.0):
                 raise ConflictError(
                     f"data.loss.{name} is {getattr(data.loss, name)}, and in a loss on pairs a token counts or does "

@@ -257,7 +257,7 @@ def _fits(about: dict[str, Any] | None, data: Data) -> bool:
     return about is not None and about["all_fit"] and about["longest"] <= data.sequence_length
 
 
-_SETTINGS = {"format", "loss", "heldout", "on_invalid", "on_long", "sequence_length", "unreadable_calls"}
+_SETTINGS = {"format", "reasoning", "loss", "heldout", "on_invalid", "on_long", "sequence_length", "unreadable_calls"}
 """Fields of the section `data` that a cache depends on."""
 
 

@@ -27,6 +27,8 @@ CONTROL_TOKENS = (
     "[/TOOL_RESULTS]",
 )
 """Mistral's control tokens, since its v2 tokenizer."""
+THINK_TOKENS = ("[THINK]", "[/THINK]")
+"""Mistral's control tokens around reasoning, in the tokenizers of its reasoning models."""
 
 
 class Segment(NamedTuple):
@@ -57,6 +59,7 @@ class Codec:
         self.special_ids = np.array(sorted(self.special.values()), dtype=np.int32)
         self.control_tokens = all(token in self.special for token in CONTROL_TOKENS)
         self.tool_calls_token = TOOL_CALLS in self.special
+        self.think_tokens = all(token in self.special for token in THINK_TOKENS)
 
     @cached_property
     def plain(self) -> "Tokenizer":

@@ -7,6 +7,8 @@ from xlam_jax.data.problems import Report, type_name
 from xlam_jax.data.row_json import encode
 from xlam_jax.data.trajectory import REASONING_KEYS, InvalidTrajectory
 
+_REASONING_MARKS = {"<think>": "</think>", "[THINK]": "[/THINK]"}
+"""Opening → closing mark of reasoning at the start of an assistant's text."""
 _REASONING_PARTS = ("thinking", "reasoning", "summary_text", "reasoning_text")
 """Types of content parts with reasoning."""
 
@@ -46,6 +48,19 @@ def take_reasoning(message: dict[str, Any]) -> Iterator[str]:
         if texts is not None:
             del message[key]
             yield from filter(None, texts)
+
+
+def split_reasoning(text: str) -> tuple[str, str] | None:
+    """Returns (reasoning, text after it) of a text that begins with `<think>…</think>` or `[THINK]…[/THINK]`.
+
+    Both are without the white space between them and the marks; each may be empty. None for any other text.
+    """
+    start = text.lstrip()
+    for opening, closing in _REASONING_MARKS.items():
+        if start.startswith(opening) and closing in start:
+            reasoning, _, rest = start.removeprefix(opening).partition(closing)
+            return reasoning.strip(), rest.lstrip()
+    return None
 
 
 def is_refusal(content: object) -> bool:

@@ -7,6 +7,7 @@ COLORS = {
     "arguments": "#56b4e9",
     "answer": "#009e73",
     "eos": "#cc79a7",
+    "reasoning": "#f0e442",
 }
 """A color per kind, which color-blind readers can distinguish too (Okabe and Ito, 2008)."""
 TERMINAL_COLORS = {
@@ -15,6 +16,7 @@ TERMINAL_COLORS = {
     "arguments": 117,
     "answer": 157,
     "eos": 218,
+    "reasoning": 228,
     "loss": 229,
 }
 """xterm color numbers of the trained kinds; "loss" if the kind is not known."""

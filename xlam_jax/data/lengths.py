@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from xlam_jax.config import Data
 from xlam_jax.data.codec import Codec, Segment
 from xlam_jax.data.formats import Format, Layout
-from xlam_jax.data.pair import Pair
+from xlam_jax.data.pair import Pair, drop_reasoning
 from xlam_jax.data.render import Rendered, codec_and_format, encode, with_flags
-from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory
+from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory, without_reasoning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -26,8 +26,8 @@ class Fitted(NamedTuple):
     """Sequences of at most `sequence_length` + 1 ids, each with trained tokens. `turn` in their spans is an index into
     the whole trajectory."""
     reasons: list[str]
-    """Why `rendered` is empty: too-long, no-loss, not-representable; or how the trajectory was made to fit: cut, split;
-    or that its turns have reasoning, which no format writes yet: reasoning-not-rendered."""
+    """Why `rendered` is empty: too-long, no-loss, not-representable; or how the trajectory was changed: cut, split,
+    reasoning-dropped."""
     parts: list[Trajectory]
     """Parallel to `rendered`: the trajectory that each sequence is the rendering of."""
     cut_turns: int = 0
@@ -45,6 +45,8 @@ class _Part(NamedTuple):
 def fit(trajectory: Trajectory, tokenizer: "PreTrainedTokenizerFast", data: Data) -> Fitted:
     """Renders a trajectory with `data.format` and `data.loss`, and makes it fit by `data.on_long`.
 
+    With `data.reasoning` drop, the reasoning of its turns is dropped first.
+
     `cut` keeps system text, tools and the newest turns that fit, after the user turn that asks for them. `split` gives
     several parts; every trained turn is trained in exactly one of them. From the second part on, at most half of a part
     is trained, and earlier turns fill the other half as context. Both train a turn that answers a tool's result only
@@ -55,9 +57,10 @@ def fit(trajectory: Trajectory, tokenizer: "PreTrainedTokenizerFast", data: Data
     """
     codec, format_ = codec_and_format(tokenizer, data.format)
     fitter = _Fitter(codec, format_, data)
+    kept = without_reasoning(trajectory) if data.reasoning == "drop" else trajectory
     fitted = Fitted([], [], [])
     try:
-        for layout in format_.layouts(with_flags(trajectory, data.loss)):
+        for layout in format_.layouts(with_flags(kept, data.loss)):
             next_fitted = fitter.fit(layout)
             if next_fitted.reasons == ["too-long"] and data.on_long != "cut":
                 return next_fitted
@@ -66,7 +69,7 @@ def fit(trajectory: Trajectory, tokenizer: "PreTrainedTokenizerFast", data: Data
         return Fitted([], [invalid.reason], [], detail=invalid.detail)
     if fitted.rendered:  # where some sequences fit, the turns of the others count as cut
         reasons = ["cut" if reason == "too-long" else reason for reason in fitted.reasons]
-        reasons += _unwritten(trajectory)
+        reasons += ["reasoning-dropped"] if kept is not trajectory else []
         return fitted._replace(reasons=list(dict.fromkeys(reasons)), detail="")
     if not fitted.reasons:
         return Fitted([], ["no-loss"], [], detail="no assistant turn is trained")
@@ -79,9 +82,12 @@ def fit_pair(pair: Pair, tokenizer: "PreTrainedTokenizerFast", data: Data) -> Fi
     Raises `UserError` when tokenizer and format are incompatible.
     """
     codec, format_ = codec_and_format(tokenizer, data.format)
+    kept = drop_reasoning(pair) if data.reasoning == "drop" else pair
+    if isinstance(kept, InvalidTrajectory):
+        return Fitted([], [kept.reason], [], detail=f"without reasoning: {kept.detail}")
     sides: list[Rendered] = []
     try:
-        for name, side in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+        for name, side in (("chosen", kept.chosen), ("rejected", kept.rejected)):
             layouts = list(format_.layouts(with_flags(side, data.loss)))
             if any(codec.too_long(layout.segments, data.sequence_length + 1) for layout in layouts):
                 detail = f"{name} alone does not fit into a row of {data.sequence_length}"
@@ -103,13 +109,7 @@ def fit_pair(pair: Pair, tokenizer: "PreTrainedTokenizerFast", data: Data) -> Fi
     if places > data.sequence_length:
         detail = f"both sides have {places} positions, which do not fit into a row of {data.sequence_length}"
         return Fitted([], ["too-long"], [], detail=detail)
-    reasons = list(dict.fromkeys([*_unwritten(pair.chosen), *_unwritten(pair.rejected)]))
-    return Fitted(sides, reasons, [pair.chosen, pair.rejected])
-
-
-def _unwritten(trajectory: Trajectory) -> list[str]:
-    """Reasons for the parts of a trajectory that no format writes."""
-    return ["reasoning-not-rendered"] if any(turn.reasoning for turn in trajectory.conversation) else []
+    return Fitted(sides, ["reasoning-dropped"] if kept is not pair else [], [kept.chosen, kept.rejected])
 
 
 def _concatenate(first: Fitted, second: Fitted) -> Fitted:

@@ -1,8 +1,8 @@
 """A preference pair: two continuations of one conversation, a chosen and a rejected one.
 
 Turns are equal when a model could not distinguish them: calls are compared by name and arguments, results by the call
-that they answer; ids are ignored. A task is everything before the first assistant turn: tools, instruction, system and
-user turns.
+that they answer, assistant turns also by their reasoning; ids are ignored. A task is everything before the first
+assistant turn: tools, instruction, system and user turns.
 """
 
 import json
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from xlam_jax.data.parse import parse_trajectory
 from xlam_jax.data.problems import Report
-from xlam_jax.data.trajectory import ROW_KEYS, InvalidTrajectory, Message, Trajectory
+from xlam_jax.data.trajectory import ROW_KEYS, InvalidTrajectory, Message, Trajectory, without_reasoning
 from xlam_jax.digest import key_digest
 
 PAIR_KEYS = (*sorted(ROW_KEYS - {"score"}), "chosen", "rejected", "chosen_score", "rejected_score")
@@ -82,6 +82,17 @@ def _no_pair(reason: str, chosen: Sequence[Message], rejected: Sequence[Message]
     return reason, f"chosen and rejected first differ at turn {at} ({roles}), before their answers differ"
 
 
+def drop_reasoning(pair: Pair) -> Pair | InvalidTrajectory:
+    """Returns the pair without the reasoning of its turns, or why its sides are then no longer a pair."""
+    chosen, rejected = without_reasoning(pair.chosen), without_reasoning(pair.rejected)
+    if chosen is pair.chosen and rejected is pair.rejected:
+        return pair
+    first = first_difference(fingerprint(chosen.conversation), fingerprint(rejected.conversation))
+    if isinstance(first, str):
+        return InvalidTrajectory(*_no_pair(first, chosen.conversation, rejected.conversation, 0))
+    return Pair(pair.id, _trained_from(chosen, first), _trained_from(rejected, first))
+
+
 def _trained_from(side: Trajectory, first: int) -> Trajectory:
     """Returns the side with `loss: false` in the assistant turns before `first`."""
     turns = (
@@ -115,6 +126,8 @@ def fingerprint(turns: Sequence[Message]) -> bytes:
         elif turn.role == "tool":
             link = calls.get(turn.tool_call_id or "", turn.name)
         values = [turn.content, [[call.name, call.arguments] for call in turn.tool_calls], link]
+        if turn.reasoning:
+            values.append(turn.reasoning)
         parts.append(turn.role[:1].encode() + _digest(values, 8))
     return b"".join(parts)
 

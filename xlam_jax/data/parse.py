@@ -13,7 +13,7 @@ from typing import Any
 
 from xlam_jax.data import nulls, text_calls
 from xlam_jax.data.call_links import link_results
-from xlam_jax.data.content import read_content, take_reasoning
+from xlam_jax.data.content import read_content, split_reasoning, take_reasoning
 from xlam_jax.data.files import read_lines, stem
 from xlam_jax.data.problems import Report, Sink, ignore, refuse, type_name
 from xlam_jax.data.raw_turns import has_calls, join_calls, unflattened, with_call_list, without_empty_end
@@ -61,6 +61,8 @@ def parse_trajectory(
     `repaired(reason, detail)` is called for each repair and for each part that is dropped:
     string-arguments, missing-arguments (become {}), trailing-text-after-json (prose behind the arguments),
     call-in-text (calls of declared tools in the text of an assistant turn become tool calls),
+    reasoning-in-text (`<think>…</think>` or `[THINK]…[/THINK]` at the start of an assistant turn becomes its reasoning,
+    unless the turn has nothing else),
     null-content, text-parts (`[{"type": "text", …}]`), structured-content (a tool's list or object becomes JSON text),
     missing-call-id and mismatched-call-id (where calls and results leave no doubt; then each result has its call's id),
     parallel-calls-as-turns (see `join_calls`), results-out-of-order (results follow in the order of their calls),
@@ -202,6 +204,8 @@ def _read_messages(
     ]
     joined = sink.attempt(listed, join_calls, listed, sink.repaired)
     messages = [_read_message(i, turn, sink) for i, turn in enumerate(joined)]
+    if declared is not None:  # the row of a file, not a request
+        messages = [_with_reasoning(i, message, sink) for i, message in enumerate(messages)]
     if declared:
         messages = _with_text_calls(messages, declared, sink)
     _check_order(messages, first, sink)
@@ -275,6 +279,20 @@ def _read_call(where: str, call: object, sink: Sink) -> ToolCall:
     _report_unknown_keys(call, CALL_KEYS, f"{where}, a call", sink)
     _report_unknown_keys(function, FUNCTION_KEYS, f"{where}, a call's function", sink)
     return ToolCall(_optional_id(call, "id", where, sink), function["name"], arguments)
+
+
+def _with_reasoning(i: int, message: Message, sink: Sink) -> Message:
+    """Moves reasoning at the start of an assistant's text to its own field, without white space around it."""
+    if message.role != "assistant":
+        return message
+    own = message.reasoning.strip()
+    parts = split_reasoning(message.content)
+    if parts is None or not (parts[1] or message.tool_calls):
+        return message if own == message.reasoning else replace(message, reasoning=own)
+    reasoning, rest = parts
+    sink.repaired("reasoning-in-text", f"turn {turn_number(i, message)} has its reasoning in its text")
+    texts = dict.fromkeys(text for text in (own, reasoning) if text)
+    return replace(message, content=rest, reasoning="\n\n".join(texts))
 
 
 def _with_text_calls(messages: list[Message], declared: Mapping[str, Any], sink: Sink) -> list[Message]:

@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 
-RENDER_VERSION = 1
+RENDER_VERSION = 2
 """Raise it with every change of the parser, a converter or the renderer after which the same rows give other token ids,
 loss weights or text. Prepared caches of another version are refused. tests/data/test_golden.py fails until it is
 raised."""
@@ -141,6 +141,8 @@ def _weight(segment: Segment, turns: Sequence[Message], loss: Loss) -> float:
         return 0.0
     if segment.kind == "thought":
         return loss.thought
+    if segment.kind == "reasoning":
+        return loss.reasoning
     return loss.tool_call if turns[segment.turn].tool_calls else loss.answer
 
 
@@ -158,6 +160,8 @@ def with_flags(trajectory: Trajectory, loss: Loss) -> Trajectory:
     def trains(i: int, turn: Message) -> bool:
         if loss.turns == "last" and turn.loss is None and i < last:
             return False
+        if turn.reasoning and loss.reasoning > 0:
+            return True
         if not turn.tool_calls:
             return loss.answer > 0
         return loss.tool_call > 0 or (loss.thought > 0 and bool(turn.content))

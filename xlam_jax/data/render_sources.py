@@ -10,6 +10,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from multiprocessing import get_context
@@ -23,7 +24,7 @@ from xlam_jax.data.pair import Pair, task
 from xlam_jax.data.readback import Unreadable, unreadable_turn
 from xlam_jax.data.render import codec_and_format
 from xlam_jax.data.sources import Filtered, Item
-from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory
+from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory, without_reasoning
 from xlam_jax.digest import random_integer
 from xlam_jax.errors import UserError
 from xlam_jax.progress import Throughput
@@ -128,7 +129,7 @@ class _SourceParts:
                 if fitted.unreadable:
                     _check_readable(item.where, fitted.unreadable, self._data)
                     self.changed[fitted.unreadable.reason] += 1
-                self._add_example(item.where, whole, fitted)
+                self._add_example(item.where, _as_rendered(whole, fitted), fitted)
 
     def _add_example(self, where: str, whole: Trajectory | Pair, fitted: "Ready") -> None:
         name = task(whole.chosen).hex() if isinstance(whole, Pair) else whole.id
@@ -171,6 +172,15 @@ def _render_source(source: Source, data: Data, renderer: "_Renderer", progress: 
         changed=parts.changed,
         dataset=dataset or None,
     )
+
+
+def _as_rendered(whole: Trajectory | Pair, fitted: "Ready") -> Trajectory | Pair:
+    """Returns the trajectory or pair without reasoning if it was dropped before rendering."""
+    if "reasoning-dropped" not in fitted.reasons:
+        return whole
+    if isinstance(whole, Trajectory):
+        return without_reasoning(whole)
+    return replace(whole, chosen=without_reasoning(whole.chosen), rejected=without_reasoning(whole.rejected))
 
 
 def _check_droppable(where: str, reason: str, detail: str, data: Data) -> None:

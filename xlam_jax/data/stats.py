@@ -39,6 +39,8 @@ class SourceStats(NamedTuple):
     changed: Counter[str]
     turns: int
     calls: int
+    reasoning: int
+    """Number of turns with reasoning."""
     lengths: np.ndarray
     """Tokens per example, int64 [examples]."""
     trained: int
@@ -145,8 +147,10 @@ def _count_row(row: dict[str, np.ndarray], sources: int) -> tuple[np.ndarray, np
     )
 
 
-def _count_source(source: Loaded, parts: bool) -> tuple[int, int, Counter[str], Counter[str], Counter[str], int, int]:
-    """Returns the number of training and held-out rows, what was dropped, repaired and changed, turns and calls.
+def _count_source(
+    source: Loaded, parts: bool
+) -> tuple[int, int, Counter[str], Counter[str], Counter[str], int, int, int]:
+    """Returns the number of training and held-out rows; what was dropped, repaired, changed; turns, calls, reasoning.
 
     A trajectory with several examples is listed once per example. parts: it is listed as its parts, for augmentation,
     which share its id; the complete one comes last.
@@ -157,9 +161,10 @@ def _count_source(source: Loaded, parts: bool) -> tuple[int, int, Counter[str], 
         for whole in kept.values()
         for side in ([whole.chosen, whole.rejected] if isinstance(whole, Pair) else [whole])
     ]
-    turns = sum(len(trajectory.conversation) for trajectory in sides)
-    calls = sum(len(turn.tool_calls) for trajectory in sides for turn in trajectory.conversation)
-    return len(kept), len(source.heldout), source.dropped, source.repaired, source.changed, turns, calls
+    turns = [turn for trajectory in sides for turn in trajectory.conversation]
+    calls, reasoning = sum(len(turn.tool_calls) for turn in turns), sum(bool(turn.reasoning) for turn in turns)
+    changes = (source.dropped, source.repaired, source.changed)
+    return len(kept), len(source.heldout), *changes, len(turns), calls, reasoning
 
 
 def _count_kinds(source: Loaded) -> tuple[float, np.ndarray]:
@@ -177,13 +182,20 @@ def _tables(stats: Stats) -> Iterator[tuple[str, list[str], list[list[str]]]]:
     unit = "pairs" if stats.run.data.pairs else "trajectories"
     yield (
         "to train on",
-        ["source", unit, "held out", "turns", "calls", "tokens", "trained", "share", "weighted"],
+        ["source", unit, "held out", "turns", "calls", "reasoning", "tokens", "trained", "share", "weighted"],
         [
             [
                 source.name,
                 *(
                     f"{count:,}"
-                    for count in (source.trajectories, source.heldout, source.turns, source.calls, source.tokens)
+                    for count in (
+                        source.trajectories,
+                        source.heldout,
+                        source.turns,
+                        source.calls,
+                        source.reasoning,
+                        source.tokens,
+                    )
                 ),
                 f"{source.trained:,}",
                 f"{source.trained / max(source.tokens, 1):.1%}",
@@ -227,7 +239,7 @@ def _sum(sources: Sequence[SourceStats]) -> SourceStats:
         lengths=np.concatenate([source.lengths for source in sources]),
         **{
             key: sum(getattr(source, key) for source in sources)
-            for key in ("trajectories", "heldout", "turns", "calls", "trained", "weighted")
+            for key in ("trajectories", "heldout", "turns", "calls", "reasoning", "trained", "weighted")
         },
     )
 

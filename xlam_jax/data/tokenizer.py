@@ -12,7 +12,9 @@ from xlam_jax import config as configs
 from xlam_jax import documents
 from xlam_jax.config import Data, Resolved
 from xlam_jax.data.formats import read_template
-from xlam_jax.data.render import chat_template
+from xlam_jax.data.formats.template import Template
+from xlam_jax.data.formats.xlam import as_earlier
+from xlam_jax.data.render import chat_template, codec_and_format
 from xlam_jax.digest import json_digest
 from xlam_jax.errors import UserError, nearest
 
@@ -166,16 +168,23 @@ def _plain(folder: Path) -> "PreTrainedTokenizerFast | None":
     return PreTrainedTokenizerFast.from_pretrained(str(folder))
 
 
-def save(tokenizer: "PreTrainedTokenizerFast", folder: str | Path, format: str = "xlam") -> None:
+def save(
+    tokenizer: "PreTrainedTokenizerFast", folder: str | Path, format: str = "xlam", before: Path | None = None
+) -> None:
     """Writes the tokenizer's files with the chat template of a format, so that servers render prompts as in training.
 
-    The tokenizer object keeps its own template.
+    The tokenizer object keeps its own template. `before`: the tokenizer's folder of a run that is continued; an earlier
+    text of the format's template stays, because the run's checkpoints have digests of these files.
     """
     for key in ("is_local", "local_files_only"):  # options of loading, not properties of the tokenizer
         tokenizer.init_kwargs.pop(key, None)
     own = tokenizer.chat_template
-    tokenizer.chat_template = own if format == "native" and own else chat_template(tokenizer, format)
     try:
+        if format != "native" or not isinstance(codec_and_format(tokenizer, format)[1], Template):
+            tokenizer.chat_template = chat_template(tokenizer, format)
+        saved = (before or Path()) / "chat_template.jinja"
+        if before and saved.is_file() and saved.read_text(encoding="utf-8") == as_earlier(tokenizer.chat_template):
+            tokenizer.chat_template = saved.read_text(encoding="utf-8")
         tokenizer.save_pretrained(str(folder))
     finally:
         tokenizer.chat_template = own
@@ -195,7 +204,7 @@ def text_to_ids_digest(tokenizer: "PreTrainedTokenizerFast") -> str:
 
 def tokenizer_digest(tokenizer: "PreTrainedTokenizerFast") -> str:
     """Returns a digest of everything that rendering uses: `text_to_ids_digest` and the chat template."""
-    return json_digest([text_to_ids_digest(tokenizer), tokenizer.chat_template], length=16)
+    return json_digest([text_to_ids_digest(tokenizer), as_earlier(tokenizer.chat_template)], length=16)
 
 
 def byte_fallback_bpe(pieces: Sequence[str], scores: Sequence[float], first_byte: int) -> "Tokenizer":

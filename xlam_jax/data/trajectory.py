@@ -5,7 +5,7 @@ JSON and to chat messages.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -45,8 +45,7 @@ class ToolCall:
 class Message:
     """One turn. In an assistant turn with calls, `content` is the thought; `loss: False` excludes a turn from the loss.
 
-    `reasoning` is the text that a reasoning model writes before its answer. Only assistant turns have it, and no format
-    renders it yet.
+    `reasoning` is the text that a reasoning model writes before its answer. Only assistant turns have it.
     """
 
     role: str
@@ -104,19 +103,27 @@ def to_dict(trajectory: Trajectory, numbers: bool = False) -> dict[str, Any]:
     return row
 
 
-def to_messages(trajectory: Trajectory, reasoning: bool = False) -> list[dict[str, Any]]:
+def to_messages(trajectory: Trajectory) -> list[dict[str, Any]]:
     """Returns the conversation as chat messages; the task instruction becomes a system message at the front.
 
-    With `reasoning`, assistant messages have their `reasoning_content`; training does not use it.
+    The reasoning of an assistant message is its `reasoning_content`, as in OpenAI-compatible servers.
     """
     front = [{"role": "system", "content": trajectory.task_instruction}] if trajectory.task_instruction else []
     turns = [message_to_dict(message) for message in trajectory.conversation]
     for turn in turns:
         turn.pop("loss", None)  # not a part of a request
         text = turn.pop("reasoning", None)
-        if reasoning and text:
+        if text:
             turn["reasoning_content"] = text
     return front + turns
+
+
+def without_reasoning(trajectory: Trajectory) -> Trajectory:
+    """Returns the trajectory without the reasoning of its turns; the same object where no turn has any."""
+    if not any(turn.reasoning for turn in trajectory.conversation):
+        return trajectory
+    turns = (replace(turn, reasoning="") if turn.reasoning else turn for turn in trajectory.conversation)
+    return replace(trajectory, conversation=tuple(turns))
 
 
 def message_to_dict(message: Message, numbers: bool = False) -> dict[str, Any]:

@@ -222,8 +222,8 @@ def length_limit(config: Path, overrides: Sequence[str] = ()) -> Limit:
     def limit(trajectory: Trajectory) -> Iterator[Problem]:
         fitted = fit(trajectory, tokenizer, data)
         for reason in fitted.reasons:
-            if reason == "reasoning-not-rendered":
-                yield Problem(reason, f"the reasoning of its turns is not written in the format {data.format}")
+            if reason == "reasoning-dropped":
+                yield Problem(reason, "its turns have reasoning, which data.reasoning drops")
             else:
                 yield Problem(reason, f"{fitted.detail} (data.sequence_length is {data.sequence_length})")
 

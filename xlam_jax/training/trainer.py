@@ -106,7 +106,7 @@ class Trainer:
         folder = self.run_dir / TOKENIZER
         if self.hosts.first and not (finished and folder.is_dir()):
             tokenizer, data = self.setup.tokenizer, self.config.data
-            if replace_folder(folder, lambda part: save(tokenizer, part, data.format)):
+            if replace_folder(folder, lambda part: save(tokenizer, part, data.format, before=folder)):
                 self.report(f"{folder}: written again, as it was not {data.tokenizer}")
 
     def _restore_checkpoint(self, newest: int) -> None:

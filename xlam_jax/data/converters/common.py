@@ -165,6 +165,9 @@ def _differences(before: Trajectory, after: Trajectory) -> Iterator[Lost]:
     turns, others = ([turn for turn in t.conversation if turn.role != "system"] for t in (before, after))
     if [turn.role for turn in turns] != [turn.role for turn in others]:
         yield Lost("turns-not-held", f"{len(turns)} turns come back as {len(others)}")
+        reasoning, back = (sum(bool(turn.reasoning) for turn in t) for t in (turns, others))
+        if back < reasoning:
+            yield Lost("reasoning-not-held", f"{reasoning} turns have reasoning, {back} of them come back with it")
         return
     seen: set[str] = set()
     for i, (turn, other) in enumerate(zip(turns, others, strict=True)):

@@ -113,7 +113,7 @@ def _call(i: int, call: Any, repairs: list[Repaired]) -> Any:
 def export_row(trajectory: Trajectory) -> Iterator[dict[str, Any] | Lost]:
     """Yields one row. The format requires ids of calls, which are added; id, source and score are lost."""
     turns = with_ids(trajectory.conversation)
-    messages = to_messages(replace(trajectory, conversation=turns), reasoning=True)
+    messages = to_messages(replace(trajectory, conversation=turns))
     for turn, message in zip(turns, messages[len(messages) - len(turns) :], strict=True):
         if turn.role == "assistant" and turn.loss is not None:
             message["weight"] = int(turn.loss)

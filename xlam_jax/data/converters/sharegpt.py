@@ -4,7 +4,7 @@ Raw: {"conversations": [{"from", "value", "loss"}, …], "system", "tools", "id"
 (assistant), system, function_call (JSON of one or several calls) or observation (tool, function_response); turns may
 also be {"role", "content", "tool_calls"}. `tools` is JSON, mostly in a string; its tools may lack the wrapper {"type":
 "function"}. Hermes, Qwen, ToolACE and glaive have tools in the system text, and calls in the assistant's text. `loss`
-may also be spelled `train`, or `weight` (0 or 1).
+may also be spelled `train`, or `weight` (0 or 1). Reasoning is `<think>…</think>` in front of text or calls.
 """
 
 import json
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from xlam_jax.data import text_calls
+from xlam_jax.data.content import split_reasoning
 from xlam_jax.data.converters import openai
 from xlam_jax.data.converters.common import (
     Converted,
@@ -31,7 +32,7 @@ from xlam_jax.data.converters.openai import split_instruction
 from xlam_jax.data.embedded import value_at
 from xlam_jax.data.raw_turns import unflattened
 from xlam_jax.data.row_json import decode_arguments, parse_json
-from xlam_jax.data.trajectory import TURN, InvalidTrajectory, Trajectory
+from xlam_jax.data.trajectory import REASONING_KEYS, TURN, InvalidTrajectory, Trajectory
 from xlam_jax.errors import nearest
 
 ROLES = {
@@ -109,12 +110,11 @@ def _add(turns: list[dict[str, Any]], i: int, message: Any, tools: list[Any], re
         turns.extend({"role": "tool", **rest, "content": part} for part in _results(i, value, turns, repairs))
         return
     calls: list[dict[str, Any]] | None = None
+    if kind in ("call", "assistant") and (parts := split_reasoning(value)) and parts[1]:
+        reasoning, value = parts
+        rest |= {"reasoning": reasoning} if reasoning else {}
     if kind == "call":
-        thought = ""
-        if value.startswith("<think>") and "</think>" in value:
-            thought, _, value = value.partition("</think>")
-            thought = thought.removeprefix("<think>").strip()
-        calls, value = _calls(i, value, repairs), thought
+        calls, value = _calls(i, value, repairs), ""
     elif kind == "assistant" and tools:
         calls, value = _text_calls(i, value, tools, repairs)
     turn = {"role": "assistant" if kind == "call" else kind, **rest, "content": value}
@@ -122,8 +122,9 @@ def _add(turns: list[dict[str, Any]], i: int, message: Any, tools: list[Any], re
         turn["tool_calls"] = calls
         previous = turns[-1] if turns else {}
         same_loss = previous.get("loss") == turn.get("loss")
-        if not value and previous.get("role") == "assistant" and "tool_calls" not in previous and same_loss:
-            turn["content"] = turns.pop()["content"]
+        bare = not value and not any(turn.get(key) for key in REASONING_KEYS)
+        if bare and previous.get("role") == "assistant" and "tool_calls" not in previous and same_loss:
+            turn |= {key: text for key, text in turns.pop().items() if key in ("content", *REASONING_KEYS)}
     turns.append(turn)
 
 
@@ -276,12 +277,14 @@ def export_row(trajectory: Trajectory) -> Iterator[dict[str, Any] | Lost]:
         turns.append({"from": "system", "value": trajectory.task_instruction})
     for message in trajectory.conversation:
         flag = {} if message.loss is None else {"loss": message.loss}
+        reasoning = f"<think>\n{message.reasoning}\n</think>\n\n" if message.reasoning else ""
         if message.content or not message.tool_calls:
-            turns.append({"from": FROM[message.role], "value": message.content, **flag})
+            turns.append({"from": FROM[message.role], "value": reasoning + message.content, **flag})
+            reasoning = ""
         if message.tool_calls:
             calls = [{"name": call.name, "arguments": call.arguments} for call in message.tool_calls]
             value = json.dumps(calls if len(calls) > 1 else calls[0], ensure_ascii=False)
-            turns.append({"from": "function_call", "value": value, **flag})
+            turns.append({"from": "function_call", "value": reasoning + value, **flag})
     row: dict[str, Any] = {"id": trajectory.id, "conversations": turns}
     if trajectory.tools:
         row["tools"] = json.dumps(trajectory.tools, ensure_ascii=False)

@@ -233,7 +233,7 @@ def export_row(trajectory: Trajectory) -> Iterator[dict[str, Any] | Lost]:
     Lost are for example source, score, and turns after the last trained one; if no turn is trained, there is only a
     `Lost`. `chosen` and `output_message` both have the text of a turn with calls.
     """
-    messages = to_messages(trajectory, reasoning=True)
+    messages = to_messages(trajectory)
     first = len(messages) - len(trajectory.conversation)
     rows: list[dict[str, Any]] = []
     number = 0

@@ -9,7 +9,7 @@ from importlib.resources import files
 from typing import Any, NamedTuple, Protocol
 
 from xlam_jax.data.codec import Segment, to_json
-from xlam_jax.data.trajectory import InvalidTrajectory, Message, ToolCall, Trajectory
+from xlam_jax.data.trajectory import InvalidTrajectory, Message, ToolCall, Trajectory, turn_number
 from xlam_jax.data.wire import Wire
 
 
@@ -24,6 +24,8 @@ class Variant:
 
 
 PLAIN = Variant()
+DROP_REASONING = "train without it: data.reasoning: drop"
+"""What to do about reasoning that a format cannot write."""
 
 
 class Layout(NamedTuple):
@@ -94,6 +96,16 @@ def written_calls(
 def not_representable(detail: str) -> InvalidTrajectory:
     """Returns the error for a trajectory that a format cannot write; `detail` says why."""
     return InvalidTrajectory("not-representable", detail)
+
+
+def refuse_reasoning(turns: Sequence[Message], format: str) -> None:
+    """Raises the error of a format that cannot write reasoning if a trained turn has reasoning."""
+    for at, turn in enumerate(turns):
+        if turn.reasoning and turn.loss is not False:
+            raise not_representable(
+                f"turn {turn_number(at, turn)} has reasoning, which {format} cannot write; use the format xlam, or "
+                f"{DROP_REASONING}"
+            )
 
 
 def without_loss(turns: Sequence[Message], before: int) -> tuple[Message, ...]:

@@ -11,7 +11,16 @@ from itertools import groupby
 from typing import Any
 
 from xlam_jax.data.codec import TOOL_CALLS, Codec, Segment, to_json
-from xlam_jax.data.formats import PLAIN, Layout, Variant, not_representable, read_template, without_loss, written_calls
+from xlam_jax.data.formats import (
+    PLAIN,
+    Layout,
+    Variant,
+    not_representable,
+    read_template,
+    refuse_reasoning,
+    without_loss,
+    written_calls,
+)
 from xlam_jax.data.trajectory import Message, ToolCall, Trajectory, system_text
 from xlam_jax.data.wire import ARRAY
 
@@ -38,7 +47,8 @@ class MistralV1:
         return True
 
     def layouts(self, trajectory: Trajectory, variant: Variant = PLAIN) -> Iterator[Layout]:
-        """Yields the only layout. Raises `InvalidTrajectory` for tools, calls and tool results."""
+        """Yields the only layout. Raises `InvalidTrajectory` for tools, calls, tool results and reasoning."""
+        refuse_reasoning(trajectory.conversation, "Mistral's v1 format")
         system = system_text(trajectory.task_instruction, trajectory.conversation)
         yield Layout(trajectory, self.prompt(system, trajectory.tools, trajectory.conversation))
 
@@ -85,8 +95,10 @@ class MistralV3:
     def layouts(self, trajectory: Trajectory, variant: Variant = PLAIN) -> Iterator[Layout]:
         """Yields a layout per answered user turn, because tools and system text move there; one layout without those.
 
-        Raises `InvalidTrajectory` for turns with text and calls, and for results without the id of their call.
+        Raises `InvalidTrajectory` for turns with text and calls, for reasoning, and for results without the id of their
+        call.
         """
+        refuse_reasoning(trajectory.conversation, "Mistral's v3 format")
         system = system_text(trajectory.task_instruction, trajectory.conversation)
         turns = trajectory.conversation
         trained = [i for i, turn in enumerate(turns) if turn.role == "assistant" and turn.loss is not False]

@@ -6,7 +6,7 @@ from xlam_jax.data.codec import Codec
 from xlam_jax.data.formats import Format
 from xlam_jax.data.formats.mistral import MistralV1, MistralV3
 from xlam_jax.data.formats.template import Template
-from xlam_jax.data.formats.xlam import Xlam
+from xlam_jax.data.formats.xlam import Xlam, earlier_template
 from xlam_jax.data.formats.xlam2 import Xlam2
 from xlam_jax.data.formats.xlam_v1 import XlamV1
 from xlam_jax.errors import UserError, nearest
@@ -36,6 +36,8 @@ def find(name: str, tokenizer: "PreTrainedTokenizerFast", codec: Codec) -> Forma
             f"tokenizer '{tokenizer.name_or_path}' has no chat template, which the format native needs; "
             "use the format xlam, or name a template in data.chat_template"
         )
+    if tokenizer.chat_template == earlier_template(codec.control_tokens, codec.tool_calls_token):
+        return Xlam(codec)
     for kind in (Xlam, XlamV1, Xlam2, MistralV1, MistralV3):
         if kind.fits(codec) and tokenizer.chat_template == (format_ := kind(codec)).template:
             return format_

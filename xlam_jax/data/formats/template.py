@@ -2,6 +2,10 @@
 
 A template may mark what the model generates, with `{% generation %}`. With other templates, the prompt of an assistant
 turn is rendered with and without the answer; the difference up to the end token is the answer.
+
+The template also decides which earlier turns keep their reasoning in a prompt. Where it writes an earlier turn
+differently in a later prompt, a new sequence starts, so that each turn is trained once, with its reasoning, after the
+prompt that a server gives.
 """
 
 import re
@@ -13,9 +17,10 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from xlam_jax.data.codec import Codec, Kind, Segment, to_json
-from xlam_jax.data.formats import PLAIN, Layout, Variant, not_representable, without_loss
+from xlam_jax.data.formats import DROP_REASONING, PLAIN, Layout, Variant, not_representable, without_loss
 from xlam_jax.data.formats.detect import detect
-from xlam_jax.data.trajectory import InvalidTrajectory, Message, Trajectory, system_text, to_messages
+from xlam_jax.data.formats.reasoning import KEY, Spelling, find_spelling
+from xlam_jax.data.trajectory import InvalidTrajectory, Message, Trajectory, system_text, to_messages, turn_number
 from xlam_jax.data.wire import Wire
 from xlam_jax.errors import UserError
 
@@ -51,6 +56,7 @@ class Template:
         # a tokenizer may have different templates for requests with and without tools
         self.template = str(tokenizer.get_chat_template())
         self._with_tools = str(tokenizer.get_chat_template(tools=[{}]))
+        self._spellings: dict[str, Spelling | None] = {}
 
     def layouts(self, trajectory: Trajectory, variant: Variant = PLAIN) -> Iterator[Layout]:
         """Yields one layout if the template never rewrites a turn, else a new one wherever it rewrites earlier turns.
@@ -62,7 +68,10 @@ class Template:
             yield from self._layouts(trajectory)
         except _UnclearError as unclear:
             if not self._always_unclear:
-                raise not_representable(f"the tokenizer's chat template {unclear}; use the format xlam") from None
+                hint = "use the format xlam"
+                if any(turn.reasoning for turn in trajectory.conversation):
+                    hint += f", or {DROP_REASONING}"
+                raise not_representable(f"the tokenizer's chat template {unclear}; {hint}") from None
             raise UserError(
                 f"the chat template of tokenizer '{self._name}' does not say which tokens the model generates: it "
                 f"{unclear}; put {{% generation %}} marks into it, or use the format xlam"
@@ -91,8 +100,10 @@ class Template:
         chat.check_tools()
         if _GENERATION.search(chat.template):
             text, marks = chat.marked()
-            yield Layout(trajectory, chat.segments(text, self._marked(chat, text, marks, turns)))
-            return
+            marked = chat.after_prompts(text, self._marked(chat, text, marks, turns))
+            if marked is not None:
+                yield Layout(trajectory, chat.segments(text, marked))
+                return
         trained = [i for i, turn in enumerate(turns) if turn.role == "assistant" and turn.loss is not False]
         text, answers, first = "", list[_Answer](), 0
         for turn in trained:
@@ -111,6 +122,42 @@ class Template:
         chat.check_tools()
         return chat.segments(chat.text(len(messages), prompt=True), [])
 
+    def render(
+        self, template: str, messages: list[dict[str, Any]], tools: Any, prompt: bool = False, marks: bool = False
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """Returns (text, spans of the generated text), as transformers renders messages; the spans only with `marks`.
+
+        With `prompt`, the generation prompt is at the end. Raises `InvalidTrajectory` if the template refuses them.
+        """
+        from jinja2 import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            texts, generated = render_jinja_template(
+                conversations=[messages],
+                tools=tools or None,
+                chat_template=template,
+                add_generation_prompt=prompt,
+                return_assistant_tokens_mask=marks,
+                **self._variables,
+            )
+        except (TemplateError, TypeError) as error:
+            raise not_representable(f"the tokenizer's chat template refuses it: {error}; use the format xlam") from None
+        return texts[0], [(int(start), int(end)) for start, end in generated[0]] if marks else []
+
+    def spelling(self, template: str) -> Spelling | None:
+        """Returns how a template spells reasoning; None if it never writes it."""
+
+        def written(messages: list[dict[str, Any]]) -> str:
+            try:
+                return self.render(template, messages, [])[0]
+            except InvalidTrajectory:
+                return ""
+
+        if template not in self._spellings:
+            self._spellings[template] = find_spelling(written)
+        return self._spellings[template]
+
     def _marked(
         self, chat: "_Chat", text: str, marks: list[tuple[int, int]], turns: Sequence[Message]
     ) -> list[_Answer]:
@@ -128,7 +175,9 @@ class Template:
 
     def _answer(self, chat: "_Chat", turn: int) -> tuple[str, _Answer]:
         prompt, text = chat.text(turn, prompt=True), chat.text(turn + 1)
-        if not text.startswith(prompt):
+        if text.startswith(prompt.rstrip()):  # a prompt may end with `<think>\n`, and an empty one be `<think></think>`
+            text = prompt + text[len(prompt.rstrip()) :].removeprefix(prompt[len(prompt.rstrip()) :])
+        else:
             at = next((i for i, (a, b) in enumerate(zip(prompt, text, strict=False)) if a != b), len(text))
             raise _UnclearError(
                 f"writes a prompt for turn {turn} that is not the beginning of the text with the answer: after "
@@ -147,13 +196,15 @@ class _Chat:
     """One conversation, rendered with a template as a whole and in parts."""
 
     def __init__(self, owner: Template, system: str, tools: list[dict[str, Any]], turns: Sequence[Message]):
-        self._codec, self._variables, self._turns = owner._codec, owner._variables, turns
+        self._owner, self._codec, self._turns = owner, owner._codec, turns
         self.template = owner._with_tools if tools else owner.template
         bare = tuple(turn for turn in turns if turn.role != "system")
         front = 1 if system else 0
         self._offset = front - (len(turns) - len(bare))  # of a message's index from its turn's
         messages = to_messages(Trajectory("", None, None, system, [], bare))
         self._messages, self._tools, self._guard = self._guarded(messages, tools)
+        self._reasons = any(turn.reasoning for turn in turns)
+        self._spelling = owner.spelling(self.template) if self._reasons else None
 
     def text(self, turns: int, prompt: bool = False) -> str:
         """Renders the first turns, as many as `turns`; with `prompt`, with the generation prompt at the end."""
@@ -162,6 +213,28 @@ class _Chat:
     def marked(self) -> tuple[str, list[tuple[int, int]]]:
         """Returns (text of all turns, spans of the generated text)."""
         return self._render(self._messages, marks=True)
+
+    def after_prompts(self, text: str, answers: list[_Answer]) -> list[_Answer] | None:
+        """Returns the marked answers without what is part of their turns' prompts, such as `<think>`.
+
+        None where the template rewrites the reasoning of earlier turns, so that the text of all turns does not begin
+        with these prompts. In a conversation without reasoning, the marks count as they are.
+        """
+        if not self._reasons:
+            return answers
+        rest: list[_Answer] = []
+        for turn, parts in groupby(answers, key=lambda answer: answer.turn):
+            if self._turns[turn].loss is False:
+                rest += parts
+                continue
+            prompt = self.text(turn, prompt=True)
+            own = [part._replace(start=max(part.start, len(prompt))) for part in parts if part.end > len(prompt)]
+            if not text.startswith(prompt) or not own:
+                return None
+            if self._turns[turn].reasoning and self._reasoning_end(text, own[0]) == own[0].start:
+                return None
+            rest += own
+        return rest
 
     def check_tools(self) -> None:
         """Raises `InvalidTrajectory` when a tool is not in the prompt of the first answer."""
@@ -196,6 +269,7 @@ class _Chat:
             arguments = self._arguments(text, own, [main for _, main in mains])
             for part, (start, stop) in mains:
                 add(part.start, "prompt", turn)
+                add(self._reasoning_end(text, part), "reasoning", own)
                 add(start, "thought", own)
                 for first, last in arguments:
                     if start <= first and last <= stop:
@@ -208,13 +282,21 @@ class _Chat:
         return segments
 
     def _main(self, text: str, answer: _Answer) -> tuple[int, int]:
-        """The span of an answer without its thought and its end token."""
-        written, message = text[answer.start : answer.end], self._messages[answer.turn + self._offset]
+        """The span of an answer without its reasoning, its thought and its end token."""
+        begin, message = self._reasoning_end(text, answer), self._messages[answer.turn + self._offset]
+        written = text[begin : answer.end]
         ends = [match.span() for match in self._codec.special_pattern.finditer(written)]
         stop = ends[-1][0] if ends and not written[ends[-1][1] :].strip() else len(written)
         content = message["content"].strip()
         spoken = written.find(content) + len(content) if message.get("tool_calls") and content in written else 0
-        return answer.start + spoken, answer.start + stop
+        return begin + spoken, begin + stop
+
+    def _reasoning_end(self, text: str, answer: _Answer) -> int:
+        """Where the reasoning with its marks ends in an answer; the answer's start if there is none."""
+        reasoning = self._messages[answer.turn + self._offset].get(KEY, "").strip()
+        if not reasoning or self._spelling is None:
+            return answer.start
+        return max(answer.start, self._spelling.end(text, reasoning, answer.start, answer.end))
 
     def _arguments(self, text: str, turn: int, mains: list[tuple[int, int]]) -> list[tuple[int, int]]:
         """The spans of the arguments of a turn's calls; empty unless all are in the text as JSON, in order."""
@@ -247,16 +329,28 @@ class _Chat:
             position = start if start >= 0 else position
             if start < 0 and _find(message["content"], squeezed, 0) < 0:
                 self._missing(f"the text of turn {at - self._offset}, {message['content'][:40]!r}")
-        for turn, parts in groupby(answers, key=lambda answer: answer.turn):
-            message = self._messages[turn + self._offset]
+        for turn, group in groupby(answers, key=lambda answer: answer.turn):
+            message, parts = self._messages[turn + self._offset], list(group)
             written = "".join(text[part.start : part.end] for part in parts)
             if self._turns[turn].loss is False:
                 continue
+            self._check_reasoning(text, turn, parts)
             if _find(message["content"], _squeeze(written), 0) < 0:
                 self._missing(f"the text of turn {turn}, {message['content'][:40]!r}")
             for call in message.get("tool_calls", []):
                 if call["function"]["name"] not in written:
                     self._missing(f"the call of '{call['function']['name']}' in turn {turn}")
+
+    def _check_reasoning(self, text: str, turn: int, parts: Sequence[_Answer]) -> None:
+        """Raises `InvalidTrajectory` if the reasoning of a trained turn is missing, or would be parsed as another."""
+        reasoning = self._messages[turn + self._offset].get(KEY, "").strip()
+        if not reasoning:
+            return
+        where, hint = f"turn {turn_number(turn, self._turns[turn])}", f"use the format xlam, or {DROP_REASONING}"
+        if self._spelling is not None:
+            self._spelling.check(reasoning, where, hint)
+        if not any(self._reasoning_end(text, part) > part.start for part in parts):
+            raise not_representable(f"the tokenizer's chat template omits or changes the reasoning of {where}; {hint}")
 
     def _missing(self, what: str) -> NoReturn:
         raise not_representable(f"the tokenizer's chat template omits or changes {what}; use the format xlam")
@@ -264,21 +358,9 @@ class _Chat:
     def _render(
         self, messages: list[dict[str, Any]], prompt: bool = False, marks: bool = False, tools: bool = True
     ) -> tuple[str, list[tuple[int, int]]]:
-        from jinja2 import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        try:
-            texts, generated = render_jinja_template(
-                conversations=[messages],
-                tools=(self._tools or None) if tools else None,
-                chat_template=self.template,
-                add_generation_prompt=prompt,
-                return_assistant_tokens_mask=marks,
-                **self._variables,
-            )
-        except (TemplateError, TypeError) as error:
-            raise not_representable(f"the tokenizer's chat template refuses it: {error}; use the format xlam") from None
-        return texts[0], [(int(start), int(end)) for start, end in generated[0]] if marks else []
+        if self._reasons:
+            messages = [self._spelling.spell(message) if self._spelling else _bare(message) for message in messages]
+        return self._owner.render(self.template, messages, self._tools if tools else [], prompt, marks)
 
     def _guarded(self, messages: Any, tools: Any) -> tuple[Any, Any, str]:
         """Inserts a character, which occurs nowhere in the content, into the control tokens that the content spells."""
@@ -296,6 +378,10 @@ class _Chat:
             return [broken(item) for item in value] if isinstance(value, list) else value
 
         return broken(messages), broken(tools), guard
+
+
+def _bare(message: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in message.items() if key != KEY}
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -5,15 +5,26 @@
     [TOOL_RESULTS]…[/TOOL_RESULTS]answer</s>[INST]…
 
 in one line. For tokenizers without those tokens, the tags are plain text, and calls are a JSON array without a mark.
+The reasoning of a turn is in front of its text, as `[THINK]…[/THINK]` if the tokenizer has these tokens, else as
+`<think>\\n…\\n</think>\\n`. Every later prompt repeats it.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import product
 from typing import Any
 
-from xlam_jax.data.codec import TOOL_CALLS, Codec, Kind, Segment, to_json
-from xlam_jax.data.formats import PLAIN, Layout, Variant, read_template, written_calls
-from xlam_jax.data.trajectory import Message, Trajectory, system_text
-from xlam_jax.data.wire import ARRAY
+from xlam_jax.data.codec import THINK_TOKENS, TOOL_CALLS, Codec, Kind, Segment, to_json
+from xlam_jax.data.formats import (
+    DROP_REASONING,
+    PLAIN,
+    Layout,
+    Variant,
+    not_representable,
+    read_template,
+    written_calls,
+)
+from xlam_jax.data.trajectory import Message, Trajectory, system_text, turn_number
+from xlam_jax.data.wire import ARRAY, REASONINGS, Wire
 
 # explain the form of calls where no token marks them; the template has the first one
 INSTRUCTIONS = (
@@ -25,18 +36,40 @@ INSTRUCTIONS = (
 )
 
 
+def earlier_template(control_tokens: bool, tool_calls_token: bool) -> str:
+    """Returns the template that exports had before the format could write reasoning.
+
+    Without reasoning, both templates write the same text.
+    """
+    return read_template("xlam_before_reasoning", control_tokens=control_tokens, tool_calls_token=tool_calls_token)
+
+
+def as_earlier(template: object) -> object:
+    """Returns the earlier text of the format's template in place of the current one; other templates stay as they are.
+
+    Digests of tokenizers in checkpoints are those of the earlier text.
+    """
+    for control, calls, think in product((True, False), repeat=3):
+        if template == read_template("xlam", control_tokens=control, tool_calls_token=calls, think_tokens=think):
+            return earlier_template(control, calls)
+    return template
+
+
 class Xlam:
     """Writes every turn once and never rewrites it, so that one sequence trains a whole conversation."""
 
-    wire = ARRAY
-
     def __init__(self, codec: Codec):
         self._codec = codec
+        self.wire = Wire(ARRAY.format, REASONINGS["mistral" if codec.think_tokens else "think"], opened=False)
+        self._marks = THINK_TOKENS if codec.think_tokens else ("<think>\n", "\n</think>\n")
         in_words = not codec.control_tokens
         self.instructions = len(INSTRUCTIONS) if in_words else 0
         self.sections = 2 if in_words else 0
         self.template = read_template(
-            "xlam", control_tokens=codec.control_tokens, tool_calls_token=codec.tool_calls_token
+            "xlam",
+            control_tokens=codec.control_tokens,
+            tool_calls_token=codec.tool_calls_token,
+            think_tokens=codec.think_tokens,
         )
 
     @staticmethod
@@ -45,7 +78,14 @@ class Xlam:
         return True
 
     def layouts(self, trajectory: Trajectory, variant: Variant = PLAIN) -> Iterator[Layout]:
-        """Yields the only layout."""
+        """Yields the only layout. Raises `InvalidTrajectory` for reasoning that contains its closing mark."""
+        closing = self._marks[1].strip()
+        for at, turn in enumerate(trajectory.conversation):
+            if turn.loss is not False and closing in turn.reasoning:
+                raise not_representable(
+                    f"the reasoning of turn {turn_number(at, turn)} contains {closing}, which ends reasoning; remove "
+                    f"it, or {DROP_REASONING}"
+                )
         system = system_text(trajectory.task_instruction, trajectory.conversation)
         yield Layout(trajectory, self._segments(system, trajectory.tools, trajectory.conversation, variant))
 
@@ -56,7 +96,7 @@ class Xlam:
     def _segments(
         self, system: str, tools: list[dict[str, Any]], messages: Sequence[Message], variant: Variant
     ) -> list[Segment]:
-        control, eos = self._codec.control_tokens, self._codec.eos
+        control = self._codec.control_tokens
         space = "" if control else " "
         segments: list[Segment] = []
 
@@ -82,15 +122,7 @@ class Xlam:
         previous = ""
         for turn, message in enumerate(messages):
             if message.role == "assistant":
-                calls = message.tool_calls
-                if message.content:
-                    add(space + message.content, "thought" if calls else "answer", turn)
-                if calls and self._codec.tool_calls_token:
-                    add(TOOL_CALLS, "tool_call", turn, control=True)
-                    segments += written_calls(calls, turn)
-                elif calls:
-                    segments += written_calls(calls, turn, front="\n" if message.content else " ")
-                add(eos, "eos", turn, control=True)
+                segments += self._answer(message, turn)
             elif message.role in ("user", "tool"):
                 if previous in ("user", "tool"):
                     add(space, "prompt", turn)
@@ -98,3 +130,23 @@ class Xlam:
                 front = ""
             previous = message.role
         return segments
+
+    def _answer(self, message: Message, turn: int) -> Iterator[Segment]:
+        """Yields the text of an assistant turn: reasoning, thought or answer, calls, end token."""
+        codec, calls = self._codec, message.tool_calls
+        space = "" if codec.control_tokens else " "
+        reasoning = message.reasoning.strip()
+        if reasoning:
+            opening, closing = self._marks
+            marked = (Segment(text, "reasoning", turn, codec.think_tokens) for text in (opening, closing))
+            texts = (Segment(text, "reasoning", turn) for text in (space, reasoning))
+            yield from (segment for pair in zip(texts, marked, strict=True) for segment in pair if segment.text)
+            space = ""
+        if message.content:
+            yield Segment(space + message.content, "thought" if calls else "answer", turn)
+        if calls and codec.tool_calls_token:
+            yield Segment(TOOL_CALLS, "tool_call", turn, control=True)
+            yield from written_calls(calls, turn)
+        elif calls:
+            yield from written_calls(calls, turn, front="\n" if message.content else space)
+        yield Segment(codec.eos, "eos", turn, control=True)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from xlam_jax.data.codec import Codec, Kind, Segment
 from xlam_jax.data.formats import PLAIN, Layout, Variant, not_representable, read_template, written_calls
 from xlam_jax.data.trajectory import Message, Trajectory, system_text, turn_number
-from xlam_jax.data.wire import parse_completion
+from xlam_jax.data.wire import ARRAY, parse_completion
 from xlam_jax.errors import UserError
 
 # The wording of both texts is that of the published templates, because the released models were trained with it.
@@ -60,6 +60,7 @@ class Xlam2:
 
     instructions = 0
     sections = 0
+    wire = ARRAY
 
     def __init__(self, codec: Codec):
         marks = _variants(codec)

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from xlam_jax.data.codec import Codec, Segment, to_json
-from xlam_jax.data.formats import PLAIN, Layout, Variant, read_template, without_loss, written_calls
+from xlam_jax.data.formats import PLAIN, Layout, Variant, read_template, refuse_reasoning, without_loss, written_calls
 from xlam_jax.data.trajectory import Message, Trajectory, system_text
 from xlam_jax.data.wire import ARRAY
 
@@ -53,8 +53,9 @@ class XlamV1:
         return True
 
     def layouts(self, trajectory: Trajectory, variant: Variant = PLAIN) -> Iterator[Layout]:
-        """Yields a layout for each trained assistant turn."""
+        """Yields a layout for each trained assistant turn. Raises `InvalidTrajectory` if one of them has reasoning."""
         turns = trajectory.conversation
+        refuse_reasoning(turns, "the format xlam_v1")
         system = system_text(trajectory.task_instruction, turns)
         front, steps = self._pieces(system, trajectory.tools, turns, variant)
         context = without_loss(turns, before=len(turns))
