@@ -371,8 +371,12 @@ def _parsers(folder: Path, extra: Sequence[str]) -> list[str]:
         tokenizer.chat_template = read_text(Path(template), "a chat template") if Path(template).is_file() else template
     wire = wire_of(tokenizer)
     parsers = ["--tool-call-parser", f"xlam_jax_{wire.format.name}"]
-    if wire.reasoning is not None and "--reasoning-parser" not in flags:
-        parsers += ["--reasoning-parser", wire.reasoning.vllm]
+    marks = wire.reasoning
+    # vLLM's parsers search for tokens; marks that are plain text stay in the content, from which the client reads them
+    has_tokens = marks and {marks.opening, marks.closing} <= tokenizer.get_vocab().keys()
+    if marks and has_tokens and marks.name == "think" and "--reasoning-parser" not in flags:
+        # qwen3 expects the opening mark in the answer, deepseek_r1 in the prompt
+        parsers += ["--reasoning-parser", marks.vllm if wire.opened else "qwen3"]
     return parsers
 
 

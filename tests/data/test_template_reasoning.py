@@ -92,7 +92,7 @@ LONG = trajectory(
     user(),
     *call(1, reasoning="First the tide."),
     *call(2, "And again.", reasoning="It may be wrong: </td>.\n\n* once more\n  * and again."),
-    answer("2 m", "Two of three say so."),
+    answer("2 m", "Two of three report it."),
     user("Sure?"),
     answer("Yes.", "They insist."),
     user("And now?"),

@@ -45,7 +45,8 @@ def detect(layouts: Layouts) -> Wire | None:
 
     Returns None if no row of the table parses the calls, or if the format writes none.
     """
-    called = _render(layouts, Message("assistant", "", (CALL,)), TOOLS)
+    turn = Message("assistant", "", (CALL,))
+    called = _render(layouts, turn, TOOLS) or _render(layouts, turn, [])  # some templates write calls and no tools
     if called is None:
         return None
     reasoning = _detect_reasoning(layouts)
