@@ -59,6 +59,7 @@ _MISTRAL = ("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[ARGS]", "[CALL_ID]", "[THIN
 
 TEMPLATES = {
     "xlam": Template(None, "array", "</s>", (), format="xlam"),
+    "xlam2": Template(None, "array", "<|im_end|>", _CHATML, format="xlam2"),
     "qwen2_5": Template(published("qwen2_5"), "hermes", "<|im_end|>", _CHATML),
     "llama3_1": Template(published("llama3_1"), "llama3_json", "<|eot_id|>", _LLAMA, parallel=False),
     "mistral_v11": Template(MISTRAL_V11, "mistral", "</s>", _MISTRAL),

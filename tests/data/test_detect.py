@@ -14,7 +14,7 @@ DETECTED = {
     "qwen3_5_nothink": ("qwen3_coder", None, None),
     "qwen3_5_think": ("qwen3_coder", "think", True),
     "qwen3_6": ("qwen3_coder", "think", True),
-    "lfm2_2_5": ("pythonic", None, None),
+    "lfm2_2_5": ("pythonic", "think", False),
 }
 """Public template of the ChatML family → wire format, reasoning, whether the prompt opens the reasoning."""
 
