@@ -20,6 +20,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from xlam_jax.enums import MESH_AXES
 from xlam_jax.models.config import ModelConfig
 from xlam_jax.models.decoder import Cache, Decoder
 from xlam_jax.models.params import Params, binder, frozen_specs, join, param_specs, trainable
@@ -64,7 +65,7 @@ class Generate:
         self._model, self._mesh = model, mesh
         self._by_row = meshes.row_spec(mesh)
         bind = binder(model, dtype=dtype)
-        split = [axis for axis in meshes.AXES if mesh.shape[axis] > 1 and axis != "context"]
+        split = [axis for axis in MESH_AXES if mesh.shape[axis] > 1 and axis != "context"]
         specs = (
             param_specs(model, mesh),
             frozen_specs(model, mesh, quantized=quantized),
@@ -153,7 +154,7 @@ def generate(model: Decoder, prompts: Sequence[Sequence[int]], **options: Any) -
 
 @cache
 def _on_one_device(model: ModelConfig, dtype: Any) -> Generate:
-    return Generate(model, meshes.make_mesh(dict.fromkeys(meshes.AXES, 1), jax.devices()[:1]), dtype=dtype)
+    return Generate(model, meshes.make_mesh(dict.fromkeys(MESH_AXES, 1), jax.devices()[:1]), dtype=dtype)
 
 
 def _bucket(length: int) -> int:
