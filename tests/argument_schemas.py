@@ -11,7 +11,7 @@ def properties(**schemas: Any) -> dict[str, Any]:
     return {"type": "object", "properties": schemas, "required": list(schemas)}
 
 
-TREE = properties(value={"type": "integer"}) | {"additionalProperties": False}
+TREE: dict[str, Any] = properties(value={"type": "integer"}) | {"additionalProperties": False}
 TREE["properties"]["next"] = {"$ref": "#"}
 SUPPORTED: list[tuple[Any, list[Any], list[Any]]] = [
     (

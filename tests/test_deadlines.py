@@ -32,6 +32,7 @@ def faults(test: ast.AST) -> Iterator[str]:
             for keyword in node.keywords:
                 if keyword.arg == "timeout" and isinstance(keyword.value, ast.Constant):
                     limit = keyword.value.value
+                    assert limit is None or isinstance(limit, (int, float))
                     if limit is not None and limit < HOURS[node.func.attr]:
                         yield f"line {node.lineno}: {node.func.attr} waits for {limit} s at most"
 

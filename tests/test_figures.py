@@ -134,9 +134,9 @@ def launched(name: str) -> tuple[str, list[str]]:
         kind, count = task["resources"]["accelerators"].lower().split(":")
         return f"gpu:{kind}:{int(count) * task['num_nodes']}", shlex.split(task["run"])
     if name == "slurm.sbatch":
-        nodes, command = re.search(
-            r"sbatch --nodes=(\d+) (.*?[^\\])\n#\n", text.replace("\\\n#", ""), re.DOTALL
-        ).groups()
+        command_line = re.search(r"sbatch --nodes=(\d+) (.*?[^\\])\n#\n", text.replace("\\\n#", ""), re.DOTALL)
+        assert command_line
+        nodes, command = command_line.groups()
         gpus = re.search(r"#SBATCH --gpus-per-node=(\d+)", text)
         assert gpus
         return f"gpu:h100:{int(nodes) * int(gpus[1])}", shlex.split(command)

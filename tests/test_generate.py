@@ -55,7 +55,7 @@ def hf_generate(folder: Path, prompts: list[list[int]], *eos: int) -> list[list[
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    hf = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    hf: Any = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
     hf.generation_config.eos_token_id = list(eos) if eos != (NEVER,) else None
     out = hf.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, pad_token_id=0)
     rows = [row[longest:].tolist() for row in out]

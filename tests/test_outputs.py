@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import ROOT
@@ -138,13 +139,14 @@ def test_what_is_in_the_way_of_a_file(tmp_path: Path):
     folder.mkdir()
     check_file(tmp_path / "new")
     check_file(file, force=True)
-    for out, options, message in (
+    cases: tuple[tuple[Path, dict[str, Any], str], ...] = (
         (file, {"inputs": [file], "force": True}, "is an input as well"),
         (folder, {"force": True}, "exists already, and is a folder"),
         (file, {}, "exists already; give another name, or --force to overwrite it"),
         (file, {"advice": "remove it"}, "exists already; remove it"),
         (tmp_path / "none/new", {}, "the folder '.*none' does not exist; create it first"),
-    ):
+    )
+    for out, options, message in cases:
         with pytest.raises(UserError, match=f"{out}: {message}"):
             check_file(out, **options)
 

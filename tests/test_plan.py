@@ -33,7 +33,7 @@ QUICKSTART = ("--config", "configs/quickstart.yaml")
 ROWS_OF_4096 = ("data.sequence_length=4096", "train.microbatches=1")
 
 
-COMPILER = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "0"}
+COMPILER: dict[str, Any] = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "0"}
 """The real passes of the compiler, and none of its caches."""
 
 
@@ -53,7 +53,7 @@ def check(plan: dict[str, Any], config: Path, overrides: Sequence[str], *, remat
     # only remat recomputes: a replicated activation would be computed more often
     assert plan["model_flops"] <= plan["flops"] <= remat_overhead * plan["model_flops"]
     # weights are gathered forward and backward, gradients are scattered once, and nothing else is exchanged
-    resolved = configs.load(config, overrides)
+    resolved = configs.load(config, list(overrides))
     trained = sum(cost.trainable_sizes(resolved.model).values())
     shared = (plan["mesh"]["fsdp"] - 1) / plan["mesh"]["fsdp"]
     gathered, scattered = (plan["exchanges"].get(f"{kind} fsdp", 0.0) for kind in ("all-gather", "reduce-scatter"))
@@ -279,6 +279,6 @@ def test_without_libtpu_it_says_what_to_install(commands: Commands, tmp_path: Pa
     (tmp_path / "libtpu.py").write_text("raise ImportError('No module named libtpu')\n", encoding="utf-8")
     hidden = os.pathsep.join([str(tmp_path), str(ROOT)])
     arguments = (*QUICKSTART, "--topology", "v5e:2x2", "--mesh", "fsdp=4", *SMALL)
-    nowhere = {"TPU_LIBRARY_PATH": str(tmp_path / "none"), "XLA_FLAGS": ""}
+    nowhere: dict[str, Any] = {"TPU_LIBRARY_PATH": str(tmp_path / "none"), "XLA_FLAGS": ""}
     said = commands.run(PLAN, *arguments, code=2, PYTHONPATH=hidden, **nowhere).stderr
     assert "the TPU compiler, libtpu, is not installed; install it with pip install 'xlam_jax[plan]'" in said

@@ -37,13 +37,13 @@ DENSE = ("q", "k", "v", "o", "w1", "w3", "w2")
 
 
 def logits(config: ModelConfig, params: Params, tokens_BT: np.ndarray) -> np.ndarray:
-    positions_BT = np.broadcast_to(np.arange(tokens_BT.shape[1], dtype=np.int32), tokens_BT.shape)
+    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
     bind = binder(config, dtype=jnp.float32)
 
     @jax.jit
     def of(params: Params) -> jax.Array:
         model = bind(params)
-        return model.logits(model(tokens_BT, positions_BT, np.ones_like(tokens_BT))[0])
+        return model.logits(model(jnp.asarray(tokens_BT), positions_BT, jnp.ones_like(tokens_BT))[0])
 
     return np.asarray(of(params))
 
@@ -105,6 +105,7 @@ def test_experts_are_refused(tmp_path: Path):
 
 def test_adapters_of_another_config_are_refused(tmp_path: Path):
     _, config, _, adapters = tiny("mistral", ("q", "v"))
+    assert config.lora
     write_peft(tmp_path / "adapter", config, adapters, base=None)
     for change, message in (
         ({"rank": 8}, "the rank is 4 there and 8"),
@@ -397,7 +398,7 @@ NAMES = st.sampled_from(
 def test_patterns_match_as_in_peft(pattern: dict[str, int], module: str):
     from peft.utils.other import get_pattern_key
 
-    assert peft_config.by_pattern(pattern, module, 0) == pattern.get(get_pattern_key(pattern.keys(), module), 0)
+    assert peft_config.by_pattern(pattern, module, 0) == pattern.get(get_pattern_key(list(pattern), module), 0)
 
 
 @settings(deadline=None, derandomize=True, max_examples=100)

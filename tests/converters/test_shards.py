@@ -97,7 +97,8 @@ CHANGES = st.one_of(
 
 def change(header: dict[str, Any], data: bytes, action: tuple[Any, ...]) -> bytes:
     kind, *rest = action
-    target = header.get(rest[0], {}) if rest and isinstance(rest[0], str) else {}
+    name: Any = rest[0] if rest else None
+    target = header.get(name, {}) if isinstance(name, str) else {}
     if kind == "set" and rest[0] in header and isinstance(target, dict):
         target[rest[1]] = rest[2]
     elif kind == "entry":

@@ -226,7 +226,7 @@ def test_invalid_folders_are_refused(
     assert not (tmp_path / "orbax").exists()
 
 
-def reindex(folder: Path, change: Callable[[dict[str, str]], object]) -> None:
+def reindex(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     path = folder / "model.safetensors.index.json"
     index = json.loads(path.read_text())
     change(index["weight_map"])

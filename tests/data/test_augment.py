@@ -105,6 +105,7 @@ def test_instructions_and_sections_vary(format, name, instructions, orders, row)
 def test_formats_without_sections_and_instructions_stay(row):
     tokenizer = tokenizer_of("mistral:v3")
     plain = tokenizer.decode(render(parse_trajectory(row), tokenizer).input_ids)
+    assert isinstance(plain, str)
     data = config({"instructions": True, "sections": True})
     assert set(draws(parse_trajectory(row), tokenizer, data)) == {plain}
 

@@ -502,7 +502,7 @@ ROWS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("format", [*ROWS, "unified"])
-def test_whatever_the_row_nothing_else_is_raised(row, format):
+def test_whatever_the_row_nothing_else_is_raised(row: dict[str, Any], format: str):
     start = ROWS.get(format, row)
 
     @settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.nested_given])

@@ -1,6 +1,7 @@
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -28,6 +29,12 @@ def run(name: str, *paths: Path) -> tuple[list[Trajectory], list[Dropped]]:
     items = list(CONVERTERS[name](list(paths)))
     kept = [item.trajectory for item in items if isinstance(item, Converted)]
     return kept, [item for item in items if isinstance(item, Dropped)]
+
+
+def convert_row(name: str, row: dict[str, Any]) -> list[Converted | Dropped]:
+    convert = row_converter(name)
+    assert convert
+    return list(convert_one(Path("x.jsonl"), 1, row, convert))
 
 
 def turns(trajectory: Trajectory) -> list[tuple]:
@@ -311,10 +318,10 @@ def test_whatever_the_row_nothing_else_is_raised(name, file, tmp_path):
 def test_long_turns_take_linear_time():
     for name, text in (("hotpotqa", "Thought: " + " " * 3_000_000), ("hotpotqa", "Thought: Action: search[" * 200_000)):
         row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": text}]}
-        (item,) = convert_one(Path("x.jsonl"), 1, row, row_converter(name))
+        (item,) = convert_row(name, row)
         assert isinstance(item, Dropped)
     steps = [{"action": "search[" * 500_000, "observation": "x"}]
-    items = list(convert_one(Path("x.jsonl"), 1, {"instruction": "i", "steps": steps}, row_converter("webshop")))
+    items = convert_row("webshop", {"instruction": "i", "steps": steps})
     assert isinstance(items[0], Converted)
 
 

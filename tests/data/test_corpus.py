@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -92,8 +93,11 @@ def test_annotations_point_back_to_where_each_label_is_from(quickstart, codec):
         assert plain.trajectories is None
         assert len(one.trajectories) == len(one.train) == len(plain.train)
         for row, example in enumerate(one.train):
-            assert all(np.array_equal(value, example[key]) for key, value in plain.train[row].items())
+            assert "turns" in example
+            arrays: Any = example
+            assert all(np.array_equal(value, arrays[key]) for key, value in dict[str, Any](plain.train[row]).items())
             trajectory = one.trajectories[row]
+            assert isinstance(trajectory, Trajectory)
             assert plain.ids[row] == trajectory.id
             for span in render(trajectory, codec).spans:
                 labels = slice(max(0, span.start - 1), span.end - 1)

@@ -30,6 +30,7 @@ def run(*arguments: object) -> int:
     """The exit code of a command, as the shell would see it."""
     with pytest.raises(SystemExit) as ended:
         cli.run(lambda: main([str(argument) for argument in arguments]))
+    assert isinstance(ended.value.code, int)
     return ended.value.code
 
 

@@ -55,7 +55,7 @@ def test_the_projects_formats_end_with_the_end_of_sequence_token(tokenizer, form
 )
 def test_a_template_says_what_ends_its_turns(quickstart: Path, tmp_path: Path, template: str, expected: list[str]):
     tokenizer = chatml(quickstart, template)
-    assert tokenizer.convert_ids_to_tokens(end_tokens(tokenizer, "native")) == expected
+    assert tokenizer.convert_ids_to_tokens(list(end_tokens(tokenizer, "native"))) == expected
     save(tokenizer, tmp_path, "native")
-    assert tokenizer.convert_ids_to_tokens(end_tokens(load_tokenizer(str(tmp_path)))) == expected
+    assert tokenizer.convert_ids_to_tokens(list(end_tokens(load_tokenizer(str(tmp_path))))) == expected
     assert end_tokens(tokenizer, "xlam") == (tokenizer.eos_token_id,), "the format decides"

@@ -140,7 +140,9 @@ def test_mistral_completions_parse_to_the_recorded_calls(bundled):
         for turn in trajectory.conversation:
             if turn.role == "assistant" and turn.loss is not False:
                 end = trained.index(eos)
-                content, calls = parse_completion(tokenizer.decode(trained[:end]))
+                completion = tokenizer.decode(trained[:end])
+                assert isinstance(completion, str)
+                content, calls = parse_completion(completion)
                 trained = trained[end + 1 :]
                 expected = [(call.name, call.arguments) for call in turn.tool_calls]
                 assert (content, [(call.name, call.arguments) for call in calls or ()]) == (turn.content, expected)

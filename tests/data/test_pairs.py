@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from xlam_jax.data import pairs
 from xlam_jax.data.converters import converter
+from xlam_jax.data.converters.common import Converted
 from xlam_jax.data.parse import parse_trajectory
 from xlam_jax.data.trajectory import to_dict
 from xlam_jax.errors import UserError
@@ -179,7 +180,7 @@ def test_outputs_are_complete_or_absent_and_overwritten_only_with_force(tmp_path
 def test_scored_logs_of_one_model_and_its_rivals_make_pairs(tmp_path):
     """Real questions, answered by two models; the second is the first with its last turn replaced."""
     log = Path(__file__).parent / "fixtures" / "hotpotqa_scored.json"
-    real = [item.trajectory for item in converter("hotpotqa")([log]) if hasattr(item, "trajectory")]
+    real = [item.trajectory for item in converter("hotpotqa")([log]) if isinstance(item, Converted)]
     rows = []
     for one in map(to_dict, real):
         rival = json.loads(json.dumps(one))

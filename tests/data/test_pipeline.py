@@ -60,11 +60,13 @@ def block(rows: int, host: int, hosts: int) -> range:
 
 
 def same(one: pipeline.Row, other: pipeline.Row) -> bool:
-    return all(a is b is None or np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+    return all(a is b if a is None or b is None else np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def joined(parts: list[pipeline.Row]) -> pipeline.Row:
-    return pipeline.Row(*(None if column[0] is None else np.concatenate(column) for column in zip(*parts, strict=True)))
+    return pipeline.Row._make(
+        None if column[0] is None else np.concatenate(column) for column in zip(*parts, strict=True)
+    )
 
 
 def segments(batch: pipeline.Row) -> list[int]:
@@ -223,7 +225,7 @@ def test_hosts_may_share_a_stream_and_need_rows_in_any_place():
     for _ in range(3):
         batch, shares = next(whole), [next(part) for part in parts]
         for share, rows in zip(shares, ([0, 3, 4], [1, 2, 7], [5, 6]), strict=True):
-            assert same(share, pipeline.Row(*(None if column is None else column[rows] for column in batch)))
+            assert same(share, pipeline.Row._make(None if column is None else column[rows] for column in batch))
     states = {name: place for part in parts for name, place in part.state().items()}
     assert states == whole.state()
 

@@ -13,6 +13,7 @@ from xlam_jax.data import corpus, pipeline, preview
 from xlam_jax.data.parse import read_jsonl
 from xlam_jax.data.render import codec_and_format, render
 from xlam_jax.data.tokenizer import load_tokenizer
+from xlam_jax.data.trajectory import Trajectory
 from xlam_jax.enums import SPAN_KINDS
 from xlam_jax.errors import UserError
 
@@ -109,11 +110,11 @@ def test_both_sides_of_pairs_are_shown_as_they_are_trained(config):
 
 def test_names_each_segment_and_marks_its_tokens_as_rendered(config, shown):
     run, tokenizer, _ = loaded(config)
-    trajectories = {
-        (source.name, trajectory_of_file.id): trajectory_of_file
-        for source in run.data.sources
-        for _, trajectory_of_file in read_jsonl(source.files[0])
-    }
+    trajectories: dict[tuple[str, str], Trajectory] = {}
+    for source in run.data.sources:
+        for _, trajectory in read_jsonl(source.files[0]):
+            assert isinstance(trajectory, Trajectory)
+            trajectories[source.name, trajectory.id] = trajectory
     for segment in (segment for row in shown for segment in row.segments):
         trajectory = trajectories[segment.source, segment.id]
         rendered = render(trajectory, tokenizer, run.data.format, run.data.loss)
@@ -176,7 +177,7 @@ class Page(HTMLParser):
     def __init__(self):
         super().__init__()
         self.tokens: list[tuple[str, str]] = []
-        self.links: list[str] = []
+        self.links: list[str | None] = []
         self.tags: set[str] = set()
         self._title: str | None = None
 
@@ -250,8 +251,15 @@ def test_the_texts_of_tokens_are_exactly_the_text(text):
 def test_special_tokens_and_ids_without_a_token():
     tokenizer = load_tokenizer("mistral:v3")
     shown = preview.texts(tokenizer)
-    assert shown(tokenizer.convert_tokens_to_ids("[INST]")) == ("[INST]", True)
+
+    def id_of(token: str) -> int:
+        token_id = tokenizer.convert_tokens_to_ids(token)
+        assert isinstance(token_id, int)
+        return token_id
+
+    assert shown(id_of("[INST]")) == ("[INST]", True)
+    assert isinstance(tokenizer.bos_token_id, int)
     assert shown(tokenizer.bos_token_id) == ("<s>", True)
     assert shown(10**6) == ("⟨no token 1000000⟩", True)
-    assert shown(tokenizer.convert_tokens_to_ids("<0xF0>")) == ("⟨f0⟩", False)
-    assert shown(tokenizer.convert_tokens_to_ids("<0x41>")) == ("A", False)
+    assert shown(id_of("<0xF0>")) == ("⟨f0⟩", False)
+    assert shown(id_of("<0x41>")) == ("A", False)

@@ -88,7 +88,9 @@ def test_xlam_v1_is_the_prompt_of_its_description(row):
     turn = row["conversation"][1]
     calls = [dict(call["function"]) for call in turn["tool_calls"]]
     step = {"step_id": 1, "thought": turn["content"], "tool_calls": calls, "next_observation": ['{"t": -3}', ""]}
-    text = tokenizer.decode(second.input_ids)
+    text, later = tokenizer.decode(second.input_ids), tokenizer.decode(third.input_ids)
+    assert isinstance(text, str)
+    assert isinstance(later, str)
     start, _, after = text.partition("[BEGIN OF TASK INSTRUCTION]\n")
     task, _, after = after.partition("\n[END OF TASK INSTRUCTION]\n\n[BEGIN OF AVAILABLE TOOLS]\n")
     declared, _, after = after.partition("\n[END OF AVAILABLE TOOLS]\n\n[BEGIN OF FORMAT INSTRUCTION]\n")
@@ -103,7 +105,7 @@ def test_xlam_v1_is_the_prompt_of_its_description(row):
     assert json.loads(history) == [step | {"user_input": ""}]
     assert answer == ' {"thought": "-3 °C 🥶, 12:00.", "tool_calls": []}</s>'
     assert "HISTORY" not in tokenizer.decode(first.input_ids)
-    steps = json.loads(tokenizer.decode(third.input_ids).partition("STEPS]\n")[2].partition("\n[END")[0])
+    steps = json.loads(later.partition("STEPS]\n")[2].partition("\n[END")[0])
     assert [one["step_id"] for one in steps] == [1, 2]
     assert steps[1]["user_input"] == "  thanks \n\n\n1"
 

@@ -12,7 +12,7 @@ CITY = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"t
 
 
 def problems_of(schema: object, arguments: dict) -> list[tuple[str, str]]:
-    return [tuple(problem) for problem in Parameters(schema).check(arguments)]
+    return [(problem.reason, problem.detail) for problem in Parameters(schema).check(arguments)]
 
 
 @pytest.mark.parametrize(

@@ -94,8 +94,10 @@ def test_shares_and_packing_are_those_of_the_rows_that_training_reads(config, co
     assert collected.rows == -(-sum(one.tokens for one in collected.sources) // 640)
     assert collected.filled.tolist() == [int((row[4] > 0).sum()) for row in rows]
     assert collected.efficiency == pytest.approx(collected.filled.sum() / (640 * collected.rows))
-    assert sum(one.drawn_trained for one in collected.sources).tolist() == [int((row[2] > 0).sum()) for row in rows]
-    assert sum(one.drawn for one in collected.sources).tolist() == [int(row[4].max()) for row in rows]
+    drawn_trained = np.sum([one.drawn_trained for one in collected.sources], axis=0)
+    drawn = np.sum([one.drawn for one in collected.sources], axis=0)
+    assert drawn_trained.tolist() == [int((row[2] > 0).sum()) for row in rows]
+    assert drawn.tolist() == [int(row[4].max()) for row in rows]
     targets = [float(share) for share in shares(loaded, run.data)]
     assert [one.target for one in collected.sources] == pytest.approx(targets)
     # what waits in the packer's bins is all that keeps the drawn from the target

@@ -2,10 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tensorflow_datasets as tfds
 from support import Commands
+from tensorflow_datasets.core import constants, registered
 
 from xlam_jax.config import Source
 from xlam_jax.data import sources
@@ -26,7 +28,7 @@ def built(quickstart: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def data_dir(built: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder in which TFDS looks."""
-    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(built))
+    monkeypatch.setattr(constants, "DATA_DIR", str(built))
     monkeypatch.setenv("TFDS_DATA_DIR", str(built))
     return built
 
@@ -39,7 +41,7 @@ def test_our_reader_gives_what_the_files_hold(quickstart, data_dir):
 
 
 def test_tfds_itself_reads_it(quickstart, built):
-    rows = tfds.data_source("unified_trajectories/webshop", split="train", data_dir=str(built))
+    rows: Any = tfds.data_source("unified_trajectories/webshop", split="train", data_dir=str(built))
     first = json.loads((quickstart / "webshop.jsonl").read_text(encoding="utf-8").splitlines()[0])
     assert rows[0]["unique_trajectory_id"].decode() == first["unique_trajectory_id"]
     assert json.loads(rows[0]["conversation"]) == first["conversation"]
@@ -50,7 +52,7 @@ def test_scores_and_missing_values_come_back_as_they_were(row, write_jsonl, tmp_
     bare = {key: row[key] for key in ("unique_trajectory_id", "tools", "conversation")}
     path = write_jsonl(row | {"score": 0.7}, bare)  # 0.7 in 32 bits is less than 0.7
     build(Source(name="made", files=[str(path)]), tmp_path / "tfds")
-    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path / "tfds"))
+    monkeypatch.setattr(constants, "DATA_DIR", str(tmp_path / "tfds"))
     items = sources.read(Source.model_validate({"name": "m", "tfds": "unified_trajectories/made"}))
     assert [item.trajectory for item in items] == [parse_trajectory(row | {"score": 0.7}), parse_trajectory(bare)]
 
@@ -100,4 +102,4 @@ def test_the_command(commands: Commands, quickstart, tmp_path):
 
 
 def test_the_builder_is_registered_once():
-    assert tfds.core.registered.imported_builder_cls("unified_trajectories") is UnifiedTrajectories
+    assert registered.imported_builder_cls("unified_trajectories") is UnifiedTrajectories

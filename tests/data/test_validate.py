@@ -5,6 +5,7 @@ import json
 import re
 import tracemalloc
 from contextlib import suppress
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -297,7 +298,7 @@ def paths(value: object, prefix: tuple = ()) -> list[tuple]:
 @settings(deadline=None, max_examples=400, derandomize=True)
 @given(st.data())
 def test_finds_a_fault_exactly_where_the_reader_refuses_mends_or_leaves_out(data):
-    row: object = changed()
+    row: Any = changed()
     for _ in range(data.draw(st.integers(1, 3))):
         path = data.draw(st.sampled_from(paths(row)))
         value = data.draw(anything)

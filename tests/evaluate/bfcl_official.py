@@ -6,6 +6,7 @@ categories' tasks to the content of a request: tools, held-back tools, and the s
 
 Modules that they import but do not use for a model with function calling are replaced before the import.
 """
+# pyright: reportMissingImports=false
 
 import json
 import os

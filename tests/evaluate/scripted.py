@@ -49,8 +49,9 @@ def reply_from(actions_of: Callable[[str], Sequence[Action]], labour: Mapping[st
 
 
 @contextmanager
-def scripted(actions: Mapping[str, Sequence[Action]], labour: Mapping[str, Sequence[str]]) -> Iterator[Running]:
-    """Serves a script: text of a task → its actions; the key "" matches all other tasks."""
+def scripted(actions: Mapping[str, Sequence[Action]], labour: Mapping[str, Sequence[str]] | None) -> Iterator[Running]:
+    """Serves a script: text of a task → its actions; the key "" matches all other tasks. `labour`: the suite's."""
+    assert labour
 
     def actions_of(prompt: str) -> Sequence[Action]:
         return actions[max((text for text in actions if text and text in prompt), key=prompt.rindex, default="")]

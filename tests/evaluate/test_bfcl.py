@@ -1,4 +1,5 @@
 """The suite bfcl: right answers are scored as right, wrong ones as wrong, and all of them as by bfcl-eval itself."""
+# pyright: reportMissingImports=false
 
 import asyncio
 import html

@@ -85,7 +85,7 @@ def test_observations():
 
 def test_a_corpus_as_a_file(commands: Commands, tmp_path: Path):
     """JSONL, its conversion, and a user's database without an index give the same pages, but not similar titles."""
-    lines = [{"title": title, "text": text} for title, text in PAGES[:2]]
+    lines: list[dict[str, Any]] = [{"title": title, "text": text} for title, text in PAGES[:2]]
     lines.append({"title": PAGES[2][0], "text": ["Bergen is a city", " in Norway with a fish market."]})
     (tmp_path / "pages.jsonl").write_text("".join(json.dumps(page) + "\n" for page in lines), encoding="utf-8")
     commands.call("xlam_jax.evaluate.corpus", "--pages", tmp_path / "pages.jsonl", "--out", tmp_path / "pages.sqlite")

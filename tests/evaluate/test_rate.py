@@ -231,7 +231,8 @@ def test_rank_correlation() -> None:
     from scipy.stats import spearmanr
 
     a, b = [0.0, 1, 1, 0.5, 0.5, 0.2, 1], [0.0, 5, 4, 4, 2, 2, 3]
-    assert rate.rank_correlation(a, b) == pytest.approx(spearmanr(a, b).statistic)
+    expected: Any = spearmanr(a, b)
+    assert rate.rank_correlation(a, b) == pytest.approx(expected.statistic)
 
 
 def test_equal_trajectories_share_a_rating() -> None:

@@ -109,7 +109,8 @@ def test_gradients_of_attention_run(captured: bool):
 
     def gradients(dtype: Any, *inputs: jax.Array) -> Any:
         def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            out = attend(*(one.astype(dtype) for one in (q[:, :, :, None], k, v)), where, window=None)
+            q, k, v = (one.astype(dtype) for one in (q[:, :, :, None], k, v))
+            out = attend(q, k, v, where, window=None)
             return jnp.sum(out.astype(jnp.float32) ** 2)
 
         return jax.grad(loss, argnums=(0, 1, 2))(*inputs)

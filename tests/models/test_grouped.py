@@ -46,12 +46,14 @@ def results(kernel: str, kind: str, dtype: Any, *, lora: bool) -> Any:
     @jax.jit
     def run(x_SD: jax.Array, gate_SK: jax.Array, weights: list[Linear]) -> Any:
         def loss(x_SD, gate_SK, weights):
+            w1_EDF, w3_EDF, w2_EFD = weights
             if kernel == "xla":
-                y_SKD = experts_mlp(x_SD, *weights, route(expert_SK, EXPERTS), dtype, frozen=False)
+                y_SKD = experts_mlp(x_SD, w1_EDF, w3_EDF, w2_EFD, route(expert_SK, EXPERTS), dtype, frozen=False)
                 y_SD = jnp.einsum("SKD,SK->SD", y_SKD.astype(jnp.float32), gate_SK)
             else:
                 options = grouped.KernelOptions(kernel, dtype, frozen=False, interpret=True)
-                y_SD = grouped.experts_sum(x_SD, gate_SK, *weights, grouped.group(expert_SK, EXPERTS, kernel), options)
+                groups = grouped.group(expert_SK, EXPERTS, kernel)
+                y_SD = grouped.experts_sum(x_SD, gate_SK, w1_EDF, w3_EDF, w2_EFD, groups, options)
             return jnp.sum(y_SD * wanted_SD), y_SD
 
         return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(x_SD, gate_SK, weights)

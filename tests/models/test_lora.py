@@ -29,14 +29,25 @@ def with_adapters(family: str, seed: int = 0, **overrides) -> tuple[ModelConfig,
     return config, tiny_models.params_of(model), adapters
 
 
-def computed(config: ModelConfig, params: Params, weight_BTV: np.ndarray, tokens_BT: np.ndarray, remat: str = "none"):
+def lora_of(config: ModelConfig) -> Lora:
+    assert config.lora
+    return config.lora
+
+
+def computed(
+    config: ModelConfig,
+    params: Params,
+    weight_BTV: np.ndarray | np.float32,
+    tokens_BT: np.ndarray,
+    remat: str = "none",
+):
     """Logits, and the gradients of sum(weight × logits) in all parameters."""
-    positions_BT = np.broadcast_to(np.arange(tokens_BT.shape[1], dtype=np.int32), tokens_BT.shape)
+    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
     bind = binder(config, dtype=jnp.float32, remat=remat)
 
     def loss(params: Params):
         model = bind(params)
-        logits = model.logits(model(tokens_BT, positions_BT, np.ones_like(tokens_BT))[0])
+        logits = model.logits(model(jnp.asarray(tokens_BT), positions_BT, jnp.ones_like(tokens_BT))[0])
         return jnp.sum(logits * weight_BTV), logits
 
     gradients, logits = jax.jit(jax.grad(loss, has_aux=True))(params)
@@ -70,13 +81,13 @@ def test_adapters_equal_merged_weights(family: str, overrides: dict, remat: str)
     close(logits, merged, "logits")
     # d(A·B): what a gradient of the merged weight says of its factors
     got, weights, factors = flat(gradients), flat(of_weights), flat(adapters)
-    for name in config.lora.targets:
+    for name in lora_of(config).targets:
         a, b = factors[f"{name}_a"], factors[f"{name}_b"]
         stacked = 0 if name in ("embedding", "head") else 2 if config.experts and name in ("w1", "w2", "w3") else 1
         lead, rank = a.shape[:stacked], a.shape[-1]
         a, b = a.reshape(*lead, -1, rank), b.reshape(*lead, rank, -1)
         of_weight = weights[name].T if name == "head" else weights[name]
-        of_weight = of_weight.reshape(*lead, a.shape[-2], b.shape[-1]) * config.lora.scale
+        of_weight = of_weight.reshape(*lead, a.shape[-2], b.shape[-1]) * lora_of(config).scale
         da, db = of_weight @ b.swapaxes(-1, -2), a.swapaxes(-1, -2) @ of_weight
         close(got[f"{name}_a"], da.reshape(factors[f"{name}_a"].shape), f"gradient of A of {name}", 1e-4)
         close(got[f"{name}_b"], db.reshape(factors[f"{name}_b"].shape), f"gradient of B of {name}", 1e-4)
@@ -85,10 +96,10 @@ def test_adapters_equal_merged_weights(family: str, overrides: dict, remat: str)
 @pytest.mark.parametrize("zero", ["A", "B"])
 def test_new_adapters_change_nothing(zero: str):
     config, base, _ = with_adapters("mixtral")
-    config = replace(config, lora=replace(config.lora, zero=zero))
+    config = replace(config, lora=replace(lora_of(config), zero=zero))
     adapters = trainable(config, initialize(config, 0))[0]
     zeros = {name for name, leaf in flat(adapters).items() if not np.any(leaf)}
-    assert zeros == {f"{name}_{zero.lower()}" for name in config.lora.targets}
+    assert zeros == {f"{name}_{zero.lower()}" for name in lora_of(config).targets}
     tokens_BT, weight = tiny_models.tokens(1, 16), np.float32(1)
     with_them, gradients = computed(config, join(base, adapters), weight, tokens_BT)
     without, _ = computed(replace(config, lora=None), base, weight, tokens_BT)
@@ -99,9 +110,9 @@ def test_new_adapters_change_nothing(zero: str):
 
 def test_dropout_is_of_the_key_alone():
     config, base, adapters = with_adapters("mistral")
-    config = replace(config, lora=replace(config.lora, dropout=0.5))
-    tokens_BT = tiny_models.tokens(2, 16)
-    positions_BT, ones = np.broadcast_to(np.arange(16, dtype=np.int32), (2, 16)), np.ones((2, 16), np.int32)
+    config = replace(config, lora=replace(lora_of(config), dropout=0.5))
+    tokens_BT = jnp.asarray(tiny_models.tokens(2, 16))
+    positions_BT, ones = jnp.broadcast_to(jnp.arange(16, dtype=jnp.int32), (2, 16)), jnp.ones((2, 16), jnp.int32)
     bind = binder(config, dtype=jnp.float32)
 
     whole = jax.tree.map(jnp.asarray, join(base, adapters))

@@ -49,8 +49,8 @@ def reference(x_SD, w1_EDF, w3_EDF, w2_EFD, expert_SK):
 
 @jax.jit
 def expected(weight_SKD, expert_SK, *inputs):
-    def loss(*inputs):
-        y_SKD = reference(*inputs, expert_SK)
+    def loss(x_SD, w1_EDF, w3_EDF, w2_EFD):
+        y_SKD = reference(x_SD, w1_EDF, w3_EDF, w2_EFD, expert_SK)
         return jnp.sum(y_SKD * weight_SKD.astype(jnp.float32)), y_SKD
 
     return jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True)(*inputs)
@@ -60,8 +60,9 @@ def expected(weight_SKD, expert_SK, *inputs):
 def computed(weight_SKD, expert_SK, *inputs):
     dtype = inputs[0].dtype
 
-    def loss(*inputs):
-        y_SKD = experts_mlp(inputs[0], *map(Linear, inputs[1:]), route(expert_SK, EXPERTS), dtype)
+    def loss(x_SD, w1_EDF, w3_EDF, w2_EFD):
+        where = route(expert_SK, EXPERTS)
+        y_SKD = experts_mlp(x_SD, Linear(w1_EDF), Linear(w3_EDF), Linear(w2_EFD), where, dtype)
         return jnp.sum(y_SKD.astype(jnp.float32) * weight_SKD.astype(jnp.float32)), y_SKD
 
     return jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True)(*inputs)

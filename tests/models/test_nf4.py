@@ -1,4 +1,5 @@
 """NF4: the code book and the rounding, computed again from the paper; the size of a frozen model; its products."""
+# pyright: reportMissingImports=false
 
 import json
 from dataclasses import replace
@@ -64,7 +65,7 @@ def test_bits_are_those_of_bitsandbytes(outlier: float):
     import bitsandbytes.functional as functional  # of the extra `slow`
 
     assert np.array_equal(
-        np.float32(nf4.CODEBOOK), functional.get_4bit_type("nf4", device="cpu").numpy().astype(np.float32)
+        np.asarray(nf4.CODEBOOK, np.float32), functional.get_4bit_type("nf4", device="cpu").numpy().astype(np.float32)
     )
     rng = np.random.default_rng(0)
     weight = rng.normal(scale=0.02, size=(256, 4096)).astype(np.float32)

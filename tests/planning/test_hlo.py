@@ -15,7 +15,9 @@ ALONE = {"data": 1, "fsdp": 1, "tensor": 1}
 
 def totals_of(function: Callable[..., Any], *arguments: Any) -> Totals:
     compiled = jax.jit(function).lower(*arguments).compile()
-    return Module(compiled.as_text()).totals(ALONE, lambda _: None)
+    text = compiled.as_text()
+    assert text
+    return Module(text).totals(ALONE, lambda _: None)
 
 
 def ones(*shape: int) -> jax.Array:

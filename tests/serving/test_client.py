@@ -33,9 +33,8 @@ FROM_TEXT = [parsed | {"id": None} for parsed in PARSED]
 
 
 def client(url: str, **config: Any) -> xLAMChatCompletion:
-    return xLAMChatCompletion.from_config(
-        xLAMConfig(base_url=url, model="tiny", **({"timeout": deadline(5.0)} | config))
-    )
+    settings: dict[str, Any] = {"timeout": deadline(5.0)} | config
+    return xLAMChatCompletion.from_config(xLAMConfig(base_url=url, model="tiny", **settings))
 
 
 def by_completion(llm: xLAMChatCompletion, *request: Any, **options: Any) -> dict[str, Any]:
@@ -353,5 +352,6 @@ def test_streamed_calls_with_the_same_index_stay_separate():
         events([*pieces, {"tool_calls": [{"index": 0, "function": {"arguments": '{"x": 1}'}}]}], "stop")
     ) as server:
         *_, last = client(server.url).stream(USER, [TOOL])
+    assert isinstance(last, dict)
     calls = [(call["id"], call["arguments"]) for call in last["choices"][0]["message"]["tool_calls"]]
     assert calls == [("a", {}), ("b", {"x": 1})]

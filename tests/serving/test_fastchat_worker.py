@@ -49,7 +49,7 @@ def joined(template: dict[str, Any], messages: list[dict[str, str]]) -> str:
     assert template["sep_style"] == 2
     system = next((message["content"] for message in messages if message["role"] == "system"), "")
     text = template["system_template"].format(system_message=system) + template["sep"]
-    names = dict(zip(("user", "assistant"), template["roles"], strict=True))
+    names: dict[str, str] = dict(zip(("user", "assistant"), template["roles"], strict=True))
     turns = [message for message in messages if message["role"] != "system"]
     for turn in [*turns, {"role": "assistant", "content": ""}]:
         text += names[turn["role"]] + (f": {turn['content']}{template['sep2']}" if turn["content"] else ":")

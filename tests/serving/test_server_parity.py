@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from support import Commands
 
-from serving.parity import REQUESTS, TOOLS, Answer, Server, compare, compare_required_call, score
+from serving.parity import REQUESTS, TOOLS, Answer, Difference, Server, compare, compare_required_call, score
 from xlam_jax.data.completion import named, read_completion
 from xlam_jax.data.render import render_prompt
 from xlam_jax.generate import find_model
@@ -42,13 +42,18 @@ class Served(NamedTuple):
     requests: list[dict[str, Any]]
 
 
+def compared(model: Any, answer: Answer) -> tuple[Difference | None, float]:
+    decoder, tokenizer = model
+    return compare(decoder, tokenizer, REQUESTS[0], TOOLS, answer, 2e-3)
+
+
 def kind(model: Any, answer: Answer) -> str | None:
-    difference, _ = compare(*model, REQUESTS[0], TOOLS, answer, 2e-3)
+    difference, _ = compared(model, answer)
     return difference and difference.kind
 
 
 def test_equal_answers_have_no_difference(model: Any, answer: Answer):
-    assert compare(*model, REQUESTS[0], TOOLS, answer, 2e-3) == (None, 0.0)
+    assert compared(model, answer) == (None, 0.0)
 
 
 def test_scores_are_log_probabilities(model: Any, answer: Answer):
@@ -103,7 +108,7 @@ def vllm(model: Any, reads: dict[str, Any]) -> Iterator[Served]:
     requests: list[dict[str, Any]] = []
 
     class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_: Any) -> None: ...
+        def log_message(self, format: str, *args: Any) -> None: ...
 
         def do_GET(self) -> None:
             self.send_json({"data": [{"id": "tiny"}]})

@@ -1,4 +1,5 @@
 """The tool parser inside vLLM: answers whole and streamed in pieces of any size, as its server would send them."""
+# pyright: reportMissingImports=false
 
 import json
 import random
@@ -252,8 +253,8 @@ def adjusted(kind: str, **request: Any) -> Any:
     from serving.tool_parser import XlamJaxToolParser
 
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples/quickstart/tokenizer")
-    request = make_request(kind, **request)
-    return XlamJaxToolParser(tokenizer, request.tools).adjust_request(request)
+    vllm_request = make_request(kind, **request)
+    return XlamJaxToolParser(tokenizer, vllm_request.tools).adjust_request(vllm_request)
 
 
 @pytest.mark.parametrize(("parameters", "good", "bad"), SUPPORTED)

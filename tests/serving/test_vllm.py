@@ -174,6 +174,7 @@ def both(url: str, **request: Any) -> tuple[list[tuple[str, Any]], str | None]:
             content += piece.delta.content or ""
             for call in piece.delta.tool_calls or ():
                 parts = streamed.setdefault(call.index, ["", ""])
+                assert call.function
                 parts[0] += call.function.name or ""
                 parts[1] += call.function.arguments or ""
     assert [tuple(parts) for parts in streamed.values()] == calls
@@ -209,7 +210,7 @@ def test_without_tools_calls_in_the_text_are_content(url: str):
     llm = OpenAI(base_url=url, api_key="EMPTY")
     request: dict[str, Any] = {"model": "tiny", "messages": REQUESTS[0], "temperature": 0, "max_tokens": 200}
     for tools in ({}, {"tools": TOOLS, "tool_choice": "none"}):
-        constrained = request | tools | {"response_format": forced}
+        constrained: dict[str, Any] = request | tools | {"response_format": forced}
         choice = llm.chat.completions.create(**constrained).choices[0]
         assert {call["name"] for call in json.loads(choice.message.content or "")} <= {"toggle", "get_weather"}
         assert (choice.message.tool_calls or [], choice.finish_reason) == ([], "stop")
@@ -248,15 +249,13 @@ def test_a_tool_that_cannot_be_enforced_is_refused_by_name(url: str):
     parameters = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
     function = {"name": "get", "parameters": parameters}
     words = "tool 'get' cannot be enforced by a grammar: it uses 'uniqueItems'"
+    messages: Any = REQUESTS[0]
+    chat_tools: Any = [{"type": "function", "function": function}]
+    response_tools: Any = [{"type": "function", "strict": None, **function}]
     with pytest.raises(BadRequestError, match=words):
-        llm.chat.completions.create(
-            model="tiny", messages=REQUESTS[0], tools=[{"type": "function", "function": function}],
-            tool_choice="required",
-        )  # type: ignore[call-overload]  # fmt: skip
+        llm.chat.completions.create(model="tiny", messages=messages, tools=chat_tools, tool_choice="required")
     with pytest.raises(BadRequestError, match=words):
-        llm.responses.create(
-            model="tiny", input="x", tools=[{"type": "function", "strict": None, **function}], tool_choice="required"
-        )  # type: ignore[call-overload]
+        llm.responses.create(model="tiny", input="x", tools=response_tools, tool_choice="required")
 
 
 def test_calls_with_tool_choice_auto_go_through_the_parser(url: str):

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +55,7 @@ def test_schedules(changes: dict, expected: dict[int, float]):
     train = BASE.model_copy(update=changes)
     rate = schedule(train)
     for step, value in expected.items():
-        assert float(rate(step - 1)) == pytest.approx(value, rel=1e-6), step
+        assert float(jnp.asarray(rate(step - 1))) == pytest.approx(value, rel=1e-6), step
         assert expected_rate(train, step) == pytest.approx(value, rel=1e-12), step
 
 
@@ -62,7 +63,8 @@ def test_schedules(changes: dict, expected: dict[int, float]):
 def trainings(draw: st.DrawFn) -> Train:
     steps = draw(st.integers(1, 5000) | st.integers(1, 4))
     warmup = draw(st.integers(0, steps - 1) | st.sampled_from([0, steps - 1]))
-    kind = draw(st.sampled_from(["cosine", "linear", "constant", "wsd"]))
+    kinds: list[Literal["cosine", "linear", "constant", "wsd"]] = ["cosine", "linear", "constant", "wsd"]
+    kind = draw(st.sampled_from(kinds))
     peak = draw(st.floats(1e-6, 1.0))
     return Train(
         steps=steps,
@@ -83,7 +85,7 @@ def test_a_schedule_keeps_its_ends_and_equals_the_formula(train: Train):
     steps = np.sort(np.concatenate([[1, top, train.steps], np.linspace(1, train.steps, 61).round()])).astype(int)
     rates = np.asarray(schedule(train)(jnp.asarray(steps - 1)))
     expected = [expected_rate(train, step) for step in steps]
-    np.testing.assert_allclose(rates, expected, rtol=1e-5, atol=1e-6 * peak)
+    np.testing.assert_allclose(rates, expected, rtol=1e-5, atol=float(1e-6 * peak))
     assert rates[0] > 0
     assert (rates[steps == top] == peak).all()
     if train.schedule != "constant" and train.steps > 1:

@@ -43,7 +43,7 @@ def test_packed_and_alone_have_the_same_loss_and_gradient():
     @jax.value_and_grad
     def loss_and_gradient(params, row: pipeline.Row, places):
         model = bind(params)
-        tokens, labels, weights, positions, segments = (column[None] for column in row[:5])
+        tokens, labels, weights, positions, segments = (jnp.asarray(column)[None] for column in row[:5])
         hidden_BTD, *_ = model(tokens, positions, segments)
         log_p_BT, _ = token_log_probabilities(hidden_BTD, model.head_VD(), labels, weights != 0)
         return -jnp.sum(log_p_BT * weights * places)
@@ -51,11 +51,13 @@ def test_packed_and_alone_have_the_same_loss_and_gradient():
     def alone(example: examples.Example) -> pipeline.Row:
         """Pads a trajectory on the right to the length of a packed row, so that one compilation suffices."""
         count = len(example["tokens"])
-        empty = LENGTH - count
+        end = (0, LENGTH - count)
         return pipeline.Row(
-            *(np.pad(example[name], (0, empty)) for name in ("tokens", "labels", "weights")),
-            np.pad(np.arange(count, dtype=np.int32), (0, empty)),
-            np.pad(np.ones(count, np.int32), (0, empty)),
+            tokens=np.pad(example["tokens"], end),
+            labels=np.pad(example["labels"], end),
+            weights=np.pad(example["weights"], end),
+            positions=np.pad(np.arange(count, dtype=np.int32), end),
+            segments=np.pad(np.ones(count, np.int32), end),
             groups=np.zeros(LENGTH, np.int32),
         )
 

@@ -108,7 +108,8 @@ def test_gradients_are_those_of_differences(preference: Preference):
         reference_BT = log_p_BT + 0.1 * (weights_BT != 0)
 
     def loss(log_p_BT):
-        return jnp.sum(preference_sums(preference, log_p_BT, reference_BT, weights_BT, segments_BT, PAIRS)[0])
+        weights, segments = jnp.asarray(weights_BT), jnp.asarray(segments_BT)
+        return jnp.sum(preference_sums(preference, log_p_BT, reference_BT, weights, segments, PAIRS)[0])
 
     with jax.enable_x64(True):
         gradient = np.asarray(jax.grad(loss)(jnp.asarray(log_p_BT)))
@@ -132,6 +133,8 @@ def test_certain_tokens_do_not_break_the_odds():
     tokens = Sides(jnp.ones((1, 1)), jnp.ones((1, 1)))
     nothing = Sides(jnp.zeros((1, 1)), jnp.zeros((1, 1)))
     gradient = jax.grad(
-        lambda log_p: pair_losses(Preference("orpo", 1.0), Sides(log_p, one.rejected), nothing, tokens, True).sum()
+        lambda log_p: pair_losses(
+            Preference("orpo", 1.0), Sides(log_p, one.rejected), nothing, tokens, jnp.array(True)
+        ).sum()
     )(one.chosen)
     assert np.isfinite(np.asarray(gradient)).all()

@@ -5,6 +5,7 @@ rows and take a real step. TRL 1.16 no longer has kto_pair; it is computed with 
 with the other side as the data on which the distance to the reference is estimated, as in the paper and in TRL's former
 `kto_pair`.
 """
+# pyright: reportMissingImports=false
 
 from collections import defaultdict
 from functools import partial
@@ -25,7 +26,7 @@ from xlam_jax.parallel.mesh import make_mesh
 from xlam_jax.training import step as steps
 from xlam_jax.training.objectives import token_log_probabilities
 from xlam_jax.training.preference import PER_TOKEN, Preference
-from xlam_jax.weights.hf_map import tensors
+from xlam_jax.weights.hf_map import parameter, tensors
 
 pytestmark = [
     pytest.mark.slow,
@@ -104,7 +105,7 @@ def trainer(model: Any, reference: Any, **own: Any) -> Any:
 def dpo(
     preference: Preference, model: Any, reference: Any, pairs: list[tuple[Side, Side]]
 ) -> tuple[torch.Tensor, dict]:
-    from trl import DPOTrainer
+    from trl.trainer.dpo_trainer import DPOTrainer
 
     terms = {preference.kind: 1.0} | ({"sft": preference.sft_weight} if preference.sft_weight else {})
     it = trainer(
@@ -129,7 +130,7 @@ def dpo(
 def kto(
     preference: Preference, model: Any, reference: Any, pairs: list[tuple[Side, Side]]
 ) -> tuple[torch.Tensor, dict]:
-    from trl import KTOTrainer
+    from trl.trainer.kto_trainer import KTOTrainer
 
     it = trainer(
         model,
@@ -218,8 +219,8 @@ def test_losses_and_gradients_are_trls(case: str, family: str):
     trl_case, preference = CASES[case]
     model, reference = (tiny_models.hf_model(family, seed=seed) for seed in (0, 1))
     with torch.no_grad():  # close to the policy, like a real reference
-        for ours, other in zip(reference.parameters(), model.parameters(), strict=True):
-            ours.copy_(other + 0.1 * ours)
+        for value, other in zip(reference.parameters(), model.parameters(), strict=True):
+            value.copy_(other + 0.1 * value)
     config, pairs = tiny_models.model_config(model), sides()
     batch = packed(pairs)
     if trl_case is not unreferenced:
@@ -247,10 +248,8 @@ def test_losses_and_gradients_are_trls(case: str, family: str):
             np.testing.assert_allclose(float(metrics[name]), watched[key], rtol=1e-5, atol=1e-5, err_msg=name)
     largest = max(np.abs(value).max() for value in gradients.values())
     for tensor in tensors(config):
-        old, new = before, after
-        for name in tensor.path:
-            old, new = old[name], new[name]
-        error = np.abs(tensor.to_hf(old - new) - gradients[tensor.key]).max()
+        step = parameter(before, tensor.path) - parameter(after, tensor.path)
+        error = np.abs(tensor.to_hf(step) - gradients[tensor.key]).max()
         assert error <= 1e-5 * largest, f"{tensor.key}: off by {error:.3g} at a scale of {largest:.3g}"
 
 

@@ -100,17 +100,18 @@ def test_wandb_continues_its_run(run: Path, monkeypatch: pytest.MonkeyPatch):
 def wandb_history(path: Path) -> tuple[dict[int, float], int]:
     """Returns the losses by step of a W&B file, and the exit code. W&B's service writes the last records some time
     after a run has ended."""
+    losses, code = read_wandb(path)
     for _ in range(600):
-        losses, code = read_wandb(path)
         if code != -1:
             break
         time.sleep(0.1)
+        losses, code = read_wandb(path)
     return losses, code
 
 
 def read_wandb(path: Path) -> tuple[dict[int, float], int]:
     """Reads the current contents of the file: a log in LevelDB's format."""
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]  generated
 
     content, at, parts, losses, code = path.read_bytes(), 7, b"", {}, -1
     while at + 7 <= len(content):
