@@ -44,8 +44,8 @@ def test_a_config_of_schema_1_is_migrated():
     config = configs.read_saved(path)
     assert config.schema_number == configs.SCHEMA
     values = configs.to_values(config)
-    for section in (values, values["train"]):
-        for added in ("schema", "export", "epochs", "warmup_ratio"):
+    for section in (values, values["train"], values["data"], values["lora"]):
+        for added in ("schema", "export", "epochs", "warmup_ratio", "chat_template", "added_tokens", "train_tokens"):
             section.pop(added, None)
     assert values == old
     overrides = ["train.steps=4", "train.warmup_steps=1", "train.batch_size=2", "data.streams=2",

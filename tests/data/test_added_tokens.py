@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 from support import Commands
 from tool_template import ADDED, TEMPLATE
@@ -119,6 +120,13 @@ def test_unused_rows_of_the_model_are_used_first(tiny_config: Path):
     assert not resolve("train.trainable=lora", "lora.train_tokens=true").warnings
     with pytest.raises(UserError, match="more than the model's vocab_size"):
         resolve("model.overrides.vocab_size=512")
+
+
+def test_the_json_schema_has_both_spellings():
+    for tokens in (["<a>"], [{"text": "<a>", "special": False}], ["<a>", {"text": "<b>"}]):
+        jsonschema.validate({"extends": "a.yaml", "data": {"added_tokens": tokens}}, configs.json_schema())
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"extends": "a.yaml", "data": {"added_tokens": [3]}}, configs.json_schema())
 
 
 @pytest.mark.parametrize(

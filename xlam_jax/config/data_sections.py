@@ -8,9 +8,6 @@ from pydantic import Field, model_validator
 from xlam_jax.config.base import CHANGEABLE, ConflictError, Count, Section, Share, derived
 from xlam_jax.enums import PAIRS
 
-OR_TEXT: dict[str, Any] = {"items": {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/AddedToken"}]}}
-"""JSON Schema of the items of `Data.added_tokens`."""
-
 
 class Filters(Section):
     """Conditions on the trajectories of a source; those that are filtered out are counted by reason."""
@@ -165,7 +162,7 @@ class Data(Section):
     chat_template: str | None = None
     """A jinja file used in place of the tokenizer's own template, with the format native; it is saved with the
     tokenizer."""
-    added_tokens: list[AddedToken] = Field(default=[], json_schema_extra=OR_TEXT)
+    added_tokens: list[AddedToken] = Field(default=[])
     """Tokens to add to the tokenizer. Their rows in embedding and head start as the mean of the others; see
     lora.train_tokens."""
     reasoning: Literal["keep", "drop"] = "keep"

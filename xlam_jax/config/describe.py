@@ -128,6 +128,8 @@ def json_schema() -> dict[str, Any]:
         definition.pop("required", None)
         for field in definition.get("properties", {}).values():
             _replace_marks(field)
+    tokens = definitions["Data"]["properties"]["added_tokens"]
+    tokens["items"] = {"anyOf": [{"type": "string"}, tokens["items"]]}  # a text alone, as `AddedToken` reads it
     extends = {"type": "string", "description": "A config, relative to this file, whose values this one overrides."}
     schema["properties"] = {"extends": extends} | schema["properties"]
     dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Config of xlam_jax"}
