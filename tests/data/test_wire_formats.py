@@ -86,7 +86,7 @@ def test_every_template_is_tested():
 @pytest.mark.parametrize("name", NAMES)
 def test_answers_are_read_back_or_refused(name: str):
     outcomes = check_template(name, 100)
-    assert outcomes[""] >= 20
+    assert outcomes[""] >= 10
     assert outcomes["(any)"] <= 5
 
 

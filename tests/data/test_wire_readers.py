@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from support import ROOT
 
 from xlam_jax.data.trajectory import ToolCall
 from xlam_jax.data.wire import ANY, REASONINGS, WIRE_FORMATS, CompletionStream, Parsed, Wire, wire_format
@@ -56,6 +57,13 @@ def test_examples_are_read(row):
     assert row.vllm
     for wire in (Wire(row), ANY):
         assert read(wire, row.example) == Parsed("", "", (F,))
+
+
+def test_the_docs_list_the_formats():
+    page = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
+    rows = [line.replace("\\|", "¦").strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    listed = [tuple(cell.strip("` ").replace("¦", "|") for cell in row) for row in rows if row[0] in WIRE_FORMATS]
+    assert listed == [(row.name, row.example.strip(), row.vllm, row.sglang or "none") for row in WIRE_FORMATS.values()]
 
 
 def test_an_unknown_format_is_refused():

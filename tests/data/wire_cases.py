@@ -32,7 +32,7 @@ MARKS = [
     "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<think>", "</think>", "[THINK]", "[/THINK]", "```", "</parameter>",
     "<function=f>", "</arg_value>", "<parameter=a>", "{", "}", "[", "]", "f(a=1)", "[f(a=1)]", '{"name": "f"',
     "<|end|>", "<|python_tag|>", "[ARGS]", "<｜tool▁calls▁begin｜>", "<|tool_call_start|>", "<|channel|>",
-    '"arguments": {}',
+    '"arguments": {}', "</parameter>\n</function>", "</arg_value>\n</tool_call>",
 ]  # fmt: skip
 NAMES = ["f", "get_weather", "search-flights", "a.b", "Überblick", "name"]
 KEYS = ["a", "city", "unit_of", "name", "arguments", "b2", "größe", "two words", "x-y", "9", "q'", "<k>"]
@@ -377,7 +377,7 @@ def templates() -> list[Template]:
         _template("lfm2_v2", _wire("pythonic"), CHATML, (any_reasoning, *HERMES, names_of_arguments)),
         _template(
             "lfm2_2_5",
-            _wire("pythonic", "think"),
+            _wire("pythonic", "think", opened=False),
             CHATML,
             (*HERMES, *THINK, names_of_arguments, quotes_in_strings),
             "thinking",
@@ -387,7 +387,7 @@ def templates() -> list[Template]:
                 f"mistral {version}",
                 _wire("array"),
                 by_mistral_common(version),
-                (thought_and_calls, *MISTRAL),
+                (any_reasoning, thought_and_calls, marks_of_calls, spaces_at_the_ends),
             )
             for version in ("v2", "v3")
         ),

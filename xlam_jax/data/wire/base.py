@@ -39,7 +39,7 @@ class WireFormat:
     read_calls: Callable[[str, Tools], tuple[str, tuple[ToolCall, ...] | None]]
     """Splits a text without reasoning into content and calls."""
     lossy: str = ""
-    """Which values the format does not distinguish, empty where values come back exactly."""
+    """Which values do not come back exactly, and why; empty where all do."""
     read_reasoning: Callable[[str], str] | None = None
     """Returns the reasoning of a text, in formats that mark it in their own way."""
 

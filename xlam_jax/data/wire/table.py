@@ -41,9 +41,8 @@ def _array_fronts() -> Fronts:
     return Fronts(tuple((*front, *array) for front in fronts), tuple((*mark, r"\{") for mark in marks.values()))
 
 
-_UNTYPED = (
-    "a value has no type in the text: the schema of the parameter must allow its type, and no other that it spells"
-)
+_UNTYPED = "values are written without their types, so the schema of each parameter must name its type, and only one"
+
 
 WIRE_FORMATS = {
     row.name: row

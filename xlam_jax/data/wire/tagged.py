@@ -1,7 +1,6 @@
 """Reads calls whose arguments are between tags, without types: Qwen3-Coder and GLM-4.5.
 
-Strings are written as they are, so a string that contains the closing tag, followed by what may follow it, cannot be
-distinguished from the end of the value.
+Strings are written as they are: one that contains the closing tag, followed by what may follow that tag, is cut off.
 """
 
 import re
