@@ -92,7 +92,7 @@ LONG = trajectory(
     user(),
     *call(1, reasoning="First the tide."),
     *call(2, "And again.", reasoning="It may be wrong: </td>.\n\n* once more\n  * and again."),
-    answer("2 m", "Two of three report it."),
+    answer("2 m", "Two of three agree."),
     user("Sure?"),
     answer("Yes.", "They insist."),
     user("And now?"),
@@ -190,7 +190,7 @@ def conversations(draw) -> Trajectory:
     return trajectory(*turns, system=draw(st.sampled_from(["", "Be brief."])))
 
 
-@pytest.mark.parametrize("examples", [8, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [8, pytest.param(100, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", REWRITING)
 def test_any_conversation(name, examples, templated):
     tokenizer = templated(name)

@@ -343,7 +343,7 @@ class _Chat:
 
     def _check_reasoning(self, text: str, turn: int, parts: Sequence[_Answer]) -> None:
         """Raises `InvalidTrajectory` if the reasoning of a trained turn is missing, or would be parsed as another."""
-        reasoning = self._messages[turn + self._offset].get(KEY, "").strip()
+        reasoning = self._turns[turn].reasoning.strip()
         if not reasoning:
             return
         where, hint = f"turn {turn_number(turn, self._turns[turn])}", f"use the format xlam, or {DROP_REASONING}"
