@@ -140,7 +140,8 @@ def frozen(resolved: Resolved, base: Params | None, abstract: Params, dtype: Any
             return freeze_tree(value, like)
         if not isinstance(like, NF4):
             return place(value, like)
-        return place(lambda: freeze({name: jnp.asarray(value)}, dtype, quantized=True), {name: like})[name]
+        whole = np.asarray(value)  # read before tracing, as reading a file transposes with JAX
+        return place(lambda: freeze({name: jnp.asarray(whole)}, dtype, quantized=True), {name: like})[name]
 
     return freeze_tree(base, abstract)
 
