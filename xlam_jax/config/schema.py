@@ -1,7 +1,5 @@
-"""The schema of a run: its sections, each with the checks of its own values, and the checks of values that belong to
-different sections. Data sections are in `data_sections`; what depends on the model is in `checks`.
-
-Nothing in this package imports JAX: a mistake is reported before any device is touched.
+"""The schema of a run: its sections, and the checks of their values. Those of data are in `data_sections`, and checks
+that depend on the model in `checks`. Nothing in this package imports JAX: a mistake is reported before that happens.
 """
 
 from pathlib import Path
