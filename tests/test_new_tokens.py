@@ -120,7 +120,8 @@ def assert_served_alike(folder: Path, resolved: configs.Resolved, run: Path) -> 
     params = jax.tree.map(jnp.asarray, params, is_leaf=lambda leaf: hasattr(leaf, "shape"))
     ours = binder(resolved.model, dtype=jnp.float32)(params)
     ids = ids[None, :128]
-    hidden_BTD, _, _ = ours(ids, np.arange(ids.shape[1], dtype=np.int32)[None], np.ones_like(ids))
+    tokens_BT = jnp.asarray(ids)
+    hidden_BTD, _, _ = ours(tokens_BT, jnp.arange(ids.shape[1], dtype=jnp.int32)[None], jnp.ones_like(tokens_BT))
     with torch.no_grad():
         expected = model(torch.from_numpy(ids.astype(np.int64))).logits.numpy()
     np.testing.assert_allclose(np.asarray(ours.logits(hidden_BTD)), expected, atol=2e-4, rtol=1e-4)

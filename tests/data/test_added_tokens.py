@@ -83,11 +83,12 @@ def test_the_file_is_the_native_template(data: Data, quickstart: Path, tmp_path:
 def test_content_that_spells_a_special_token_stays_text(data: Data, quickstart: Path):
     tokenizer = open_tokenizer(data)
     [(_, row), *_] = read_jsonl(quickstart / "hammer.jsonl")
+    assert isinstance(row, Trajectory)
     turns = row.conversation
     spelled = replace(row, conversation=(replace(turns[0], content="say <call> and <note>"), *turns[1:]))
     ids = render(spelled, tokenizer, data.format).input_ids.tolist()
     before = render(row, tokenizer, data.format).input_ids.tolist()
-    call, note = tokenizer.convert_tokens_to_ids(["<call>", "<note>"])
+    call, note = (tokenizer.get_vocab()[token] for token in ("<call>", "<note>"))
     assert ids.count(call) == before.count(call)
     assert ids.count(note) == before.count(note) + 1  # not special
 

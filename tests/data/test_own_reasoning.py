@@ -129,8 +129,9 @@ def test_the_template_of_an_earlier_export_is_still_that_of_the_format(quickstar
     tokenizer.chat_template = earlier_template(True, True)
     assert tokenizer.chat_template != now
     bare = without_reasoning(reasoned)
+    tools: list[Any] = bare.tools
     ids = render(bare, tokenizer, "native").input_ids.tolist()
-    assert ids == tokenizer.apply_chat_template(to_messages(bare), tools=bare.tools, return_dict=False)
+    assert ids == tokenizer.apply_chat_template(to_messages(bare), tools=tools, return_dict=False)
     assert isinstance(find("native", tokenizer, codec_and_format(tokenizer, "xlam")[0]), Xlam)
     assert tokenizer_digest(tokenizer) == digest
     save(tokenizer, tmp_path / "new", "native")

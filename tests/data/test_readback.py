@@ -57,7 +57,8 @@ def test_text_that_is_parsed_as_a_call_is_named():
     trajectory = Trajectory("a", None, None, "", [TOOL], (Message("user", "q"), Message("assistant", text)))
     tokenizer = tokenizer_with(HERMES)
     rendered = render(trajectory, tokenizer, "native")
-    unreadable = unreadable_turn(rendered, trajectory, wire_of(tokenizer, "native"), tokenizer.decode)
+    decode: Any = tokenizer.decode
+    unreadable = unreadable_turn(rendered, trajectory, wire_of(tokenizer, "native"), decode)
     assert unreadable is not None
     assert unreadable.reason == "text-read-as-call"
     assert unreadable.detail.startswith("turn 1: ")
@@ -85,4 +86,5 @@ def test_turns_without_loss_are_not_checked():
     tokenizer = tokenizer_with(HERMES)
     trajectory = Trajectory("a", None, None, "", [TOOL], turns)
     rendered = render(trajectory, tokenizer, "native")
-    assert unreadable_turn(rendered, trajectory, wire_of(tokenizer, "native"), tokenizer.decode) is None
+    decode: Any = tokenizer.decode
+    assert unreadable_turn(rendered, trajectory, wire_of(tokenizer, "native"), decode) is None

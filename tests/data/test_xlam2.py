@@ -312,7 +312,7 @@ def read_back(answer: str, trajectory_turn: Message) -> None:
     """Checks that a parsed answer, whole and streamed, is the turn."""
     stream = CompletionStream()
     pieces = "".join(stream.feed(character) for character in answer)
-    rest, streamed = stream.finish()
+    _, rest, streamed = stream.finish()
     content, calls = parse_completion(answer)
     assert (pieces + rest, streamed) == (content, calls)
     assert content == trajectory_turn.content.strip()

@@ -245,10 +245,11 @@ def by_template(name: str, header: str, ends: tuple[str, ...], reasoning_key: st
     from transformers.utils.chat_template_utils import render_jinja_template
 
     def render(answer: Answer) -> str:
+        tools: Any = answer.tools or None
         try:
             [text], _ = render_jinja_template(
                 [_messages(answer, reasoning_key)],
-                tools=answer.tools or None,
+                tools=tools,
                 chat_template=_read_template(name),
                 bos_token="<s>",
                 eos_token="</s>",
@@ -277,8 +278,10 @@ def _tekken(version: str) -> Any:
     from mistral_common.tokens.tokenizers.base import SpecialTokens, TokenizerVersion
     from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
-    special = [{"rank": i, "token_str": token.value, "is_control": True} for i, token in enumerate(SpecialTokens)]
-    vocabulary = [
+    special: list[Any] = [
+        {"rank": i, "token_str": token.value, "is_control": True} for i, token in enumerate(SpecialTokens)
+    ]
+    vocabulary: list[Any] = [
         {"rank": i, "token_bytes": base64.b64encode(bytes([i])).decode(), "token_str": None} for i in range(256)
     ]
     tokenizer = Tekkenizer(

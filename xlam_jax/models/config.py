@@ -41,15 +41,15 @@ class Lora:
 
 
 class AddedTokens(NamedTuple):
-    """Tokens that a run adds to the vocabulary of its base: `count` ids from `first` on."""
+    """Tokens that a run adds to the vocabulary of its base: `number` ids from `first` on."""
 
     first: int
-    count: int
+    number: int
 
     def vocab_size(self, base: int) -> int:
         """Returns the number of rows of embedding and head, from that of the base: the same if it has unused rows for
         these tokens, else the next multiple of `VOCAB_MULTIPLE`."""
-        end = self.first + self.count
+        end = self.first + self.number
         return base if end <= base else -(-end // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
@@ -134,7 +134,7 @@ class ModelConfig:
             "K": self.head_dim,
             "F": self.mlp_size,
             "V": self.vocab_size,
-            "S": self.added.count if self.added else 0,
+            "S": self.added.number if self.added else 0,
         }
 
     def parameters(self) -> int:

@@ -320,7 +320,7 @@ class Decoder(nnx.Module):
             return None
         rows = getattr(self, f"{name}_rows")
         added_SD = mesh.gather(rows[...], rows.logical, jnp.float32)
-        places_S = tokens.first + jnp.arange(tokens.count) - mesh.index("tensor") * local
+        places_S = tokens.first + jnp.arange(tokens.number) - mesh.index("tensor") * local
         return added_SD, jnp.where((places_S >= 0) & (places_S < local), places_S, local)
 
     def __call__(

@@ -105,7 +105,7 @@ def set_up(resolved: Resolved, progress: "Progress") -> Setup:
     )
     if model.added:
         progress.line(
-            f"added tokens: ids {model.added.first} to {model.added.first + model.added.count - 1} of "
+            f"added tokens: ids {model.added.first} to {model.added.first + model.added.number - 1} of "
             f"{model.vocab_size:,} in the vocabulary"
         )
     progress.line(layout.kernels_line)

@@ -35,7 +35,7 @@ class ExtendedRows:
         whole = np.empty(self.shape, base.dtype)
         whole[: len(base)] = base
         new = mean_row(base[: self._tokens.first])
-        whole[self._tokens.first : self._tokens.first + self._tokens.count] = new
+        whole[self._tokens.first : self._tokens.first + self._tokens.number] = new
         whole[len(base) :] = new
         return whole.astype(self.dtype, copy=False).astype(dtype or self.dtype, copy=False)
 

@@ -67,7 +67,7 @@ def write_peft(folder: Path, config: ModelConfig, adapters: Params, base: str | 
     lora = _lora(config)
     if config.added is not None:
         raise UserError(
-            f"the run adds {config.added.count} tokens to the vocabulary of its base (data.added_tokens), and vLLM "
+            f"the run adds {config.added.number} tokens to the vocabulary of its base (data.added_tokens), and vLLM "
             "does not read their rows from a PEFT folder (neither trainable_token_indices nor modules_to_save); "
             "export the whole model with --lora merge"
         )

@@ -69,7 +69,9 @@ def _parses(wire: Wire, answer: str) -> bool:
 def _detect_reasoning(layouts: Layouts) -> Reasoning | None:
     """Returns the marks of a template's reasoning, None if it writes none or marks it in a way of its own."""
     rendered = _render(layouts, Message("assistant", _CONTENT, reasoning=_REASONING), [])
-    for marks in REASONINGS.values() if rendered is not None else ():
+    if rendered is None:
+        return None
+    for marks in REASONINGS.values():
         reasoning, content = marks.split(rendered.answer, rendered.ends_with(marks.opening))
         if reasoning.strip() == _REASONING and content.strip() == _CONTENT:
             return marks

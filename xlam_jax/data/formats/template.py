@@ -77,9 +77,13 @@ class Template:
                 f"{unclear}; put {{% generation %}} marks into it, or use the format xlam"
             ) from None
 
-    @cached_property
+    @property
     def wire(self) -> Wire | None:
         """The wire format that parses what the template writes, None if no row of the table does."""
+        return self._detected_wire
+
+    @cached_property
+    def _detected_wire(self) -> Wire | None:
         return detect(self.layouts)
 
     @cached_property
