@@ -38,7 +38,8 @@ def data(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     authors.add_node("a3", name="Eve", org="Z")
     authors.add_edge("a1", "a2", weight=1, collaborative_papers=["p1", "p2"])
     authors.add_edge("a1", "a3", weight=1, collaborative_papers=[])
-    assert (authors.adj, papers.nodes)  # networkx keeps such views in the pickle
+    views = authors.adj, papers.nodes  # networkx keeps such views in the pickle
+    assert len(views) == 2
     pickled = {
         "paper_net": papers,
         "author_net": authors,

@@ -1,5 +1,5 @@
 """The schema of a run: its sections, and the checks of their values. Those of data are in `data_sections`, and checks
-that depend on the model in `checks`. Nothing in this package imports JAX: a mistake is reported before that happens.
+that depend on the model in `checks`. This package does not import JAX: mistakes are reported before a device is used.
 """
 
 from pathlib import Path
