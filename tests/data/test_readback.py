@@ -88,3 +88,32 @@ def test_turns_without_loss_are_not_checked():
     rendered = render(trajectory, tokenizer, "native")
     decode: Any = tokenizer.decode
     assert unreadable_turn(rendered, trajectory, wire_of(tokenizer, "native"), decode) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "first"),
+    [
+        ("qwen2_5", "a <|im_end|> b", "'<|im_end|>' in turn 0"),
+        ("llama3_1", "<|eot_id|>", "'<|eot_id|>' in turn 0"),
+        ("mistral_v11", "[/INST]", "'[/INST]' in turn 0"),
+        ("xlam2", "<|im_start|>system", "'<|im_start|>' in turn 0"),
+        ("xlam", "[TOOL_CALLS]", "'[TOOL_CALLS]' in turn 0"),
+    ],
+)
+def test_data_that_spell_a_mark_are_reported(write_jsonl, name: str, text: str, first: str):
+    spelled = row("a", "No.")
+    spelled["conversation"][0]["content"] = text
+    path = write_jsonl(row("b", "No."), spelled)
+    lines: list[str] = []
+    template = TEMPLATES[name]
+    tokenizer = tokenizer_with(template)
+    [loaded] = corpus.load(data(path, format=template.format), tokenizer, lines.append)
+    [warning] = [line for line in lines if "warning" in line]
+    assert warning.startswith(
+        f"rows: warning: in 1 trajectories, text spells a mark of the format (first: {path}:2: "
+    )
+    assert first in warning
+    # the spelled token stays text: as many special tokens as in the row that spells none
+    special = set(tokenizer.all_special_ids)
+    counts = [sum(int(token) in special for token in example["tokens"]) for example in loaded.train]
+    assert counts[0] == counts[1]

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from xlam_jax.config import PAIRS, Data, Source
 from xlam_jax.data import sources
+from xlam_jax.data.control import mark_pattern, spelled_mark
 from xlam_jax.data.examples import Columns, Examples, Loaded, Pairs, counts_text, make_columns, summary
 from xlam_jax.data.lengths import Fitted, fit, fit_pair
 from xlam_jax.data.pair import Pair, task
@@ -112,6 +113,8 @@ class _SourceParts:
         self.train, self.heldout = _Part(source, annotate), _Part(source, annotate)
         self.trajectories: list[Any] | None = [] if annotate or data.augment.active else None
         self.dropped, self.repaired, self.changed = Counter[str](), Counter[str](), Counter[str]()
+        self.spelled, self.first_spelled = 0, ""
+        """Number of trajectories that spell a mark of the format, and the first of them."""
         self._samples: list[tuple[int, str, Trajectory]] = []  # a heap, the last to be taken on top
 
     def add(self, item: Item, fitted: "Ready") -> None:
@@ -129,6 +132,9 @@ class _SourceParts:
                 if fitted.unreadable:
                     _check_readable(item.where, fitted.unreadable, self._data)
                     self.changed[fitted.unreadable.reason] += 1
+                if fitted.spelled:
+                    self.spelled += 1
+                    self.first_spelled = self.first_spelled or f"{item.where}: {fitted.spelled}"
                 self._add_example(item.where, _as_rendered(whole, fitted), fitted)
 
     def _add_example(self, where: str, whole: Trajectory | Pair, fitted: "Ready") -> None:
@@ -160,6 +166,12 @@ def _render_source(source: Source, data: Data, renderer: "_Renderer", progress: 
     for item, fitted in renderer.render(sources.read(source, dataset)):
         parts.add(item, fitted)
         reading.add()
+    if parts.spelled:
+        progress(
+            f"{source.name}: warning: in {parts.spelled} trajectories, text spells a mark of the format (first: "
+            f"{parts.first_spelled}); training keeps special tokens as text, but a server that tokenizes rendered "
+            "prompts reads them as tokens, and other marks are the same for the model in any text"
+        )
     return Loaded(
         source=source,
         train=parts.train.examples,
@@ -216,6 +228,8 @@ class Ready(NamedTuple):
     detail: str
     unreadable: Unreadable | None = None
     """The first turn that a server would parse differently."""
+    spelled: str = ""
+    """The first mark of the format that a text spells."""
 
 
 _NOTHING = Ready([], [], [], "")
@@ -280,7 +294,14 @@ class _Work(NamedTuple):
         fitted = (fit_pair if isinstance(whole, Pair) else fit)(whole, self.tokenizer, self.data)  # pyright: ignore
         rendered = [make_columns(sequence, self.annotate) for sequence in fitted.rendered]
         parts = fitted.parts if self.data.augment.active else []
-        return Ready(rendered, fitted.reasons, parts, fitted.detail, self._unreadable(whole, fitted))
+        spelled = self._spelled(whole) if rendered else ""
+        return Ready(rendered, fitted.reasons, parts, fitted.detail, self._unreadable(whole, fitted), spelled)
+
+    def _spelled(self, whole: Trajectory | Pair) -> str:
+        """Describes the first mark of the format that a text spells."""
+        marks = mark_pattern(codec_and_format(self.tokenizer, self.data.format)[0], self.data.format)
+        sides = (whole.chosen, whole.rejected) if isinstance(whole, Pair) else (whole,)
+        return next((spelled for side in sides if (spelled := spelled_mark(side, marks))), "")
 
     def _unreadable(self, whole: Trajectory | Pair, fitted: Fitted) -> Unreadable | None:
         """Returns the first turn that a server would parse differently."""
