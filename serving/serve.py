@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from ipaddress import ip_address
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -356,20 +357,24 @@ def _limits(folder: Path, extra: Sequence[str]) -> list[str]:
 def _parsers(folder: Path, extra: Sequence[str]) -> list[str]:
     """Returns vLLM's flags for the parsers of calls and reasoning, by the chat template that the server uses.
 
-    A model of the hub has the parser that detects its wire format at the start.
+    A model of the hub, and a folder whose tokenizer only vLLM can use, get the parser that detects the wire format at
+    the start of the server.
     """
     from xlam_jax.data.render import wire_of
     from xlam_jax.data.tokenizer import load_tokenizer
 
     if not folder.is_dir():
         return ["--tool-call-parser", "xlam_jax"]
-    tokenizer = load_tokenizer(str(folder))
-    flags = dict(zip(extra, (*extra[1:], ""), strict=True)) | dict(
-        word.split("=", 1) for word in extra if word.startswith("--") and "=" in word
-    )
-    if template := flags.get("--chat-template"):
-        tokenizer.chat_template = read_text(Path(template), "a chat template") if Path(template).is_file() else template
-    wire = wire_of(tokenizer)
+    flags = dict(pairwise([*extra, ""])) | dict(word.split("=", 1) for word in extra if "=" in word)
+    try:
+        tokenizer = load_tokenizer(str(folder))
+        if template := flags.get("--chat-template"):
+            tokenizer.chat_template = (
+                read_text(Path(template), "a chat template") if Path(template).is_file() else template
+            )
+        wire = wire_of(tokenizer)
+    except UserError:  # for example, without an end-of-sequence token
+        return ["--tool-call-parser", "xlam_jax"]
     parsers = ["--tool-call-parser", f"xlam_jax_{wire.format.name}"]
     marks = wire.reasoning
     # vLLM's parsers search for tokens; marks that are plain text stay in the content, from which the client reads them

@@ -109,9 +109,7 @@ def test_data_that_spell_a_mark_are_reported(write_jsonl, name: str, text: str, 
     tokenizer = tokenizer_with(template)
     [loaded] = corpus.load(data(path, format=template.format), tokenizer, lines.append)
     [warning] = [line for line in lines if "warning" in line]
-    assert warning.startswith(
-        f"rows: warning: in 1 trajectories, text spells a mark of the format (first: {path}:2: "
-    )
+    assert warning.startswith(f"rows: warning: in 1 trajectories, text spells a mark of the format (first: {path}:2: ")
     assert first in warning
     # the spelled token stays text: as many special tokens as in the row that spells none
     special = set(tokenizer.all_special_ids)
