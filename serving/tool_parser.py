@@ -36,7 +36,7 @@ from vllm.v1.structured_output.backend_xgrammar import validate_xgrammar_grammar
 
 from serving.constraint import calls_schema, calls_tag
 from xlam_jax.data.render import codec_and_format
-from xlam_jax.data.wire import ARRAY, WIRE_FORMATS, CompletionStream, Tools, Wire, arguments_json, may_call
+from xlam_jax.data.wire import ANY, WIRE_FORMATS, CompletionStream, Tools, Wire, arguments_json, may_call
 from xlam_jax.errors import UserError
 
 logger = logging.getLogger("vllm.xlam_jax")
@@ -140,15 +140,15 @@ class XlamJaxToolParser(ToolParser):
 
 
 def detect_wire(tokenizer: TokenizerLike) -> Wire:
-    """Returns the wire format of a tokenizer's chat template; arrays if none can be detected."""
+    """Returns the wire format of a tokenizer's chat template; `ANY` if none can be detected."""
     template = getattr(tokenizer, "chat_template", None)
     key = template if isinstance(template, str) else None
     if key not in _detected:
         try:
-            _detected[key] = codec_and_format(tokenizer, "native")[1].wire or ARRAY  # pyright: ignore
+            _detected[key] = codec_and_format(tokenizer, "native")[1].wire or ANY  # pyright: ignore
         except (UserError, AttributeError, TypeError) as error:  # no template, or a tokenizer of another kind
-            logger.warning("xlam_jax parses calls as a JSON array: %s", error)
-            _detected[key] = ARRAY
+            logger.warning("xlam_jax parses calls in any wire format: %s", error)
+            _detected[key] = ANY
     return _detected[key]
 
 
@@ -193,7 +193,7 @@ def _constraint(wire: Wire, tools: Sequence[dict[str, Any]], at_most: int | None
     """
 
     def constrain(tools: Sequence[dict[str, Any]]) -> StructuredOutputsParams:
-        if wire.format is ARRAY.format:
+        if wire.format in (WIRE_FORMATS["array"], ANY.format):
             return StructuredOutputsParams(json=calls_schema(tools, at_most))
         return StructuredOutputsParams(structural_tag=json.dumps(calls_tag(wire.format.name, tools, at_most)))
 
@@ -220,6 +220,6 @@ def _id(written_id: str | None) -> str:
 
 
 ToolParserManager.register_module("xlam_jax", module=XlamJaxToolParser)
-for _name, _format in WIRE_FORMATS.items():
-    _parser = type(f"XlamJax_{_name}", (XlamJaxToolParser,), {"wire": Wire(_format)})
-    ToolParserManager.register_module(f"xlam_jax_{_name}", module=_parser)
+for _format in (*WIRE_FORMATS.values(), ANY.format):
+    _parser = type(f"XlamJax_{_format.name}", (XlamJaxToolParser,), {"wire": Wire(_format)})
+    ToolParserManager.register_module(f"xlam_jax_{_format.name}", module=_parser)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from chat_templates import Template, published, tokenizer_with
 from safetensors.numpy import save_file
 from support import Commands, deadline
 
@@ -190,7 +191,7 @@ def test_the_command(commands: Commands, model: Path, monkeypatch: pytest.Monkey
     flags = dict(pairwise(command))
     assert flags["--dtype"] == "float32", "vLLM would halve it"
     assert flags["--max-model-len"] == "2048"
-    assert flags["--tool-call-parser"] == "xlam_jax_array"
+    assert flags["--tool-call-parser"] == "xlam_jax", "the tokenizer has no end token"
     assert flags["--tool-parser-plugin"] == "serving.tool_parser"
     assert flags["--served-model-name"] == "model"
     assert json.loads(flags["--structured-outputs-config"])["disable_any_whitespace"] is True
@@ -199,6 +200,37 @@ def test_the_command(commands: Commands, model: Path, monkeypatch: pytest.Monkey
     assert own[-3:] == ["--dtype=half", "--max-model-len", "9"]
     assert own.count("--max-model-len") == 1
     assert "--dtype" not in own
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "expected"),
+    [
+        ("qwen2_5", (), ["--tool-call-parser", "xlam_jax_hermes"]),
+        ("qwen3", (), ["--tool-call-parser", "xlam_jax_hermes"]),
+        ("qwen3", ("<think>", "</think>"), ["--tool-call-parser", "xlam_jax_hermes", "--reasoning-parser", "qwen3"]),
+        (
+            "qwen3_5_think",
+            ("<think>", "</think>"),
+            ["--tool-call-parser", "xlam_jax_qwen3_coder", "--reasoning-parser", "deepseek_r1"],
+        ),
+    ],
+)
+def test_the_parsers_are_those_of_the_template(
+    model: Path, tmp_path: Path, name: str, tokens: tuple[str, ...], expected: list[str]
+):
+    tokenizer = tokenizer_with(Template(published(name), "", "<|im_end|>", ("<|im_start|>", "<|im_end|>", *tokens)))
+    tokenizer.save_pretrained(model)
+
+    def parsers(*extra: str) -> list[str]:
+        command = serve.vllm_command(str(model), "m", "h", 1, 1, {}, extra, cpu=False)
+        at = command.index("--tool-call-parser")
+        end = command.index("--structured-outputs-config")
+        return command[at:end]
+
+    assert parsers() == expected
+    (tmp_path / "other.jinja").write_text(published("qwen3_5_nothink"), encoding="utf-8")
+    assert parsers("--chat-template", str(tmp_path / "other.jinja"))[1] == "xlam_jax_qwen3_coder"
+    assert "--reasoning-parser" not in parsers("--reasoning-parser=none")
 
 
 def test_long_models_get_a_limit(model: Path):
