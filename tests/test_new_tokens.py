@@ -53,6 +53,7 @@ data:
   tokenizer: examples/quickstart/tokenizer
   format: native
   chat_template: {folder}/tools.jinja
+  unreadable_calls: allow  # no wire format has these tags
   added_tokens: [<call>, {{text: </call>}}, {{text: <note>, special: false}}]
 train: {{steps: 6, batch_size: 2, learning_rate: 5.0e-3}}
 eval: {{every: 0}}
