@@ -44,9 +44,13 @@ def test_a_config_of_schema_1_is_migrated():
     config = configs.read_saved(path)
     assert config.schema_number == configs.SCHEMA
     values = configs.to_values(config)
-    for section in (values, values["train"], values["data"], values["lora"]):
-        for added in ("schema", "export", "epochs", "warmup_ratio", "chat_template", "added_tokens", "train_tokens"):
-            section.pop(added, None)
+    added = {
+        "schema", "export", "epochs", "warmup_ratio", "chat_template", "added_tokens", "train_tokens", "reasoning",
+        "unreadable_calls",
+    }  # fmt: skip
+    for section in (values, values["train"], values["data"], values["data"]["loss"], values["lora"]):
+        for name in added & section.keys():
+            section.pop(name)
     assert values == old
     overrides = ["train.steps=4", "train.warmup_steps=1", "train.batch_size=2", "data.streams=2",
                  "data.sequence_length=512", "model.overrides.num_hidden_layers=1"]  # fmt: skip
