@@ -25,7 +25,7 @@ LAYERS: list[tuple[str, str, list[str]]] = [
     ("top", "weights and trajectories to other formats; the server", ["converters", "serving"]),
     (
         "commands",
-        "what users start",
+        "what users start, and its parts",
         [
             "xlam_jax.launch",
             "xlam_jax.train",
