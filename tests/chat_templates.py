@@ -26,6 +26,8 @@ class Template(NamedTuple):
     format: str = "native"
     parallel: bool = True
     """Whether it can write two calls in one turn."""
+    thoughts: bool = True
+    """Whether it can write text in front of calls."""
 
 
 def published(name: str) -> str:
@@ -61,7 +63,7 @@ TEMPLATES = {
     "xlam": Template(None, "array", "</s>", (), format="xlam"),
     "xlam2": Template(None, "array", "<|im_end|>", _CHATML, format="xlam2"),
     "qwen2_5": Template(published("qwen2_5"), "hermes", "<|im_end|>", _CHATML),
-    "llama3_1": Template(published("llama3_1"), "llama3_json", "<|eot_id|>", _LLAMA, parallel=False),
+    "llama3_1": Template(published("llama3_1"), "llama3_json", "<|eot_id|>", _LLAMA, parallel=False, thoughts=False),
     "mistral_v11": Template(MISTRAL_V11, "mistral", "</s>", _MISTRAL),
 }
 

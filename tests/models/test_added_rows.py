@@ -112,7 +112,7 @@ def test_trained_rows_equal_merged_weights(family: str, targets: tuple[str, ...]
     merged, of_weights = computed(plain, read_layers(plain, merge(config, whole, adapters)), weight_BTV, tokens_BT)
     close(logits, merged, "logits")
     for name in (name for name in flat(gradients) if name.endswith("_rows")):
-        expected = of_weights[name.removesuffix("_rows")][ADDED.first : ADDED.first + ADDED.count]
+        expected = of_weights[name.removesuffix("_rows")][ADDED.first : ADDED.first + ADDED.number]
         close(flat(gradients)[name], expected, f"gradient of {name}", 1e-4)
     # the reference policy of adapters_off has the base's mean rows
     frozen = split(join(whole, adapters), is_adapter)[1]
