@@ -2,7 +2,8 @@
 
 import copy
 from functools import cache
-from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from support import ROOT
@@ -32,7 +33,11 @@ class Template(NamedTuple):
 
 def published(name: str) -> str:
     """Returns a public template that the package trl contains."""
-    return (files("trl") / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
+    package = find_spec("trl")  # not imported: that needs further packages
+    assert package is not None
+    assert package.submodule_search_locations
+    folder = Path(package.submodule_search_locations[0])
+    return (folder / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
 
 
 MISTRAL_V11 = """

@@ -1,0 +1,115 @@
+"""Small models that memorize sixty rows, for tests of the chain from training to parsed calls."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from chat_templates import TEMPLATES, Template, tokenizer_with
+from support import ROOT
+
+STEPS = 400
+COPIES = 4
+"""Of each row; some are held out, so that the held-out requests have been memorized."""
+MODEL = {
+    "architectures": ["MistralForCausalLM"],
+    "model_type": "mistral",
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 1280,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "sliding_window": None,
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+}
+CITIES = ("Lima", "Oslo", "Łódź", "Kyōto", "São Paulo", "La Paz")
+
+
+def tool(name: str, **properties: str) -> dict[str, Any]:
+    schema = {"type": "object", "properties": {key: {"type": kind} for key, kind in properties.items()}}
+    return {"type": "function", "function": {"name": name, "description": f"The tool {name}.", "parameters": schema}}
+
+
+TOOLS = [
+    tool("weather", city="string", days="integer", metric="boolean"),
+    tool("mail", to="string", body="string"),
+    tool("time"),
+    tool("plot", points="array", style="object"),
+]
+
+
+def rows(template: Template) -> list[dict[str, Any]]:
+    """Returns 60 conversations of one request and its calls, as far as a template can write them."""
+    answers: list[tuple[str, str, list[tuple[str, dict[str, Any]]]]] = []
+    for days in range(1, 7):
+        answers += [(f"weather {city} {days}", "", [("weather", {"city": city, "days": days})]) for city in CITIES]
+    for at in range(6):
+        text = f'say "{at}" {{}} [{at}]\nand more'
+        answers.append((f"mail {at}", "I write it.", [("mail", {"to": f"a{at}@b.c", "body": text})]))
+        answers.append((f"time {at}", f"Step {at}.", [("time", {})]))
+        answers.append((f"plot {at}", "", [("plot", {"points": [[at, 1.5], []], "style": {"dash": None, "on": True}})]))
+        both = [("time", {}), ("weather", {"city": "Lima", "days": at, "metric": False})]
+        answers.append((f"both {at}", "", both if template.parallel else both[1:]))
+    assert len(answers) == 60
+    return [
+        {
+            "tools": [tool for tool in TOOLS if tool["function"]["name"] in dict(calls)],
+            "conversation": [
+                {"role": "user", "content": question},
+                {
+                    "role": "assistant",
+                    "content": thought if template.thoughts else "",
+                    "tool_calls": [{"function": {"name": name, "arguments": values}} for name, values in calls],
+                },
+            ],
+        }
+        for question, thought, calls in answers
+    ]
+
+
+def train(folder: Path, name: str) -> Path:
+    """Trains a small model on the rows with a template of `TEMPLATES`. Returns its run folder.
+
+    Raises `AssertionError` if the run fails.
+    """
+    template = TEMPLATES[name]
+    tokenizer = tokenizer_with(template)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    (folder / "model.json").write_text(json.dumps(MODEL | {"vocab_size": len(tokenizer)}), encoding="utf-8")
+    with (folder / "rows.jsonl").open("w", encoding="utf-8") as file:
+        for at, row in enumerate(rows(template)):
+            for copy in range(COPIES):
+                file.write(json.dumps({"unique_trajectory_id": f"{at}-{copy}"} | row) + "\n")
+    config = {
+        "output_dir": str(folder / "run"),
+        "model": {"config": str(folder / "model.json"), "compute_dtype": "float32", "remat": "none"},
+        "data": {
+            "tokenizer": str(folder / "tokenizer"),
+            "format": template.format,
+            "sequence_length": 1024,
+            "heldout": 0.25,
+            "sources": [{"name": "rows", "files": [str(folder / "rows.jsonl")]}],
+            "streams": 1,
+        },
+        "train": {"steps": STEPS, "batch_size": 2, "learning_rate": 3e-3, "warmup_steps": 10, "log_every": 40},
+        "eval": {"every": STEPS, "requests": 60, "max_new_tokens": 160},
+        "checkpoint": {"every": STEPS},
+    }
+    (folder / "config.yaml").write_text(json.dumps(config), encoding="utf-8")
+    command = [sys.executable, "-m", "xlam_jax.train", "--config", str(folder / "config.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+def exact(run: Path) -> tuple[float, float]:
+    """Returns the shares of held-out requests after the last step whose answers are parsable and exact."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    [last] = [record for record in records if record["kind"] == "requests" and record["step"] == STEPS]
+    return last["parsable"], last["exact"]
