@@ -1,0 +1,132 @@
+"""Compares the sequences of a peer with the expected ones, turn by turn.
+
+A trained turn is a context (all tokens before it) and an answer (the trained tokens). It does not matter in how many
+sequences a peer puts the turns of a row, nor what follows the last trained token.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from difflib import SequenceMatcher
+from itertools import groupby
+from typing import Any, NamedTuple
+
+_SHOWN = 48
+"""Longest excerpt of tokens in a table, in characters."""
+_CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
+
+Ids = list[int]
+Decode = Callable[[Ids], str]
+
+
+class Defect(NamedTuple):
+    """One difference from what is right."""
+
+    kind: str
+    turn: int
+    """The number of the trained turn in the row, from 1; 0 for the row as a whole."""
+    expected: str
+    found: str
+    expected_ids: Ids = []  # noqa: RUF012 - never changed
+    found_ids: Ids = []  # noqa: RUF012 - never changed
+
+
+class Turn(NamedTuple):
+    """A trained turn."""
+
+    context: Ids
+    answer: Ids
+
+
+def turns(sequences: Iterable[tuple[Sequence[int], Sequence[bool]]]) -> list[Turn]:
+    """Returns the trained turns of sequences, which are (token ids, whether each is trained)."""
+    result: list[Turn] = []
+    for ids, trained in sequences:
+        position = 0
+        for flag, group in groupby(trained):
+            size = len(list(group))
+            if flag:
+                result.append(Turn(list(ids[:position]), list(ids[position : position + size])))
+            position += size
+    return result
+
+
+def compare(expected: Sequence[Turn], found: Sequence[Turn], decode: Decode) -> list[Defect]:
+    """Returns the defects of the turns found in a row."""
+    defects: list[Defect] = []
+    rest = list(found)
+    for number, turn in enumerate(expected, start=1):
+        match = _closest(turn, rest)
+        if match is None:
+            defects.append(_defect("not trained", number, turn.answer, [], decode))
+            continue
+        rest.remove(match)
+        defects += _differences(turn, match, number, decode)
+    return [*defects, *(_defect("also trained", 0, [], turn.answer, decode) for turn in rest)]
+
+
+def _closest(turn: Turn, found: Sequence[Turn]) -> Turn | None:
+    """Returns the turn whose answer is most like that of `turn`, the earlier one of two equals; None if none is."""
+    best, score = None, 0.3
+    for other in found:
+        ratio = SequenceMatcher(None, turn.answer, other.answer, autojunk=False).ratio()
+        ratio += 0.01 * (other.context == turn.context)
+        if ratio > score:
+            best, score = other, ratio
+    return best
+
+
+def _differences(expected: Turn, found: Turn, number: int, decode: Decode) -> list[Defect]:
+    defects: list[Defect] = []
+    context = found.context
+    if (at := _place(expected.answer, found.answer)) is not None:
+        context = context + found.answer[:at]
+        for extra in (found.answer[:at], found.answer[at + len(expected.answer) :]):
+            if extra:
+                defects.append(_defect("also trained", number, [], extra, decode))
+        wanted = expected.context
+    elif (at := _place(found.answer, expected.answer)) is not None:
+        for missing in (expected.answer[:at], expected.answer[at + len(found.answer) :]):
+            if missing:
+                defects.append(_defect("not trained", number, missing, [], decode))
+        wanted = expected.context + expected.answer[:at]
+    else:
+        before = _calls(decode(expected.answer))
+        kind = "arguments changed" if before and before != _calls(decode(found.answer)) else "other answer"
+        defects.append(_first_difference(kind, number, expected.answer, found.answer, decode))
+        wanted = expected.context
+        if expected.context[: len(context)] == context or context[: len(wanted)] == wanted:
+            return defects  # the answer begins earlier or later, which is said already
+    if context != wanted:
+        defects.append(_first_difference("other prompt", number, wanted, context, decode))
+    return defects
+
+
+def _place(part: Ids, whole: Ids) -> int | None:
+    """Returns the index at which `whole` contains `part`."""
+    return next((at for at in range(len(whole) - len(part) + 1) if whole[at : at + len(part)] == part), None)
+
+
+def _calls(text: str) -> list[Any]:
+    """Returns the calls in a text as JSON values, or as text where they are not JSON."""
+    calls: list[Any] = []
+    for match in _CALL.findall(text):
+        try:
+            calls.append(json.loads(match))
+        except ValueError:
+            calls.append(match)
+    return calls
+
+
+def _first_difference(kind: str, number: int, expected: Ids, found: Ids, decode: Decode) -> Defect:
+    pairs = zip(expected, found, strict=False)
+    at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(expected), len(found)))
+    return _defect(kind, number, expected[at:], found[at:], decode)
+
+
+def _defect(kind: str, number: int, expected: Ids, found: Ids, decode: Decode) -> Defect:
+    return Defect(kind, number, _excerpt(decode(expected)), _excerpt(decode(found)), expected, found)
+
+
+def _excerpt(text: str) -> str:
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"

@@ -1,0 +1,92 @@
+"""The conformance benchmark: our own column has no defects, and the comparison and its tables show those of others."""
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from support import ROOT
+
+sys.path.append(str(ROOT / "benchmarks"))  # its modules import each other as scripts do
+
+import _conformance_table as table
+import conformance
+from _conformance_compare import Defect, Turn, compare, turns
+from _conformance_expected import TEMPLATES, Expected, expect, save_tokenizer
+from _conformance_rows import END, ROWS
+
+
+@dataclass
+class Case:
+    tokenizer: Any
+    expected: dict[str, Expected]
+
+
+@pytest.fixture(scope="module", params=TEMPLATES)
+def case(request, tmp_path_factory):
+    tokenizer = save_tokenizer(request.param, tmp_path_factory.mktemp(request.param))
+    return Case(tokenizer, {row.name: expect(row, tokenizer) for row in ROWS})
+
+
+def test_thirty_rows():
+    assert len({row.name for row in ROWS}) == len(ROWS) == 30
+
+
+def test_our_tokens_masks_and_parses_are_right(case):
+    defects = conformance.check_ours(case.tokenizer, case.expected)
+    assert {row: found for row, found in defects.items() if found} == {}
+
+
+def test_expected_answers_end_with_the_end_token(case):
+    end = case.tokenizer.convert_tokens_to_ids(END)
+    for right in case.expected.values():
+        found = turns(right.sequences)
+        assert len(found) == len(right.turns)
+        assert all(turn.answer[-1] == end and end not in turn.answer[:-1] for turn in found)
+
+
+CONTEXT, ANSWER = [1, 2, 3], [10, 11, 12, 13]
+
+
+@pytest.mark.parametrize(
+    ("found", "kinds"),
+    [
+        ([Turn(CONTEXT, ANSWER)], []),
+        ([], ["not trained"]),
+        ([Turn(CONTEXT, ANSWER[:-1])], ["not trained"]),
+        ([Turn(CONTEXT[:-1], [3, *ANSWER])], ["also trained"]),
+        ([Turn(CONTEXT, [*ANSWER, 14])], ["also trained"]),
+        ([Turn(CONTEXT, ANSWER), Turn([1], [2])], ["also trained"]),
+        ([Turn([1, 2, 4], ANSWER)], ["other prompt"]),
+        ([Turn(CONTEXT, [10, 11, 99, 13])], ["other answer"]),
+    ],
+)
+def test_compare_names_the_difference(found, kinds):
+    assert [defect.kind for defect in compare([Turn(CONTEXT, ANSWER)], found, str)] == kinds
+
+
+def test_compare_finds_changed_arguments():
+    texts = {1: '<tool_call>\n{"name": "f", "arguments": {"a": 1}}', 2: "\n</tool_call>"}
+    texts[3] = texts[1].replace('{"a": 1}', '"{\\"a\\": 1}"')
+    defects = compare([Turn([], [1, 2])], [Turn([], [3, 2])], lambda ids: "".join(texts[id] for id in ids))
+    assert [defect.kind for defect in defects] == ["arguments changed"]
+
+
+def test_turns_are_the_trained_runs_with_all_before_them():
+    assert turns([([1, 2, 3, 4], [False, True, False, True])]) == [Turn([1], [2]), Turn([1, 2, 3], [4])]
+
+
+def test_tables_show_defects_and_failed_installations():
+    defect = Defect("also trained", 1, "", "|\n", [], [5])
+    columns = {
+        "good": {"version": "1", "results": {"t": {"a": [], "b": []}, "u": {"a": [], "b": []}}},
+        "bad": {"version": "2", "results": {"t": {"a": [defect], "b": [defect]}, "u": {"a": [], "b": [defect]}}},
+        "absent": {"version": "3", "error": "ERROR: no wheel"},
+    }
+    lines = table.render(columns, ["a", "b"], ["t", "u"]).splitlines()
+    assert "| good | 1 | 0 of 2 rows with defects | 0 of 2 rows with defects |" in lines
+    assert "| bad | 2 | 2 of 2 rows with defects | 1 of 2 rows with defects |" in lines
+    assert "| absent | 3 | not run: ERROR: no wheel |  |" in lines
+    assert "| a | ✓ | also trained / ✓ |" in lines
+    assert "| b | ✓ | also trained |" in lines
+    assert "| t | also trained |  | `\\|⏎` | a, b |" in lines
