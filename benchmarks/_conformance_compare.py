@@ -26,9 +26,9 @@ class Defect(NamedTuple):
     turn: int
     """The number of the trained turn in the row, from 1; 0 for the row as a whole."""
     expected: str
-    found: str
+    actual: str
     expected_ids: Ids = []  # noqa: RUF012 - never changed
-    found_ids: Ids = []  # noqa: RUF012 - never changed
+    actual_ids: Ids = []  # noqa: RUF012 - never changed
 
 
 class Turn(NamedTuple):
@@ -51,10 +51,10 @@ def turns(sequences: Iterable[tuple[Sequence[int], Sequence[bool]]]) -> list[Tur
     return result
 
 
-def compare(expected: Sequence[Turn], found: Sequence[Turn], decode: Decode) -> list[Defect]:
-    """Returns the defects of the turns found in a row."""
+def compare(expected: Sequence[Turn], actual: Sequence[Turn], decode: Decode) -> list[Defect]:
+    """Returns the defects of the turns of a row."""
     defects: list[Defect] = []
-    rest = list(found)
+    rest = list(actual)
     for number, turn in enumerate(expected, start=1):
         match = _closest(turn, rest)
         if match is None:
@@ -65,10 +65,10 @@ def compare(expected: Sequence[Turn], found: Sequence[Turn], decode: Decode) -> 
     return [*defects, *(_defect("also trained", 0, [], turn.answer, decode) for turn in rest)]
 
 
-def _closest(turn: Turn, found: Sequence[Turn]) -> Turn | None:
+def _closest(turn: Turn, actual: Sequence[Turn]) -> Turn | None:
     """Returns the turn whose answer is most like that of `turn`, the earlier one of two equals; None if none is."""
     best, score = None, 0.3
-    for other in found:
+    for other in actual:
         ratio = SequenceMatcher(None, turn.answer, other.answer, autojunk=False).ratio()
         ratio += 0.01 * (other.context == turn.context)
         if ratio > score:
@@ -76,24 +76,24 @@ def _closest(turn: Turn, found: Sequence[Turn]) -> Turn | None:
     return best
 
 
-def _differences(expected: Turn, found: Turn, number: int, decode: Decode) -> list[Defect]:
+def _differences(expected: Turn, actual: Turn, number: int, decode: Decode) -> list[Defect]:
     defects: list[Defect] = []
-    context = found.context
-    if (at := _place(expected.answer, found.answer)) is not None:
-        context = context + found.answer[:at]
-        for extra in (found.answer[:at], found.answer[at + len(expected.answer) :]):
+    context = actual.context
+    if (at := _place(expected.answer, actual.answer)) is not None:
+        context = context + actual.answer[:at]
+        for extra in (actual.answer[:at], actual.answer[at + len(expected.answer) :]):
             if extra:
                 defects.append(_defect("also trained", number, [], extra, decode))
         wanted = expected.context
-    elif (at := _place(found.answer, expected.answer)) is not None:
-        for missing in (expected.answer[:at], expected.answer[at + len(found.answer) :]):
+    elif (at := _place(actual.answer, expected.answer)) is not None:
+        for missing in (expected.answer[:at], expected.answer[at + len(actual.answer) :]):
             if missing:
                 defects.append(_defect("not trained", number, missing, [], decode))
         wanted = expected.context + expected.answer[:at]
     else:
         before = _calls(decode(expected.answer))
-        kind = "arguments changed" if before and before != _calls(decode(found.answer)) else "other answer"
-        defects.append(_first_difference(kind, number, expected.answer, found.answer, decode))
+        kind = "arguments changed" if before and before != _calls(decode(actual.answer)) else "other answer"
+        defects.append(_first_difference(kind, number, expected.answer, actual.answer, decode))
         wanted = expected.context
         if expected.context[: len(context)] == context or context[: len(wanted)] == wanted:
             return defects  # the answer begins earlier or later, which is said already
@@ -118,14 +118,14 @@ def _calls(text: str) -> list[Any]:
     return calls
 
 
-def _first_difference(kind: str, number: int, expected: Ids, found: Ids, decode: Decode) -> Defect:
-    pairs = zip(expected, found, strict=False)
-    at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(expected), len(found)))
-    return _defect(kind, number, expected[at:], found[at:], decode)
+def _first_difference(kind: str, number: int, expected: Ids, actual: Ids, decode: Decode) -> Defect:
+    pairs = zip(expected, actual, strict=False)
+    at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(expected), len(actual)))
+    return _defect(kind, number, expected[at:], actual[at:], decode)
 
 
-def _defect(kind: str, number: int, expected: Ids, found: Ids, decode: Decode) -> Defect:
-    return Defect(kind, number, _excerpt(decode(expected)), _excerpt(decode(found)), expected, found)
+def _defect(kind: str, number: int, expected: Ids, actual: Ids, decode: Decode) -> Defect:
+    return Defect(kind, number, _excerpt(decode(expected)), _excerpt(decode(actual)), expected, actual)
 
 
 def _excerpt(text: str) -> str:

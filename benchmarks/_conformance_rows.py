@@ -1,7 +1,7 @@
 """The thirty rows of the conformance benchmark: conversations in OpenAI's form, of our own invention.
 
-Arguments of calls are objects, contents are strings, reasoning is under `reasoning_content`. Every peer's script rewrites
-them into the form that its documentation asks for.
+Arguments of calls are objects, contents are strings, reasoning is under `reasoning_content`. Every peer's script
+rewrites them into the form that its documentation asks for.
 """
 
 from typing import Any, NamedTuple
@@ -69,7 +69,14 @@ ROWS = (
     Row("system turn", [_system("Answer in one word."), _user("Name a colour."), _says("Red.")]),
     Row(
         "several user turns",
-        [_user("Name a colour."), _says("Red."), _user("Another."), _says("Blue."), _user("One more."), _says("Green.")],
+        [
+            _user("Name a colour."),
+            _says("Red."),
+            _user("Another."),
+            _says("Blue."),
+            _user("One more."),
+            _says("Green."),
+        ],
     ),
     Row("a call", [_ASK, _says("", _OSLO), _result("call_1", "4 degrees"), _says("It is 4 degrees.")], [WEATHER]),
     Row(
@@ -136,7 +143,11 @@ ROWS = (
             _user("Store the numbers."),
             _says(
                 "",
-                ("call_1", "store", {"key": "n", "value": {"none": None, "yes": True, "half": 0.5, "big": 9007199254740993}}),
+                (
+                    "call_1",
+                    "store",
+                    {"key": "n", "value": {"none": None, "yes": True, "half": 0.5, "big": 9007199254740993}},
+                ),
             ),
             _result("call_1", "stored"),
             _says("Done."),
@@ -160,7 +171,7 @@ ROWS = (
             _user("Send two lines."),
             _says("", ("call_1", "send", {"body": 'He said "no".\n\tC:\\new\\table\n'})),
             _result("call_1", "line 1\nline 2\n"),
-            _says("Sent:\n\n```text\nHe said \"no\".\n```"),
+            _says('Sent:\n\n```text\nHe said "no".\n```'),
         ],
         [SEND],
     ),

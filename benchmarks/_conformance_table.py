@@ -10,50 +10,59 @@ Results = Mapping[str, Mapping[str, Sequence[Defect]]]
 
 
 def render(columns: Mapping[str, Mapping[str, Any]], rows: Sequence[str], templates: Sequence[str]) -> str:
-    """Returns the tables. A column is a peer: its `version`, and `error` or `results`."""
+    """Returns the tables. A column is a tool: its `version`, its `results`, and an `error` if some are missing."""
     parts = [_summary(columns, rows, templates), _matrix(columns, rows, templates)]
-    parts += [_details(name, column, templates) for name, column in columns.items() if "results" in column]
-    return "\n".join(parts)
+    return "\n".join(parts + [_details(name, column["results"]) for name, column in columns.items() if column["results"]])
 
 
 def _summary(columns: Mapping[str, Mapping[str, Any]], rows: Sequence[str], templates: Sequence[str]) -> str:
     lines = ["| tool | version | " + " | ".join(templates) + " |", "|---" * (2 + len(templates)) + "|"]
     for name, column in columns.items():
-        if "error" in column:
-            cells = [f"not run: {_cell(column['error'])}", *[""] * (len(templates) - 1)]
-        else:
-            wrong = [sum(bool(column["results"][template][row]) for row in rows) for template in templates]
-            cells = [f"{count} of {len(rows)} rows with defects" for count in wrong]
+        cells = [_count(column, template, rows) for template in templates]
         lines.append(f"| {name} | {column['version']} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
+def _count(column: Mapping[str, Any], template: str, rows: Sequence[str]) -> str:
+    if template not in column["results"]:
+        return f"not run: {_cell(column['error'])}"
+    return f"{sum(bool(column['results'][template][row]) for row in rows)} of {len(rows)} rows with defects"
+
+
 def _matrix(columns: Mapping[str, Mapping[str, Any]], rows: Sequence[str], templates: Sequence[str]) -> str:
     """The kinds of defects of each row; `✓` for none. The templates are separated by a slash where they differ."""
-    run = {name: column["results"] for name, column in columns.items() if "results" in column}
+    run = {name: column["results"] for name, column in columns.items() if column["results"]}
     lines = ["| row | " + " | ".join(run) + " |", "|---" * (1 + len(run)) + "|"]
     for row in rows:
-        cells = []
-        for results in run.values():
-            kinds = [", ".join(dict.fromkeys(d.kind for d in results[template][row])) or "✓" for template in templates]
-            cells.append(kinds[0] if len(set(kinds)) == 1 else " / ".join(kinds))
+        cells = [" / ".join(_kinds(results, row, templates)) for results in run.values()]
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _details(name: str, column: Mapping[str, Any], templates: Sequence[str]) -> str:
-    """The defects of a peer; equal ones of several rows are one line."""
-    grouped: dict[tuple[str, str, str, str], dict[str, None]] = {}
+def _kinds(results: Results, row: str, templates: Sequence[str]) -> list[str]:
+    """The kinds of defects of a row with each template, or only once if they are the same."""
+    kinds: list[str] = []
     for template in templates:
-        for row, defects in column["results"][template].items():
+        if template in results:
+            kinds.append(", ".join(dict.fromkeys(defect.kind for defect in results[template][row])) or "✓")
+        else:
+            kinds.append("not run")
+    return kinds[:1] if len(set(kinds)) == 1 else kinds
+
+
+def _details(name: str, results: Results) -> str:
+    """The defects of a tool; equal ones of several rows are one line."""
+    grouped: dict[tuple[str, str, str, str], dict[str, None]] = {}
+    for template, actual in results.items():
+        for row, defects in actual.items():
             for defect in defects:
-                key = (template, defect.kind, defect.expected, defect.found)
+                key = (template, defect.kind, defect.expected, defect.actual)
                 grouped.setdefault(key, {})[row] = None
     if not grouped:
         return f"### {name}\n\nNo defects.\n"
-    lines = [f"### {name}", "", "| template | defect | expected | found | rows |", "|---|---|---|---|---|"]
-    for (template, kind, expected, found), rows in grouped.items():
-        lines.append(f"| {template} | {kind} | {_code(expected)} | {_code(found)} | {', '.join(rows)} |")
+    lines = [f"### {name}", "", "| template | defect | expected | actual | rows |", "|---|---|---|---|---|"]
+    for (template, kind, right, wrong), rows in grouped.items():
+        lines.append(f"| {template} | {kind} | {_code(right)} | {_code(wrong)} | {', '.join(rows)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -63,23 +63,32 @@ PEERS = {
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Compare tokens and loss masks of training tools.")
-    parser.add_argument("--peers", default=",".join(PEERS), help=f"some of {','.join(PEERS)} (default: all); '' for none")
+    parser.add_argument("--peers", default=",".join(PEERS), help="some of the peers (default: all); '' for none")
     parser.add_argument("--install", action="store_true", help="install the peers first, each in .conformance/PEER")
+    parser.add_argument("--reuse", action="store_true", help="run no peer; compare what it wrote in the last run")
     parser.add_argument("--out", type=Path, help="folder for conformance.md and conformance.json")
     options = parser.parse_args()
     names = [name for name in options.peers.split(",") if name]
     if unknown := sorted(set(names) - set(PEERS)):
         parser.error(f"unknown peers {', '.join(unknown)}; there are {', '.join(PEERS)}")
     failed = {name: error for name in names if options.install and (error := install(name))}
-    columns = {OURS: {"version": version("xlam_jax") if _installed("xlam_jax") else "this tree", "results": {}}}
-    columns |= {name: {"version": PEERS[name].version, "results": {}} for name in names}
-    for template in TEMPLATES:
-        job = FOLDER / "jobs" / template
-        tokenizer, expected = write_job(template, job)
-        columns[OURS]["results"][template] = check_ours(tokenizer, expected)
-        for name in names:
-            if "error" not in columns[name]:
-                _check_peer(name, columns[name], template, job, tokenizer, expected, failed.get(name, ""))
+    jobs = {template: FOLDER / "jobs" / template for template in TEMPLATES}
+    written = {template: write_job(template, job) for template, job in jobs.items()}
+    columns: dict[str, dict[str, Any]] = {OURS: {"version": "this tree"}}
+    columns[OURS]["results"] = {template: check_ours(*pair) for template, pair in written.items()}
+    for name in names:
+        error = failed.get(name, "") or ("" if options.reuse else run_peer(name, list(jobs.values())))
+        columns[name] = {"version": PEERS[name].version, "results": {}, "error": error}
+        for template, (tokenizer, expected) in written.items():
+            file = jobs[template] / f"{name}.json"
+            if not file.exists():
+                columns[name]["error"] = error or "no answer is saved"
+                continue
+            answer = json.loads(file.read_text(encoding="utf-8"))
+            columns[name]["versions"] = answer["versions"]
+            columns[name]["results"][template] = {
+                row: check(right, answer["rows"][row], tokenizer) for row, right in expected.items()
+            }
     text = table.render(columns, [row.name for row in ROWS], TEMPLATES)
     print(text)
     if options.out:
@@ -104,8 +113,8 @@ def check_ours(tokenizer: Any, expected: dict[str, Expected]) -> dict[str, list[
     result: dict[str, list[Defect]] = {}
     for row in ROWS:
         right = expected[row.name]
-        found = _attempt_ours(writable(row, tokenizer.chat_template), tokenizer)
-        result[row.name] = check(right, found, tokenizer)
+        actual = _attempt_ours(writable(row, tokenizer.chat_template), tokenizer)
+        result[row.name] = check(right, actual, tokenizer)
         for number, (answer, turn) in enumerate(zip(right.answers, right.turns, strict=True), start=1):
             parsed = wire.parse(answer, row.tools)
             calls = [{"name": call.name, "arguments": call.arguments} for call in parsed.calls or ()]
@@ -136,43 +145,26 @@ def _attempt_ours(row: Row, tokenizer: Any) -> dict[str, Any]:
     return {"sequences": [(item.input_ids.tolist(), item.loss_mask.tolist()) for item in rendered]}
 
 
-def check(right: Expected, found: dict[str, Any], tokenizer: Any) -> list[Defect]:
-    """Returns the defects of a row; `found` has its `sequences` or the `error` that was raised."""
-    if "error" in found:
-        return [Defect("raises", 0, "", found["error"])]
-    return compare(turns(right.sequences), turns(found["sequences"]), tokenizer.decode)
+def check(right: Expected, actual: dict[str, Any], tokenizer: Any) -> list[Defect]:
+    """Returns the defects of a row; `actual` has its `sequences` or the `error` that was raised."""
+    if "error" in actual:
+        return [Defect("raises", 0, "", actual["error"])]
+    return compare(turns(right.sequences), turns(actual["sequences"]), tokenizer.decode)
 
 
-def _check_peer(
-    name: str, column: dict[str, Any], template: str, job: Path, tokenizer: Any, expected: dict[str, Expected], error: str
-) -> None:
-    """Runs a peer and adds its defects, or else its error, to its column."""
-    answer, error = (None, error) if error else run_peer(name, job)
-    if answer is None:
-        column |= {"error": error}
-        del column["results"]
-        return
-    column["versions"] = answer["versions"]
-    column["results"][template] = {
-        row: check(right, answer["rows"][row], tokenizer) for row, right in expected.items()
-    }
-
-
-def run_peer(name: str, job: Path) -> tuple[dict[str, Any] | None, str]:
-    """Returns (the peer's answer, the last line of its error); one of them is empty."""
+def run_peer(name: str, jobs: Sequence[Path]) -> str:
+    """Runs a peer, which writes its answer into the folder of each job. Returns the last line of its error, or ""."""
     python = python_of(name)
+    for job in jobs:
+        (job / f"{name}.json").unlink(missing_ok=True)
     if not python.exists():
-        return None, "not installed (--install)"
-    out = job / f"{name}.json"
-    out.unlink(missing_ok=True)
+        return "not installed (--install)"
     script = Path(__file__).parent / "peers" / f"run_{name}.py"
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
-    log = job / f"{name}.log"
+    log = FOLDER / "jobs" / f"{name}.log"
     with log.open("w", encoding="utf-8") as file:
-        subprocess.run([python, script, job, out], env=environment, stdout=file, stderr=file, check=False)
-    if out.exists():
-        return json.loads(out.read_text(encoding="utf-8")), ""
-    return None, _last_line(log.read_text(encoding="utf-8", errors="replace"))
+        done = subprocess.run([python, script, *jobs], env=environment, stdout=file, stderr=file, check=False)
+    return _last_line(log.read_text(encoding="utf-8", errors="replace")) if done.returncode else ""
 
 
 def python_of(name: str) -> Path:
@@ -227,16 +219,14 @@ def _installed(package: str) -> bool:
     return True
 
 
-def _as_json(columns: dict[str, Any]) -> dict[str, Any]:
-    def listed(results: dict[str, dict[str, list[Defect]]]) -> dict[str, Any]:
-        return {
-            template: {row: [defect._asdict() for defect in defects] for row, defects in found.items()}
-            for template, found in results.items()
-        }
+def _as_json(columns: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return {name: column | {"results": _as_dicts(column["results"])} for name, column in columns.items()}
 
+
+def _as_dicts(results: dict[str, dict[str, list[Defect]]]) -> dict[str, Any]:
     return {
-        name: column | ({"results": listed(column["results"])} if "results" in column else {})
-        for name, column in columns.items()
+        template: {row: [defect._asdict() for defect in defects] for row, defects in actual.items()}
+        for template, actual in results.items()
     }
 
 

@@ -34,22 +34,22 @@ def test_thirty_rows():
 
 def test_our_tokens_masks_and_parses_are_right(case):
     defects = conformance.check_ours(case.tokenizer, case.expected)
-    assert {row: found for row, found in defects.items() if found} == {}
+    assert {row: actual for row, actual in defects.items() if actual} == {}
 
 
 def test_expected_answers_end_with_the_end_token(case):
     end = case.tokenizer.convert_tokens_to_ids(END)
     for right in case.expected.values():
-        found = turns(right.sequences)
-        assert len(found) == len(right.turns)
-        assert all(turn.answer[-1] == end and end not in turn.answer[:-1] for turn in found)
+        actual = turns(right.sequences)
+        assert len(actual) == len(right.turns)
+        assert all(turn.answer[-1] == end and end not in turn.answer[:-1] for turn in actual)
 
 
 CONTEXT, ANSWER = [1, 2, 3], [10, 11, 12, 13]
 
 
 @pytest.mark.parametrize(
-    ("found", "kinds"),
+    ("actual", "kinds"),
     [
         ([Turn(CONTEXT, ANSWER)], []),
         ([], ["not trained"]),
@@ -61,8 +61,8 @@ CONTEXT, ANSWER = [1, 2, 3], [10, 11, 12, 13]
         ([Turn(CONTEXT, [10, 11, 99, 13])], ["other answer"]),
     ],
 )
-def test_compare_names_the_difference(found, kinds):
-    assert [defect.kind for defect in compare([Turn(CONTEXT, ANSWER)], found, str)] == kinds
+def test_compare_names_the_difference(actual, kinds):
+    assert [defect.kind for defect in compare([Turn(CONTEXT, ANSWER)], actual, str)] == kinds
 
 
 def test_compare_finds_changed_arguments():
@@ -81,12 +81,14 @@ def test_tables_show_defects_and_failed_installations():
     columns = {
         "good": {"version": "1", "results": {"t": {"a": [], "b": []}, "u": {"a": [], "b": []}}},
         "bad": {"version": "2", "results": {"t": {"a": [defect], "b": [defect]}, "u": {"a": [], "b": [defect]}}},
-        "absent": {"version": "3", "error": "ERROR: no wheel"},
+        "partly": {"version": "3", "results": {"t": {"a": [], "b": []}}, "error": "ERROR: killed"},
+        "absent": {"version": "4", "results": {}, "error": "ERROR: no wheel"},
     }
     lines = table.render(columns, ["a", "b"], ["t", "u"]).splitlines()
     assert "| good | 1 | 0 of 2 rows with defects | 0 of 2 rows with defects |" in lines
     assert "| bad | 2 | 2 of 2 rows with defects | 1 of 2 rows with defects |" in lines
-    assert "| absent | 3 | not run: ERROR: no wheel |  |" in lines
-    assert "| a | ✓ | also trained / ✓ |" in lines
-    assert "| b | ✓ | also trained |" in lines
+    assert "| partly | 3 | 0 of 2 rows with defects | not run: ERROR: killed |" in lines
+    assert "| absent | 4 | not run: ERROR: no wheel | not run: ERROR: no wheel |" in lines
+    assert "| a | ✓ | also trained / ✓ | ✓ / not run |" in lines
+    assert "| b | ✓ | also trained | ✓ / not run |" in lines
     assert "| t | also trained |  | `\\|⏎` | a, b |" in lines

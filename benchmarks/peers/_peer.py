@@ -22,15 +22,16 @@ Prepare = Callable[[Sequence[dict[str, Any]], Path, bool], list[Tokens]]
 
 
 def main(packages: Sequence[str], prepare: Prepare) -> None:
-    """Writes the versions of packages and the sequences of each row to the file that the command line names."""
-    job, out = Path(sys.argv[1]), Path(sys.argv[2])
-    rows = json.loads((job / "rows.json").read_text(encoding="utf-8"))
-    answer: dict[str, Any] = {}
-    for last_turn_only in (False, True):
-        chosen = [row for row in rows if row["last_turn_only"] == last_turn_only]
-        answer |= _prepare_all(chosen, job, last_turn_only, prepare)
-    result = {"versions": {package: version(package) for package in packages}, "rows": answer}
-    out.write_text(json.dumps(result), encoding="utf-8")
+    """Writes the versions of packages and the sequences of each row into the folder of each job of the command line."""
+    name = Path(sys.argv[0]).stem.removeprefix("run_")
+    for job in map(Path, sys.argv[1:]):
+        rows = json.loads((job / "rows.json").read_text(encoding="utf-8"))
+        answer: dict[str, Any] = {}
+        for last_turn_only in (False, True):
+            chosen = [row for row in rows if row["last_turn_only"] == last_turn_only]
+            answer |= _prepare_all(chosen, job, last_turn_only, prepare)
+        result = {"versions": {package: version(package) for package in packages}, "rows": answer}
+        (job / f"{name}.json").write_text(json.dumps(result), encoding="utf-8")
 
 
 def _prepare_all(rows: list[dict[str, Any]], job: Path, last_turn_only: bool, prepare: Prepare) -> dict[str, Any]:
@@ -43,7 +44,9 @@ def _prepare_all(rows: list[dict[str, Any]], job: Path, last_turn_only: bool, pr
     sequences, error = _attempt(rest, job, last_turn_only, prepare) if rest else ([], "")
     if error:  # only together: the rows are as they are alone, and the error is reported with the first
         print(f"the rows cannot be prepared together: {error}", file=sys.stderr)
-        return failed | {name: {"sequences": found, "together": error} for name, (found, fails) in alone.items() if not fails}
+        return failed | {
+            name: {"sequences": actual, "together": error} for name, (actual, fails) in alone.items() if not fails
+        }
     return failed | _named(rest, sequences)
 
 

@@ -1,7 +1,7 @@
 """axolotl: the dataset type `chat_template` with the tokenizer's template and the defaults for what is trained.
 
-Its page on conversations asks for `messages` and `tools`, and for arguments as JSON text where they differ between rows.
-A turn that is not trained has `train: false`, the field that `message_field_training` names.
+Its page on conversations asks for `messages` and `tools`, and for arguments as JSON text where they differ between
+rows. A turn that is not trained has `train: false`, the field that `message_field_training` names.
 """
 
 import hashlib

@@ -1,6 +1,6 @@
 """NeMo AutoModel: `ChatDataset`, which reads OpenAI's messages and tools, with its defaults.
 
-If only the last turn is trained, `mask_history` is set. Its labels are those of the next token, so they are shifted back.
+If only the last turn is trained, `mask_history` is set. Its labels are those of the next token; they are shifted back.
 """
 
 import hashlib
