@@ -12,7 +12,9 @@ Results = Mapping[str, Mapping[str, Sequence[Defect]]]
 def render(columns: Mapping[str, Mapping[str, Any]], rows: Sequence[str], templates: Sequence[str]) -> str:
     """Returns the tables. A column is a tool: its `version`, its `results`, and an `error` if some are missing."""
     parts = [_summary(columns, rows, templates), _matrix(columns, rows, templates)]
-    return "\n".join(parts + [_details(name, column["results"]) for name, column in columns.items() if column["results"]])
+    return "\n".join(
+        parts + [_details(name, column["results"]) for name, column in columns.items() if column["results"]]
+    )
 
 
 def _summary(columns: Mapping[str, Mapping[str, Any]], rows: Sequence[str], templates: Sequence[str]) -> str:

@@ -1,7 +1,7 @@
 """The conformance benchmark: our own column has no defects, and the comparison and its tables show those of others."""
 
+import json
 import sys
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -12,37 +12,39 @@ sys.path.append(str(ROOT / "benchmarks"))  # its modules import each other as sc
 import _conformance_table as table
 import conformance
 from _conformance_compare import Defect, Turn, compare, turns
-from _conformance_expected import TEMPLATES, Expected, expect, save_tokenizer
+from _conformance_expected import TEMPLATES, Expected
 from _conformance_rows import END, ROWS
 
 
-@dataclass
-class Case:
-    tokenizer: Any
-    expected: dict[str, Expected]
-
-
-@pytest.fixture(scope="module", params=TEMPLATES)
-def case(request, tmp_path_factory):
-    tokenizer = save_tokenizer(request.param, tmp_path_factory.mktemp(request.param))
-    return Case(tokenizer, {row.name: expect(row, tokenizer) for row in ROWS})
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> dict[str, tuple[Any, dict[str, Expected]]]:
+    """The tokenizer of each template, and what is expected of each row."""
+    folder = tmp_path_factory.mktemp("jobs")
+    return {template: conformance.write_job(template, folder / template) for template in TEMPLATES}
 
 
 def test_thirty_rows():
     assert len({row.name for row in ROWS}) == len(ROWS) == 30
 
 
-def test_our_tokens_masks_and_parses_are_right(case):
-    defects = conformance.check_ours(case.tokenizer, case.expected)
-    assert {row: actual for row, actual in defects.items() if actual} == {}
+def test_our_tokens_masks_and_parses_are_right(written, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(conformance, "write_job", lambda template, _: written[template])
+    monkeypatch.setattr(sys, "argv", ["conformance.py", "--peers", "", "--out", str(tmp_path)])
+    conformance.main()
+    results = json.loads((tmp_path / "conformance.json").read_text(encoding="utf-8"))["xlam_jax"]["results"]
+    defects = [defect for rows in results.values() for actual in rows.values() for defect in actual]
+    assert defects == []
+    assert [len(rows) for rows in results.values()] == [30, 30]
+    assert "| xlam_jax | this tree | 0 of 30 rows with defects | 0 of 30 rows with defects |" in capsys.readouterr().out
 
 
-def test_expected_answers_end_with_the_end_token(case):
-    end = case.tokenizer.convert_tokens_to_ids(END)
-    for right in case.expected.values():
-        actual = turns(right.sequences)
-        assert len(actual) == len(right.turns)
-        assert all(turn.answer[-1] == end and end not in turn.answer[:-1] for turn in actual)
+def test_expected_answers_end_with_the_end_token(written):
+    for tokenizer, expected in written.values():
+        end = tokenizer.convert_tokens_to_ids(END)
+        for right in expected.values():
+            trained = turns(right.sequences)
+            assert len(trained) == len(right.turns)
+            assert all(turn.answer[-1] == end and end not in turn.answer[:-1] for turn in trained)
 
 
 CONTEXT, ANSWER = [1, 2, 3], [10, 11, 12, 13]
