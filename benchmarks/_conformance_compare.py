@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 _SHOWN = 48
 """Longest excerpt of tokens in a table, in characters."""
+PAST_END = "trained past the end"
+"""The kind of defect of tokens after the end token, where a server has stopped: the least harmful one."""
 _CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
 
 Ids = list[int]
@@ -81,9 +83,10 @@ def _differences(expected: Turn, actual: Turn, number: int, decode: Decode) -> l
     context = actual.context
     if (at := _place(expected.answer, actual.answer)) is not None:
         context = context + actual.answer[:at]
-        for extra in (actual.answer[:at], actual.answer[at + len(expected.answer) :]):
+        after = actual.answer[at + len(expected.answer) :]
+        for kind, extra in (("also trained", actual.answer[:at]), (PAST_END, after)):
             if extra:
-                defects.append(_defect("also trained", number, [], extra, decode))
+                defects.append(_defect(kind, number, [], extra, decode))
         wanted = expected.context
     elif (at := _place(actual.answer, expected.answer)) is not None:
         for missing in (expected.answer[:at], expected.answer[at + len(actual.answer) :]):
@@ -125,7 +128,10 @@ def _first_difference(kind: str, number: int, expected: Ids, actual: Ids, decode
 
 
 def _defect(kind: str, number: int, expected: Ids, actual: Ids, decode: Decode) -> Defect:
-    return Defect(kind, number, _excerpt(decode(expected)), _excerpt(decode(actual)), expected, actual)
+    texts = [_excerpt(decode(expected)), _excerpt(decode(actual))]
+    if texts[0] == texts[1]:  # other tokens of the same text
+        texts = [f"{ids[:3]} {text}" for ids, text in zip((expected, actual), texts, strict=True)]
+    return Defect(kind, number, *texts, expected, actual)
 
 
 def _excerpt(text: str) -> str:

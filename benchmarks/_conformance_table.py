@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from _conformance_compare import Defect
+from _conformance_compare import PAST_END, Defect
 
 Results = Mapping[str, Mapping[str, Sequence[Defect]]]
 """Template → row → defects."""
@@ -28,7 +28,10 @@ def _summary(columns: Mapping[str, Mapping[str, Any]], rows: Sequence[str], temp
 def _count(column: Mapping[str, Any], template: str, rows: Sequence[str]) -> str:
     if template not in column["results"]:
         return f"not run: {_cell(column['error'])}"
-    return f"{sum(bool(column['results'][template][row]) for row in rows)} of {len(rows)} rows with defects"
+    kinds = [{defect.kind for defect in column["results"][template][row]} for row in rows]
+    harmless = sum(row_kinds == {PAST_END} for row_kinds in kinds)
+    note = f", {harmless} of them only trained past the end" if harmless else ""
+    return f"{sum(map(bool, kinds))} of {len(rows)} rows with defects{note}"
 
 
 def _matrix(columns: Mapping[str, Mapping[str, Any]], rows: Sequence[str], templates: Sequence[str]) -> str:

@@ -148,7 +148,8 @@ def _attempt_ours(row: Row, tokenizer: Any) -> dict[str, Any]:
 def check(right: Expected, actual: dict[str, Any], tokenizer: Any) -> list[Defect]:
     """Returns the defects of a row; `actual` has its `sequences` or the `error` that was raised."""
     if "error" in actual:
-        return [Defect("raises", 0, "", actual["error"])]
+        kind = "unsupported" if actual["error"].startswith("Unsupported") else "raises"
+        return [Defect(kind, 0, "", actual["error"])]
     return compare(turns(right.sequences), turns(actual["sequences"]), tokenizer.decode)
 
 

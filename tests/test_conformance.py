@@ -57,7 +57,7 @@ CONTEXT, ANSWER = [1, 2, 3], [10, 11, 12, 13]
         ([], ["not trained"]),
         ([Turn(CONTEXT, ANSWER[:-1])], ["not trained"]),
         ([Turn(CONTEXT[:-1], [3, *ANSWER])], ["also trained"]),
-        ([Turn(CONTEXT, [*ANSWER, 14])], ["also trained"]),
+        ([Turn(CONTEXT, [*ANSWER, 14])], ["trained past the end"]),
         ([Turn(CONTEXT, ANSWER), Turn([1], [2])], ["also trained"]),
         ([Turn([1, 2, 4], ANSWER)], ["other prompt"]),
         ([Turn(CONTEXT, [10, 11, 99, 13])], ["other answer"]),

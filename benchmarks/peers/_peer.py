@@ -17,6 +17,12 @@ IGNORED = -100
 """The label of tokens that PyTorch's loss ignores."""
 Tokens = tuple[list[int], list[bool]]
 """Token ids, and whether each is trained."""
+
+
+class Unsupported(Exception):  # noqa: N818 - it is no error of the peer
+    """The peer has no way to do what a row asks for."""
+
+
 Prepare = Callable[[Sequence[dict[str, Any]], Path, bool], list[Tokens]]
 """Takes rows, the job's folder and whether only the last turn is trained; returns one sequence per row, in order."""
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from _peer import Tokens, main, write_lines
+from _peer import Tokens, Unsupported, main, write_lines
 from datasets import load_dataset
 from maxtext.input_pipeline import hf_data_processing
 from transformers import AutoTokenizer
@@ -23,7 +23,7 @@ LENGTH = 2048
 def prepare(rows: Sequence[dict[str, Any]], job: Path, last_turn_only: bool) -> list[Tokens]:
     """Returns the sequences of the pipeline's batches of one row."""
     if last_turn_only:
-        raise NotImplementedError("no option to train only the last turn")
+        raise Unsupported("no option to train only the last turn")
     name = hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
     path = write_lines([{"messages": row["messages"]} for row in rows], job / f"maxtext-{name}.jsonl")
     dataset = load_dataset("json", data_files=str(path), split="train", cache_dir=str(job / "cache"))
