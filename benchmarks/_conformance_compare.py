@@ -94,9 +94,13 @@ def _differences(expected: Turn, actual: Turn, number: int, decode: Decode) -> l
                 defects.append(_defect("not trained", number, missing, [], decode))
         wanted = expected.context + expected.answer[:at]
     else:
-        before = _calls(decode(expected.answer))
-        kind = "arguments changed" if before and before != _calls(decode(actual.answer)) else "other answer"
-        defects.append(_first_difference(kind, number, expected.answer, actual.answer, decode))
+        before, after = (_CALL.findall(decode(turn.answer)) for turn in (expected, actual))
+        changed = next((pair for pair in zip(before, after, strict=False) if _value(pair[0]) != _value(pair[1])), None)
+        if changed:
+            texts = [_excerpt(text[text.find('"arguments"') :]) for text in changed]
+            defects.append(Defect("arguments changed", number, *texts, expected.answer, actual.answer))
+        else:
+            defects.append(_first_difference("other answer", number, expected.answer, actual.answer, decode))
         wanted = expected.context
         if expected.context[: len(context)] == context or context[: len(wanted)] == wanted:
             return defects  # the answer begins earlier or later, which is said already
@@ -110,15 +114,12 @@ def _place(part: Ids, whole: Ids) -> int | None:
     return next((at for at in range(len(whole) - len(part) + 1) if whole[at : at + len(part)] == part), None)
 
 
-def _calls(text: str) -> list[Any]:
-    """Returns the calls in a text as JSON values, or as text where they are not JSON."""
-    calls: list[Any] = []
-    for match in _CALL.findall(text):
-        try:
-            calls.append(json.loads(match))
-        except ValueError:
-            calls.append(match)
-    return calls
+def _value(call: str) -> Any:
+    """Returns a call as a JSON value, or as text if it is not JSON."""
+    try:
+        return json.loads(call)
+    except ValueError:
+        return call
 
 
 def _first_difference(kind: str, number: int, expected: Ids, actual: Ids, decode: Decode) -> Defect:

@@ -12,9 +12,8 @@ Results = Mapping[str, Mapping[str, Sequence[Defect]]]
 def render(columns: Mapping[str, Mapping[str, Any]], rows: Sequence[str], templates: Sequence[str]) -> str:
     """Returns the tables. A column is a tool: its `version`, its `results`, and an `error` if some are missing."""
     parts = [_summary(columns, rows, templates), _matrix(columns, rows, templates)]
-    return "\n".join(
-        parts + [_details(name, column["results"]) for name, column in columns.items() if column["results"]]
-    )
+    parts += [_details(name, column["results"], rows) for name, column in columns.items() if column["results"]]
+    return "\n".join(parts)
 
 
 def _summary(columns: Mapping[str, Mapping[str, Any]], rows: Sequence[str], templates: Sequence[str]) -> str:
@@ -37,10 +36,10 @@ def _count(column: Mapping[str, Any], template: str, rows: Sequence[str]) -> str
 def _matrix(columns: Mapping[str, Mapping[str, Any]], rows: Sequence[str], templates: Sequence[str]) -> str:
     """The kinds of defects of each row; `✓` for none. The templates are separated by a slash where they differ."""
     run = {name: column["results"] for name, column in columns.items() if column["results"]}
-    lines = ["| row | " + " | ".join(run) + " |", "|---" * (1 + len(run)) + "|"]
-    for row in rows:
+    lines = ["| | row | " + " | ".join(run) + " |", "|---" * (2 + len(run)) + "|"]
+    for number, row in enumerate(rows, start=1):
         cells = [" / ".join(_kinds(results, row, templates)) for results in run.values()]
-        lines.append(f"| {row} | " + " | ".join(cells) + " |")
+        lines.append(f"| {number} | {row} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -55,20 +54,31 @@ def _kinds(results: Results, row: str, templates: Sequence[str]) -> list[str]:
     return kinds[:1] if len(set(kinds)) == 1 else kinds
 
 
-def _details(name: str, results: Results) -> str:
+def _details(name: str, results: Results, rows: Sequence[str]) -> str:
     """The defects of a tool; equal ones of several rows are one line."""
-    grouped: dict[tuple[str, str, str, str], dict[str, None]] = {}
+    grouped: dict[tuple[str, str, str, str], dict[int, None]] = {}
     for template, actual in results.items():
         for row, defects in actual.items():
             for defect in defects:
                 key = (template, defect.kind, defect.expected, defect.actual)
-                grouped.setdefault(key, {})[row] = None
+                grouped.setdefault(key, {})[rows.index(row) + 1] = None
     if not grouped:
         return f"### {name}\n\nNo defects.\n"
     lines = [f"### {name}", "", "| template | defect | expected | actual | rows |", "|---|---|---|---|---|"]
-    for (template, kind, right, wrong), rows in grouped.items():
-        lines.append(f"| {template} | {kind} | {_code(right)} | {_code(wrong)} | {', '.join(rows)} |")
+    for (template, kind, right, wrong), numbers in grouped.items():
+        lines.append(f"| {template} | {kind} | {_code(right)} | {_code(wrong)} | {_ranges(sorted(numbers))} |")
     return "\n".join(lines) + "\n"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Writes ascending numbers, with a dash for three and more that follow each other."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
 
 
 def _code(text: str) -> str:

@@ -37,7 +37,8 @@ class Peer(NamedTuple):
     package: str
     version: str
     python: str = "3.11"
-    torch: bool = True
+    torch: tuple[str, ...] = (TORCH,)
+    """Packages of PyTorch, without their dependencies."""
     alone: bool = False
     """Whether the package is installed without its dependencies, for which `needs` are installed."""
     needs: tuple[str, ...] = ()
@@ -45,12 +46,12 @@ class Peer(NamedTuple):
 
 PEERS = {
     "trl": Peer("trl", "1.16.0"),
-    "llamafactory": Peer("llamafactory", "0.9.5"),
+    "llamafactory": Peer("llamafactory", "0.9.5", torch=(TORCH, "torchaudio")),
     "axolotl": Peer("axolotl", "0.19.0"),
     "nemo": Peer("nemo-automodel", "0.7.0"),
     # its extras are for TPUs and GPUs
     "maxtext": Peer(
-        "maxtext", "0.2.5", python="3.12", torch=False, alone=True,
+        "maxtext", "0.2.5", python="3.12", torch=(), alone=True,
         needs=(
             "jax==0.11.1", "flax", "grain", "datasets", "transformers>=5.17", "ml_collections", "tiktoken",
             "sentencepiece", "pillow", "orbax-checkpoint", "omegaconf", "pydantic", "jinja2", "google-cloud-storage",
@@ -194,7 +195,7 @@ def install(name: str) -> str:
     if not python.exists():
         steps.append([str(uv), "venv", "--quiet", "--python", peer.python, str(FOLDER / name)])
     if peer.torch:
-        steps.append([*target, "--no-deps", *index, TORCH])
+        steps.append([*target, "--no-deps", *index, *peer.torch])
     needs = [*peer.needs] if peer.alone else [requirement]
     steps.append([*target, "--override", overrides, *needs])
     if peer.alone:

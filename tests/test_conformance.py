@@ -91,6 +91,6 @@ def test_tables_show_defects_and_failed_installations():
     assert "| bad | 2 | 2 of 2 rows with defects | 1 of 2 rows with defects |" in lines
     assert "| partly | 3 | 0 of 2 rows with defects | not run: ERROR: killed |" in lines
     assert "| absent | 4 | not run: ERROR: no wheel | not run: ERROR: no wheel |" in lines
-    assert "| a | ✓ | also trained / ✓ | ✓ / not run |" in lines
-    assert "| b | ✓ | also trained | ✓ / not run |" in lines
-    assert "| t | also trained |  | `\\|⏎` | a, b |" in lines
+    assert "| 1 | a | ✓ | also trained / ✓ | ✓ / not run |" in lines
+    assert "| 2 | b | ✓ | also trained | ✓ / not run |" in lines
+    assert "| t | also trained |  | `\\|⏎` | 1, 2 |" in lines
