@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 _SHOWN = 48
 """Longest excerpt of tokens in a table, in characters."""
 PAST_END = "trained past the end"
-"""The kind of defect of tokens after the end token, where a server has stopped: the least harmful one."""
+"""The kind of defect of tokens after the end token, where a server has stopped; it does little harm."""
 _CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
 
 Ids = list[int]

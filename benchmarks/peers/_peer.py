@@ -19,7 +19,7 @@ Tokens = tuple[list[int], list[bool]]
 """Token ids, and whether each is trained."""
 
 
-class Unsupported(Exception):  # noqa: N818 - it is no error of the peer
+class Unsupported(Exception):  # noqa: N818 - the peer makes no error
     """The peer has no way to do what a row asks for."""
 
 
