@@ -99,7 +99,7 @@ def _differences(expected: Turn, actual: Turn, number: int, decode: Decode) -> l
         changed = next((pair for pair in zip(before, after, strict=False) if _value(pair[0]) != _value(pair[1])), None)
         if changed:
             texts = [_excerpt(text[text.find('"arguments"') :]) for text in changed]
-            defects.append(Defect("arguments changed", number, *texts, expected.answer, actual.answer))
+            defects.append(Defect("arguments changed", number, texts[0], texts[1], expected.answer, actual.answer))
         else:
             defects.append(_first_difference("other answer", number, expected.answer, actual.answer, decode))
         wanted = expected.context
@@ -133,7 +133,7 @@ def _defect(kind: str, number: int, expected: Ids, actual: Ids, decode: Decode) 
     texts = [_excerpt(decode(expected)), _excerpt(decode(actual))]
     if texts[0] == texts[1]:  # other tokens of the same text
         texts = [f"{ids[:3]} {text}" for ids, text in zip((expected, actual), texts, strict=True)]
-    return Defect(kind, number, *texts, expected, actual)
+    return Defect(kind, number, texts[0], texts[1], expected, actual)
 
 
 def _excerpt(text: str) -> str:

@@ -3,6 +3,7 @@
 Its page on conversations asks for `messages` and `tools`, and for arguments as JSON text where they differ between
 rows. A turn that is not trained has `train: false`, the field that `message_field_training` names.
 """
+# pyright: reportMissingImports=false
 
 import hashlib
 from collections.abc import Sequence

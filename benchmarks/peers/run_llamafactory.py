@@ -6,6 +6,7 @@ A thought in front of calls is spelled with `<tool_call>` marks, which its forma
 with the marks between them, as its converter for OpenAI's format writes them: the page names no other way. If only the
 last turn is trained, `mask_history` is set.
 """
+# pyright: reportMissingImports=false
 
 import hashlib
 import json

@@ -3,6 +3,7 @@
 Its pipeline takes the roles system, user and assistant; it has no column for tools. It has no option to train only the
 last turn of a conversation.
 """
+# pyright: reportMissingImports=false
 
 import hashlib
 from collections.abc import Sequence

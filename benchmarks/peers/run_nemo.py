@@ -2,6 +2,7 @@
 
 If only the last turn is trained, `mask_history` is set. Its labels are those of the next token; they are shifted back.
 """
+# pyright: reportMissingImports=false
 
 import hashlib
 from collections.abc import Sequence

@@ -4,6 +4,7 @@ The rows are in the form of its page on dataset formats: `messages` and `tools` 
 `load_dataset("json")`. If only the last turn is trained, they are `prompt` and `completion`, of which SFTTrainer trains
 the completion. SFTTrainer chooses its own training variant of a template that it knows.
 """
+# pyright: reportMissingImports=false, reportPrivateImportUsage=false
 
 import hashlib
 from collections.abc import Sequence
@@ -34,7 +35,8 @@ def prepare(rows: Sequence[dict[str, Any]], job: Path, last_turn_only: bool) -> 
         use_cpu=True, bf16=False,
     )  # fmt: skip
     trainer = SFTTrainer(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer)
-    return [from_labels(row["input_ids"], row["labels"]) for row in trainer.train_dataset]
+    rows: Any = trainer.train_dataset
+    return [from_labels(row["input_ids"], row["labels"]) for row in rows]
 
 
 def _split(row: dict[str, Any]) -> dict[str, Any]:
