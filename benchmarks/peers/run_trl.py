@@ -35,8 +35,8 @@ def prepare(rows: Sequence[dict[str, Any]], job: Path, last_turn_only: bool) -> 
         use_cpu=True, bf16=False,
     )  # fmt: skip
     trainer = SFTTrainer(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer)
-    rows: Any = trainer.train_dataset
-    return [from_labels(row["input_ids"], row["labels"]) for row in rows]
+    prepared: Any = trainer.train_dataset
+    return [from_labels(row["input_ids"], row["labels"]) for row in prepared]
 
 
 def _split(row: dict[str, Any]) -> dict[str, Any]:
