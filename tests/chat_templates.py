@@ -31,6 +31,7 @@ class Template(NamedTuple):
     """Whether it can write text in front of calls."""
 
 
+@cache
 def published(name: str) -> str:
     """Returns a public template that the package trl contains."""
     package = find_spec("trl")  # not imported: that needs further packages

@@ -3,11 +3,10 @@
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from chat_templates import published
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +16,6 @@ from xlam_jax.data.render import Rendered, render_prompt, sequences
 from xlam_jax.data.tokenizer import load_tokenizer
 from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory, to_messages, without_reasoning
 
-TEMPLATES = Path(find_spec("trl").origin or "").parent / "chat_templates"  # pyright: ignore[reportOptionalMemberAccess]
 TOOL = {
     "type": "function",
     "function": {
@@ -62,7 +60,7 @@ def templated(quickstart):
     tokenizer.add_special_tokens({"extra_special_tokens": SPECIAL})
 
     def with_template(name: str):
-        tokenizer.chat_template = (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
+        tokenizer.chat_template = published(name)
         return tokenizer
 
     return with_template

@@ -7,14 +7,11 @@ import random
 from collections import Counter
 from dataclasses import replace
 from functools import cache
-from importlib.util import find_spec
 
 import pytest
 from wire_cases import Answer, Refused, Template, some_answer, templates
 
 from xlam_jax.data.wire import ANY, CompletionStream, Parsed, Tools, Wire
-
-pytestmark = pytest.mark.skipif(find_spec("trl") is None, reason="the templates are in the package trl")
 
 NAMES = [
     *("qwen2_5", "qwen3", "qwen3_instruct_2507", "qwen3_5_think", "qwen3_5_nothink", "qwen3_6", "qwen3_8"),

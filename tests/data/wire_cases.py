@@ -4,9 +4,9 @@ import json
 import random
 from collections.abc import Callable
 from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, NamedTuple
+
+from chat_templates import published
 
 from xlam_jax.data.trajectory import ToolCall
 from xlam_jax.data.wire import REASONINGS, Parsed, Wire, wire_format
@@ -218,14 +218,6 @@ class Refused(Exception):  # noqa: N818
     """A template refuses an answer."""
 
 
-@cache
-def _read_template(name: str) -> str:
-    spec = find_spec("trl")
-    assert spec is not None
-    assert spec.origin is not None
-    return (Path(spec.origin).parent / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
-
-
 def _messages(answer: Answer, reasoning_key: str) -> list[dict[str, Any]]:
     reasoning, content, calls = answer.expected
     message: dict[str, Any] = {"role": "assistant", "content": content}
@@ -250,7 +242,7 @@ def by_template(name: str, header: str, ends: tuple[str, ...], reasoning_key: st
             [text], _ = render_jinja_template(
                 [_messages(answer, reasoning_key)],
                 tools=tools,
-                chat_template=_read_template(name),
+                chat_template=published(name),
                 bos_token="<s>",
                 eos_token="</s>",
             )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from xlam_jax.data.wire import TOOL_CALLS
+from xlam_jax.data.wire import REASONINGS, TOOL_CALLS
 from xlam_jax.enums import SpanKind as Kind
 from xlam_jax.errors import UserError
 
@@ -27,7 +27,7 @@ CONTROL_TOKENS = (
     "[/TOOL_RESULTS]",
 )
 """Mistral's control tokens, since its v2 tokenizer."""
-THINK_TOKENS = ("[THINK]", "[/THINK]")
+THINK_TOKENS = (REASONINGS["mistral"].opening, REASONINGS["mistral"].closing)
 """Mistral's control tokens around reasoning, in the tokenizers of its reasoning models."""
 
 

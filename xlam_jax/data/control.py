@@ -8,8 +8,9 @@ special token spelled in a request becomes the token. A format cannot prevent ei
 import re
 from functools import lru_cache
 
-from xlam_jax.data.codec import CONTROL_TOKENS, THINK_TOKENS, Codec
+from xlam_jax.data.codec import CONTROL_TOKENS, Codec
 from xlam_jax.data.trajectory import Trajectory, turn_number
+from xlam_jax.data.wire import REASONINGS
 
 
 @lru_cache(maxsize=8)
@@ -17,7 +18,7 @@ def mark_pattern(codec: Codec, format: str) -> re.Pattern[str]:
     """Returns a pattern of the marks of a format with a tokenizer: its added tokens, and tags that are plain text."""
     marks = {token.content for token in codec.whole.get_added_tokens_decoder().values()}
     if format in ("xlam", "xlam_v1"):
-        marks |= {*CONTROL_TOKENS, *THINK_TOKENS} if codec.control_tokens else {*CONTROL_TOKENS, "<think>", "</think>"}
+        marks |= {*CONTROL_TOKENS, *(mark for row in REASONINGS.values() for mark in (row.opening, row.closing))}
     longest_first = sorted(filter(None, marks), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
