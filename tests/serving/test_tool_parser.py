@@ -299,6 +299,7 @@ def test_a_schema_that_xgrammar_refuses_is_refused_by_name():
 def test_tools_of_the_responses_api_that_are_not_functions():
     from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
     from vllm.exceptions import VLLMValidationError
+    from vllm.tool_parsers import utils
 
     from serving.tool_parser import XlamJaxToolParser
 
@@ -311,6 +312,10 @@ def test_tools_of_the_responses_api_that_are_not_functions():
         with pytest.raises(VLLMValidationError, match=words):
             XlamJaxToolParser(None, request.tools).adjust_request(request)
     custom = ResponsesRequest(input="x", tools=[{"type": "custom", "name": "shell"}], tool_choice="required")
+    if not hasattr(utils, "get_function_tools"):  # before vLLM 0.32
+        with pytest.raises(VLLMValidationError, match="tool of type 'custom'"):
+            XlamJaxToolParser(None, custom.tools).adjust_request(custom)
+        return
     XlamJaxToolParser(None, custom.tools).adjust_request(custom)
     [choice] = custom.structured_outputs.json["items"]["anyOf"]
     assert choice["properties"]["name"]["enum"] == ["shell"]

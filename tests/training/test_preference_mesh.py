@@ -99,7 +99,7 @@ if __name__ == "__main__":
     ("kind", "layouts"),
     [
         # the loss that depends on all pairs of a batch, on all axes
-        ("kto_pair", ["alone", "data-fsdp-tensor", "context-expert-fsdp"]),
+        pytest.param("kto_pair", ["alone", "data-fsdp-tensor", "context-expert-fsdp"], marks=pytest.mark.slow),
         *(
             pytest.param(
                 kind,
