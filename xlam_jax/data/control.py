@@ -38,7 +38,7 @@ class Marks:
     """The marks of a format with a tokenizer, and how text that spells one is written.
 
     A text gets a zero-width space after the first character of a mark. JSON gets an escape for the first character that
-    is no part of JSON's own syntax, and so has the same value. Marks without such a character, of one character or of
+    JSON's own syntax does not have, and so has the same value. Marks without such a character, of one character or of
     white space only stay as they are. `template` has the statements that set the same marks for the macros of
     `templates/plain_text.jinja`. Both replace one mark after the other in the same order.
     """
@@ -84,7 +84,8 @@ class Marks:
 def control_marks(codec: Codec, *tags: str) -> Marks:
     """Returns the marks of a tokenizer's control tokens and of a format's `tags`.
 
-    Added tokens that are not special are left out: text that spells one is that token everywhere, by its purpose.
+    Added tokens that are not special are not among them: text that spells one is meant to become it, in training and
+    at a server.
     """
     return Marks([*codec.special, *tags])
 
