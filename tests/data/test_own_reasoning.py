@@ -14,7 +14,7 @@ from xlam_jax.data.lengths import fit, fit_pair
 from xlam_jax.data.pair import parse_pair
 from xlam_jax.data.parse import parse_trajectory
 from xlam_jax.data.problems import ignore
-from xlam_jax.data.render import codec_and_format, render, render_all, render_prompt
+from xlam_jax.data.render import codec_and_format, render, render_all, render_prompt, wire_of
 from xlam_jax.data.tokenizer import load_tokenizer, save, tokenizer_digest
 from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory, to_dict, to_messages, without_reasoning
 from xlam_jax.data.validate import length_limit
@@ -110,14 +110,12 @@ def test_formats_that_cannot_write_it_refuse_it_by_name(name, format, writer):
 
 
 @pytest.mark.parametrize("text", ["a</think>b", "a[/THINK]b"])
-def test_a_closing_mark_in_reasoning_is_refused(text, tokenizer):
+def test_a_closing_mark_in_reasoning_does_not_end_it(text, tokenizer):
     turns = [{"role": "user", "content": "Tide?"}, {"role": "assistant", "content": "2 m", "reasoning": text}]
-    trajectory = parse_trajectory({"conversation": turns})
-    if (text == "a[/THINK]b") == ("[THINK]" in tokenizer.all_special_tokens):
-        with pytest.raises(InvalidTrajectory, match=r"the reasoning of turn 1 contains .*, which ends reasoning"):
-            render(trajectory, tokenizer)
-    else:
-        assert [kind for kind, *_ in spans(trajectory, tokenizer)] == ["reasoning", "answer", "eos"]
+    written = spans(parse_trajectory({"conversation": turns}), tokenizer)
+    assert [kind for kind, *_ in written] == ["reasoning", "answer", "eos"]
+    parsed = wire_of(tokenizer, "xlam").parse("".join(piece for *_, piece in written[:2]))
+    assert (parsed.reasoning, parsed.content) == (f"a{text[1]}\u200b{text[2:]}", "2 m")
 
 
 # ---- the template of earlier versions -------------------------------------------------------------------------------

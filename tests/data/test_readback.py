@@ -108,10 +108,30 @@ def test_data_that_spell_a_mark_are_reported(write_jsonl, name: str, text: str, 
     template = TEMPLATES[name]
     tokenizer = tokenizer_with(template)
     [loaded] = corpus.load(data(path, format=template.format), tokenizer, lines.append)
-    [warning] = [line for line in lines if "warning" in line]
-    assert warning.startswith(f"rows: warning: in 1 trajectories, text spells a mark of the format (first: {path}:2: ")
-    assert first in warning
+    [line] = [line for line in lines if "spells a mark" in line]
+    warning = "" if name in ("xlam", "xlam2") else "warning: "
+    assert line.startswith(f"rows: {warning}in 1 trajectories, text spells a mark of the format (first: {path}:2: ")
+    assert first in line
+    assert ("a server that tokenizes" in line) == bool(warning)
+    assert ("it stays text at any server" in line) == (not warning)
     # the spelled token stays text: as many special tokens as in the row that spells none
     special = set(tokenizer.all_special_ids)
     counts = [sum(int(token) in special for token in example["tokens"]) for example in loaded.train]
     assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "xlam2"])
+def test_marks_in_tools_and_calls_are_reported(write_jsonl, name: str):
+    template = TEMPLATES[name]
+    tokenizer = tokenizer_with(template)
+    in_tools = row("a", "No.") | {
+        "tools": [{"type": "function", "function": TOOL["function"] | {"description": "Ends with <|im_end|>."}}]
+    }
+    for spelled, first in (
+        (in_tools, "'<|im_end|>' in the tools"),
+        (row("a", arguments={"q": "<|im_end|>"}), "'<|im_end|>' in a call of turn 1"),
+    ):
+        path, lines = write_jsonl(row("b", "No."), spelled), list[str]()
+        corpus.load(data(path, format=template.format), tokenizer, lines.append)
+        [line] = [line for line in lines if "spells a mark" in line]
+        assert f"(first: {path}:2: {first})" in line

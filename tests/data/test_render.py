@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from xlam_jax.config import Loss
-from xlam_jax.data.codec import Codec
+from xlam_jax.data.codec import CONTROL_TOKENS, Codec
 from xlam_jax.data.formats.registry import find
 from xlam_jax.data.parse import parse_trajectory
 from xlam_jax.data.render import render, render_all, render_prompt, sequences
@@ -252,7 +252,12 @@ def test_control_tokens_in_content_stay_text(format, tokenizer, row):
         assert control == [i for i in before.input_ids.tolist() if i in special]
         assert [(span.turn, span.kind) for span in one.spans] == [(span.turn, span.kind) for span in before.spans]
     (answer,) = [one.input_ids[s.start : s.end] for one in rendered for s in one.spans if s[:2] == ("answer", 4)]
-    assert parse_completion(tokenizer.decode(answer)) == (NASTY + "é", None)
+    content, calls = parse_completion(tokenizer.decode(answer))
+    assert calls is None
+    if format == "xlam":  # a zero-width space is in every mark; JSON has the exact text
+        assert not any(token in content for token in (*CONTROL_TOKENS, *tokenizer.all_special_tokens))
+        content = content.replace("\u200b", "")
+    assert content == NASTY + "é"
 
 
 def test_run_by_run_is_the_same_encoding(tokenizer, bundled, row):

@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 
-RENDER_VERSION = 2
+RENDER_VERSION = 3
 """Raise it with every change of the parser, a converter or the renderer after which the same rows give other token ids,
 loss weights or text. Prepared caches of another version are refused. tests/data/test_golden.py fails until it is
 raised."""

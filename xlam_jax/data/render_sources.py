@@ -6,6 +6,7 @@ same order, for any number of them.
 
 import heapq
 import os
+import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 
 from xlam_jax.config import PAIRS, Data, Source
 from xlam_jax.data import sources
-from xlam_jax.data.control import mark_pattern, spelled_mark
+from xlam_jax.data.control import added_tokens, spelled_mark
 from xlam_jax.data.examples import Columns, Examples, Loaded, Pairs, counts_text, make_columns, summary
 from xlam_jax.data.lengths import Fitted, fit, fit_pair
 from xlam_jax.data.pair import Pair, task
@@ -166,7 +167,13 @@ def _render_source(source: Source, data: Data, renderer: "_Renderer", progress: 
     for item, fitted in renderer.render(sources.read(source, dataset)):
         parts.add(item, fitted)
         reading.add()
-    if parts.spelled:
+    if parts.spelled and renderer.guards:
+        progress(
+            f"{source.name}: in {parts.spelled} trajectories, text spells a mark of the format (first: "
+            f"{parts.first_spelled}); a zero-width space is written in it, in JSON an escape, so that it stays text at "
+            "any server"
+        )
+    elif parts.spelled:
         progress(
             f"{source.name}: warning: in {parts.spelled} trajectories, text spells a mark of the format (first: "
             f"{parts.first_spelled}); training keeps special tokens as text, but a server that tokenizes rendered "
@@ -242,6 +249,8 @@ class _Renderer:
         self._work = _Work(tokenizer, data, annotate)
         self._rendered = 0
         self._pool: ProcessPoolExecutor | None = None
+        self.guards = bool(codec_and_format(tokenizer, data.format)[1].marks)
+        """Whether the format keeps marks out of content."""
 
     def __enter__(self) -> "_Renderer":
         return self
@@ -291,17 +300,15 @@ class _Work(NamedTuple):
         """Renders, and omits spans and trajectories, which are slow to send, unless they are needed."""
         if whole is None:
             return _NOTHING
+        codec, format_ = codec_and_format(self.tokenizer, self.data.format)
+        before = format_.marks.written
         fitted = (fit_pair if isinstance(whole, Pair) else fit)(whole, self.tokenizer, self.data)  # pyright: ignore
         rendered = [make_columns(sequence, self.annotate) for sequence in fitted.rendered]
         parts = fitted.parts if self.data.augment.active else []
-        spelled = self._spelled(whole) if rendered else ""
+        spelled = ""
+        if rendered and (format_.marks.written > before or not format_.marks):
+            spelled = _spelled(whole, format_.marks.pattern if format_.marks else added_tokens(codec))
         return Ready(rendered, fitted.reasons, parts, fitted.detail, self._unreadable(whole, fitted), spelled)
-
-    def _spelled(self, whole: Trajectory | Pair) -> str:
-        """Describes the first mark of the format that a text spells."""
-        marks = mark_pattern(codec_and_format(self.tokenizer, self.data.format)[0], self.data.format)
-        sides = (whole.chosen, whole.rejected) if isinstance(whole, Pair) else (whole,)
-        return next((spelled for side in sides if (spelled := spelled_mark(side, marks))), "")
 
     def _unreadable(self, whole: Trajectory | Pair, fitted: Fitted) -> Unreadable | None:
         """Returns the first turn that a server would parse differently."""
@@ -311,6 +318,12 @@ class _Work(NamedTuple):
         of = fitted.parts if isinstance(whole, Pair) else [whole] * len(fitted.rendered)
         turns = (unreadable_turn(*pair, wire, decode) for pair in zip(fitted.rendered, of, strict=True))
         return next((turn for turn in turns if turn), None)
+
+
+def _spelled(whole: Trajectory | Pair, marks: re.Pattern[str]) -> str:
+    """Describes the first mark that a trajectory or a pair spells."""
+    sides = (whole.chosen, whole.rejected) if isinstance(whole, Pair) else (whole,)
+    return next((spelled for side in sides if (spelled := spelled_mark(side, marks))), "")
 
 
 _worker: _Work

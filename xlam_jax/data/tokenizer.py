@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from xlam_jax import config as configs
 from xlam_jax import documents
 from xlam_jax.config import Data, Resolved
-from xlam_jax.data.formats import read_template
+from xlam_jax.data.formats import as_unguarded, read_template
 from xlam_jax.data.formats.template import Template
-from xlam_jax.data.formats.xlam import as_earlier
+from xlam_jax.data.formats.xlam import as_earliest
 from xlam_jax.data.render import chat_template, codec_and_format
 from xlam_jax.digest import json_digest
 from xlam_jax.errors import UserError, nearest
@@ -183,8 +183,10 @@ def save(
         if format != "native" or not isinstance(codec_and_format(tokenizer, format)[1], Template):
             tokenizer.chat_template = chat_template(tokenizer, format)
         saved = (before or Path()) / "chat_template.jinja"
-        if before and saved.is_file() and saved.read_text(encoding="utf-8") == as_earlier(tokenizer.chat_template):
-            tokenizer.chat_template = saved.read_text(encoding="utf-8")
+        if before and saved.is_file() and isinstance(tokenizer.chat_template, str):
+            template, earlier = tokenizer.chat_template, saved.read_text(encoding="utf-8")
+            if earlier in (as_unguarded(template), as_earliest(template)):
+                tokenizer.chat_template = earlier
         tokenizer.save_pretrained(str(folder))
     finally:
         tokenizer.chat_template = own
@@ -204,7 +206,7 @@ def text_to_ids_digest(tokenizer: "PreTrainedTokenizerFast") -> str:
 
 def tokenizer_digest(tokenizer: "PreTrainedTokenizerFast") -> str:
     """Returns a digest of everything that rendering uses: `text_to_ids_digest` and the chat template."""
-    return json_digest([text_to_ids_digest(tokenizer), as_earlier(tokenizer.chat_template)], length=16)
+    return json_digest([text_to_ids_digest(tokenizer), as_earliest(tokenizer.chat_template)], length=16)
 
 
 def byte_fallback_bpe(pieces: Sequence[str], scores: Sequence[float], first_byte: int) -> "Tokenizer":

@@ -3,12 +3,14 @@
 This module has the interface and shared functions; `xlam_jax.data.formats.registry` finds a format by its name.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import Any, NamedTuple, Protocol
 
 from xlam_jax.data.codec import Segment, to_json
+from xlam_jax.data.control import NO_MARKS, Marks
 from xlam_jax.data.trajectory import InvalidTrajectory, Message, ToolCall, Trajectory, turn_number
 from xlam_jax.data.wire import Wire
 
@@ -44,6 +46,8 @@ class Format(Protocol):
     """Number of wordings of the format instruction; 0 for a format without one."""
     sections: int
     """Number of sections of the prompt whose order can change."""
+    marks: Marks
+    """What no content of a prompt or an answer spells; `NO_MARKS` if the format writes content as it is."""
 
     @property
     def wire(self) -> Wire | None:
@@ -64,31 +68,52 @@ class Format(Protocol):
         ...
 
 
-def read_template(name: str, **variables: bool) -> str:
+def read_template(name: str, marks: Marks = NO_MARKS, **variables: bool) -> str:
     """Returns a template of this package, after statements that set `variables`.
 
-    A template that writes tool results first sorts them, because a server passes them in the order of the client.
+    A template that writes tool results first sorts them, because a server passes them in the order of the client. With
+    `marks`, its content spells none of them.
     """
     header = "".join(
         f"{{%- set {variable} = {'true' if value else 'false'} -%}}\n" for variable, value in variables.items()
     )
     parts = [name] if name == "mistral_v1" else ["results_in_order", name]
-    return header + "".join(
-        (files("xlam_jax.data") / "templates" / f"{part}.jinja").read_text(encoding="utf-8") for part in parts
-    )
+    body = header + "".join(_read(part) for part in parts)
+    return marks.template + _read("plain_text") + body if marks else _PLAIN.sub(r"\1", body)
+
+
+def as_unguarded(template: str) -> str:
+    """Returns a template as versions saved it that did not keep marks out of content; others are unchanged."""
+    _, guard, body = template.partition(_GUARD_END)
+    return _PLAIN.sub(r"\1", body) if guard else template
+
+
+_GUARD_END = "{#- The conversation is written by what follows. -#}\n"
+"""The last line of `templates/plain_text.jinja`, which also saved templates have: it must not change."""
+_PLAIN = re.compile(r"plain_(?:text|json)\( (.*?) \)")
+"""Content in a template, between spaces; group 1 is how versions wrote it that did not keep marks out of it."""
+
+
+def _read(part: str) -> str:
+    return (files("xlam_jax.data") / "templates" / f"{part}.jinja").read_text(encoding="utf-8")
 
 
 def written_calls(
-    calls: Iterable[ToolCall], turn: int, front: str = "", back: str = "", ids: bool = False
+    calls: Iterable[ToolCall],
+    turn: int,
+    front: str = "",
+    back: str = "",
+    ids: bool = False,
+    marks: Marks = NO_MARKS,
 ) -> Iterator[Segment]:
     """Yields the calls of a turn as a one-line JSON array, which servers parse, between `front` and `back`.
 
-    With `ids`, the id of a call that has one follows its arguments.
+    With `ids`, the id of a call that has one follows its arguments. Names and arguments spell none of `marks`.
     """
     between = front + "["
     for call in calls:
-        yield Segment(f'{between}{{"name": {to_json(call.name)}, "arguments":', "tool_call", turn)
-        yield Segment(" " + to_json(call.arguments), "arguments", turn)
+        yield Segment(f'{between}{{"name": {marks.in_json(to_json(call.name))}, "arguments":', "tool_call", turn)
+        yield Segment(" " + marks.in_json(to_json(call.arguments)), "arguments", turn)
         between = f', "id": {to_json(call.id)}}}, ' if ids and call.id else "}, "
     yield Segment(between.removesuffix(", ") + "]" + back, "tool_call", turn)
 

@@ -11,6 +11,7 @@ from itertools import groupby
 from typing import Any
 
 from xlam_jax.data.codec import TOOL_CALLS, Codec, Segment, to_json
+from xlam_jax.data.control import NO_MARKS
 from xlam_jax.data.formats import (
     PLAIN,
     Layout,
@@ -35,6 +36,7 @@ class MistralV1:
 
     instructions = 0
     sections = 0
+    marks = NO_MARKS
     wire = ARRAY
 
     def __init__(self, codec: Codec):
@@ -81,6 +83,7 @@ class MistralV3:
 
     instructions = 0
     sections = 0
+    marks = NO_MARKS
     wire = ARRAY
 
     def __init__(self, codec: Codec):

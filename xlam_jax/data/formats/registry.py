@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from xlam_jax.data.codec import Codec
-from xlam_jax.data.formats import Format
+from xlam_jax.data.formats import Format, as_unguarded
 from xlam_jax.data.formats.mistral import MistralV1, MistralV3
 from xlam_jax.data.formats.template import Template
 from xlam_jax.data.formats.xlam import Xlam, earlier_template
@@ -36,9 +36,11 @@ def find(name: str, tokenizer: "PreTrainedTokenizerFast", codec: Codec) -> Forma
             f"tokenizer '{tokenizer.name_or_path}' has no chat template, which the format native needs; "
             "use the format xlam, or name a template in data.chat_template"
         )
-    if tokenizer.chat_template == earlier_template(codec.control_tokens, codec.tool_calls_token):
+    own = tokenizer.chat_template
+    template = as_unguarded(own) if isinstance(own, str) else own  # as versions saved it that did not guard
+    if template == earlier_template(codec.control_tokens, codec.tool_calls_token):
         return Xlam(codec)
     for kind in (Xlam, XlamV1, Xlam2, MistralV1, MistralV3):
-        if kind.fits(codec) and tokenizer.chat_template == (format_ := kind(codec)).template:
+        if kind.fits(codec) and template == as_unguarded((format_ := kind(codec)).template):
             return format_
     return Template(tokenizer, codec)

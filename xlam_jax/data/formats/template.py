@@ -17,6 +17,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from xlam_jax.data.codec import Codec, Kind, Segment, to_json
+from xlam_jax.data.control import NO_MARKS
 from xlam_jax.data.formats import DROP_REASONING, PLAIN, Layout, Variant, not_representable, without_loss
 from xlam_jax.data.formats.detect import detect
 from xlam_jax.data.formats.reasoning import KEY, Spelling, find_spelling
@@ -48,6 +49,7 @@ class Template:
 
     instructions = 0
     sections = 0
+    marks = NO_MARKS
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast", codec: Codec):
         self._codec = codec

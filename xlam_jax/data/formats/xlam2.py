@@ -5,7 +5,7 @@
 
 in one line. The token ids equal those of the published templates (`tool_chat_template_xlam_qwen.jinja` and
 `tool_chat_template_xlam_llama.jinja` of vLLM), which omit the text next to tool calls. Here that thought is written
-before the calls, on lines of its own.
+before the calls, on lines of its own, and no content spells a control token (`control.Marks`).
 """
 
 import json
@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from xlam_jax.data.codec import Codec, Kind, Segment
+from xlam_jax.data.control import Marks, control_marks
 from xlam_jax.data.formats import PLAIN, Layout, Variant, not_representable, read_template, written_calls
 from xlam_jax.data.trajectory import Message, Trajectory, system_text, turn_number
 from xlam_jax.data.wire import ARRAY, parse_completion
@@ -33,21 +34,21 @@ FORMAT_INSTRUCTION = (
 _indented = json.JSONEncoder(ensure_ascii=False, indent=4)
 
 
-class _Marks(NamedTuple):
-    """What is written around the turns of a variant; "" for a mark that it does not have."""
+class _Tags(NamedTuple):
+    """What is written around the turns of a variant; "" for a tag that it does not have."""
 
     before_role: str
     after_role: str
     role_gap: str
-    """Text between the marks of a role and its content."""
+    """Text between the tags of a role and its content."""
     end: str
     end_gap: str
     """Text after the end of a turn."""
     result_role: str
 
 
-_QWEN = _Marks("<|im_start|>", "", "\n", "<|im_end|>", "\n", "tool")
-_LLAMA = _Marks("<|start_header_id|>", "<|end_header_id|>", "\n\n", "<|eot_id|>", "", "ipython")
+_QWEN = _Tags("<|im_start|>", "", "\n", "<|im_end|>", "\n", "tool")
+_LLAMA = _Tags("<|start_header_id|>", "<|end_header_id|>", "\n\n", "<|eot_id|>", "", "ipython")
 
 
 class Xlam2:
@@ -63,20 +64,21 @@ class Xlam2:
     wire = ARRAY
 
     def __init__(self, codec: Codec):
-        marks = _variants(codec)
-        if len(marks) != 1:
+        variants = _variants(codec)
+        if len(variants) != 1:
             raise UserError(
                 f"the format xlam2 needs a tokenizer with the control tokens {_needed(_QWEN)} (Qwen) or "
                 f"{_needed(_LLAMA)} (Llama), and "
                 + (
                     f"this one has both; set its eos_token, now {codec.eos}, to {_QWEN.end} or {_LLAMA.end}"
-                    if marks
+                    if variants
                     else "this one has neither; use the tokenizer of such a model, or the format xlam or native"
                 )
             )
-        self._marks = marks[0]
-        self._bos = codec.bos if self._marks == _LLAMA else ""
-        self.template = read_template("xlam2", llama=self._marks == _LLAMA)
+        self._tags = variants[0]
+        self.marks = control_marks(codec)
+        self._bos = codec.bos if self._tags == _LLAMA else ""
+        self.template = read_template("xlam2", self.marks, llama=self._tags == _LLAMA)
 
     @staticmethod
     def fits(codec: Codec) -> bool:
@@ -91,7 +93,7 @@ class Xlam2:
         turns = trajectory.conversation
         for turn, message in enumerate(turns):
             if message.role == "assistant" and message.loss is not False:
-                _check(turn, message)
+                _check(turn, message, self.marks)
         system = system_text(trajectory.task_instruction, turns)
         yield Layout(trajectory, self._segments(system, trajectory.tools, turns))
 
@@ -102,7 +104,7 @@ class Xlam2:
     def _segments(
         self, system: str, tools: list[dict[str, Any]], messages: Sequence[Message], prompt: bool = False
     ) -> list[Segment]:
-        marks = self._marks
+        tags, marks = self._tags, self.marks
         segments: list[Segment] = []
 
         def add(text: str, turn: int, kind: Kind = "prompt", control: bool = False) -> None:
@@ -110,67 +112,68 @@ class Xlam2:
                 segments.append(Segment(text, kind, turn, control))
 
         def open_turn(role: str, turn: int) -> None:
-            add(marks.before_role, turn, control=True)
+            add(tags.before_role, turn, control=True)
             add(role, turn)
-            add(marks.after_role, turn, control=True)
-            add(marks.role_gap, turn)
+            add(tags.after_role, turn, control=True)
+            add(tags.role_gap, turn)
 
         def close_turn(turn: int, kind: Kind = "prompt") -> None:
-            add(marks.end, turn, kind, control=True)
-            add(marks.end_gap, turn)
+            add(tags.end, turn, kind, control=True)
+            add(tags.end_gap, turn)
 
         add(self._bos, -1, control=True)
         open_turn("system", -1)
         if system or any(message.role == "system" for message in messages):
-            add(system.strip() + "\n", -1)
+            add(marks.in_text(system.strip()) + "\n", -1)
         else:
             add(DEFAULT_SYSTEM + "\n" + (FORMAT_INSTRUCTION + "\n\n" if tools else ""), -1)
-        add("".join(_indented.encode(tool) + "\n\n" for tool in tools), -1)
+        add("".join(marks.in_json(_indented.encode(tool)) + "\n\n" for tool in tools), -1)
         close_turn(-1)
         for turn, message in enumerate(messages):
             if message.role == "system":
                 continue
-            open_turn(marks.result_role if message.role == "tool" else message.role, turn)
+            open_turn(tags.result_role if message.role == "tool" else message.role, turn)
             if message.role == "assistant":
-                for segment in _answer(turn, message):
+                for segment in _answer(turn, message, marks):
                     add(segment.text, turn, segment.kind)
                 close_turn(turn, "eos")
             else:
-                add(message.content if message.role == "tool" else message.content.strip(), turn)
+                add(marks.in_text(message.content if message.role == "tool" else message.content.strip()), turn)
                 close_turn(turn)
         if prompt:
             open_turn("assistant", len(messages))
         return segments
 
 
-def _variants(codec: Codec) -> list[_Marks]:
+def _variants(codec: Codec) -> list[_Tags]:
     """The variants whose control tokens a tokenizer has; of two, the one whose end ends its sequences."""
-    marks = [marks for marks in (_QWEN, _LLAMA) if all(token in codec.special for token in _tokens(marks))]
-    return [each for each in marks if each.end == codec.eos] or marks
+    variants = [tags for tags in (_QWEN, _LLAMA) if all(token in codec.special for token in _tokens(tags))]
+    return [each for each in variants if each.end == codec.eos] or variants
 
 
-def _tokens(marks: _Marks) -> list[str]:
-    return [token for token in (marks.before_role, marks.after_role, marks.end) if token]
+def _tokens(tags: _Tags) -> list[str]:
+    return [token for token in (tags.before_role, tags.after_role, tags.end) if token]
 
 
-def _needed(marks: _Marks) -> str:
-    return " and ".join(_tokens(marks))
+def _needed(tags: _Tags) -> str:
+    return " and ".join(_tokens(tags))
 
 
-def _answer(turn: int, message: Message) -> Iterator[Segment]:
+def _answer(turn: int, message: Message, marks: Marks) -> Iterator[Segment]:
     """Yields what the model writes in a turn, without its end."""
-    text = message.content.strip()
+    text = marks.in_text(message.content.strip())
     if text:
         yield Segment(text, "thought" if message.tool_calls else "answer", turn)
     if message.tool_calls:
-        yield from written_calls(message.tool_calls, turn, front="\n" if text else "")
+        yield from written_calls(message.tool_calls, turn, front="\n" if text else "", marks=marks)
 
 
-def _check(turn: int, message: Message) -> None:
+def _check(turn: int, message: Message, marks: Marks) -> None:
     """Raises `InvalidTrajectory` unless the parser returns the text and the calls of a turn."""
-    content, calls = parse_completion("".join(segment.text for segment in _answer(turn, message)))
+    content, calls = parse_completion("".join(segment.text for segment in _answer(turn, message, marks)))
     expected = [(call.name, call.arguments) for call in message.tool_calls]
-    if content == message.content.strip() and [(call.name, call.arguments) for call in calls or ()] == expected:
+    same_text = content == marks.in_text(message.content.strip())
+    if same_text and [(call.name, call.arguments) for call in calls or ()] == expected:
         return
     number = turn_number(turn, message)
     advice = "change it, set `loss: false` in the turn, or use the format xlam_v1"

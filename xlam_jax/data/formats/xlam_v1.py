@@ -5,13 +5,15 @@
 
 The prompt contains the history, one step per assistant turn, so that every assistant turn has a separate prompt.
 `xlam_jax/data/templates/xlam_v1.jinja` writes the same text. The message is between the tags of the format `xlam`.
+No content spells a control token or one of these tags (`control.Marks`).
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from xlam_jax.data.codec import Codec, Segment, to_json
+from xlam_jax.data.codec import CONTROL_TOKENS, Codec, Kind, Segment, to_json
+from xlam_jax.data.control import NO_MARKS, Marks, control_marks
 from xlam_jax.data.formats import PLAIN, Layout, Variant, read_template, refuse_reasoning, without_loss, written_calls
 from xlam_jax.data.trajectory import Message, Trajectory, system_text
 from xlam_jax.data.wire import ARRAY
@@ -45,7 +47,8 @@ class XlamV1:
 
     def __init__(self, codec: Codec):
         self._codec = codec
-        self.template = read_template("xlam_v1", control_tokens=codec.control_tokens)
+        self.marks = control_marks(codec, *CONTROL_TOKENS)
+        self.template = read_template("xlam_v1", self.marks, control_tokens=codec.control_tokens)
 
     @staticmethod
     def fits(codec: Codec) -> bool:
@@ -69,12 +72,13 @@ class XlamV1:
                 continue
             main = "tool_call" if message.tool_calls else "answer"
             segments = self._prompt(front, steps[: done - 1])
+            thought: Kind = "thought" if message.tool_calls and message.content else main
             segments += [
                 Segment(space + '{"thought": ', main, turn),
-                Segment(to_json(message.content), "thought" if message.tool_calls and message.content else main, turn),
+                Segment(_json(message.content, self.marks), thought, turn),
             ]
             if message.tool_calls:
-                segments += written_calls(message.tool_calls, turn, front=', "tool_calls": ', back="}")
+                segments += written_calls(message.tool_calls, turn, ', "tool_calls": ', "}", marks=self.marks)
             else:
                 segments.append(Segment(', "tool_calls": []}', main, turn))
             segments.append(Segment(self._codec.eos, "eos", turn, control=True))
@@ -89,7 +93,8 @@ class XlamV1:
     ) -> tuple[list[Segment], list[Segment]]:
         """Returns (segments before the history, steps of the history)."""
         control = self._codec.control_tokens
-        front, steps = _written(system, tools, messages, INSTRUCTIONS[variant.instruction], order=variant.sections)
+        instruction = INSTRUCTIONS[variant.instruction]
+        front, steps = _written(system, tools, messages, instruction, order=variant.sections, marks=self.marks)
         begin = [
             Segment(self._codec.bos, "prompt", -1, control=True),
             Segment("[INST]", "prompt", -1, control),
@@ -127,21 +132,22 @@ def _written(
     format_instruction: str,
     task_instruction: str | None = None,
     order: Sequence[int] = (),
+    marks: Marks = NO_MARKS,
 ) -> tuple[list[Segment], list[Segment]]:
     """Returns (system text and sections, steps of the history)."""
-    query, steps = _steps(messages)
+    query, steps = _steps(messages, marks)
     first = next((turn for turn, message in enumerate(messages) if message.role == "user"), -1)
     sections = [
         ("TASK INSTRUCTION", task_instruction or TASK_INSTRUCTION, -1),
-        ("AVAILABLE TOOLS", to_json([_flat(tool) for tool in tools]), -1),
+        ("AVAILABLE TOOLS", f"[{', '.join(_written_tool(tool, marks) for tool in tools)}]", -1),
         ("FORMAT INSTRUCTION", format_instruction, -1),
-        ("QUERY", query, first),
+        ("QUERY", marks.in_text(query), first),
     ]
-    front = [Segment(system + "\n\n", "prompt", -1)] if system else []
+    front = [Segment(marks.in_text(system + "\n\n"), "prompt", -1)] if system else []
     for name, text, turn in [sections[at] for at in order or range(len(sections))]:
         front.append(Segment(f"[BEGIN OF {name}]\n{text}\n[END OF {name}]\n\n", "prompt", turn))
     written = [
-        Segment((", " if at else "") + to_json({"step_id": at + 1, **step}), "prompt", turn)
+        Segment(f'{", " if at else ""}{{"step_id": {at + 1}, {step}}}', "prompt", turn)
         for at, (turn, step) in enumerate(steps)
     ]
     return front, written
@@ -158,25 +164,31 @@ def _history(steps: list[Segment]) -> list[Segment]:
     ]
 
 
-def _steps(messages: Sequence[Message]) -> tuple[str, list[tuple[int, dict[str, Any]]]]:
-    """Returns (request that opens the conversation, steps): each assistant turn with the turns up to the next one."""
+def _steps(messages: Sequence[Message], marks: Marks) -> tuple[str, list[tuple[int, str]]]:
+    """Returns (request that opens the conversation, steps): each assistant turn with the turns up to the next one.
+
+    A step is the inner part of a JSON object.
+    """
     query: list[str] = []
-    steps: list[tuple[int, dict[str, Any]]] = []
+    steps: list[tuple[int, str]] = []
     observations: list[str] = []
     inputs: list[str] = []
 
     def close() -> None:
         if steps:
-            steps[-1][1]["next_observation"] = observations[0] if len(observations) == 1 else list(observations) or ""
-            steps[-1][1]["user_input"] = "\n\n".join(text for text in inputs if text)
+            observed = observations[0] if len(observations) == 1 else observations or ""
+            user_input = "\n\n".join(text for text in inputs if text)
+            turn, step = steps.pop()
+            step += f', "next_observation": {_json(observed, marks)}, "user_input": {_json(user_input, marks)}'
+            steps.append((turn, step))
         observations.clear()
         inputs.clear()
 
     for turn, message in enumerate(messages):
         if message.role == "assistant":
             close()
-            calls = [{"name": call.name, "arguments": call.arguments} for call in message.tool_calls]
-            steps.append((turn, {"thought": message.content, "tool_calls": calls}))
+            calls = "".join(segment.text for segment in written_calls(message.tool_calls, turn, marks=marks))
+            steps.append((turn, f'"thought": {_json(message.content, marks)}, "tool_calls": {calls}'))
         elif message.role == "tool":
             observations.append(message.content)
         elif message.role == "user":
@@ -185,12 +197,13 @@ def _steps(messages: Sequence[Message]) -> tuple[str, list[tuple[int, dict[str, 
     return "\n\n".join(text for text in query if text), steps
 
 
-def _flat(tool: dict[str, Any]) -> dict[str, Any]:
+def _written_tool(tool: dict[str, Any], marks: Marks) -> str:
     function = tool["function"]
     parameters = function.get("parameters")
     properties = parameters.get("properties") if isinstance(parameters, dict) else None
-    return {
-        "name": function["name"],
-        "description": function.get("description") or "",
-        "parameters": properties or {},
-    }
+    name, description = _json(function["name"], marks), _json(function.get("description") or "", marks)
+    return f'{{"name": {name}, "description": {description}, "parameters": {_json(properties or {}, marks)}}}'
+
+
+def _json(value: object, marks: Marks) -> str:
+    return marks.in_json(to_json(value))
