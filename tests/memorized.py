@@ -9,10 +9,29 @@ from typing import Any
 from chat_templates import TEMPLATES, Template, tokenizer_with
 from support import ROOT
 
-STEPS = 300
+STEPS = 600
 COPIES = 4
 """Of each row; some are held out, so that the held-out requests have been memorized."""
-MODEL = json.loads((ROOT / "configs/models/tiny_mixtral.json").read_text(encoding="utf-8"))
+MODEL = {
+    "architectures": ["MistralForCausalLM"],
+    "model_type": "mistral",
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 2048,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.05,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "torch_dtype": "float32",
+}
+"""Wide enough to find a digit of the request behind a template's long system text."""
 CITIES = ("Lima", "Oslo", "Łódź", "Kyōto", "São Paulo", "La Paz")
 
 
@@ -82,7 +101,7 @@ def train(folder: Path, name: str) -> Path:
             "sources": [{"name": "rows", "files": [str(folder / "rows.jsonl")]}],
             "streams": 1,
         },
-        "train": {"steps": STEPS, "batch_size": 2, "learning_rate": 3e-3, "warmup_steps": 10, "log_every": 40},
+        "train": {"steps": STEPS, "batch_size": 2, "learning_rate": 2e-3, "warmup_steps": 10, "log_every": 40},
         "eval": {"every": STEPS, "requests": 60, "max_new_tokens": 160},
         "checkpoint": {"every": STEPS},
     }
