@@ -111,8 +111,10 @@ def hf_config(folder: Path) -> Read:
     models = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "configs/models").glob("*.json"))]
     llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
               "original_max_position_embeddings": 8192}  # fmt: skip
+    yarn = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 512, "attention_factor": None,
+            "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "truncate": False}  # fmt: skip
     full = [
-        model | {"rope_scaling": llama3 if at % 2 else None, "rope_parameters": None, "eos_token_id": [2, 3],
+        model | {"rope_scaling": (None, llama3, yarn)[at % 3], "rope_parameters": None, "eos_token_id": [2, 3],
                  "quantization_config": None, "layer_types": None, "dtype": "bfloat16", "hidden_dropout": 0.1}
         for at, model in enumerate(models)
     ]  # fmt: skip
