@@ -44,6 +44,22 @@ class Family:
         return COMMON_KEYS | self.own_keys
 
 
+@dataclass(frozen=True, kw_only=True)
+class Wrapper:
+    """A model of text and images whose text model belongs to a family. Only the text model is trained and exported."""
+
+    architecture: str
+    """The element of `architectures` in its config.json, which has the text model's keys under `text_config`."""
+    default_text: str
+    """The `model_type` of a `text_config` that has none."""
+    texts: frozenset[str]
+    """The families of its text models."""
+    prefixes: Mapping[str, str]
+    """Prefix of a tensor's name in its files → prefix in the text model's own files; the first that fits counts."""
+    others: tuple[str, ...]
+    """Prefixes of the tensors that are not part of the text model."""
+
+
 def read_common(values: Values, defaults: Mapping[str, Any], *, scales_queries: bool = False) -> dict[str, Any]:
     """Returns the fields of `ModelConfig` that every family has.
 
