@@ -1,4 +1,4 @@
-"""The text model of a model of text and images is read, converted and exported; what is left out is reported."""
+"""The text model of a model of text and images is read, converted and exported; what is skipped is reported."""
 
 import json
 import sys
@@ -74,7 +74,7 @@ def test_the_text_model_is_converted_and_exported(
     monkeypatch.setattr(sys, "argv", [])
     run(hf_to_orbax, "--hf", folder, "--out", tmp_path / "orbax", "--verify")
     printed = capsys.readouterr()
-    assert f"{VISION_TENSORS} tensors of the vision encoder are left out" in printed.err
+    assert f"{VISION_TENSORS} tensors of the vision encoder are skipped" in printed.err
     assert "verified: the logits of 32 tokens are those of transformers" in printed.out
     run(orbax_to_hf, "--checkpoint", tmp_path / "orbax", "--out", tmp_path / "back")
     stored: dict[str, np.ndarray] = {}
@@ -127,7 +127,7 @@ def test_what_is_inspected(folder: Path, capsys: pytest.CaptureFixture[str], mon
     run(inspect, folder)
     printed = capsys.readouterr().out
     assert "of this Mistral3ForConditionalGeneration, only the text model is read, a Ministral3ForCausalLM" in printed
-    assert f"{VISION_TENSORS} tensors of the vision encoder are left out" in printed
+    assert f"{VISION_TENSORS} tensors of the vision encoder are skipped" in printed
 
 
 def test_unknown_tensors_are_refused(folder: Path):

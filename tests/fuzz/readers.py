@@ -118,6 +118,9 @@ def hf_config(folder: Path) -> Read:
                  "quantization_config": None, "layer_types": None, "dtype": "bfloat16", "hidden_dropout": 0.1}
         for at, model in enumerate(models)
     ]  # fmt: skip
+    text = {"model_type": "ministral3", "head_dim": 16, "rope_parameters": yarn | {"llama_4_scaling_beta": 0.1}}
+    wrapped = {"architectures": ["Mistral3ForConditionalGeneration"], "dtype": "bfloat16", "vision_config": {},
+               "text_config": {**models[0], **text}}  # fmt: skip
     generation = {"eos_token_id": [2, 5], "bos_token_id": 1, "temperature": 0.7, "_from_model_config": True}
 
     def read(draw: Random) -> None:
@@ -130,7 +133,7 @@ def hf_config(folder: Path) -> Read:
             peft_config.read_config(folder).refuse_patterns()
         else:
             path = folder / "config.json"
-            path.write_bytes(mutate_json(draw, draw.choice((*models, *full))))
+            path.write_bytes(mutate_json(draw, draw.choice((*models, *full, wrapped))))
             hf = read_hf_config(path)
             if draw.random() < 0.3:
                 changed = mutate(draw, {"rope_theta": 1e4, "rope_scaling": llama3, "sliding_window": 32, "dtype": "x"})

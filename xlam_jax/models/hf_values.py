@@ -31,8 +31,8 @@ class Values:
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> "Values":
         """The same values, with those of `defaults` for keys that are missing or null."""
-        given = {key: value for key, value in self._values.items() if value is not None or key not in defaults}
-        return Values({**defaults, **given}, self._origin, self._overridden)
+        kept = {key: value for key, value in self._values.items() if value is not None or key not in defaults}
+        return Values({**defaults, **kept}, self._origin, self._overridden)
 
     def error(self, *keys: str, expected: str) -> UserError:
         """The error that names keys with their values, where they were set, and what is expected instead."""

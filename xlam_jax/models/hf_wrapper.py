@@ -33,7 +33,7 @@ def text_model(hf: Mapping[str, Any], origin: str) -> dict[str, Any]:
     if not isinstance(text, dict):
         raise UserError(f"{origin}: text_config is {text!r}; the config of the text model is expected")
     name = text.get("model_type", wrapper.default_text)
-    if name not in wrapper.texts:
+    if not isinstance(name, str) or name not in wrapper.texts:
         raise UserError(
             f"{origin}: the model_type of text_config is {name!r}; in a {wrapper.architecture}, this project reads "
             f"{' and '.join(sorted(wrapper.texts))}"

@@ -123,10 +123,10 @@ class HFWeights:
         names, index = _weight_files(self.files, self.name)
         shards = {name: Shard(f"{self._url}/{name}") for name in names}
         refuse_quantized(self.name, shards, hf_config)
-        wrapper, left_out = wrapper_of(documents.read_object(self.files / "config.json")), []
+        wrapper, skipped = wrapper_of(documents.read_object(self.files / "config.json")), []
         if wrapper is not None:
-            text_names, left_out = keep_text_model(self.name, shards, wrapper)
-            index = {text_names.get(key, key): file for key, file in index.items() if key not in left_out}
+            text_names, skipped = keep_text_model(self.name, shards, wrapper)
+            index = {text_names.get(key, key): file for key, file in index.items() if key not in skipped}
         self.renamed = remove_wrappers(self.name, shards)
         """Stored name → name without a wrapper's prefix; empty if the names are those of transformers."""
         if self.renamed:
@@ -137,7 +137,7 @@ class HFWeights:
         """One line for each setting of config.json that this project ignores."""
         if wrapper is not None:
             line = text_model_line(wrapper, self.config.family, self.name)
-            self.warnings.append(f"{line}; {len(left_out)} tensors of the vision encoder are left out")
+            self.warnings.append(f"{line}; {len(skipped)} tensors of the vision encoder are skipped")
         if self.renamed:
             stored, key = next(iter(self.renamed.items()))
             self.warnings.append(

@@ -76,17 +76,17 @@ def keep_text_model(folder: str, shards: Mapping[str, Shard], wrapper: Wrapper) 
     `UserError` if two would have the same name.
     """
     names: dict[str, str] = {}
-    left_out: list[str] = []
+    skipped: list[str] = []
     for shard in shards.values():
         kept = {key: tensor for key, tensor in shard.tensors.items() if not key.startswith(wrapper.others)}
-        left_out += shard.tensors.keys() - kept.keys()
+        skipped += shard.tensors.keys() - kept.keys()
         for key in kept:
             prefix = next((prefix for prefix in wrapper.prefixes if key.startswith(prefix)), None)
             names[key] = key if prefix is None else wrapper.prefixes[prefix] + key.removeprefix(prefix)
         shard.tensors = {names[key]: tensor for key, tensor in kept.items()}
         if len(shard.tensors) < len(kept):
             raise UserError(f"{folder}: {shard.url} contains a tensor under two names; remove one of them")
-    return names, left_out
+    return names, skipped
 
 
 def remove_wrappers(folder: str, shards: Mapping[str, Shard]) -> dict[str, str]:
