@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from serving.checks import check_adapter, check_folder, load_config
+from serving.query_scale import query_scale_flags
 from serving.vllm_cli import package
 from xlam_jax.cli import Parser, positive, run
 from xlam_jax.client.completion import API_KEY
@@ -332,7 +333,8 @@ def model_folder(model: str, exported: Path | None, export: bool, values: bool =
 
 
 def _limits(folder: Path, extra: Sequence[str]) -> list[str]:
-    """Returns vLLM's flags for the dtype of the weights (by default vLLM halves float32) and the maximum length.
+    """Returns vLLM's flags for the dtype of the weights (by default vLLM halves float32), the maximum length, and the
+    scale of queries.
 
     Flags in `extra` are not repeated. Raises `UserError` for a folder without a chat template.
     """
@@ -345,6 +347,7 @@ def _limits(folder: Path, extra: Sequence[str]) -> list[str]:
     positions = config.get("max_position_embeddings")
     if isinstance(positions, int) and "--max-model-len" not in set_by_user:
         words += ["--max-model-len", str(min(positions, LONGEST))]
+    words += query_scale_flags(folder, set_by_user)
     template = (folder / "chat_template.jinja").is_file() or "chat_template" in _tokenizer_config(folder)
     if not template and "--chat-template" not in set_by_user:
         raise UserError(

@@ -90,7 +90,7 @@ def test_origins_follow_extends_and_overrides(tmp_path: Path):
         (["data.sequence_length=1000000"], "data.sequence_length is 1000000, more than the model's"),
         (["model.overrides.num_attention_heads=3"], "num_attention_heads is 3 and num_key_value_heads is 2"),
         (["model.overrides.architectures=[GPT2LMHeadModel]"], "MixtralForCausalLM"),
-        (["model.overrides.rope_scaling={rope_type: yarn, factor: 2}"], "'yarn' is not implemented"),
+        (["model.overrides.rope_scaling={rope_type: longrope, factor: 2}"], "'longrope' is not implemented"),
         (["model.overrides.num_hiden_layers=1"], "no such key; did you mean 'num_hidden_layers'?"),
         (["model.overrides.rope_theta=.nan"], "rope_theta is nan; a number above 0 is needed"),
         (["model.overrides.rms_norm_eps=-5"], "with model.overrides: rms_norm_eps is -5; a decimal number above 0"),

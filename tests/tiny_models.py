@@ -16,6 +16,7 @@ CONFIGS = {
     "mistral": transformers.MistralConfig,
     "mixtral": transformers.MixtralConfig,
     "llama": transformers.LlamaConfig,
+    "ministral3": transformers.Ministral3Config,
 }
 SIZES = {
     "vocab_size": VOCAB,
@@ -30,11 +31,36 @@ SIZES = {
 }
 
 
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10_000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 2.0,
+    "beta_slow": 0.25,
+}
+MINISTRAL3 = YARN | {
+    "original_max_position_embeddings": 8,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.5,
+    "truncate": False,
+    "llama_4_scaling_beta": 0.5,
+}
+"""Larger numbers than the published ones, so that the factors of queries and keys are visible at a few positions."""
+OWN: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": None},
+    # PyTorch computes no gradient for the embedding of padding, which Ministral3Config sets to token 11.
+    "ministral3": {"pad_token_id": None, "head_dim": 16, "rope_parameters": MINISTRAL3},
+}
+"""Values of a family in place of transformers' defaults."""
+
+
 def hf_model(family: str, *, seed: int = 0, **overrides: Any) -> Any:
     """Returns a transformers model with random weights; its norm scales are random too, so that they matter."""
-    own = {"sliding_window": None} if family == "mistral" else {}
     torch.manual_seed(seed)
-    config = CONFIGS[family](architectures=[f"{family.capitalize()}ForCausalLM"], **(SIZES | own | overrides))
+    config = CONFIGS[family](
+        architectures=[f"{family.capitalize()}ForCausalLM"], **(SIZES | OWN.get(family, {}) | overrides)
+    )
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

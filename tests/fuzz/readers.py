@@ -111,11 +111,16 @@ def hf_config(folder: Path) -> Read:
     models = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "configs/models").glob("*.json"))]
     llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
               "original_max_position_embeddings": 8192}  # fmt: skip
+    yarn = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 512, "attention_factor": None,
+            "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "truncate": False}  # fmt: skip
     full = [
-        model | {"rope_scaling": llama3 if at % 2 else None, "rope_parameters": None, "eos_token_id": [2, 3],
+        model | {"rope_scaling": (None, llama3, yarn)[at % 3], "rope_parameters": None, "eos_token_id": [2, 3],
                  "quantization_config": None, "layer_types": None, "dtype": "bfloat16", "hidden_dropout": 0.1}
         for at, model in enumerate(models)
     ]  # fmt: skip
+    text = {"model_type": "ministral3", "head_dim": 16, "rope_parameters": yarn | {"llama_4_scaling_beta": 0.1}}
+    wrapped = {"architectures": ["Mistral3ForConditionalGeneration"], "dtype": "bfloat16", "vision_config": {},
+               "text_config": {**models[0], **text}}  # fmt: skip
     generation = {"eos_token_id": [2, 5], "bos_token_id": 1, "temperature": 0.7, "_from_model_config": True}
 
     def read(draw: Random) -> None:
@@ -128,7 +133,7 @@ def hf_config(folder: Path) -> Read:
             peft_config.read_config(folder).refuse_patterns()
         else:
             path = folder / "config.json"
-            path.write_bytes(mutate_json(draw, draw.choice((*models, *full))))
+            path.write_bytes(mutate_json(draw, draw.choice((*models, *full, wrapped))))
             hf = read_hf_config(path)
             if draw.random() < 0.3:
                 changed = mutate(draw, {"rope_theta": 1e4, "rope_scaling": llama3, "sliding_window": 32, "dtype": "x"})

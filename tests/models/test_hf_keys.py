@@ -15,6 +15,7 @@ import tiny_models
 import torch
 import transformers
 from test_parity import LINEAR, LLAMA3, THETA, assert_close, our_logits, positions
+from tiny_models import MINISTRAL3, YARN
 
 from converters.orbax_to_hf import write_hf
 from xlam_jax.errors import UserError
@@ -57,7 +58,8 @@ def ours(values: dict[str, Any]) -> ModelConfig | None:
 def frequencies(config: Any) -> np.ndarray:
     module = import_module(f"transformers.models.{config.model_type}.modeling_{config.model_type}")
     name = f"{config.model_type.capitalize()}RotaryEmbedding"
-    return getattr(module, name)(config).inv_freq.numpy()
+    rotary = getattr(module, name)(config)
+    return np.append(rotary.inv_freq.numpy(), np.float32(rotary.attention_scaling))
 
 
 def assert_same_reading(values: dict[str, Any]) -> bool:
@@ -85,7 +87,13 @@ def assert_same_reading(values: dict[str, Any]) -> bool:
         pairs |= {"num_local_experts": config.experts, "num_experts_per_tok": config.experts_per_token}
     assert {key: getattr(expected, key) for key in pairs} == pairs, values
     assert (expected.head_dim or expected.hidden_size // expected.num_attention_heads) == config.head_dim
-    np.testing.assert_allclose(rope_frequencies(config), frequencies(expected), rtol=2e-6, err_msg=str(values))
+    scaling = config.rope_scaling
+    read = np.append(rope_frequencies(config), scaling.attention_factor if scaling else 1.0)
+    np.testing.assert_allclose(read, frequencies(expected), rtol=2e-6, err_msg=str(values))
+    if config.family == "ministral3":
+        assert scaling is not None
+        assert scaling.query_scale == expected.rope_parameters["llama_4_scaling_beta"]
+        assert scaling.original_max_positions == expected.rope_parameters["original_max_position_embeddings"]
     return True
 
 
@@ -103,17 +111,18 @@ def test_each_key_with_odd_values(family: str):
             ours({**base(family), key: value})
 
 
-@pytest.mark.parametrize("family", ["mistral", "llama"])
+@pytest.mark.parametrize("family", ["mistral", "llama", "ministral3"])
 def test_rotary_positions_with_odd_values(family: str):
-    spelled = [{"rope_parameters": THETA}, {"rope_parameters": LINEAR}, {"rope_parameters": LLAMA3}]
-    for scaling in (LINEAR, LLAMA3):
+    scalings = [MINISTRAL3] if family == "ministral3" else [LINEAR, LLAMA3, YARN]
+    spelled = [{"rope_parameters": scaling} for scaling in (scalings if family == "ministral3" else [THETA, *scalings])]
+    for scaling in scalings:
         old = {("type" if key == "rope_type" else key): value for key, value in scaling.items() if key != "rope_theta"}
         spelled.append({"rope_theta": scaling["rope_theta"], "rope_scaling": old})
     read = 0
     for rope in spelled:
         name = next(key for key in rope if key != "rope_theta")
         assert assert_same_reading({**base(family), **rope})
-        for key in (*LLAMA3, "type", "partial_rotary_factor", "attention_factor", "mscale", "full_attention"):
+        for key in (*(LLAMA3 | MINISTRAL3), "type", "partial_rotary_factor", "attention_factor", "full_attention"):
             for value in ODD:
                 read += assert_same_reading({**base(family), **rope, name: {**rope[name], key: value}})
             read += assert_same_reading(
@@ -138,12 +147,14 @@ def test_two_spellings_of_rotary_positions_agree_or_are_refused():
         ModelConfig.from_hf({**base("mistral"), **both})
 
 
-def test_both_spellings_of_a_llama3_length():
+@pytest.mark.parametrize(("family", "rope"), [("llama", LLAMA3), ("mistral", YARN), ("ministral3", MINISTRAL3)])
+def test_both_spellings_of_the_original_length(family: str, rope: dict[str, Any]):
     outer = {"original_max_position_embeddings": 32}
-    assert ours({**base("llama"), "rope_parameters": LLAMA3, **outer}) is None
-    inner = {key: value for key, value in LLAMA3.items() if key not in outer}
+    for refused in (outer, dict.fromkeys(outer)):
+        assert ours({**base(family), "rope_parameters": rope, **refused}) is None
+    inner = {key: value for key, value in rope.items() if key not in outer}
     for more in (outer, {}):  # transformers falls back to max_position_embeddings
-        assert assert_same_reading({**base("llama"), "rope_parameters": inner, **more})
+        assert assert_same_reading({**base(family), "rope_parameters": inner, **more})
 
 
 @pytest.mark.parametrize("family", tiny_models.CONFIGS)
@@ -195,6 +206,12 @@ def test_every_field_of_transformers_is_in_one_group(family: str):
         ("llama", {"attention_bias": True}, "attention_bias is True; only false is implemented"),
         ("llama", {"rope_parameters": LLAMA3 | {"high_freq_factor": 1}}, "high_freq_factor must be more than low_freq"),
         ("llama", {"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor must be at least 1"),
+        ("llama", {"rope_parameters": LLAMA3 | {"rope_type": "longrope"}}, "rope type 'longrope' is not implemented"),
+        ("mistral", {"rope_parameters": YARN | {"beta_slow": 64}}, "beta_fast (32 if absent) must be at least"),
+        ("mistral", {"rope_parameters": YARN | {"truncate": None}}, "truncate must be true or false"),
+        ("mistral", {"rope_parameters": MINISTRAL3}, "llama_4_scaling_beta has no meaning for rope type 'yarn'"),
+        ("ministral3", {"rope_parameters": YARN}, "needs rope_type 'yarn' and llama_4_scaling_beta"),
+        ("ministral3", {"rope_parameters": {}}, "needs rope_type 'yarn' and llama_4_scaling_beta"),
         (
             "llama",
             {"rope_scaling": {"type": "linear", "factr": 4.0}},

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from tiny_models import MINISTRAL3, YARN
 
 from xlam_jax.models.attention import QUERY_CHUNK
 from xlam_jax.models.config import ModelConfig
@@ -43,6 +44,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "llama-linear": ("llama", {"rope_parameters": LINEAR}),
     "llama3": ("llama", {"rope_parameters": LLAMA3, "head_dim": 16}),
+    "mistral-yarn": ("mistral", {"rope_parameters": YARN, "head_dim": 24}),
+    "ministral3": ("ministral3", {}),
+    "ministral3-tied-window": (
+        "ministral3",
+        {
+            "rope_parameters": MINISTRAL3 | {"attention_factor": 1.5},
+            "tie_word_embeddings": True,
+            "sliding_window": 7,
+        },
+    ),
 }
 
 
@@ -163,6 +174,7 @@ def test_longer_than_a_query_chunk(window: int | None):
         ("mistral", {"sliding_window": 7}),
         ("mixtral", {}),
         ("llama", {"rope_parameters": LINEAR}),
+        ("ministral3", {}),
     ],
 )
 def test_packed_segments_equal_sequences_alone(family: str, overrides: dict[str, Any]):

@@ -13,6 +13,7 @@ import optax
 import pytest
 
 from xlam_jax.models.config import AddedTokens, Lora, ModelConfig
+from xlam_jax.models.hf_rope import RopeScaling
 from xlam_jax.models.kernels import XLA, Kernels
 from xlam_jax.models.params import shapes, trainable
 from xlam_jax.parallel import mesh as meshes
@@ -47,6 +48,8 @@ MODEL = ModelConfig(
     experts_per_token=2,
 )
 
+YARN = RopeScaling(kind="yarn", factor=4.0, original_max_positions=4, attention_factor=1.2, query_scale=0.5)
+
 
 def batch(length: int) -> steps.Batch:
     """Packed rows whose sequences end anywhere, also inside a context shard; some rows are mostly padding."""
@@ -71,6 +74,8 @@ def gradient(case: str, layout: str) -> dict[str, list]:
     model = MODEL
     if case == "window":
         model = replace(model, sliding_window=7)
+    if case in ("yarn", "kernels"):  # queries are scaled by their position, which shards of a row must know
+        model = replace(model, rope_scaling=YARN)
     if case == "lora":
         model = replace(model, lora=Lora(targets=("q", "o", "w1", "w2", "router"), rank=4, alpha=8.0))
     if case == "added tokens":  # on both shards of a vocabulary that tensor splits
@@ -129,7 +134,7 @@ if __name__ == "__main__":
         ("added tokens", ["alone", "fsdp-tensor"]),
         *(
             pytest.param(case, list(MESHES), marks=pytest.mark.slow)
-            for case in ("plain", "one expert", "window", "lora")
+            for case in ("plain", "one expert", "window", "lora", "yarn")
         ),
     ],
 )

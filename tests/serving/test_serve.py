@@ -240,6 +240,31 @@ def test_long_models_get_a_limit(model: Path):
     assert command[-4:] == ["--dtype", "bfloat16", "--max-model-len", str(serve.LONGEST)]
 
 
+@pytest.mark.parametrize("is_wrapped", [False, True])
+def test_queries_are_scaled(model: Path, is_wrapped: bool):
+    rope = {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 512,
+        "llama_4_scaling_beta": 0.1,
+    }
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    config = {
+        "model_type": "ministral3",
+        "num_key_value_heads": 64,
+        "rope_parameters": rope,
+        **dict.fromkeys(sizes, 64),
+    }
+    outer = {"architectures": ["Mistral3ForConditionalGeneration"], "text_config": config}
+    alone = config | {"architectures": ["Ministral3ForCausalLM"]}
+    (model / "config.json").write_text(json.dumps(outer if is_wrapped else alone))
+    flags = dict(pairwise(serve.vllm_command(str(model), "m", "h", 1, 1, {}, [], cpu=False)))
+    scale = {"llama_4_scaling": {"beta": 0.1, "original_max_position_embeddings": 512}}
+    assert json.loads(flags["--hf-overrides"]) == ({"text_config": scale} if is_wrapped else scale)
+    with pytest.raises(UserError, match="--hf-overrides is set"):
+        serve.vllm_command(str(model), "m", "h", 1, 1, {}, ["--hf-overrides", "{}"], cpu=False)
+
+
 def test_adapters(commands: Commands, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(serve, "package", lambda: "vllm")
     adapter = tmp_path / "adapter"

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from xlam_jax import documents
 from xlam_jax.config.base import ConflictError, Section
 from xlam_jax.config.checks import check_model, model_of
 from xlam_jax.config.defaults import fill_defaults, fill_from_model, fill_placeholders, router_warnings
@@ -17,6 +18,8 @@ from xlam_jax.config.schema import Config
 from xlam_jax.errors import UserError, nearest
 from xlam_jax.models import hf_keys
 from xlam_jax.models.config import AddedTokens, ModelConfig, read_hf_config
+from xlam_jax.models.families import wrapper_of
+from xlam_jax.models.hf_wrapper import text_model_line
 
 LONGEST = 200
 """Maximum length of a value in a message, in characters."""
@@ -49,12 +52,14 @@ def load(path: Path, overrides: list[str] | None = None) -> Resolved:
     hf_path = hf_path / "config.json" if hf_path.is_dir() else hf_path
     origin = str(hf_path)
     hf_config = hf_keys.with_overrides(read_hf_config(hf_path), config.model.overrides, origin)
+    wrapper = wrapper_of(documents.read_object(hf_path))
     hf_config, dropped = hf_keys.without_quantization(hf_config, origin)
     model = model_of(config, hf_config, origin)
     if absent:
         fill_from_model(draft, absent, hf_config, model)
         config = validate(draft, str(path))
     warnings = [*dropped, *hf_keys.warnings_of(hf_config, model.family, origin)]
+    warnings += [text_model_line(wrapper, model.family, origin)] if wrapper else []
     warnings += router_warnings(config, hf_config, model, origin)
     check_model(config, model)
     resolved = Resolved(config, draft.origins, hf_config, model, tuple(warnings))

@@ -3,6 +3,7 @@
 Axes: B rows, T queries, S keys, N key/value heads, G queries per key/value head, K head size.
 """
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -31,6 +32,9 @@ def rope_frequencies(config: ModelConfig) -> np.ndarray:
     slow = frequency / np.float32(scaling.factor)
     if scaling.kind == "linear":
         return slow
+    if scaling.kind == "yarn":
+        kept = _unscaled_share(config)
+        return (slow * (1 - kept) + frequency * kept).astype(np.float32)
     # llama3: wavelengths over original/low are slowed, those under original/high stay, those between are blended.
     turns = scaling.original_max_positions * frequency / (2 * np.pi)
     blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
@@ -38,10 +42,51 @@ def rope_frequencies(config: ModelConfig) -> np.ndarray:
     return ((1 - blend) * slow + blend * frequency).astype(np.float32)
 
 
-def rotate(x_BTNGK: jax.Array, positions_BT: jax.Array, frequency: np.ndarray) -> jax.Array:
-    """Rotates the two halves of each head by position × frequency, in f32."""
+def _unscaled_share(config: ModelConfig) -> np.ndarray:
+    """YaRN: how much of each frequency stays unscaled, [K/2], 1 for the fast ones, 0 for the slow ones, and linear in
+    between. The bounds are the frequencies that turn `beta_fast` and `beta_slow` times (Peng et al., 2309.00071)."""
+    scaling = config.rope_scaling
+    assert scaling is not None
+
+    def turning(times: float) -> float:
+        """The (fractional) index of the frequency that turns so often within the original positions."""
+        turns = math.log(scaling.original_max_positions / (times * 2 * math.pi))
+        return config.head_dim * turns / (2 * math.log(config.rope_theta))
+
+    first, last = turning(scaling.beta_fast), turning(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, config.head_dim - 1)
+    width = last - first or 0.001
+    ramp = (np.arange(config.head_dim // 2, dtype=np.float32) - np.float32(first)) / np.float32(width)
+    return 1 - np.clip(ramp, 0, 1)
+
+
+def rope_factors(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array | float, float]:
+    """What queries (a number, or one per position, [B, T]) and keys are multiplied by when they are rotated."""
+    scaling = config.rope_scaling
+    if scaling is None:
+        return 1.0, 1.0
+    if not scaling.query_scale:
+        return scaling.attention_factor, scaling.attention_factor
+    length = min(scaling.original_max_positions, np.iinfo(np.int32).max)  # positions are int32
+    passed_BT = (positions_BT // length).astype(jnp.float32)
+    query_BT = 1 + scaling.query_scale * jnp.log1p(passed_BT)
+    return scaling.attention_factor * query_BT, scaling.attention_factor
+
+
+def rotate(
+    x_BTNGK: jax.Array, positions_BT: jax.Array, frequency: np.ndarray, factor: jax.Array | float = 1.0
+) -> jax.Array:
+    """Rotates the two halves of each head by position × frequency, and multiplies them by `factor` (a number, or one
+    per position, [B, T]), in f32."""
     angle = positions_BT[:, :, None, None, None].astype(jnp.float32) * frequency
     cos, sin = jnp.cos(angle), jnp.sin(angle)
+    if isinstance(factor, jax.Array):
+        factor = factor[:, :, None, None, None]
+        cos, sin = cos * factor, sin * factor
+    elif factor != 1.0:
+        cos, sin = cos * factor, sin * factor
     first, second = jnp.split(x_BTNGK.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x_BTNGK.dtype)

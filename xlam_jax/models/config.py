@@ -11,6 +11,7 @@ from xlam_jax.models import hf_keys
 from xlam_jax.models.families import FAMILIES, family_named, family_of
 from xlam_jax.models.hf_rope import RopeScaling
 from xlam_jax.models.hf_values import Values
+from xlam_jax.models.hf_wrapper import text_model
 from xlam_jax.models.weights_table import HEAD, Weight
 
 VOCAB_MULTIPLE = 64
@@ -150,8 +151,9 @@ def _unknown_architecture(architectures: Any, origin: str) -> UserError:
 
 
 def read_hf_config(path: Path) -> dict[str, Any]:
-    """Reads a `config.json`, or another JSON object of a Hugging Face folder.
+    """Reads a `config.json`, or another JSON object of a Hugging Face folder. Returns that of the text model for a
+    model of text and images (`families.WRAPPERS`).
 
     Raises `UserError` if the file is missing, is not a JSON object, or has a key twice.
     """
-    return documents.read_object(path, "a Hugging Face config.json is expected here")
+    return text_model(documents.read_object(path, "a Hugging Face config.json is expected here"), str(path))

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from xlam_jax.models import grouped
-from xlam_jax.models.attention import Places, attend, rope_frequencies, rotate
+from xlam_jax.models.attention import Places, attend, rope_factors, rope_frequencies, rotate
 from xlam_jax.models.config import ModelConfig
 from xlam_jax.models.kernels import XLA, Kernels
 from xlam_jax.models.linear import Adapter, adapted, dot, project
@@ -207,9 +207,9 @@ class Block(nnx.Module):
         q_BTNGK = self._heads("q", "BTD,DNGK->BTNGK", x_BTD, key)
         k_BTNK = self._heads("k", "BTD,DNK->BTNK", x_BTD, key)
         v_BTNK = self._heads("v", "BTD,DNK->BTNK", x_BTD, key)
-        frequency = rope_frequencies(self.config)
-        q_BTNGK = checkpoint_name(rotate(q_BTNGK, positions_BT, frequency), "qkv")
-        k_BTNK = checkpoint_name(rotate(k_BTNK[:, :, :, None], positions_BT, frequency)[:, :, :, 0], "qkv")
+        frequency, (q_factor, k_factor) = rope_frequencies(self.config), rope_factors(self.config, positions_BT)
+        q_BTNGK = checkpoint_name(rotate(q_BTNGK, positions_BT, frequency, q_factor), "qkv")
+        k_BTNK = checkpoint_name(rotate(k_BTNK[:, :, :, None], positions_BT, frequency, k_factor)[:, :, :, 0], "qkv")
         v_BTNK = checkpoint_name(v_BTNK, "qkv")
         if cache is not None:
             at = (0, cache.length, 0, 0)

@@ -3,6 +3,7 @@
 transformers 5 writes `rope_parameters`; older files have `rope_theta` and `rope_scaling`.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +18,14 @@ ROPE_KEYS = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
 }
-"""Types of rotary positions that are implemented → the keys that each of them has."""
+"""Types of rotary positions that are implemented → the keys that each of them needs."""
+_YARN_NUMBERS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+OPTIONAL_KEYS = {"yarn": (*_YARN_NUMBERS, "truncate")}
+"""Type → the keys that it may have."""
+QUERY_SCALE = "llama_4_scaling_beta"
+"""The key of the queries' scale, in families that have one (`RopeScaling.query_scale`)."""
 _NEUTRAL = {"partial_rotary_factor": (1.0,), "factor": (None, 1.0), "attention_factor": (None, 1.0)}
 _WITHOUT_EFFECT = ("rope_type", "type", "rope_theta", "original_max_position_embeddings", "finetuned")
 
@@ -26,20 +33,33 @@ _WITHOUT_EFFECT = ("rope_type", "type", "rope_theta", "original_max_position_emb
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
     """Scaling of the rotary positions. `linear` divides every frequency by `factor` (Chen et al., 2306.15595); `llama3`
-    divides the low ones only and blends in between (Llama 3.1, 2407.21783)."""
+    divides the low ones only and blends in between (Llama 3.1, 2407.21783); so does `yarn`, with other bounds, and it
+    multiplies queries and keys by `attention_factor` (Peng et al., 2309.00071)."""
 
     kind: str
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_positions: int = 8192
+    beta_fast: float = 32.0
+    """yarn: frequencies with more turns than this within `original_max_positions` are not divided."""
+    beta_slow: float = 1.0
+    """yarn: frequencies with fewer turns than this are divided by the whole `factor`."""
+    truncate: bool = True
+    """yarn: round the bounds to whole frequencies."""
+    attention_factor: float = 1.0
+    query_scale: float = 0.0
+    """β: a query is multiplied by 1 + β·ln(1 + ⌊position / original_max_positions⌋), as in Llama 4 and Ministral 3."""
 
 
-def read_rope(values: Values, default_theta: float, max_positions: int) -> tuple[float, RopeScaling | None]:
+def read_rope(
+    values: Values, default_theta: float, max_positions: int, *, scales_queries: bool = False
+) -> tuple[float, RopeScaling | None]:
     """Returns the base of the rotary positions, and their scaling.
 
-    A file with several spellings is accepted if they mean the same. Raises `UserError` if they differ, and for what is
-    not implemented.
+    `scales_queries`: the family scales queries by their position, which needs the key `QUERY_SCALE`. A file with
+    several spellings is accepted if they mean the same. Raises `UserError` if they differ, and for what is not
+    implemented.
     """
     if "rope_theta" in values and not (is_number(values.get("rope_theta")) and values.get("rope_theta") > 0):
         raise values.error("rope_theta", expected="a number above 0 is needed")
@@ -47,7 +67,7 @@ def read_rope(values: Values, default_theta: float, max_positions: int) -> tuple
     meanings: dict[str, tuple[float, RopeScaling | None]] = {}
     for key in SCALING_KEYS:
         if values.get(key) not in (None, {}):
-            meanings[key] = _read_object(values, key, theta, max_positions)
+            meanings[key] = _read_object(values, key, theta, max_positions, scales_queries)
     for key, (inner, _) in meanings.items():
         if "rope_theta" in values and inner != theta:
             raise values.error("rope_theta", key, expected="they name different rope_theta; remove one of them")
@@ -55,10 +75,14 @@ def read_rope(values: Values, default_theta: float, max_positions: int) -> tuple
         lacking = [key for key in meanings if "rope_theta" not in values.get(key) and "rope_theta" not in values]
         hint = f" ({lacking[0]} without rope_theta means {default_theta:g})" if lacking else ""
         raise values.error(*SCALING_KEYS, expected=f"they differ{hint}; remove the one that is not meant")
+    if scales_queries and not meanings:
+        raise values.error("rope_parameters", expected=f"this family needs rope_type 'yarn' and {QUERY_SCALE} in it")
     return next(iter(meanings.values()), (theta, None))
 
 
-def _read_object(values: Values, key: str, theta: float, max_positions: int) -> tuple[float, RopeScaling | None]:
+def _read_object(
+    values: Values, key: str, theta: float, max_positions: int, scales_queries: bool
+) -> tuple[float, RopeScaling | None]:
     described = values.get(key)
     if not isinstance(described, dict):
         raise values.error(key, expected="an object such as {'rope_type': 'linear', 'factor': 4.0}, or null, is needed")
@@ -69,19 +93,25 @@ def _read_object(values: Values, key: str, theta: float, max_positions: int) -> 
         raise values.error(
             key, expected=f"rope type {kind!r} is not implemented; known are {', '.join(map(repr, ROPE_KEYS))}"
         )
+    own = (QUERY_SCALE, "max_position_embeddings") if scales_queries else ()  # the second has no effect
+    names = (*ROPE_KEYS[kind], *OPTIONAL_KEYS.get(kind, ()), *own)
     for name, value in described.items():
         neutral = name in _NEUTRAL and any(is_same(value, other) for other in _NEUTRAL[name])
-        if not neutral and name not in (*ROPE_KEYS[kind], *_WITHOUT_EFFECT):
-            raise values.error(
-                key, expected=f"{name} has no meaning for rope type {kind!r}{nearest(name, ROPE_KEYS[kind])}"
-            )
+        if not neutral and name not in (*names, *_WITHOUT_EFFECT):
+            raise values.error(key, expected=f"{name} has no meaning for rope type {kind!r}{nearest(name, names)}")
     inner = described.get("rope_theta", theta)
     if not is_number(inner) or inner <= 0:
         raise values.error(key, expected="rope_theta must be a number above 0")
     numbers = dict(described)
-    if kind == "llama3":
+    if kind in ("llama3", "yarn"):
         _fill_original_positions(values, key, numbers, max_positions)
     _check_numbers(values, key, kind, numbers)
+    if kind == "yarn":
+        _check_yarn(values, key, numbers, inner)
+    if scales_queries and (kind != "yarn" or not is_number(numbers.get(QUERY_SCALE))):
+        raise values.error(
+            key, expected=f"this family needs rope_type 'yarn' and {QUERY_SCALE}, a number of at least 0"
+        )
     return float(inner), _scaling(kind, numbers)
 
 
@@ -97,10 +127,26 @@ def _check_numbers(values: Values, key: str, kind: str, numbers: Mapping[str, An
         raise values.error(key, expected="high_freq_factor must be more than low_freq_factor")
 
 
+def _check_yarn(values: Values, key: str, numbers: Mapping[str, Any], theta: float) -> None:
+    for name in _YARN_NUMBERS:
+        if numbers.get(name) is not None and not is_number(numbers[name]):
+            raise values.error(key, expected=f"{name} must be a number of at least 0, or null")
+    if numbers.get("attention_factor") == 0:
+        raise values.error(key, expected="attention_factor must be above 0")
+    if (numbers.get("beta_fast") or 32) < (numbers.get("beta_slow") or 1):
+        raise values.error(key, expected="beta_fast (32 if absent) must be at least beta_slow (1 if absent)")
+    if type(numbers.get("truncate", True)) is not bool:
+        raise values.error(key, expected="truncate must be true or false")
+    if theta <= 1:
+        raise values.error(key, expected="rope type 'yarn' needs a rope_theta above 1")
+
+
 def _fill_original_positions(values: Values, key: str, numbers: dict[str, Any], max_positions: int) -> None:
     """Fills in `original_max_position_embeddings` as transformers does, and checks it."""
     name = "original_max_position_embeddings"
     outer = values.get(name)
+    if outer is None and name in values:
+        raise values.error(name, expected=f"a whole number is needed, or no such key next to {key}")
     if outer is not None and numbers.get(name, outer) != outer:
         raise values.error(name, key, expected=f"they name different {name}; remove one of them")
     numbers.setdefault(name, max_positions if outer is None else outer)
@@ -113,12 +159,33 @@ def _scaling(kind: str, numbers: Mapping[str, Any]) -> RopeScaling | None:
         return None
     if kind == "linear":
         return RopeScaling(kind=kind, factor=float(numbers["factor"]))
+    if kind == "yarn":
+        return _yarn(numbers)
     return RopeScaling(
         kind=kind,
         factor=float(numbers["factor"]),
         low_freq_factor=float(numbers["low_freq_factor"]),
         high_freq_factor=float(numbers["high_freq_factor"]),
         original_max_positions=numbers["original_max_position_embeddings"],
+    )
+
+
+def _yarn(numbers: Mapping[str, Any]) -> RopeScaling:
+    """As transformers reads it: null or 0 means the default, and mscale counts only together with mscale_all_dim."""
+    factor, attention_factor = float(numbers["factor"]), numbers.get("attention_factor")
+    if attention_factor is None:
+        growth = 0.1 * math.log(factor)
+        mscale, all_dim = numbers.get("mscale"), numbers.get("mscale_all_dim")
+        attention_factor = (growth * mscale + 1) / (growth * all_dim + 1) if mscale and all_dim else growth + 1
+    return RopeScaling(
+        kind="yarn",
+        factor=factor,
+        original_max_positions=numbers["original_max_position_embeddings"],
+        beta_fast=float(numbers.get("beta_fast") or 32),
+        beta_slow=float(numbers.get("beta_slow") or 1),
+        truncate=numbers.get("truncate", True),
+        attention_factor=float(attention_factor),
+        query_scale=float(numbers.get(QUERY_SCALE, 0)),
     )
 
 

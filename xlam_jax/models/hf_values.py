@@ -29,6 +29,11 @@ class Values:
         """The raw value; `default` if the key is missing."""
         return self._values.get(key, default)
 
+    def with_defaults(self, defaults: Mapping[str, Any]) -> "Values":
+        """The same values, with those of `defaults` for keys that are missing or null."""
+        kept = {key: value for key, value in self._values.items() if value is not None or key not in defaults}
+        return Values({**defaults, **kept}, self._origin, self._overridden)
+
     def error(self, *keys: str, expected: str) -> UserError:
         """The error that names keys with their values, where they were set, and what is expected instead."""
         listed = " and ".join(f"{key} is {self._values.get(key)!r}" for key in keys)

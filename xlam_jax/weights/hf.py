@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from xlam_jax import strict_json
+from xlam_jax import documents, strict_json
 from xlam_jax.errors import UserError
 from xlam_jax.models import hf_keys
 from xlam_jax.models.config import ModelConfig, read_hf_config
+from xlam_jax.models.families import wrapper_of
+from xlam_jax.models.hf_wrapper import text_model_line
 from xlam_jax.weights.hf_map import Tensor, tensors
-from xlam_jax.weights.locate import INDEX, Source, locate, refuse_quantized, remove_wrappers
+from xlam_jax.weights.locate import INDEX, Source, keep_text_model, locate, refuse_quantized, remove_wrappers
 from xlam_jax.weights.shards import Shard
 
 if TYPE_CHECKING:
@@ -121,6 +123,10 @@ class HFWeights:
         names, index = _weight_files(self.files, self.name)
         shards = {name: Shard(f"{self._url}/{name}") for name in names}
         refuse_quantized(self.name, shards, hf_config)
+        wrapper, skipped = wrapper_of(documents.read_object(self.files / "config.json")), []
+        if wrapper is not None:
+            text_names, skipped = keep_text_model(self.name, shards, wrapper)
+            index = {text_names.get(key, key): file for key, file in index.items() if key not in skipped}
         self.renamed = remove_wrappers(self.name, shards)
         """Stored name → name without a wrapper's prefix; empty if the names are those of transformers."""
         if self.renamed:
@@ -129,6 +135,9 @@ class HFWeights:
         self.hf_config, dropped = hf_keys.without_quantization(hf_config, origin)
         self.warnings = [*dropped, *hf_keys.warnings_of(hf_config, self.config.family, origin)]
         """One line for each setting of config.json that this project ignores."""
+        if wrapper is not None:
+            line = text_model_line(wrapper, self.config.family, self.name)
+            self.warnings.append(f"{line}; {len(skipped)} tensors of the vision encoder are skipped")
         if self.renamed:
             stored, key = next(iter(self.renamed.items()))
             self.warnings.append(

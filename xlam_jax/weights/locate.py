@@ -9,6 +9,7 @@ import numpy as np
 
 from xlam_jax.errors import UserError
 from xlam_jax.models import hf_keys
+from xlam_jax.models.families.base import Wrapper
 from xlam_jax.models.weights_table import EMBEDDING, HEAD
 from xlam_jax.weights.hf_map import Tensor
 from xlam_jax.weights.shards import DTYPES, Shard
@@ -66,6 +67,26 @@ WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoi
 PREFIXES = ("base_model.model.", "module.", "model.")
 """Prefixes that PEFT, data parallelism and training frameworks add to every name."""
 ADAPTER = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|base_layer|lora_magnitude_vector)\b")
+
+
+def keep_text_model(folder: str, shards: Mapping[str, Shard], wrapper: Wrapper) -> tuple[dict[str, str], list[str]]:
+    """Renames the tensors of a model of text and images as its text model's files name them, and drops the others.
+
+    Returns stored name → new name of the text model's tensors, and the names of those that were dropped. Raises
+    `UserError` if two would have the same name.
+    """
+    names: dict[str, str] = {}
+    skipped: list[str] = []
+    for shard in shards.values():
+        kept = {key: tensor for key, tensor in shard.tensors.items() if not key.startswith(wrapper.others)}
+        skipped += shard.tensors.keys() - kept.keys()
+        for key in kept:
+            prefix = next((prefix for prefix in wrapper.prefixes if key.startswith(prefix)), None)
+            names[key] = key if prefix is None else wrapper.prefixes[prefix] + key.removeprefix(prefix)
+        shard.tensors = {names[key]: tensor for key, tensor in kept.items()}
+        if len(shard.tensors) < len(kept):
+            raise UserError(f"{folder}: {shard.url} contains a tensor under two names; remove one of them")
+    return names, skipped
 
 
 def remove_wrappers(folder: str, shards: Mapping[str, Shard]) -> dict[str, str]:

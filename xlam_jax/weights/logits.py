@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from xlam_jax import documents
 from xlam_jax.errors import UserError
 from xlam_jax.models.config import ModelConfig
+from xlam_jax.models.families import wrapper_of
 
 if TYPE_CHECKING:
     from xlam_jax.models.params import Params
@@ -52,11 +54,13 @@ def _folder_logits(folder: Path, tokens_BT: np.ndarray) -> tuple[np.ndarray, str
         hf_config, params = load_hf(folder)
         return _logits(ModelConfig.from_hf(hf_config), params, tokens_BT), "this project from the folder"
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    is_wrapper = wrapper_of(documents.read_object(folder / "config.json")) is not None
+    model_class = AutoModelForImageTextToText if is_wrapper else AutoModelForCausalLM
+    model = model_class.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     with torch.no_grad():
         return model(torch.from_numpy(tokens_BT).long(), use_cache=False).logits.numpy(), "transformers"
 

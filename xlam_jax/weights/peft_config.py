@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, NoReturn
 
 from xlam_jax import documents
 from xlam_jax.errors import UserError
+from xlam_jax.models.hf_values import is_number
 from xlam_jax.models.weights_table import EMBEDDING, HEAD
 
 CONFIG = "adapter_config.json"
@@ -227,8 +229,10 @@ class _Fields:
 
     def _check_expression(self, key: str, expression: str) -> None:
         try:
-            re.compile(expression)
-        except re.error as error:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", FutureWarning)  # Python may read it as another expression later
+                re.compile(expression)
+        except (re.error, FutureWarning) as error:
             raise UserError(f"{self._where}: {key}: {expression!r} is not a regular expression ({error})") from None
 
     def _refuse(self, key: str, expected: str) -> NoReturn:
@@ -240,4 +244,4 @@ def _is_rank(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)  # pyright: ignore[reportArgumentType]
+    return is_number(value, least=-3.4e38)

@@ -1,5 +1,7 @@
 """The model families that this project trains: one file and one row of `FAMILIES` each.
 
+`WRAPPERS` are models whose text model belongs to one of them.
+
 To add a family, write a module with a `Family` (how its config.json is read, and its weight table) and add it to
 `FAMILIES`. In `xlam_jax`, nothing else names a family.
 """
@@ -7,15 +9,17 @@ To add a family, write a module with a `Family` (how its config.json is read, an
 from collections.abc import Mapping
 from typing import Any
 
-from xlam_jax.models.families import llama, mistral, mixtral
-from xlam_jax.models.families.base import Family
+from xlam_jax.models.families import llama, ministral3, mistral, mistral3, mixtral
+from xlam_jax.models.families.base import Family, Wrapper
 from xlam_jax.models.weights_table import Weight
 
 FAMILIES: tuple[Family, ...] = (
     mistral.FAMILY,
     mixtral.FAMILY,
     llama.FAMILY,
+    ministral3.FAMILY,
 )
+WRAPPERS: tuple[Wrapper, ...] = (mistral3.WRAPPER,)
 
 
 def family_of(hf: Mapping[str, Any]) -> Family | None:
@@ -24,6 +28,11 @@ def family_of(hf: Mapping[str, Any]) -> Family | None:
         case [str(architecture)]:
             return next((family for family in FAMILIES if family.architecture == architecture), None)
     return None
+
+
+def wrapper_of(hf: Mapping[str, Any]) -> Wrapper | None:
+    """The wrapper that a config.json describes; None for others."""
+    return next((wrapper for wrapper in WRAPPERS if hf.get("architectures") == [wrapper.architecture]), None)
 
 
 def family_named(name: str) -> Family:

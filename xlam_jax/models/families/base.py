@@ -44,11 +44,27 @@ class Family:
         return COMMON_KEYS | self.own_keys
 
 
-def read_common(values: Values, defaults: Mapping[str, Any]) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class Wrapper:
+    """A model of text and images whose text model belongs to a family. Only the text model is trained and exported."""
+
+    architecture: str
+    """The element of `architectures` in its config.json, which has the text model's keys under `text_config`."""
+    default_text: str
+    """The `model_type` of a `text_config` that has none."""
+    texts: frozenset[str]
+    """The families of its text models."""
+    prefixes: Mapping[str, str]
+    """Prefix of a tensor's name in its files → prefix in the text model's own files; the first that fits counts."""
+    others: tuple[str, ...]
+    """Prefixes of the tensors that are not part of the text model."""
+
+
+def read_common(values: Values, defaults: Mapping[str, Any], *, scales_queries: bool = False) -> dict[str, Any]:
     """Returns the fields of `ModelConfig` that every family has.
 
     `defaults`: what transformers takes for missing keys. Without `num_key_value_heads` in it, each attention head has
-    its own keys and values. Raises `UserError` for invalid values.
+    its own keys and values. `scales_queries`: as for `read_rope`. Raises `UserError` for invalid values.
     """
     heads = values.size("num_attention_heads")
     kv_default = defaults.get("num_key_value_heads")
@@ -61,7 +77,7 @@ def read_common(values: Values, defaults: Mapping[str, Any]) -> dict[str, Any]:
     if head_dim % 2:
         raise values.error("head_dim", expected=f"heads of {head_dim}; rotary positions need an even number")
     max_positions = values.size("max_position_embeddings", defaults["max_position_embeddings"])
-    theta, scaling = read_rope(values, defaults["rope_theta"], max_positions)
+    theta, scaling = read_rope(values, defaults["rope_theta"], max_positions, scales_queries=scales_queries)
     return {
         "vocab_size": values.size("vocab_size"),
         "hidden_size": hidden_size,
