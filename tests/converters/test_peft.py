@@ -166,7 +166,7 @@ def assert_merges_as_in_peft(folder: Path, peft_model: Any, config: ModelConfig,
     """Checks that merging the adapters of a folder gives the weights of peft's merged model."""
     base = tiny_models.params_of(model)
     ours = merge(config, base, read_peft(folder, config, base))
-    merged = tiny_models.file_tensors(dict(peft_model.merge_and_unload().named_parameters()))
+    merged = tiny_models.file_tensors(dict(peft_model.merge_and_unload().named_parameters()), config.family)
     for tensor in tensors(config):
         np.testing.assert_allclose(
             tensor.to_hf(parameter(ours, tensor.path)), merged[tensor.key], rtol=1e-5, atol=1e-6, err_msg=tensor.key

@@ -5,22 +5,15 @@ from dataclasses import replace
 from typing import Any
 
 import jax
-import numpy as np
 import pytest
 import tiny_models
-import torch
-import transformers
-from test_parity import assert_close, our_logits, positions
 
-from xlam_jax.models import families
 from xlam_jax.models.config import ModelConfig
 from xlam_jax.models.families import FAMILIES, frozen_storage, rows_named, stacked_axes
-from xlam_jax.models.families.base import Family, read_common
-from xlam_jax.models.hf_values import Values
+from xlam_jax.models.families.base import Family
 from xlam_jax.models.params import shapes
-from xlam_jax.models.weights_table import ATTENTION, LOGICAL_AXES, decoder_table, head_bias, head_norm
+from xlam_jax.models.weights_table import LOGICAL_AXES
 from xlam_jax.parallel.mesh import RULES
-from xlam_jax.weights.hf_map import parameter as parameter_at
 from xlam_jax.weights.hf_map import tensors
 
 EACH_FAMILY = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
@@ -74,47 +67,3 @@ def test_rows_of_weights_and_of_adapters():
     assert not config.weight("q").per_expert
     with pytest.raises(KeyError):
         config.weight("w4")
-
-
-def read(values: Values) -> dict[str, Any]:
-    return read_common(values, {"max_position_embeddings": 512, "rms_norm_eps": 1e-6, "rope_theta": 10_000.0})
-
-
-BIASES = (
-    head_bias("q_bias", "NGK", "self_attn.q_proj"),
-    head_bias("k_bias", "NK", "self_attn.k_proj"),
-    head_bias("v_bias", "NK", "self_attn.v_proj"),
-)
-NORMS = (head_norm("q_norm", "self_attn.q_norm"), head_norm("k_norm", "self_attn.k_norm"))
-NEW_FAMILIES = {
-    "qwen2": (transformers.Qwen2Config, BIASES, {}),
-    "qwen3": (transformers.Qwen3Config, NORMS, {"head_dim": 24}),
-}
-
-
-@pytest.mark.parametrize("name", NEW_FAMILIES)
-def test_a_new_dense_family_is_rows_and_a_way_to_read_its_config(name: str, monkeypatch: pytest.MonkeyPatch):
-    """Biases and norms of queries, keys and values, as transformers computes them."""
-    config_class, rows, sizes = NEW_FAMILIES[name]
-    architecture, table = f"{name.capitalize()}ForCausalLM", decoder_table(attention=(*ATTENTION, *rows))
-    family = Family(name=name, architecture=architecture, read=read, weights=table)
-    monkeypatch.setattr(families, "FAMILIES", (*FAMILIES, family))
-    monkeypatch.setitem(tiny_models.CONFIGS, name, config_class)
-    test_rows_are_consistent(family)
-    model = tiny_models.hf_model(name, **sizes)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if key.endswith("bias"):
-                parameter.uniform_(-0.5, 0.5)
-    params, named = tiny_models.params_of(model), tiny_models.file_tensors(dict(model.named_parameters()))
-    written = {
-        tensor.key: tensor.to_hf(parameter_at(params, tensor.path)) for tensor in tensors(config_of(family, sizes))
-    }
-    assert written.keys() == named.keys()
-    assert all(np.array_equal(written[key], named[key]) for key in named)
-    tokens = tiny_models.tokens(2, 24)
-    mask = np.ones_like(tokens)
-    logits, _ = our_logits(model, tokens, positions(mask), mask)
-    with torch.no_grad():
-        expected = model(torch.from_numpy(tokens).long()).logits.numpy()
-    assert_close(logits, expected, name)

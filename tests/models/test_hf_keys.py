@@ -56,7 +56,7 @@ def ours(values: dict[str, Any]) -> ModelConfig | None:
 
 def frequencies(config: Any) -> np.ndarray:
     module = import_module(f"transformers.models.{config.model_type}.modeling_{config.model_type}")
-    name = f"{config.model_type.capitalize()}RotaryEmbedding"
+    name = "".join(part.capitalize() for part in config.model_type.split("_")) + "RotaryEmbedding"
     return getattr(module, name)(config).inv_freq.numpy()
 
 
@@ -65,11 +65,11 @@ def assert_same_reading(values: dict[str, Any]) -> bool:
     config = ours(values)
     if config is None:
         return False
-    expected = tiny_models.CONFIGS[config.family](**deepcopy(values))
+    expected, own = tiny_models.CONFIGS[config.family](**deepcopy(values)), family_named(config.family).own_keys
     pairs = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
-        "intermediate_size": config.mlp_size,
+        "moe_intermediate_size" if "moe_intermediate_size" in own else "intermediate_size": config.mlp_size,
         "num_hidden_layers": config.layers,
         "num_attention_heads": config.heads,
         "num_key_value_heads": config.kv_heads,
@@ -79,19 +79,23 @@ def assert_same_reading(values: dict[str, Any]) -> bool:
         "tie_word_embeddings": config.tie_embeddings,
         "hidden_act": "silu",
     }
-    if config.family != "llama":
-        pairs["sliding_window"] = config.sliding_window
+    if "sliding_window" in own:
+        windowed = "sliding_attention" in (getattr(expected, "layer_types", None) or ["sliding_attention"])
+        assert config.sliding_window == (expected.sliding_window if windowed else None)
     if config.experts:
         pairs |= {"num_local_experts": config.experts, "num_experts_per_tok": config.experts_per_token}
+        assert config.normalize_gates is (expected.norm_topk_prob if "norm_topk_prob" in own else True)
     assert {key: getattr(expected, key) for key in pairs} == pairs, values
-    assert (expected.head_dim or expected.hidden_size // expected.num_attention_heads) == config.head_dim
+    assert (
+        getattr(expected, "head_dim", None) or expected.hidden_size // expected.num_attention_heads
+    ) == config.head_dim
     np.testing.assert_allclose(rope_frequencies(config), frequencies(expected), rtol=2e-6, err_msg=str(values))
     return True
 
 
 @pytest.mark.parametrize("family", tiny_models.CONFIGS)
 def test_each_key_with_odd_values(family: str):
-    keys = family_named(family).keys | hf_keys.NEUTRAL.keys() | hf_keys.IN_TRAINING
+    keys = family_named(family).keys | hf_keys.NEUTRAL.keys() | hf_keys.IN_TRAINING | {"max_window_layers"}
     read = sum(
         assert_same_reading({**base(family), key: value})
         for key in sorted(keys - {"architectures", "model_type"})
@@ -151,7 +155,9 @@ def test_every_field_of_transformers_is_in_one_group(family: str):
     fields = set(tiny_models.CONFIGS[family]().to_dict()) | {
         field.name for field in dataclasses.fields(tiny_models.CONFIGS[family])
     }
-    groups = (family_named(family).keys, hf_keys.NEUTRAL.keys(), hf_keys.IN_TRAINING, hf_keys.WITHOUT_EFFECT)
+    own = family_named(family).own_keys
+    others = (hf_keys.NEUTRAL.keys() - own, hf_keys.IN_TRAINING, hf_keys.WITHOUT_EFFECT - own)
+    groups = (family_named(family).keys, *others)
     assert {field: sum(field in group for group in groups) for field in fields} == dict.fromkeys(fields, 1)
     assert fields - hf_keys.known_keys(family_named(family)) == set(), "and may be overridden"
     saved = json.loads(tiny_models.CONFIGS[family](architectures=[ARCHITECTURES[family]]).to_json_string(False))

@@ -235,7 +235,7 @@ def test_losses_and_gradients_are_trls(case: str, family: str):
             add_fused_lm_head(one, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
     loss, watched = trl_case(preference, model, reference, pairs)
     loss.backward()
-    gradients = tiny_models.file_tensors({name: one.grad for name, one in model.named_parameters()})
+    gradients = tiny_models.file_tensors({name: one.grad for name, one in model.named_parameters()}, family)
 
     np.testing.assert_allclose(float(metrics["loss"]), float(loss.detach()), rtol=1e-5)
     for name, key in NAMES.items():

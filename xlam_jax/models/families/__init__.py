@@ -42,6 +42,11 @@ def frozen_storage(name: str) -> str:
     return rows[0].frozen if rows else "compute"
 
 
+def is_vector(name: str) -> bool:
+    """Whether the parameter of this name is a norm's scale or a bias, which are not decayed."""
+    return any(not row.is_matrix for row in rows_named(name))
+
+
 def stacked_axes(name: str, ndim: int) -> int:
     """The number of leading axes of a block's parameter that index its layers (and experts): 1 or 2.
 
