@@ -32,9 +32,9 @@ def load(folder: Path) -> Decoder:
     return binder(ModelConfig.from_hf(hf_config), dtype=jnp.float32)(params)
 
 
-@pytest.fixture(scope="module", params=["mixtral", "mistral"])
+@pytest.fixture(scope="module", params=["mixtral", "mistral", pytest.param("qwen2", marks=pytest.mark.slow)])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    overrides = {"mixtral": {}, "mistral": {"sliding_window": 7}}[request.param]
+    overrides = {"mixtral": {}, "mistral": {"sliding_window": 7}}.get(request.param, {})
     path = tmp_path_factory.mktemp("hf") / request.param
     tiny_models.hf_model(request.param, **overrides).save_pretrained(path)
     return path

@@ -66,7 +66,12 @@ def tiny(family: str, targets: tuple[str, ...], stabilized: bool = False):
 
 @pytest.mark.parametrize(
     ("family", "targets", "stabilized"),
-    [("mistral", (*DENSE, "head"), False), ("llama", ("q", "w2"), True), ("mixtral", ("q", "k", "v", "o"), False)],
+    [
+        ("mistral", (*DENSE, "head"), False),
+        ("llama", ("q", "w2"), True),
+        ("mixtral", ("q", "k", "v", "o"), False),
+        ("qwen2", DENSE, False),
+    ],
 )
 def test_peft_loads_what_we_write(tmp_path: Path, family: str, targets: tuple[str, ...], stabilized: bool):
     model, config, base, adapters = tiny(family, targets, stabilized)

@@ -9,7 +9,7 @@ import pytest
 import tiny_models
 
 from xlam_jax.models.config import ModelConfig
-from xlam_jax.models.families import FAMILIES, frozen_storage, rows_named, stacked_axes
+from xlam_jax.models.families import FAMILIES, frozen_storage, is_vector, rows_named, stacked_axes
 from xlam_jax.models.families.base import Family
 from xlam_jax.models.params import shapes
 from xlam_jax.models.weights_table import LOGICAL_AXES
@@ -35,6 +35,8 @@ def test_rows_are_consistent(family: Family):
         assert sorted(weight.hf_axes.replace(" ", "")) == sorted(unstacked), weight
         assert len(set(weight.axes)) == len(weight.axes), weight
         assert weight.is_matrix or not (weight.peft or weight.vllm), "vectors have no adapters"
+        assert weight.is_matrix or weight.frozen != "nf4", "vectors are not quantized"
+        assert is_vector(weight.name) is not weight.is_matrix
         assert weight.peft or not weight.vllm, "vLLM reads PEFT folders"
         assert {row.frozen for row in rows_named(weight.name)} == {frozen_storage(weight.name)}
         assert not weight.in_block or stacked_axes(weight.name, len(weight.axes)) == len(weight.stacked)

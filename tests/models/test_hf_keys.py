@@ -211,6 +211,13 @@ def test_every_field_of_transformers_is_in_one_group(family: str):
             {"rope_parameters": {"full_attention": LINEAR}},
             "full_attention has no meaning for rope type 'default'",
         ),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+            "max_window_layers is 1 and layer_types is None and use_sliding_window is True; all 2 layers must have the",
+        ),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 2}, "which means full_attention here; remove layer_types"),
+        ("qwen2", {"use_sliding_window": 1}, "use_sliding_window is 1; true or false is needed"),
         ("llama", {"architectures": "LlamaForCausalLM"}, "architectures is 'LlamaForCausalLM'; this project trains"),
     ],
 )
@@ -226,6 +233,27 @@ def test_a_number_of_experts_in_the_other_spelling():
     values = base("mixtral") | {"num_experts": 4}
     assert assert_same_reading(values)
     assert ModelConfig.from_hf(values).experts == 4
+
+
+@pytest.mark.parametrize(
+    ("values", "window"),
+    [
+        ({"sliding_window": 32_768, "use_sliding_window": False, "max_window_layers": 1}, None),  # as published
+        ({"sliding_window": 32_768}, None),
+        ({"layer_types": ["full_attention"] * 2}, None),
+        ({"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0}, 8),
+        ({"use_sliding_window": True, "max_window_layers": 0}, 4096),
+        ({"sliding_window": 8, "use_sliding_window": True}, None),  # from layer 28 on
+        ({"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 2}, None),
+        ({"sliding_window": None, "use_sliding_window": True, "max_window_layers": 0}, None),
+        ({"sliding_window": 8, "use_sliding_window": True, "layer_types": ["sliding_attention"] * 2}, 8),
+        ({"sliding_window": 8, "use_sliding_window": True, "layer_types": ["full_attention"] * 2}, None),
+    ],
+)
+def test_a_window_that_is_turned_on(values: dict[str, Any], window: int | None):
+    whole = base("qwen2") | values
+    assert assert_same_reading(whole)
+    assert ModelConfig.from_hf(whole).sliding_window == window
 
 
 def test_what_is_reported():

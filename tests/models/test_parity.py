@@ -44,6 +44,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "llama-linear": ("llama", {"rope_parameters": LINEAR}),
     "llama3": ("llama", {"rope_parameters": LLAMA3, "head_dim": 16}),
+    "qwen2-tied": ("qwen2", {"tie_word_embeddings": True, "rope_parameters": THETA, "sliding_window": 7}),
+    "qwen2-window-head-dim": (
+        "qwen2",
+        {
+            **{"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 20, "max_window_layers": 0},
+            **{"sliding_window": 7, "use_sliding_window": True},
+        },
+    ),
 }
 
 
@@ -164,6 +172,7 @@ def test_longer_than_a_query_chunk(window: int | None):
         ("mistral", {"sliding_window": 7}),
         ("mixtral", {}),
         ("llama", {"rope_parameters": LINEAR}),
+        ("qwen2", {}),
     ],
 )
 def test_packed_segments_equal_sequences_alone(family: str, overrides: dict[str, Any]):
@@ -218,6 +227,7 @@ def test_load_balancing_loss():
         ("mistral-v0.1-window-group-4", "minimal"),
         ("mistral-v0.1-window-group-4", "full"),
         ("mixtral-8-top-2", "full"),
+        pytest.param("qwen2-tied", "minimal", marks=pytest.mark.slow),
     ],
 )
 def test_remat_changes_no_gradient(case: str, remat: str):

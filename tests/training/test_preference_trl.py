@@ -214,7 +214,14 @@ NAMES = {
 }
 
 
-@pytest.mark.parametrize(("case", "family"), [*((case, "mistral") for case in CASES), ("sigmoid", "mixtral")])
+@pytest.mark.parametrize(
+    ("case", "family"),
+    [
+        *((case, "mistral") for case in CASES),
+        ("sigmoid", "mixtral"),
+        pytest.param("sigmoid", "qwen2", marks=pytest.mark.slow),
+    ],
+)
 def test_losses_and_gradients_are_trls(case: str, family: str):
     trl_case, preference = CASES[case]
     model, reference = (tiny_models.hf_model(family, seed=seed) for seed in (0, 1))

@@ -7,7 +7,7 @@ To add a family, write a module with a `Family` (how its config.json is read, an
 from collections.abc import Mapping
 from typing import Any
 
-from xlam_jax.models.families import llama, mistral, mixtral
+from xlam_jax.models.families import llama, mistral, mixtral, qwen2
 from xlam_jax.models.families.base import Family
 from xlam_jax.models.weights_table import Weight
 
@@ -15,6 +15,7 @@ FAMILIES: tuple[Family, ...] = (
     mistral.FAMILY,
     mixtral.FAMILY,
     llama.FAMILY,
+    qwen2.FAMILY,
 )
 
 
