@@ -32,7 +32,10 @@ def load(folder: Path) -> Decoder:
     return binder(ModelConfig.from_hf(hf_config), dtype=jnp.float32)(params)
 
 
-@pytest.fixture(scope="module", params=["mixtral", "mistral", pytest.param("qwen2", marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="module",
+    params=["mixtral", "mistral", *(pytest.param(family, marks=pytest.mark.slow) for family in ("qwen2", "qwen3"))],
+)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     overrides = {"mixtral": {}, "mistral": {"sliding_window": 7}}.get(request.param, {})
     path = tmp_path_factory.mktemp("hf") / request.param

@@ -14,7 +14,7 @@ from xlam_jax.weights.hf_map import tensors
 
 VOCAB = 97
 CONFIGS = {family.name: transformers.CONFIG_MAPPING[family.name] for family in FAMILIES}
-OWN: dict[str, dict[str, Any]] = {"mistral": {"sliding_window": None}}
+OWN: dict[str, dict[str, Any]] = {"mistral": {"sliding_window": None}, "qwen3": {"head_dim": 12}}
 """Family → sizes that differ from transformers' defaults for it."""
 SIZES = {
     "vocab_size": VOCAB,

@@ -71,6 +71,7 @@ def tiny(family: str, targets: tuple[str, ...], stabilized: bool = False):
         ("llama", ("q", "w2"), True),
         ("mixtral", ("q", "k", "v", "o"), False),
         ("qwen2", DENSE, False),
+        pytest.param("qwen3", DENSE, False, marks=pytest.mark.slow),
     ],
 )
 def test_peft_loads_what_we_write(tmp_path: Path, family: str, targets: tuple[str, ...], stabilized: bool):
@@ -176,6 +177,14 @@ def assert_merges_as_in_peft(folder: Path, peft_model: Any, config: ModelConfig,
         np.testing.assert_allclose(
             tensor.to_hf(parameter(ours, tensor.path)), merged[tensor.key], rtol=1e-5, atol=1e-6, err_msg=tensor.key
         )
+
+
+@pytest.mark.parametrize("family", ["qwen2", pytest.param("qwen3", marks=pytest.mark.slow)])
+def test_a_merge_changes_no_bias_and_no_norm(tmp_path: Path, family: str):
+    model = tiny_models.hf_model(family)
+    peft_model = save_with_peft(tmp_path, model)
+    config = replace(tiny_models.model_config(model), lora=Lora(targets=("q", "v"), rank=4, alpha=12.0))
+    assert_merges_as_in_peft(tmp_path, peft_model, config, tiny_models.hf_model(family))
 
 
 def test_every_field_of_peft_is_classified():

@@ -31,6 +31,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {"num_local_experts": 4}),
     "llama": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 100_000.0, "factor": 4.0}}),
     "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {}),
 }
 Command = Callable[..., None]
 

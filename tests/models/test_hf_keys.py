@@ -217,6 +217,8 @@ def test_every_field_of_transformers_is_in_one_group(family: str):
             "max_window_layers is 1 and layer_types is None and use_sliding_window is True; all 2 layers must have the",
         ),
         ("qwen2", {"layer_types": ["sliding_attention"] * 2}, "which means full_attention here; remove layer_types"),
+        ("qwen3", {"head_dim": None}, "head_dim is None; a positive whole number"),
+        ("qwen3", {"attention_bias": True}, "attention_bias is True; only false is implemented"),
         ("qwen2", {"use_sliding_window": 1}, "use_sliding_window is 1; true or false is needed"),
         ("llama", {"architectures": "LlamaForCausalLM"}, "architectures is 'LlamaForCausalLM'; this project trains"),
     ],
@@ -250,8 +252,9 @@ def test_a_number_of_experts_in_the_other_spelling():
         ({"sliding_window": 8, "use_sliding_window": True, "layer_types": ["full_attention"] * 2}, None),
     ],
 )
-def test_a_window_that_is_turned_on(values: dict[str, Any], window: int | None):
-    whole = base("qwen2") | values
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_a_window_that_is_turned_on(family: str, values: dict[str, Any], window: int | None):
+    whole = base(family) | values
     assert assert_same_reading(whole)
     assert ModelConfig.from_hf(whole).sliding_window == window
 

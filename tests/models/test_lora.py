@@ -1,6 +1,7 @@
 """Adapters: the model with them equals the model with their products added to its weights, gradients too."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +72,7 @@ def close(ours: np.ndarray, expected: np.ndarray, what: str, tolerance: float = 
         ("llama", {"head_dim": 12}, "minimal"),
         ("mixtral", {"num_local_experts": 4}, "none"),
         pytest.param("qwen2", {}, "none", marks=pytest.mark.slow),
+        pytest.param("qwen3", {}, "dots", marks=pytest.mark.slow),
     ],
 )
 def test_adapters_equal_merged_weights(family: str, overrides: dict, remat: str):
@@ -95,11 +97,11 @@ def test_adapters_equal_merged_weights(family: str, overrides: dict, remat: str)
         close(got[f"{name}_b"], db.reshape(factors[f"{name}_b"].shape), f"gradient of B of {name}", 1e-4)
 
 
-@pytest.mark.parametrize("family", ["qwen2"])
+@pytest.mark.parametrize("family", ["qwen2", pytest.param("qwen3", marks=pytest.mark.slow)])
 def test_four_bit_weights_equal_the_weights_that_they_stand_for(family: str):
     """Biases and norms stay as they are."""
     config, base, adapters = with_adapters(family)
-    frozen = freeze(jax.tree.map(jnp.asarray, base), jnp.float32, quantized=True)
+    frozen = jax.jit(partial(freeze, dtype=jnp.float32, quantized=True))(base)
     plain = jax.tree.map(lambda leaf: dense(leaf, jnp.float32), frozen, is_leaf=lambda leaf: isinstance(leaf, NF4))
     for name, leaf in flat(frozen).items():
         assert isinstance(leaf, NF4) == (config.weight(name).frozen == "nf4")

@@ -52,6 +52,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             **{"sliding_window": 7, "use_sliding_window": True},
         },
     ),
+    "qwen3-head-dim-group-3": (
+        "qwen3",
+        {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 20, "rope_parameters": THETA},
+    ),
+    "qwen3-tied-window": (
+        "qwen3",
+        {"tie_word_embeddings": True, "sliding_window": 7, "use_sliding_window": True, "max_window_layers": 0},
+    ),
 }
 
 
@@ -173,6 +181,7 @@ def test_longer_than_a_query_chunk(window: int | None):
         ("mixtral", {}),
         ("llama", {"rope_parameters": LINEAR}),
         ("qwen2", {}),
+        pytest.param("qwen3", {}, marks=pytest.mark.slow),
     ],
 )
 def test_packed_segments_equal_sequences_alone(family: str, overrides: dict[str, Any]):
@@ -228,6 +237,7 @@ def test_load_balancing_loss():
         ("mistral-v0.1-window-group-4", "full"),
         ("mixtral-8-top-2", "full"),
         pytest.param("qwen2-tied", "minimal", marks=pytest.mark.slow),
+        pytest.param("qwen3-tied-window", "dots", marks=pytest.mark.slow),
     ],
 )
 def test_remat_changes_no_gradient(case: str, remat: str):

@@ -48,7 +48,7 @@ MODEL = ModelConfig(
     experts_per_token=2,
 )
 
-SIZES: dict[str, dict[str, int]] = {"qwen2": {"experts": 0, "experts_per_token": 0}}
+SIZES: dict[str, dict[str, int]] = {name: {"experts": 0, "experts_per_token": 0} for name in ("qwen2", "qwen3")}
 """Case of another family → sizes that differ from `MODEL`'s."""
 
 
@@ -131,7 +131,10 @@ if __name__ == "__main__":
         ("one expert", ["alone", "expert-tensor"]),
         ("kernels", ["alone", "context-fsdp-in-turns"]),
         ("added tokens", ["alone", "fsdp-tensor"]),
-        pytest.param("qwen2", ["alone", "context-expert-tensor"], marks=pytest.mark.slow),
+        *(
+            pytest.param(case, ["alone", "fsdp-tensor", "context-expert-tensor"], marks=pytest.mark.slow)
+            for case in ("qwen2", "qwen3")
+        ),
         *(
             pytest.param(case, list(MESHES), marks=pytest.mark.slow)
             for case in ("plain", "one expert", "window", "lora")
