@@ -11,6 +11,7 @@ import tiny_models
 from xlam_jax.models.config import ModelConfig
 from xlam_jax.models.families import FAMILIES, frozen_storage, is_vector, rows_named, stacked_axes
 from xlam_jax.models.families.base import Family
+from xlam_jax.models.hf_keys import warnings_of
 from xlam_jax.models.params import shapes
 from xlam_jax.models.weights_table import LOGICAL_AXES
 from xlam_jax.parallel.mesh import RULES
@@ -54,6 +55,42 @@ def test_the_decoder_creates_the_weights_of_the_table(family: Family, tied: bool
     assert (("head",) in created) is not tied
     stored = {tensor.path: tensor.stacked_shape for tensor in tensors(config)}
     assert stored == created
+
+
+PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
+    "Qwen2.5-1.5B": (
+        {
+            **{"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "use_cache": True},
+            **{"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12},
+            **{"num_key_value_heads": 2, "vocab_size": 151_936, "tie_word_embeddings": True, "rms_norm_eps": 1e-6},
+            **{"max_position_embeddings": 131_072, "rope_theta": 1_000_000.0, "torch_dtype": "bfloat16"},
+            **{"sliding_window": 131_072, "use_sliding_window": False, "max_window_layers": 28},
+            **{"bos_token_id": 151_643, "eos_token_id": 151_643, "attention_dropout": 0.0, "use_mrope": False},
+        },
+        1_543_714_304,
+    ),
+    "Qwen3-8B": (
+        {
+            **{"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu", "use_cache": True},
+            **{"hidden_size": 4096, "intermediate_size": 12_288, "num_hidden_layers": 36, "num_attention_heads": 32},
+            **{"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151_936, "tie_word_embeddings": False},
+            **{"max_position_embeddings": 40_960, "rope_theta": 1_000_000, "rope_scaling": None, "rms_norm_eps": 1e-6},
+            **{"sliding_window": None, "use_sliding_window": False, "max_window_layers": 36, "attention_bias": False},
+            **{"bos_token_id": 151_643, "eos_token_id": 151_645, "attention_dropout": 0.0, "torch_dtype": "bfloat16"},
+        },
+        8_190_735_360,
+    ),
+}
+"""A config.json as published, and the number of parameters of its files."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes(name: str):
+    hf, parameters = PUBLISHED[name]
+    config = ModelConfig.from_hf(hf)
+    assert config.parameters() == parameters
+    assert config.sliding_window is None
+    assert warnings_of(hf, config.family, name) == []
 
 
 def test_axes_that_index_layers_and_experts():

@@ -61,6 +61,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"tie_word_embeddings": True, "sliding_window": 7, "use_sliding_window": True, "max_window_layers": 0},
     ),
 }
+SLOW = ("qwen2-window-head-dim", "qwen3-tied-window")
 
 
 def positions(mask: np.ndarray) -> np.ndarray:
@@ -141,7 +142,9 @@ def assert_parity(model: Any, tokens: np.ndarray, mask: np.ndarray) -> Any:
     return sums
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow) if case in SLOW else case for case in CASES]
+)
 def test_logits_and_gradients(case: str):
     family, overrides = CASES[case]
     model = tiny_models.hf_model(family, **overrides)

@@ -40,6 +40,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "no_rope_layer_interval": _UNUSED_HERE,
     "alibi": (None, False),
     "use_rope": (None, True),
+    "use_mrope": (None, False),
     "attn_temperature_tuning": (None, False),
     "llama_4_scaling": (None,),
     # scores and norms
