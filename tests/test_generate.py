@@ -34,7 +34,11 @@ def load(folder: Path) -> Decoder:
 
 @pytest.fixture(
     scope="module",
-    params=["mixtral", "mistral", *(pytest.param(family, marks=pytest.mark.slow) for family in ("qwen2", "qwen3"))],
+    params=[
+        "mixtral",
+        "mistral",
+        *(pytest.param(family, marks=pytest.mark.slow) for family in ("qwen2", "qwen3", "qwen3_moe")),
+    ],
 )
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     overrides = {"mixtral": {}, "mistral": {"sliding_window": 7}}.get(request.param, {})

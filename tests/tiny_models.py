@@ -14,7 +14,11 @@ from xlam_jax.weights.hf_map import tensors
 
 VOCAB = 97
 CONFIGS = {family.name: transformers.CONFIG_MAPPING[family.name] for family in FAMILIES}
-OWN: dict[str, dict[str, Any]] = {"mistral": {"sliding_window": None}, "qwen3": {"head_dim": 12}}
+OWN: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": None},
+    "qwen3": {"head_dim": 12},
+    "qwen3_moe": {"head_dim": 12, "num_experts": 8, "moe_intermediate_size": 24, "num_experts_per_tok": 3},
+}
 """Family → sizes that differ from transformers' defaults for it."""
 SIZES = {
     "vocab_size": VOCAB,

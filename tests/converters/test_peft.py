@@ -72,6 +72,7 @@ def tiny(family: str, targets: tuple[str, ...], stabilized: bool = False):
         ("mixtral", ("q", "k", "v", "o"), False),
         ("qwen2", DENSE, False),
         pytest.param("qwen3", DENSE, False, marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", ("q", "k", "v", "o"), False, marks=pytest.mark.slow),
     ],
 )
 def test_peft_loads_what_we_write(tmp_path: Path, family: str, targets: tuple[str, ...], stabilized: bool):
@@ -102,8 +103,9 @@ def test_we_load_what_peft_writes(tmp_path: Path):
     )
 
 
-def test_experts_are_refused(tmp_path: Path):
-    _, config, _, adapters = tiny("mixtral", ("q", "w1", "router"))
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_are_refused(tmp_path: Path, family: str):
+    _, config, _, adapters = tiny(family, ("q", "w1", "router"))
     with pytest.raises(UserError, match=r"w1, router have no layout .* --lora merge"):
         write_peft(tmp_path / "adapter", config, adapters, base=None)
     assert not (tmp_path / "adapter").exists()
@@ -179,7 +181,9 @@ def assert_merges_as_in_peft(folder: Path, peft_model: Any, config: ModelConfig,
         )
 
 
-@pytest.mark.parametrize("family", ["qwen2", pytest.param("qwen3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "family", ["qwen2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3", "qwen3_moe"))]
+)
 def test_a_merge_changes_no_bias_and_no_norm(tmp_path: Path, family: str):
     model = tiny_models.hf_model(family)
     peft_model = save_with_peft(tmp_path, model)

@@ -32,6 +32,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 100_000.0, "factor": 4.0}}),
     "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", {}),
+    "qwen3-moe": ("qwen3_moe", {"norm_topk_prob": True}),
 }
 Command = Callable[..., None]
 

@@ -80,6 +80,19 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         },
         8_190_735_360,
     ),
+    "Qwen3-30B-A3B": (
+        {
+            **{"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_act": "silu"},
+            **{"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48, "num_attention_heads": 32},
+            **{"num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151_936, "tie_word_embeddings": False},
+            **{"moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True},
+            **{"decoder_sparse_step": 1, "mlp_only_layers": [], "router_aux_loss_coef": 0.001, "use_cache": True},
+            **{"max_position_embeddings": 40_960, "rope_theta": 1_000_000.0, "rope_scaling": None},
+            **{"sliding_window": None, "use_sliding_window": False, "max_window_layers": 48, "attention_bias": False},
+            **{"rms_norm_eps": 1e-6, "attention_dropout": 0.0, "output_router_logits": False},
+        },
+        30_532_122_624,
+    ),
 }
 """A config.json as published, and the number of parameters of its files."""
 

@@ -219,6 +219,9 @@ def test_every_field_of_transformers_is_in_one_group(family: str):
         ("qwen2", {"layer_types": ["sliding_attention"] * 2}, "which means full_attention here; remove layer_types"),
         ("qwen3", {"head_dim": None}, "head_dim is None; a positive whole number"),
         ("qwen3", {"attention_bias": True}, "attention_bias is True; only false is implemented"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step is 2; only 1, a mixture in each layer,"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers is [0]; only null or [] is implemented"),
+        ("qwen3_moe", {"shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size is 8; only null or"),
         ("qwen2", {"use_sliding_window": 1}, "use_sliding_window is 1; true or false is needed"),
         ("llama", {"architectures": "LlamaForCausalLM"}, "architectures is 'LlamaForCausalLM'; this project trains"),
     ],
@@ -257,6 +260,14 @@ def test_a_window_that_is_turned_on(family: str, values: dict[str, Any], window:
     whole = base(family) | values
     assert assert_same_reading(whole)
     assert ModelConfig.from_hf(whole).sliding_window == window
+
+
+def test_a_window_of_all_layers():
+    published = {"sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 1, "num_experts": 8}
+    for values, window in ((published, None), (published | {"use_sliding_window": True}, 4096)):
+        assert assert_same_reading(base("qwen3_moe") | values)
+        assert ModelConfig.from_hf(base("qwen3_moe") | values).sliding_window == window
+    assert hf_keys.warnings_of(base("qwen3_moe") | published, "qwen3_moe", "here") == []
 
 
 def test_what_is_reported():

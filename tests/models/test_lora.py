@@ -73,6 +73,7 @@ def close(ours: np.ndarray, expected: np.ndarray, what: str, tolerance: float = 
         ("mixtral", {"num_local_experts": 4}, "none"),
         pytest.param("qwen2", {}, "none", marks=pytest.mark.slow),
         pytest.param("qwen3", {}, "dots", marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", {}, "none", marks=pytest.mark.slow),
     ],
 )
 def test_adapters_equal_merged_weights(family: str, overrides: dict, remat: str):
@@ -97,7 +98,9 @@ def test_adapters_equal_merged_weights(family: str, overrides: dict, remat: str)
         close(got[f"{name}_b"], db.reshape(factors[f"{name}_b"].shape), f"gradient of B of {name}", 1e-4)
 
 
-@pytest.mark.parametrize("family", ["qwen2", pytest.param("qwen3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "family", ["qwen2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3", "qwen3_moe"))]
+)
 def test_four_bit_weights_equal_the_weights_that_they_stand_for(family: str):
     """Biases and norms stay as they are."""
     config, base, adapters = with_adapters(family)

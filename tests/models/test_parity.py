@@ -60,8 +60,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3",
         {"tie_word_embeddings": True, "sliding_window": 7, "use_sliding_window": True, "max_window_layers": 0},
     ),
+    "qwen3-moe-128-top-8": (
+        "qwen3_moe",
+        {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 8, "norm_topk_prob": True},
+    ),
+    "qwen3-moe-tied-window": (
+        "qwen3_moe",
+        {"tie_word_embeddings": True, "sliding_window": 7, "use_sliding_window": True, "rope_parameters": THETA},
+    ),
+    "qwen3-moe-skewed": ("qwen3_moe", {"head_dim": 20, "num_attention_heads": 6, "norm_topk_prob": True}),
 }
-SLOW = ("qwen2-window-head-dim", "qwen3-tied-window")
+SLOW = ("qwen2-window-head-dim", "qwen3-tied-window", "qwen3-moe-skewed")
 
 
 def positions(mask: np.ndarray) -> np.ndarray:
@@ -148,14 +157,15 @@ def assert_parity(model: Any, tokens: np.ndarray, mask: np.ndarray) -> Any:
 def test_logits_and_gradients(case: str):
     family, overrides = CASES[case]
     model = tiny_models.hf_model(family, **overrides)
-    if case == "mixtral-skewed":
+    if case.endswith("-skewed"):
         tiny_models.skew_routing(model)
     tokens = tiny_models.tokens(2, 40)
     sums = assert_parity(model, tokens, np.ones_like(tokens))
-    if case == "mixtral-skewed":
+    if case.endswith("-skewed"):
         config = tiny_models.model_config(model)
         balanced = config.layers * tokens.size * config.experts_per_token / config.experts
-        assert float(sums.assigned_E.max()) > 3 * balanced, "the overflow loop has work to do"
+        most = config.experts / config.experts_per_token  # if each token reaches the same experts
+        assert float(sums.assigned_E.max()) > 0.75 * most * balanced, "the overflow loop has work to do"
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -185,6 +195,7 @@ def test_longer_than_a_query_chunk(window: int | None):
         ("llama", {"rope_parameters": LINEAR}),
         ("qwen2", {}),
         pytest.param("qwen3", {}, marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", {}, marks=pytest.mark.slow),
     ],
 )
 def test_packed_segments_equal_sequences_alone(family: str, overrides: dict[str, Any]):
@@ -211,8 +222,9 @@ def test_packed_segments_equal_sequences_alone(family: str, overrides: dict[str,
         start += row.shape[1]
 
 
-def test_load_balancing_loss():
-    model = tiny_models.hf_model("mixtral", num_local_experts=8, num_experts_per_tok=2)
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_load_balancing_loss(family: str):
+    model = tiny_models.hf_model(family)
     config = tiny_models.model_config(model)
     tokens = tiny_models.tokens(3, 20)
     mask = np.ones_like(tokens)
@@ -241,6 +253,7 @@ def test_load_balancing_loss():
         ("mixtral-8-top-2", "full"),
         pytest.param("qwen2-tied", "minimal", marks=pytest.mark.slow),
         pytest.param("qwen3-tied-window", "dots", marks=pytest.mark.slow),
+        pytest.param("qwen3-moe-tied-window", "full", marks=pytest.mark.slow),
     ],
 )
 def test_remat_changes_no_gradient(case: str, remat: str):

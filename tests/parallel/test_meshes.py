@@ -49,6 +49,7 @@ MODEL = ModelConfig(
 )
 
 SIZES: dict[str, dict[str, int]] = {name: {"experts": 0, "experts_per_token": 0} for name in ("qwen2", "qwen3")}
+SIZES["qwen3_moe"] = {"experts": 128, "experts_per_token": 8, "mlp_size": 8}
 """Case of another family → sizes that differ from `MODEL`'s."""
 
 
@@ -133,7 +134,7 @@ if __name__ == "__main__":
         ("added tokens", ["alone", "fsdp-tensor"]),
         *(
             pytest.param(case, ["alone", "fsdp-tensor", "context-expert-tensor"], marks=pytest.mark.slow)
-            for case in ("qwen2", "qwen3")
+            for case in ("qwen2", "qwen3", "qwen3_moe")
         ),
         *(
             pytest.param(case, list(MESHES), marks=pytest.mark.slow)

@@ -219,7 +219,7 @@ NAMES = {
     [
         *((case, "mistral") for case in CASES),
         ("sigmoid", "mixtral"),
-        *(pytest.param("sigmoid", family, marks=pytest.mark.slow) for family in ("qwen2", "qwen3")),
+        *(pytest.param("sigmoid", family, marks=pytest.mark.slow) for family in ("qwen2", "qwen3", "qwen3_moe")),
     ],
 )
 def test_losses_and_gradients_are_trls(case: str, family: str):

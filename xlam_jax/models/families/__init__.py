@@ -7,7 +7,7 @@ To add a family, write a module with a `Family` (how its config.json is read, an
 from collections.abc import Mapping
 from typing import Any
 
-from xlam_jax.models.families import llama, mistral, mixtral, qwen2, qwen3
+from xlam_jax.models.families import llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
 from xlam_jax.models.families.base import Family
 from xlam_jax.models.weights_table import Weight
 
@@ -17,6 +17,7 @@ FAMILIES: tuple[Family, ...] = (
     llama.FAMILY,
     qwen2.FAMILY,
     qwen3.FAMILY,
+    qwen3_moe.FAMILY,
 )
 
 
