@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     import httpx2
 
 ROOT = Path(__file__).parent.parent
+EXPERT_KEYS = {"num_local_experts", "num_experts"}
+"""Keys of the config.json of a mixture of experts."""
 LONGEST = 32768
 """Default maximum number of tokens of prompt and answer, if the model supports more: longer ones cost memory on every
 start."""
@@ -151,8 +153,8 @@ def vllm_command(
     if cpu:
         command += ["--enforce-eager"]  # compilation takes minutes, and needs a C++ compiler
     if adapters:
-        if cpu and load_config(Path(model)).get("model_type") == "mixtral":
-            raise UserError("vLLM cannot serve adapters of a Mixtral on a CPU; export the merged weights instead")
+        if cpu and load_config(Path(model)).keys() & EXPERT_KEYS:
+            raise UserError("vLLM cannot serve adapters of a mixture on a CPU; export the merged weights instead")
         from xlam_jax.weights.peft_config import read_config
 
         ranks = [read_config(folder).rank for folder in adapters.values()]

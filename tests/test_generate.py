@@ -32,7 +32,15 @@ def load(folder: Path) -> Decoder:
     return binder(ModelConfig.from_hf(hf_config), dtype=jnp.float32)(params)
 
 
-@pytest.fixture(scope="module", params=["mixtral", "mistral", "ministral3"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        "mixtral",
+        "mistral",
+        "ministral3",
+        *(pytest.param(family, marks=pytest.mark.slow) for family in ("qwen2", "qwen3", "qwen3_moe")),
+    ],
+)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     overrides = {"mistral": {"sliding_window": 7}}.get(request.param, {})
     path = tmp_path_factory.mktemp("hf") / request.param

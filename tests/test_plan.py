@@ -263,7 +263,7 @@ def test_search_ranks_layouts(commands: Commands):
             "mesh: data 1 × fsdp 4 × expert 1 × context 1 × tensor 1 does not fit the 2 gpu device(s)",
         ),
         (["--topology", "cpu:8", "--mesh", "tensor=8"], "num_key_value_heads (2) must be a multiple of"),
-        (["--topology", "cpu:8", "--mesh", "expert=8", "train.batch_size=8"], "num_local_experts (4) must be"),
+        (["--topology", "cpu:8", "--mesh", "expert=8", "train.batch_size=8"], "number of experts (4) must be"),
         (["--topology", "cpu:2", "--mesh", "fsdp=2", "train.batch_size=3"], "train.batch_size (3) must be"),
         (["--topology", "cpu:3", "--mesh", "context=3"], "data.sequence_length"),
         (["--topology", "gpu:h100:1", "model.attention=splash"], "model.attention is splash, and it runs on"),

@@ -8,16 +8,12 @@ import torch
 import transformers
 
 from xlam_jax.models.config import ModelConfig
+from xlam_jax.models.families import FAMILIES, family_named
 from xlam_jax.models.params import Params, shapes
 from xlam_jax.weights.hf_map import tensors
 
 VOCAB = 97
-CONFIGS = {
-    "mistral": transformers.MistralConfig,
-    "mixtral": transformers.MixtralConfig,
-    "llama": transformers.LlamaConfig,
-    "ministral3": transformers.Ministral3Config,
-}
+CONFIGS = {family.name: transformers.CONFIG_MAPPING[family.name] for family in FAMILIES}
 SIZES = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
@@ -49,6 +45,8 @@ MINISTRAL3 = YARN | {
 """Larger numbers than the published ones, so that the factors of queries and keys are visible at a few positions."""
 OWN: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
+    "qwen3": {"head_dim": 12},
+    "qwen3_moe": {"head_dim": 12, "num_experts": 8, "moe_intermediate_size": 24, "num_experts_per_tok": 3},
     # PyTorch computes no gradient for the embedding of padding, which Ministral3Config sets to token 11.
     "ministral3": {"pad_token_id": None, "head_dim": 16, "rope_parameters": MINISTRAL3},
 }
@@ -56,16 +54,18 @@ OWN: dict[str, dict[str, Any]] = {
 
 
 def hf_model(family: str, *, seed: int = 0, **overrides: Any) -> Any:
-    """Returns a transformers model with random weights; its norm scales are random too, so that they matter."""
+    """Returns a transformers model with random weights; its norm scales and biases are random too, so that
+    they matter."""
     torch.manual_seed(seed)
-    config = CONFIGS[family](
-        architectures=[f"{family.capitalize()}ForCausalLM"], **(SIZES | OWN.get(family, {}) | overrides)
-    )
+    sizes = SIZES | OWN.get(family, {}) | overrides
+    config = CONFIGS[family](architectures=[family_named(family).architecture], **sizes)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):
                 parameter.uniform_(0.5, 1.5)
+            if name.endswith("bias"):
+                parameter.uniform_(-0.5, 0.5)
     return model
 
 
@@ -83,18 +83,23 @@ def model_config(model: Any) -> ModelConfig:
     return ModelConfig.from_hf(model.config.to_dict())
 
 
-def file_tensors(named: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+MIXTURES = {"mixtral": ("block_sparse_moe", "w1", "w3", "w2")}
+"""Family → the names in its files of a layer's mixture and of the matrices of an expert."""
+
+
+def file_tensors(named: dict[str, torch.Tensor], family: str) -> dict[str, np.ndarray]:
     """Returns the parameters (or gradients) of a transformers model with the names and shapes of its files."""
+    block, gate, up, down = MIXTURES.get(family, ("mlp", "gate_proj", "up_proj", "down_proj"))
     out = {}
     for name, value in named.items():
         array = value.detach().numpy()
-        name = name.replace(".mlp.gate.", ".block_sparse_moe.gate.")
-        experts = name.partition("mlp.experts")[0] + "block_sparse_moe.experts"
+        name = name.replace(".mlp.gate.", f".{block}.gate.")
+        experts = name.partition("mlp.experts")[0] + f"{block}.experts"
         if name.endswith("gate_up_proj"):
             for e, both in enumerate(array):
-                out[f"{experts}.{e}.w1.weight"], out[f"{experts}.{e}.w3.weight"] = np.split(both, 2)
+                out[f"{experts}.{e}.{gate}.weight"], out[f"{experts}.{e}.{up}.weight"] = np.split(both, 2)
         elif name.endswith("mlp.experts.down_proj"):
-            out |= {f"{experts}.{e}.w2.weight": one for e, one in enumerate(array)}
+            out |= {f"{experts}.{e}.{down}.weight": one for e, one in enumerate(array)}
         else:
             out[name] = array
     return out
@@ -103,7 +108,7 @@ def file_tensors(named: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
 def params_of(model: Any) -> Params:
     """Returns the weights of the model in our layout."""
     config = model_config(model)
-    named = file_tensors(dict(model.named_parameters()))
+    named = file_tensors(dict(model.named_parameters()), config.family)
     params = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes(config))
     for tensor in tensors(config):
         leaf = params

@@ -79,13 +79,14 @@ def _load(config: "ModelConfig", dtype_name: str, read: "Callable[[], Params]") 
     import jax
     import jax.numpy as jnp
 
+    from xlam_jax.models.families import frozen_storage
     from xlam_jax.models.params import binder
 
     dtype = {"bfloat16": jnp.bfloat16, "float16": jnp.float16}.get(dtype_name, jnp.float32)
 
     def cast(path: Any, leaf: Any) -> Any:
         name = path[-1].key
-        return jnp.asarray(leaf, leaf.dtype if name == "router" or name.endswith("norm") else dtype)
+        return jnp.asarray(leaf, leaf.dtype if frozen_storage(name) == "float32" else dtype)
 
     return binder(config, dtype=dtype)(jax.tree_util.tree_map_with_path(cast, read()))
 

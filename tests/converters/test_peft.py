@@ -66,7 +66,14 @@ def tiny(family: str, targets: tuple[str, ...], stabilized: bool = False):
 
 @pytest.mark.parametrize(
     ("family", "targets", "stabilized"),
-    [("mistral", (*DENSE, "head"), False), ("llama", ("q", "w2"), True), ("mixtral", ("q", "k", "v", "o"), False)],
+    [
+        ("mistral", (*DENSE, "head"), False),
+        ("llama", ("q", "w2"), True),
+        ("mixtral", ("q", "k", "v", "o"), False),
+        ("qwen2", DENSE, False),
+        pytest.param("qwen3", DENSE, False, marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", ("q", "k", "v", "o"), False, marks=pytest.mark.slow),
+    ],
 )
 def test_peft_loads_what_we_write(tmp_path: Path, family: str, targets: tuple[str, ...], stabilized: bool):
     model, config, base, adapters = tiny(family, targets, stabilized)
@@ -96,8 +103,9 @@ def test_we_load_what_peft_writes(tmp_path: Path):
     )
 
 
-def test_experts_are_refused(tmp_path: Path):
-    _, config, _, adapters = tiny("mixtral", ("q", "w1", "router"))
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_are_refused(tmp_path: Path, family: str):
+    _, config, _, adapters = tiny(family, ("q", "w1", "router"))
     with pytest.raises(UserError, match=r"w1, router have no layout .* --lora merge"):
         write_peft(tmp_path / "adapter", config, adapters, base=None)
     assert not (tmp_path / "adapter").exists()
@@ -166,11 +174,21 @@ def assert_merges_as_in_peft(folder: Path, peft_model: Any, config: ModelConfig,
     """Checks that merging the adapters of a folder gives the weights of peft's merged model."""
     base = tiny_models.params_of(model)
     ours = merge(config, base, read_peft(folder, config, base))
-    merged = tiny_models.file_tensors(dict(peft_model.merge_and_unload().named_parameters()))
+    merged = tiny_models.file_tensors(dict(peft_model.merge_and_unload().named_parameters()), config.family)
     for tensor in tensors(config):
         np.testing.assert_allclose(
             tensor.to_hf(parameter(ours, tensor.path)), merged[tensor.key], rtol=1e-5, atol=1e-6, err_msg=tensor.key
         )
+
+
+@pytest.mark.parametrize(
+    "family", ["qwen2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3", "qwen3_moe"))]
+)
+def test_a_merge_changes_no_bias_and_no_norm(tmp_path: Path, family: str):
+    model = tiny_models.hf_model(family)
+    peft_model = save_with_peft(tmp_path, model)
+    config = replace(tiny_models.model_config(model), lora=Lora(targets=("q", "v"), rank=4, alpha=12.0))
+    assert_merges_as_in_peft(tmp_path, peft_model, config, tiny_models.hf_model(family))
 
 
 def test_every_field_of_peft_is_classified():

@@ -5,22 +5,16 @@ from dataclasses import replace
 from typing import Any
 
 import jax
-import numpy as np
 import pytest
 import tiny_models
-import torch
-import transformers
-from test_parity import assert_close, our_logits, positions
 
-from xlam_jax.models import families
 from xlam_jax.models.config import ModelConfig
-from xlam_jax.models.families import FAMILIES, frozen_storage, rows_named, stacked_axes
-from xlam_jax.models.families.base import Family, read_common
-from xlam_jax.models.hf_values import Values
+from xlam_jax.models.families import FAMILIES, frozen_storage, is_vector, rows_named, stacked_axes
+from xlam_jax.models.families.base import Family
+from xlam_jax.models.hf_keys import warnings_of
 from xlam_jax.models.params import shapes
-from xlam_jax.models.weights_table import ATTENTION, LOGICAL_AXES, decoder_table, head_bias, head_norm
+from xlam_jax.models.weights_table import LOGICAL_AXES
 from xlam_jax.parallel.mesh import RULES
-from xlam_jax.weights.hf_map import parameter as parameter_at
 from xlam_jax.weights.hf_map import tensors
 
 EACH_FAMILY = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
@@ -42,6 +36,8 @@ def test_rows_are_consistent(family: Family):
         assert sorted(weight.hf_axes.replace(" ", "")) == sorted(unstacked), weight
         assert len(set(weight.axes)) == len(weight.axes), weight
         assert weight.is_matrix or not (weight.peft or weight.vllm), "vectors have no adapters"
+        assert weight.is_matrix or weight.frozen != "nf4", "vectors are not quantized"
+        assert is_vector(weight.name) is not weight.is_matrix
         assert weight.peft or not weight.vllm, "vLLM reads PEFT folders"
         assert {row.frozen for row in rows_named(weight.name)} == {frozen_storage(weight.name)}
         assert not weight.in_block or stacked_axes(weight.name, len(weight.axes)) == len(weight.stacked)
@@ -61,6 +57,55 @@ def test_the_decoder_creates_the_weights_of_the_table(family: Family, tied: bool
     assert stored == created
 
 
+PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
+    "Qwen2.5-1.5B": (
+        {
+            **{"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "use_cache": True},
+            **{"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12},
+            **{"num_key_value_heads": 2, "vocab_size": 151_936, "tie_word_embeddings": True, "rms_norm_eps": 1e-6},
+            **{"max_position_embeddings": 131_072, "rope_theta": 1_000_000.0, "torch_dtype": "bfloat16"},
+            **{"sliding_window": 131_072, "use_sliding_window": False, "max_window_layers": 28},
+            **{"bos_token_id": 151_643, "eos_token_id": 151_643, "attention_dropout": 0.0, "use_mrope": False},
+        },
+        1_543_714_304,
+    ),
+    "Qwen3-8B": (
+        {
+            **{"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu", "use_cache": True},
+            **{"hidden_size": 4096, "intermediate_size": 12_288, "num_hidden_layers": 36, "num_attention_heads": 32},
+            **{"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151_936, "tie_word_embeddings": False},
+            **{"max_position_embeddings": 40_960, "rope_theta": 1_000_000, "rope_scaling": None, "rms_norm_eps": 1e-6},
+            **{"sliding_window": None, "use_sliding_window": False, "max_window_layers": 36, "attention_bias": False},
+            **{"bos_token_id": 151_643, "eos_token_id": 151_645, "attention_dropout": 0.0, "torch_dtype": "bfloat16"},
+        },
+        8_190_735_360,
+    ),
+    "Qwen3-30B-A3B": (
+        {
+            **{"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_act": "silu"},
+            **{"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48, "num_attention_heads": 32},
+            **{"num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151_936, "tie_word_embeddings": False},
+            **{"moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True},
+            **{"decoder_sparse_step": 1, "mlp_only_layers": [], "router_aux_loss_coef": 0.001, "use_cache": True},
+            **{"max_position_embeddings": 40_960, "rope_theta": 1_000_000.0, "rope_scaling": None},
+            **{"sliding_window": None, "use_sliding_window": False, "max_window_layers": 48, "attention_bias": False},
+            **{"rms_norm_eps": 1e-6, "attention_dropout": 0.0, "output_router_logits": False},
+        },
+        30_532_122_624,
+    ),
+}
+"""A config.json as published, and the number of parameters of its files."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes(name: str):
+    hf, parameters = PUBLISHED[name]
+    config = ModelConfig.from_hf(hf)
+    assert config.parameters() == parameters
+    assert config.sliding_window is None
+    assert warnings_of(hf, config.family, name) == []
+
+
 def test_axes_that_index_layers_and_experts():
     assert [stacked_axes("w1", ndim) for ndim in (3, 4)] == [1, 2]
     assert stacked_axes("w1_a", 4) == 1, "as in every checkpoint so far"
@@ -74,47 +119,3 @@ def test_rows_of_weights_and_of_adapters():
     assert not config.weight("q").per_expert
     with pytest.raises(KeyError):
         config.weight("w4")
-
-
-def read(values: Values) -> dict[str, Any]:
-    return read_common(values, {"max_position_embeddings": 512, "rms_norm_eps": 1e-6, "rope_theta": 10_000.0})
-
-
-BIASES = (
-    head_bias("q_bias", "NGK", "self_attn.q_proj"),
-    head_bias("k_bias", "NK", "self_attn.k_proj"),
-    head_bias("v_bias", "NK", "self_attn.v_proj"),
-)
-NORMS = (head_norm("q_norm", "self_attn.q_norm"), head_norm("k_norm", "self_attn.k_norm"))
-NEW_FAMILIES = {
-    "qwen2": (transformers.Qwen2Config, BIASES, {}),
-    "qwen3": (transformers.Qwen3Config, NORMS, {"head_dim": 24}),
-}
-
-
-@pytest.mark.parametrize("name", NEW_FAMILIES)
-def test_a_new_dense_family_is_rows_and_a_way_to_read_its_config(name: str, monkeypatch: pytest.MonkeyPatch):
-    """Biases and norms of queries, keys and values, as transformers computes them."""
-    config_class, rows, sizes = NEW_FAMILIES[name]
-    architecture, table = f"{name.capitalize()}ForCausalLM", decoder_table(attention=(*ATTENTION, *rows))
-    family = Family(name=name, architecture=architecture, read=read, weights=table)
-    monkeypatch.setattr(families, "FAMILIES", (*FAMILIES, family))
-    monkeypatch.setitem(tiny_models.CONFIGS, name, config_class)
-    test_rows_are_consistent(family)
-    model = tiny_models.hf_model(name, **sizes)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if key.endswith("bias"):
-                parameter.uniform_(-0.5, 0.5)
-    params, named = tiny_models.params_of(model), tiny_models.file_tensors(dict(model.named_parameters()))
-    written = {
-        tensor.key: tensor.to_hf(parameter_at(params, tensor.path)) for tensor in tensors(config_of(family, sizes))
-    }
-    assert written.keys() == named.keys()
-    assert all(np.array_equal(written[key], named[key]) for key in named)
-    tokens = tiny_models.tokens(2, 24)
-    mask = np.ones_like(tokens)
-    logits, _ = our_logits(model, tokens, positions(mask), mask)
-    with torch.no_grad():
-        expected = model(torch.from_numpy(tokens).long()).logits.numpy()
-    assert_close(logits, expected, name)

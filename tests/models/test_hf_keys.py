@@ -57,7 +57,7 @@ def ours(values: dict[str, Any]) -> ModelConfig | None:
 
 def frequencies(config: Any) -> np.ndarray:
     module = import_module(f"transformers.models.{config.model_type}.modeling_{config.model_type}")
-    name = f"{config.model_type.capitalize()}RotaryEmbedding"
+    name = "".join(part.capitalize() for part in config.model_type.split("_")) + "RotaryEmbedding"
     rotary = getattr(module, name)(config)
     return np.append(rotary.inv_freq.numpy(), np.float32(rotary.attention_scaling))
 
@@ -67,11 +67,11 @@ def assert_same_reading(values: dict[str, Any]) -> bool:
     config = ours(values)
     if config is None:
         return False
-    expected = tiny_models.CONFIGS[config.family](**deepcopy(values))
+    expected, own = tiny_models.CONFIGS[config.family](**deepcopy(values)), family_named(config.family).own_keys
     pairs = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
-        "intermediate_size": config.mlp_size,
+        "moe_intermediate_size" if "moe_intermediate_size" in own else "intermediate_size": config.mlp_size,
         "num_hidden_layers": config.layers,
         "num_attention_heads": config.heads,
         "num_key_value_heads": config.kv_heads,
@@ -81,12 +81,16 @@ def assert_same_reading(values: dict[str, Any]) -> bool:
         "tie_word_embeddings": config.tie_embeddings,
         "hidden_act": "silu",
     }
-    if config.family != "llama":
-        pairs["sliding_window"] = config.sliding_window
+    if "sliding_window" in own:
+        windowed = "sliding_attention" in (getattr(expected, "layer_types", None) or ["sliding_attention"])
+        assert config.sliding_window == (expected.sliding_window if windowed else None)
     if config.experts:
         pairs |= {"num_local_experts": config.experts, "num_experts_per_tok": config.experts_per_token}
+        assert config.normalize_gates is (expected.norm_topk_prob if "norm_topk_prob" in own else True)
     assert {key: getattr(expected, key) for key in pairs} == pairs, values
-    assert (expected.head_dim or expected.hidden_size // expected.num_attention_heads) == config.head_dim
+    assert (
+        getattr(expected, "head_dim", None) or expected.hidden_size // expected.num_attention_heads
+    ) == config.head_dim
     scaling = config.rope_scaling
     read = np.append(rope_frequencies(config), scaling.attention_factor if scaling else 1.0)
     np.testing.assert_allclose(read, frequencies(expected), rtol=2e-6, err_msg=str(values))
@@ -99,7 +103,7 @@ def assert_same_reading(values: dict[str, Any]) -> bool:
 
 @pytest.mark.parametrize("family", tiny_models.CONFIGS)
 def test_each_key_with_odd_values(family: str):
-    keys = family_named(family).keys | hf_keys.NEUTRAL.keys() | hf_keys.IN_TRAINING
+    keys = family_named(family).keys | hf_keys.NEUTRAL.keys() | hf_keys.IN_TRAINING | {"max_window_layers"}
     read = sum(
         assert_same_reading({**base(family), key: value})
         for key in sorted(keys - {"architectures", "model_type"})
@@ -162,7 +166,9 @@ def test_every_field_of_transformers_is_in_one_group(family: str):
     fields = set(tiny_models.CONFIGS[family]().to_dict()) | {
         field.name for field in dataclasses.fields(tiny_models.CONFIGS[family])
     }
-    groups = (family_named(family).keys, hf_keys.NEUTRAL.keys(), hf_keys.IN_TRAINING, hf_keys.WITHOUT_EFFECT)
+    own = family_named(family).own_keys
+    others = (hf_keys.NEUTRAL.keys() - own, hf_keys.IN_TRAINING, hf_keys.WITHOUT_EFFECT - own)
+    groups = (family_named(family).keys, *others)
     assert {field: sum(field in group for group in groups) for field in fields} == dict.fromkeys(fields, 1)
     assert fields - hf_keys.known_keys(family_named(family)) == set(), "and may be overridden"
     saved = json.loads(tiny_models.CONFIGS[family](architectures=[ARCHITECTURES[family]]).to_json_string(False))
@@ -222,6 +228,18 @@ def test_every_field_of_transformers_is_in_one_group(family: str):
             {"rope_parameters": {"full_attention": LINEAR}},
             "full_attention has no meaning for rope type 'default'",
         ),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+            "max_window_layers is 1 and layer_types is None and use_sliding_window is True; all 2 layers must have the",
+        ),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 2}, "which means full_attention here; remove layer_types"),
+        ("qwen3", {"head_dim": None}, "head_dim is None; a positive whole number"),
+        ("qwen3", {"attention_bias": True}, "attention_bias is True; only false is implemented"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step is 2; only 1, a mixture in each layer,"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers is [0]; only null or [] is implemented"),
+        ("qwen3_moe", {"shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size is 8; only null or"),
+        ("qwen2", {"use_sliding_window": 1}, "use_sliding_window is 1; true or false is needed"),
         ("llama", {"architectures": "LlamaForCausalLM"}, "architectures is 'LlamaForCausalLM'; this project trains"),
     ],
 )
@@ -237,6 +255,36 @@ def test_a_number_of_experts_in_the_other_spelling():
     values = base("mixtral") | {"num_experts": 4}
     assert assert_same_reading(values)
     assert ModelConfig.from_hf(values).experts == 4
+
+
+@pytest.mark.parametrize(
+    ("values", "window"),
+    [
+        ({"sliding_window": 32_768, "use_sliding_window": False, "max_window_layers": 1}, None),  # as published
+        ({"sliding_window": 32_768}, None),
+        ({"layer_types": ["full_attention"] * 2}, None),
+        ({"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0}, 8),
+        ({"use_sliding_window": True, "max_window_layers": 0}, 4096),
+        ({"sliding_window": 8, "use_sliding_window": True}, None),  # from layer 28 on
+        ({"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 2}, None),
+        ({"sliding_window": None, "use_sliding_window": True, "max_window_layers": 0}, None),
+        ({"sliding_window": 8, "use_sliding_window": True, "layer_types": ["sliding_attention"] * 2}, 8),
+        ({"sliding_window": 8, "use_sliding_window": True, "layer_types": ["full_attention"] * 2}, None),
+    ],
+)
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_a_window_that_is_turned_on(family: str, values: dict[str, Any], window: int | None):
+    whole = base(family) | values
+    assert assert_same_reading(whole)
+    assert ModelConfig.from_hf(whole).sliding_window == window
+
+
+def test_a_window_of_all_layers():
+    published = {"sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 1, "num_experts": 8}
+    for values, window in ((published, None), (published | {"use_sliding_window": True}, 4096)):
+        assert assert_same_reading(base("qwen3_moe") | values)
+        assert ModelConfig.from_hf(base("qwen3_moe") | values).sliding_window == window
+    assert hf_keys.warnings_of(base("qwen3_moe") | published, "qwen3_moe", "here") == []
 
 
 def test_what_is_reported():

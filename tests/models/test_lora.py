@@ -1,6 +1,7 @@
 """Adapters: the model with them equals the model with their products added to its weights, gradients too."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,8 @@ import pytest
 import tiny_models
 
 from xlam_jax.models.config import Lora, ModelConfig
-from xlam_jax.models.params import Params, binder, initialize, join, shapes, trainable
+from xlam_jax.models.nf4 import NF4, dense
+from xlam_jax.models.params import Params, binder, freeze, initialize, join, shapes, trainable
 from xlam_jax.weights.merge import merge
 from xlam_jax.weights.run import read_layers
 
@@ -69,6 +71,9 @@ def close(ours: np.ndarray, expected: np.ndarray, what: str, tolerance: float = 
         ("mistral", {"tie_word_embeddings": True, "num_key_value_heads": 1}, "none"),
         ("llama", {"head_dim": 12}, "minimal"),
         ("mixtral", {"num_local_experts": 4}, "none"),
+        pytest.param("qwen2", {}, "none", marks=pytest.mark.slow),
+        pytest.param("qwen3", {}, "dots", marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", {}, "none", marks=pytest.mark.slow),
     ],
 )
 def test_adapters_equal_merged_weights(family: str, overrides: dict, remat: str):
@@ -91,6 +96,28 @@ def test_adapters_equal_merged_weights(family: str, overrides: dict, remat: str)
         da, db = of_weight @ b.swapaxes(-1, -2), a.swapaxes(-1, -2) @ of_weight
         close(got[f"{name}_a"], da.reshape(factors[f"{name}_a"].shape), f"gradient of A of {name}", 1e-4)
         close(got[f"{name}_b"], db.reshape(factors[f"{name}_b"].shape), f"gradient of B of {name}", 1e-4)
+
+
+@pytest.mark.parametrize(
+    "family", ["qwen2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3", "qwen3_moe"))]
+)
+def test_four_bit_weights_equal_the_weights_that_they_stand_for(family: str):
+    """Biases and norms stay as they are."""
+    config, base, adapters = with_adapters(family)
+    frozen = jax.jit(partial(freeze, dtype=jnp.float32, quantized=True))(base)
+    plain = jax.tree.map(lambda leaf: dense(leaf, jnp.float32), frozen, is_leaf=lambda leaf: isinstance(leaf, NF4))
+    for name, leaf in flat(frozen).items():
+        assert isinstance(leaf, NF4) == (config.weight(name).frozen == "nf4")
+        assert isinstance(leaf, NF4) or np.array_equal(leaf, flat(base)[name])
+    tokens_BT = jnp.asarray(tiny_models.tokens(2, 16))
+    positions_BT, ones = jnp.broadcast_to(jnp.arange(16, dtype=jnp.int32), (2, 16)), jnp.ones((2, 16), jnp.int32)
+    bind = binder(config, dtype=jnp.float32)
+
+    @jax.jit
+    def hidden(params: Params) -> jax.Array:
+        return bind(params)(tokens_BT, positions_BT, ones)[0]
+
+    close(hidden(join(frozen, adapters)), hidden(join(plain, adapters)), "hidden states")
 
 
 @pytest.mark.parametrize("zero", ["A", "B"])

@@ -13,6 +13,7 @@ from tiny_models import MINISTRAL3, YARN
 
 from xlam_jax.models.attention import QUERY_CHUNK
 from xlam_jax.models.config import ModelConfig
+from xlam_jax.models.families import family_named
 from xlam_jax.models.params import Params, binder
 from xlam_jax.weights.hf_map import tensors
 
@@ -54,7 +55,33 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "sliding_window": 7,
         },
     ),
+    "qwen2-tied": ("qwen2", {"tie_word_embeddings": True, "rope_parameters": THETA, "sliding_window": 7}),
+    "qwen2-window-head-dim": (
+        "qwen2",
+        {
+            **{"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 20, "max_window_layers": 0},
+            **{"sliding_window": 7, "use_sliding_window": True},
+        },
+    ),
+    "qwen3-head-dim-group-3": (
+        "qwen3",
+        {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 20, "rope_parameters": THETA},
+    ),
+    "qwen3-tied-window": (
+        "qwen3",
+        {"tie_word_embeddings": True, "sliding_window": 7, "use_sliding_window": True, "max_window_layers": 0},
+    ),
+    "qwen3-moe-128-top-8": (
+        "qwen3_moe",
+        {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 8, "norm_topk_prob": True},
+    ),
+    "qwen3-moe-tied-window": (
+        "qwen3_moe",
+        {"tie_word_embeddings": True, "sliding_window": 7, "use_sliding_window": True, "rope_parameters": THETA},
+    ),
+    "qwen3-moe-skewed": ("qwen3_moe", {"head_dim": 20, "num_attention_heads": 6, "norm_topk_prob": True}),
 }
+SLOW = ("qwen2-window-head-dim", "qwen3-tied-window", "qwen3-moe-skewed")
 
 
 def positions(mask: np.ndarray) -> np.ndarray:
@@ -68,7 +95,7 @@ def hf_side(model: Any, tokens: np.ndarray, mask: np.ndarray, weight: np.ndarray
     model.zero_grad()
     (logits * torch.from_numpy(weight)).sum().backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    return logits.detach().numpy(), tiny_models.file_tensors(gradients)
+    return logits.detach().numpy(), tiny_models.file_tensors(gradients, model.config.model_type)
 
 
 @cache
@@ -130,23 +157,26 @@ def assert_parity(model: Any, tokens: np.ndarray, mask: np.ndarray) -> Any:
     largest = max(float(np.abs(value).max()) for value in their_gradients.values())
     for key, value in their_gradients.items():
         # With one expert a token the gate is p/p: the router's gradient is zero, and rounding on both sides.
-        constant = key.endswith("block_sparse_moe.gate.weight") and config.experts_per_token == 1
+        constant = key.endswith(".gate.weight") and config.experts_per_token == 1
         assert_close(our_gradients[key], value, f"gradient of {key}", floor=1e-2 * largest if constant else 0.0)
     return sums
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow) if case in SLOW else case for case in CASES]
+)
 def test_logits_and_gradients(case: str):
     family, overrides = CASES[case]
     model = tiny_models.hf_model(family, **overrides)
-    if case == "mixtral-skewed":
+    if case.endswith("-skewed"):
         tiny_models.skew_routing(model)
     tokens = tiny_models.tokens(2, 40)
     sums = assert_parity(model, tokens, np.ones_like(tokens))
-    if case == "mixtral-skewed":
+    if case.endswith("-skewed"):
         config = tiny_models.model_config(model)
         balanced = config.layers * tokens.size * config.experts_per_token / config.experts
-        assert float(sums.assigned_E.max()) > 3 * balanced, "the overflow loop has work to do"
+        most = config.experts / config.experts_per_token  # if each token reaches the same experts
+        assert float(sums.assigned_E.max()) > 0.75 * most * balanced, "the overflow loop has work to do"
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -175,6 +205,9 @@ def test_longer_than_a_query_chunk(window: int | None):
         ("mixtral", {}),
         ("llama", {"rope_parameters": LINEAR}),
         ("ministral3", {}),
+        ("qwen2", {}),
+        pytest.param("qwen3", {}, marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", {}, marks=pytest.mark.slow),
     ],
 )
 def test_packed_segments_equal_sequences_alone(family: str, overrides: dict[str, Any]):
@@ -201,8 +234,9 @@ def test_packed_segments_equal_sequences_alone(family: str, overrides: dict[str,
         start += row.shape[1]
 
 
-def test_load_balancing_loss():
-    model = tiny_models.hf_model("mixtral", num_local_experts=8, num_experts_per_tok=2)
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_load_balancing_loss(family: str):
+    model = tiny_models.hf_model(family)
     config = tiny_models.model_config(model)
     tokens = tiny_models.tokens(3, 20)
     mask = np.ones_like(tokens)
@@ -229,6 +263,9 @@ def test_load_balancing_loss():
         ("mistral-v0.1-window-group-4", "minimal"),
         ("mistral-v0.1-window-group-4", "full"),
         ("mixtral-8-top-2", "full"),
+        pytest.param("qwen2-tied", "minimal", marks=pytest.mark.slow),
+        pytest.param("qwen3-tied-window", "dots", marks=pytest.mark.slow),
+        pytest.param("qwen3-moe-tied-window", "full", marks=pytest.mark.slow),
     ],
 )
 def test_remat_changes_no_gradient(case: str, remat: str):
@@ -243,7 +280,7 @@ def test_remat_changes_no_gradient(case: str, remat: str):
 
 def test_a_key_left_out_means_the_default_of_transformers():
     for family, make in tiny_models.CONFIGS.items():
-        whole = make().to_dict() | {"architectures": [f"{family.capitalize()}ForCausalLM"]}
+        whole = make().to_dict() | {"architectures": [family_named(family).architecture]}
         needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         bare = {key: whole[key] for key in (*needed, "architectures")}
         assert ModelConfig.from_hf(bare) == ModelConfig.from_hf(whole)

@@ -34,6 +34,7 @@ MESHES = {
     "context-data-fsdp": {"context": 2, "data": 2, "fsdp": 2},
     "context-fsdp-in-turns": {"context": 2, "fsdp": 4},
 }
+METRICS = ("loss", "aux_loss", "grad_norm", "trained_tokens")
 KERNELS = Kernels("splash", "megablox", interpret=True, wire=meshes.Wire(inner=2))
 MODEL = ModelConfig(
     family="mixtral",
@@ -49,6 +50,9 @@ MODEL = ModelConfig(
 )
 
 YARN = RopeScaling(kind="yarn", factor=4.0, original_max_positions=4, attention_factor=1.2, query_scale=0.5)
+SIZES: dict[str, dict[str, int]] = {name: {"experts": 0, "experts_per_token": 0} for name in ("qwen2", "qwen3")}
+SIZES["qwen3_moe"] = {"experts": 128, "experts_per_token": 8, "mlp_size": 8}
+"""Case of another family → sizes that differ from `MODEL`'s."""
 
 
 def batch(length: int) -> steps.Batch:
@@ -71,7 +75,7 @@ def batch(length: int) -> steps.Batch:
 
 def gradient(case: str, layout: str) -> dict[str, list]:
     """Returns the metrics of a step, and the gradient of each parameter."""
-    model = MODEL
+    model = replace(MODEL, family=case, **SIZES[case]) if case in SIZES else MODEL
     if case == "window":
         model = replace(model, sliding_window=7)
     if case in ("yarn", "kernels"):  # queries are scaled by their position, which shards of a row must know
@@ -115,7 +119,7 @@ def gradient(case: str, layout: str) -> dict[str, list]:
         *(None if one is None else meshes.put_rows(mesh, one, ROWS) for one in batch(LENGTHS.get(case, 64)))
     )
     state, metrics = step(state, frozen, placed)
-    results = {name: np.asarray(metrics[name]).tolist() for name in ("loss", "aux_loss", "grad_norm", "trained_tokens")}
+    results = {name: np.asarray(metrics[name]).tolist() for name in METRICS if name in metrics}
     results |= {f"groups.{name}": np.asarray(one).tolist() for name, one in metrics["groups"]._asdict().items()}
     leaves = jax.tree_util.tree_leaves_with_path(state.opt[0].trace)
     return results | {jax.tree_util.keystr(path): np.asarray(leaf).ravel().tolist() for path, leaf in leaves}
@@ -132,6 +136,10 @@ if __name__ == "__main__":
         ("one expert", ["alone", "expert-tensor"]),
         ("kernels", ["alone", "context-fsdp-in-turns"]),
         ("added tokens", ["alone", "fsdp-tensor"]),
+        *(
+            pytest.param(case, ["alone", "fsdp-tensor", "context-expert-tensor"], marks=pytest.mark.slow)
+            for case in ("qwen2", "qwen3", "qwen3_moe")
+        ),
         *(
             pytest.param(case, list(MESHES), marks=pytest.mark.slow)
             for case in ("plain", "one expert", "window", "lora", "yarn")

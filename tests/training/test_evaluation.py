@@ -8,10 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny_models
 from support import ROOT
 
 from xlam_jax.enums import SPAN_KINDS as KINDS
 from xlam_jax.models.config import Lora, ModelConfig
+from xlam_jax.models.families import FAMILIES
+from xlam_jax.models.families.base import Family
 from xlam_jax.models.params import initialize, shapes, trainable
 from xlam_jax.parallel.mesh import make_mesh
 from xlam_jax.training import cost, evaluation
@@ -125,15 +128,18 @@ def test_the_average_follows_the_parameters():
 
 
 @pytest.mark.parametrize("lora", [None, Lora(targets=("q", "w1", "head"), rank=4, alpha=8)])
-def test_model_flops_count_every_product(lora: Lora | None):
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_model_flops_count_every_product(family: Family, lora: Lora | None):
     """2 operations per weight and token in the forward pass; the same for each gradient."""
-    config = replace(model(), lora=lora)
+    sizes = tiny_models.SIZES | tiny_models.OWN.get(family.name, {})
+    config = replace(ModelConfig.from_hf({"architectures": [family.architecture], **sizes}), lora=lora)
     total = 0.0
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes(config)):
         name = path[-1].key
-        if "norm" in name or name == "embedding":
+        if "norm" in name or "bias" in name or name == "embedding":
             continue
-        used = leaf.size * (config.experts_per_token / config.experts if name[:2] in ("w1", "w2", "w3") else 1)
+        share = config.experts_per_token / config.experts if config.experts else 1
+        used = leaf.size * (share if name[:2] in ("w1", "w2", "w3") else 1)
         trains = lora is None or name.endswith(("_a", "_b"))
         total += used * (6 if trains else 4)
     scores = 3 * 4 * config.layers * config.heads * config.head_dim * 256

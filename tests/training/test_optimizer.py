@@ -106,13 +106,16 @@ def test_the_first_step_of_a_warm_up_moves_and_the_last_step_decays():
     assert moves == pytest.approx([0.05, 0.1, 0.01], rel=1e-6)
 
 
-def run(changes: dict, steps: int = 8, lora: bool = False):
+def run(changes: dict, steps: int = 8, lora: bool = False, family: str = "mixtral"):
     """Returns the parameters after some steps on a quadratic with a fixed target, and the optimizer's state."""
-    config = tiny_models.model_config(tiny_models.hf_model("mixtral", num_local_experts=4))
+    config = tiny_models.model_config(tiny_models.hf_model(family, num_local_experts=4))
     config = replace(config, lora=Lora(targets=("q", "w1"), rank=4, alpha=4)) if lora else config
     train = BASE.model_copy(update={"learning_rate": 1e-2, "warmup_steps": 0, "weight_decay": 0.1, **changes})
     tx = optimizer(train, config)
-    params = start = trainable(config, jax.jit(lambda: initialize(config, 0))())[0]
+    params = trainable(config, jax.jit(lambda: initialize(config, 0))())[0]
+    params = start = jax.tree_util.tree_map_with_path(  # biases start at zero, where a decay has no effect
+        lambda path, leaf: jnp.ones_like(leaf) if path[-1].key.endswith("bias") else leaf, params
+    )
     keys = jax.random.split(jax.random.key(1), len(jax.tree.leaves(params)))
     target = jax.tree.unflatten(
         jax.tree.structure(params),
@@ -163,16 +166,23 @@ def test_every_rule_steps_as_far_as_the_learning_rate_says(changes: dict, lora: 
         assert 0.1e-2 < float(jnp.sqrt(jnp.mean(jnp.square(after - before)))) < 1.6e-2
 
 
-@pytest.mark.parametrize("rule", ["adamw", "lion", "adafactor", "muon"])
-def test_decay_is_of_the_learning_rate_and_spares_norms(rule: str):
+@pytest.mark.parametrize(
+    ("rule", "family"),
+    [
+        *((rule, "mixtral") for rule in ("adamw", "lion", "adafactor", "muon")),
+        ("adamw", "qwen2"),
+        pytest.param("muon", "qwen2", marks=pytest.mark.slow),
+    ],
+)
+def test_decay_is_of_the_learning_rate_and_spares_norms_and_biases(rule: str, family: str):
     """The difference between a step with and without decay is learning rate × decay × weight."""
     (_, start, with_it, _), (*_, without, _) = (
-        run({"optimizer": rule, "weight_decay": decay}, steps=1) for decay in (0.5, 0.0)
+        run({"optimizer": rule, "weight_decay": decay}, steps=1, family=family) for decay in (0.5, 0.0)
     )
     for (path, before), *after in zip(
         jax.tree_util.tree_leaves_with_path(start), *map(jax.tree.leaves, (with_it, without)), strict=True
     ):
-        expected = 0.0 if path[-1].key.endswith("norm") else 1e-2 * 0.5 * before
+        expected = 0.0 if path[-1].key.endswith(("norm", "bias")) else 1e-2 * 0.5 * before
         np.testing.assert_allclose(after[1] - after[0], expected + jnp.zeros_like(before), atol=1e-6)
 
 

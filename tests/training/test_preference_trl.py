@@ -214,7 +214,14 @@ NAMES = {
 }
 
 
-@pytest.mark.parametrize(("case", "family"), [*((case, "mistral") for case in CASES), ("sigmoid", "mixtral")])
+@pytest.mark.parametrize(
+    ("case", "family"),
+    [
+        *((case, "mistral") for case in CASES),
+        ("sigmoid", "mixtral"),
+        *(pytest.param("sigmoid", family, marks=pytest.mark.slow) for family in ("qwen2", "qwen3", "qwen3_moe")),
+    ],
+)
 def test_losses_and_gradients_are_trls(case: str, family: str):
     trl_case, preference = CASES[case]
     model, reference = (tiny_models.hf_model(family, seed=seed) for seed in (0, 1))
@@ -235,7 +242,7 @@ def test_losses_and_gradients_are_trls(case: str, family: str):
             add_fused_lm_head(one, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
     loss, watched = trl_case(preference, model, reference, pairs)
     loss.backward()
-    gradients = tiny_models.file_tensors({name: one.grad for name, one in model.named_parameters()})
+    gradients = tiny_models.file_tensors({name: one.grad for name, one in model.named_parameters()}, family)
 
     np.testing.assert_allclose(float(metrics["loss"]), float(loss.detach()), rtol=1e-5)
     for name, key in NAMES.items():

@@ -65,10 +65,10 @@ def check_divisible(config: Config, model: ModelConfig, sizes: dict[str, int]) -
     split = [
         ("train.batch_size", config.train.batch_size, by_rows, rows),
         ("data.sequence_length", config.data.sequence_length, "2 × mesh.context", pieces),
-        ("the model's num_local_experts", model.experts, "mesh.expert", sizes["mesh.expert"]),
+        ("the model's number of experts", model.experts, "mesh.expert", sizes["mesh.expert"]),
         ("the model's hidden_size", model.hidden_size, "mesh.fsdp", sizes["mesh.fsdp"]),
         ("the model's num_key_value_heads", model.kv_heads, "mesh.tensor", sizes["mesh.tensor"]),
-        ("the model's intermediate_size", model.mlp_size, "mesh.tensor", sizes["mesh.tensor"]),
+        ("the model's MLP width", model.mlp_size, "mesh.tensor", sizes["mesh.tensor"]),
         ("the model's vocab_size", model.vocab_size, "mesh.tensor", sizes["mesh.tensor"]),
     ]
     for name, size, axis, parts in split:
@@ -82,7 +82,7 @@ def _check_blocks(model: ModelConfig, sizes: dict[str, int]) -> None:
     """Checks that each shard of a four-bit weight contains whole quantization blocks (values that share a scale)."""
     from xlam_jax.models.nf4 import block_size
 
-    sides = (("hidden_size", model.hidden_size, "fsdp"), ("intermediate_size", model.mlp_size, "tensor"))
+    sides = (("hidden_size", model.hidden_size, "fsdp"), ("MLP width", model.mlp_size, "tensor"))
     for name, size, axis in sides:
         block, parts = block_size(size), sizes[f"mesh.{axis}"]
         if size // block % parts:

@@ -69,6 +69,8 @@ class ModelConfig:
     head_dim: int
     experts: int = 0
     experts_per_token: int = 0
+    normalize_gates: bool = True
+    """The router's probabilities of a token's experts are divided by their sum."""
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
     sliding_window: int | None = None

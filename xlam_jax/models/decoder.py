@@ -161,15 +161,20 @@ class Block(nnx.Module):
         param = getattr(self, name)
         return mesh.gather(param.get_value(), param.logical[1:], self.dtype, self.kernels.wire)
 
-    def _linear(self, name: str, equation: str, x: jax.Array, key: jax.Array | None) -> jax.Array:
-        """The product with a weight and its adapter, in the compute dtype."""
+    def _linear(
+        self, name: str, equation: str, x: jax.Array, key: jax.Array | None, bias: nnx.Param | None = None
+    ) -> jax.Array:
+        """The product with a weight and its adapter, plus the bias, in the compute dtype."""
         adapter = _adapter(self, name, self.config, 1, self.dtype)
         x_a = None
         if adapter is not None and key is not None and self.config.lora and self.config.lora.dropout:
             dropout_id = self.config.weight(name).dropout_id
             assert dropout_id is not None  # the config refuses dropout on other weights
             x_a = _dropped(x, self.config.lora.dropout, jax.random.fold_in(key, dropout_id))
-        return adapted(equation, x, self._weight(name), adapter, self.dtype, x_a)
+        if bias is None:
+            return adapted(equation, x, self._weight(name), adapter, self.dtype, x_a)
+        product = adapted(equation, x, self._weight(name), adapter, self.dtype, x_a, out=jnp.float32)
+        return (product + bias[...].astype(jnp.float32)).astype(self.dtype)  # rounded once
 
     def __call__(
         self,
@@ -228,9 +233,7 @@ class Block(nnx.Module):
     def _heads(self, name: str, equation: str, x_BTD: jax.Array, key: jax.Array | None) -> jax.Array:
         """Queries, keys or values [B, T, N, …, K]; with a bias, and a norm over each head, if the weight table has
         them."""
-        heads = self._linear(name, equation, x_BTD, key)
-        if hasattr(self, f"{name}_bias"):
-            heads += getattr(self, f"{name}_bias")[...].astype(self.dtype)
+        heads = self._linear(name, equation, x_BTD, key, getattr(self, f"{name}_bias", None))
         return self._norm(f"{name}_norm", heads) if hasattr(self, f"{name}_norm") else heads
 
     def _mlp(self, x_BTD: jax.Array, key: jax.Array | None) -> jax.Array:
@@ -248,7 +251,8 @@ class Block(nnx.Module):
         logits_SE = adapted("SD,DE->SE", x_SD.astype(jnp.float32), router_DE, adapter, jnp.float32, None)
         probability_SE = jax.nn.softmax(logits_SE, axis=-1)
         gate_SK, expert_SK = jax.lax.top_k(probability_SE, self.config.experts_per_token)
-        gate_SK /= jnp.sum(gate_SK, axis=-1, keepdims=True)
+        if self.config.normalize_gates:
+            gate_SK /= jnp.sum(gate_SK, axis=-1, keepdims=True)
         expert_SK = jnp.where(real_S[:, None], expert_SK, experts)  # padding goes to no expert
         w1, w3, w2 = (
             Linear(self._weight(name), _adapter(self, name, self.config, 1, self.dtype)) for name in ("w1", "w3", "w2")

@@ -1,8 +1,9 @@
 """The keys of a Hugging Face config.json: which of them count, how they are checked, and how they are overridden.
 
-Each key of a family is in one of four groups, so that none is ignored silently: the family's own `keys` decide what the
-decoder computes, `NEUTRAL` keys must have a value under which it computes that, `IN_TRAINING` keys change only what
-transformers does while it trains, and `WITHOUT_EFFECT` keys change no logits. Keys outside these groups are reported.
+Each key of a family is in one of four groups, so that none is ignored silently: its own `keys` decide what the decoder
+computes; the other `NEUTRAL` keys must have a value under which it computes that; `IN_TRAINING` keys change only what
+transformers does while it trains; the other `WITHOUT_EFFECT` keys change no logits. Keys outside these groups are
+reported.
 """
 
 import json
@@ -39,6 +40,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "no_rope_layer_interval": _UNUSED_HERE,
     "alibi": (None, False),
     "use_rope": (None, True),
+    "use_mrope": (None, False),
     "attn_temperature_tuning": (None, False),
     "llama_4_scaling": (None,),
     # scores and norms
@@ -97,7 +99,8 @@ WITHOUT_EFFECT = (
     words(
         """transformers_version output_hidden_states output_attentions return_dict chunk_size_feed_forward id2label
         label2id num_labels problem_type pretraining_tp output_router_logits router_aux_loss_coef layer_types
-        use_sliding_window _name_or_path name_or_path tokenizer_class task_specific_params finetuning_task prefix
+        use_sliding_window max_window_layers _name_or_path name_or_path tokenizer_class task_specific_params
+        finetuning_task prefix
         sep_token_id cls_token_id decoder_start_token_id torchscript use_bfloat16 tf_legacy_loss pruned_heads
         tie_encoder_decoder is_decoder cross_attention_hidden_size attn_implementation _attn_implementation
         _attn_implementation_autoset _flash_attn_2_enabled experts_implementation _experts_implementation
@@ -105,7 +108,8 @@ WITHOUT_EFFECT = (
     )
     | _GENERATION
 )
-"""Keys that change no logits, or are checked against the others (`layer_types`, `use_sliding_window`)."""
+"""Keys that change no logits, or are checked against the others (`layer_types`, `use_sliding_window`). A family may
+read some of them."""
 
 QUANTIZATION = ("quantization_config", "compression_config")
 DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -141,7 +145,11 @@ def check_keys(values: Values, family: Family, layers: int, window: int | None) 
     `layers` and `window` (in tokens) are those of the model.
     """
     for key, neutral in NEUTRAL.items():
-        if key in values and not any(is_same(values.get(key), value) for value in neutral):
+        if (
+            key in values
+            and key not in family.own_keys
+            and not any(is_same(values.get(key), value) for value in neutral)
+        ):
             shown = " or ".join(json.dumps(value) for value in neutral)
             raise values.error(key, expected=f"only {shown} is implemented")
     for key in sorted(IN_TRAINING):
@@ -180,7 +188,7 @@ def _check_window(values: Values, family: Family, layers: int, window: int | Non
             expected=f"in a {family.name} all {layers} layers are alike, which means {kind} here; remove layer_types",
         )
     uses = values.get("use_sliding_window")
-    if uses is not None and uses is not (window is not None):
+    if "use_sliding_window" not in family.own_keys and uses is not None and uses is not (window is not None):
         raise values.error(
             "use_sliding_window",
             "sliding_window",

@@ -122,7 +122,7 @@ def _against_experts(kernel: str, platform: str, model: ModelConfig, mesh: Mesh)
     if mesh.shape["expert"] > 1:
         return f"mesh.expert is {mesh.shape['expert']}: it needs all experts on each device"
     width = model.mlp_size // mesh.shape["tensor"]
-    sides = {"hidden_size": model.hidden_size, "intermediate_size / mesh.tensor": width}
+    sides = {"hidden_size": model.hidden_size, "MLP width / mesh.tensor": width}
     if model.lora and any(model.weight(name).per_expert for name in model.lora.targets):
         sides["lora.rank"] = model.lora.rank
     for name, size in sides.items():

@@ -33,15 +33,21 @@ class Adapter(NamedTuple):
 
 
 def adapted(
-    equation: str, x: jax.Array, weight: jax.Array | NF4, adapter: Adapter | None, dtype: Any, x_a: jax.Array | None
+    equation: str,
+    x: jax.Array,
+    weight: jax.Array | NF4,
+    adapter: Adapter | None,
+    dtype: Any,
+    x_a: jax.Array | None,
+    out: Any = None,
 ) -> jax.Array:
     """`project` with the adapter's product added. `x_a`: the adapter's input after dropout; None if it is `x`."""
     if adapter is None:
-        return project(equation, x, weight, dtype)
+        return project(equation, x, weight, dtype, out)
     to_rank, from_rank = low_rank(equation)
     rank = project(to_rank, x if x_a is None else x_a, adapter.a, dtype)
     added = project(from_rank, rank, adapter.b, dtype, out=jnp.float32)
-    return (project(equation, x, weight, dtype, out=jnp.float32) + added).astype(dtype)
+    return (project(equation, x, weight, dtype, out=jnp.float32) + added).astype(out or dtype)
 
 
 def low_rank(equation: str) -> tuple[str, str]:

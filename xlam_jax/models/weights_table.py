@@ -188,6 +188,46 @@ MLP = (
 )
 """gate_proj (w1), up_proj (w3) and down_proj (w2) of a dense MLP, w2(silu(w1 x) * w3 x)."""
 
+
+def mixture(block: str, names: tuple[str, str, str], fused_in: tuple[str, ...]) -> tuple[Weight, ...]:
+    """The router, and gate_proj (w1), up_proj (w3) and down_proj (w2) of the experts.
+
+    `block`: the name of a layer's mixture. `names`: those of the three matrices of an expert. `fused_in`: the names of
+    the mixture in files that store all experts of a layer in two tensors, as transformers 5 has them in memory:
+    gate_up_proj [experts, 2 × F, D] and down_proj [experts, D, F].
+    """
+
+    def matrix(name: str, inputs: str, outputs: str, module: str, alias: str, stored: Stored) -> Weight:
+        return Weight(
+            name=name,
+            stacked="LE",
+            inputs=inputs,
+            outputs=outputs,
+            key=f"{BLOCK}{block}.experts.{{E}}.{module}.weight",
+            hf_axes=f"{outputs} {inputs}",
+            other_places=tuple(stored._replace(key=f"{BLOCK}{place}.experts.{stored.key}") for place in fused_in),
+            frozen="nf4",
+            aliases=(alias,),
+        )
+
+    router = Weight(
+        name="router",
+        inputs="D",
+        outputs="R",
+        key=f"{BLOCK}{block}.gate.weight",
+        hf_axes="R D",
+        other_places=tuple(Stored(f"{BLOCK}{place}.gate.weight") for place in fused_in if place != block),
+        frozen="float32",
+    )
+    gate, up, down = names
+    return (
+        router,
+        matrix("w1", "D", "F", gate, "gate_proj", Stored("gate_up_proj", 0, 2)),
+        matrix("w3", "D", "F", up, "up_proj", Stored("gate_up_proj", 1, 2)),
+        matrix("w2", "F", "D", down, "down_proj", Stored("down_proj")),
+    )
+
+
 FINAL_NORM = norm("final_norm", "model.norm.weight", stacked="")
 HEAD = Weight(
     name="head",

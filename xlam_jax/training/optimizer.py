@@ -8,6 +8,7 @@ import optax
 
 from xlam_jax.config import Train
 from xlam_jax.models.config import ModelConfig
+from xlam_jax.models.families import is_vector
 from xlam_jax.models.params import Params, matrix_axes
 
 MOMENTS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "8bit": jnp.float8_e4m3fn}
@@ -88,9 +89,8 @@ def _is_axes(node: Any) -> bool:
 
 
 def _decayed(params: Params) -> Params:
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: not jax.tree_util.keystr(path, simple=True, separator=".").endswith("norm"), params
-    )
+    """Whether the optimizer decays each parameter: all but the scales of norms and biases."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: not is_vector(path[-1].key), params)
 
 
 class Quantized(NamedTuple):

@@ -20,6 +20,12 @@ from xlam_jax.parallel.placement import place
 from xlam_jax.weights import checkpoint
 from xlam_jax.weights.added_tokens import extend, new_rows
 
+COMPUTED = (
+    *("rope_theta", "rope_scaling", "sliding_window", "norm_eps", "experts_per_token", "normalize_gates"),
+    "tie_embeddings",
+)
+"""Fields of `ModelConfig` that change what is computed and not the shapes of the weights."""
+
 
 def read_base(resolved: Resolved, *, exporting: bool = False) -> Params | None:
     """Opens the weights that `model.init_from` names, a whole model without adapters. Returns None for random weights.
@@ -60,7 +66,7 @@ def check_same_config(resolved: Resolved, stored: dict[str, Any]) -> None:
     ours = asdict(resolved.model)
     different = [
         f"{key} is {ours[key]} in {section.config} and {source[key]} in {path}"
-        for key in ("rope_theta", "rope_scaling", "sliding_window", "norm_eps", "experts_per_token", "tie_embeddings")
+        for key in COMPUTED
         if ours[key] != source[key]
     ]
     if different:

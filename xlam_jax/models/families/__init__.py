@@ -9,7 +9,7 @@ To add a family, write a module with a `Family` (how its config.json is read, an
 from collections.abc import Mapping
 from typing import Any
 
-from xlam_jax.models.families import llama, ministral3, mistral, mistral3, mixtral
+from xlam_jax.models.families import llama, ministral3, mistral, mistral3, mixtral, qwen2, qwen3, qwen3_moe
 from xlam_jax.models.families.base import Family, Wrapper
 from xlam_jax.models.weights_table import Weight
 
@@ -18,6 +18,9 @@ FAMILIES: tuple[Family, ...] = (
     mixtral.FAMILY,
     llama.FAMILY,
     ministral3.FAMILY,
+    qwen2.FAMILY,
+    qwen3.FAMILY,
+    qwen3_moe.FAMILY,
 )
 WRAPPERS: tuple[Wrapper, ...] = (mistral3.WRAPPER,)
 
@@ -49,6 +52,11 @@ def frozen_storage(name: str) -> str:
     """How a frozen weight is stored (`Weight.frozen`), which is the same in all families that have it."""
     rows = rows_named(name)
     return rows[0].frozen if rows else "compute"
+
+
+def is_vector(name: str) -> bool:
+    """Whether the parameter of this name is a norm's scale or a bias, which are not decayed."""
+    return any(not row.is_matrix for row in rows_named(name))
 
 
 def stacked_axes(name: str, ndim: int) -> int:

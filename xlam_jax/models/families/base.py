@@ -1,6 +1,6 @@
 """What a model family defines, and the reading of the config.json keys that all families share."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,20 +60,23 @@ class Wrapper:
     """Prefixes of the tensors that are not part of the text model."""
 
 
-def read_common(values: Values, defaults: Mapping[str, Any], *, scales_queries: bool = False) -> dict[str, Any]:
+def read_common(
+    values: Values, defaults: Mapping[str, Any], *, nullable: Container[str] = (), scales_queries: bool = False
+) -> dict[str, Any]:
     """Returns the fields of `ModelConfig` that every family has.
 
     `defaults`: what transformers takes for missing keys. Without `num_key_value_heads` in it, each attention head has
-    its own keys and values. `scales_queries`: as for `read_rope`. Raises `UserError` for invalid values.
+    its own keys and values; without `head_dim`, the heads divide the hidden size. `nullable`: those of the two that may
+    be null although they have a default; null then means the same as no default. `scales_queries`: as for `read_rope`.
+    Raises `UserError` for invalid values.
     """
     heads = values.size("num_attention_heads")
-    kv_default = defaults.get("num_key_value_heads")
-    kv_heads = values.size("num_key_value_heads", kv_default or heads, nullable=kv_default is None)
+    kv_heads = _size_or_derived(values, "num_key_value_heads", defaults, heads, nullable)
     values.check_multiple("num_attention_heads", heads, "num_key_value_heads", kv_heads)
     hidden_size = values.size("hidden_size")
-    if values.get("head_dim") is None:
+    if values.get("head_dim", defaults.get("head_dim")) is None:
         values.check_multiple("hidden_size", hidden_size, "num_attention_heads", heads)
-    head_dim = values.size("head_dim", hidden_size // heads, nullable=True)
+    head_dim = _size_or_derived(values, "head_dim", defaults, hidden_size // heads, nullable)
     if head_dim % 2:
         raise values.error("head_dim", expected=f"heads of {head_dim}; rotary positions need an even number")
     max_positions = values.size("max_position_embeddings", defaults["max_position_embeddings"])
@@ -95,8 +98,56 @@ def read_common(values: Values, defaults: Mapping[str, Any], *, scales_queries: 
     }
 
 
+def _size_or_derived(
+    values: Values, key: str, defaults: Mapping[str, Any], derived: int, nullable: Container[str]
+) -> int:
+    """A size that follows from others if it is null, or missing without a default."""
+    if values.get(key, defaults.get(key)) is None and (key in nullable or key not in defaults):
+        return derived
+    return values.size(key, defaults.get(key))
+
+
+def read_experts(values: Values, experts: int, per_token: int) -> dict[str, Any]:
+    """Returns the fields of `ModelConfig` that count experts. `experts` and `per_token`: what transformers takes for
+    the missing keys num_local_experts and num_experts_per_tok."""
+    count = values.size("num_local_experts", experts, most=MOST_LAYERS)
+    active = values.size("num_experts_per_tok", per_token)
+    if active > count:
+        raise values.error(
+            "num_experts_per_tok", "num_local_experts", expected="the first must not be more than the second"
+        )
+    return {"experts": count, "experts_per_token": active}
+
+
 def read_window(values: Values, default: int | None) -> int | None:
     """Returns the attention window in tokens; None for attention without a window."""
     if values.get("sliding_window", default) is None:
         return None
     return values.size("sliding_window", default)
+
+
+def read_optional_window(values: Values, default: int) -> int | None:
+    """Returns the window of a family that has it only if `use_sliding_window` is true; it is false by default."""
+    window = read_window(values, default)  # checked even if it is not used
+    return window if values.flag("use_sliding_window", False) else None
+
+
+def read_window_of_last_layers(values: Values, default: int, full_layers: int) -> int | None:
+    """`read_optional_window` of a family whose first `max_window_layers` layers (`full_layers` if the key is missing)
+    have no window, unless `layer_types` names those that have one. Raises `UserError` if only some layers have it."""
+    window, layers = read_optional_window(values, default), values.size("num_hidden_layers", most=MOST_LAYERS)
+    full = values.get("max_window_layers", full_layers)
+    if type(full) is not int or full < 0:
+        raise values.error("max_window_layers", expected="a whole number of at least 0 is needed")
+    if window is None:
+        return None
+    kinds = values.get("layer_types")
+    if kinds is None:
+        kinds = ["full_attention" if layer < full else "sliding_attention" for layer in range(layers)]
+    if kinds in (["full_attention"] * layers, ["sliding_attention"] * layers):
+        return window if kinds[0] == "sliding_attention" else None
+    raise values.error(
+        *("max_window_layers", "layer_types", "use_sliding_window"),
+        expected=f"all {layers} layers must have the window, or none: set max_window_layers to 0 or {layers}, without "
+        "layer_types",
+    )
