@@ -201,8 +201,8 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ["self_attn.k_proj.weight has shape (48, 32), config.json means (96, 32)"],
         ),
         (
-            lambda folder: set_config(folder, architectures=["Qwen2ForCausalLM"]),
-            ["config.json: architectures is ['Qwen2ForCausalLM']; this project trains MistralForCausalLM"],
+            lambda folder: set_config(folder, architectures=["GemmaForCausalLM"]),
+            ["config.json: architectures is ['GemmaForCausalLM']; this project trains MistralForCausalLM"],
         ),
         (lambda folder: (folder / "config.json").unlink(), ["config.json: no such file"]),
         (
