@@ -1,9 +1,9 @@
 """Reads the header of a GGUF file: its metadata, and where its tensors are.
 
-GGUF (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md) is the format of llama.cpp. After 4 bytes "GGUF" follow
-the version, the numbers of tensors and of metadata entries, the entries (name, type, value), the tensors' entries (name,
-axes, type, offset), and the tensors. This reader checks every length against the size of the file before it uses it. The
-package `gguf` knows the tensor types.
+GGUF (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md) is the format of llama.cpp. It begins with "GGUF", the
+version, and the numbers of tensors and of metadata entries. Then follow the metadata entries (name, type, value), the
+tensors' entries (name, axes, type, offset), and the tensors. This reader checks every length against the size of the
+file before it uses it. The package `gguf` knows the tensor types.
 """
 
 import mmap

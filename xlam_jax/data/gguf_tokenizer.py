@@ -18,8 +18,8 @@ def read_gguf_tokenizer(path: Path) -> "PreTrainedTokenizerFast":
     """Returns the tokenizer of a GGUF file with its chat template.
 
     Vocabulary, merges and the splitting of text are converted by transformers. `from_pretrained(…, gguf_file=…)` gives
-    the same tokenizer, but needs PyTorch. Raises `UserError` as `GGUFFile`, and for a file without a tokenizer; anything
-    for an invalid one.
+    the same tokenizer, but needs PyTorch. Raises `UserError` as `GGUFFile`, and for a file without a tokenizer; other
+    exceptions for an invalid one.
     """
     from transformers import PreTrainedTokenizerFast
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_TOKENIZER_MAPPING, convert_gguf_tokenizer

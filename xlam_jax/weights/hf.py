@@ -110,8 +110,8 @@ class HFWeights:
     """A Hugging Face folder whose config and tensor names are checked. Weights are read only when needed."""
 
     def __init__(self, folder: str | Path):
-        """`folder`: a local folder, a URL that fsspec opens, or a name on the Hugging Face hub, which is downloaded; or a
-        local GGUF file, or a folder with one and no safetensors, which is dequantized.
+        """`folder`: a local folder, a URL that fsspec opens, or a name on the Hugging Face hub, which is downloaded; or
+        a local GGUF file, or a folder with one and no safetensors, which is dequantized.
 
         Raises one `UserError` that lists all missing, extra and duplicate tensors, and those whose shape differs from
         the config's.
@@ -191,8 +191,8 @@ def small_files(name: str) -> Path:
     such files: the result is its folder. Raises `UserError`.
     """
     folder = Path(name)
-    if folder.is_file() and find_gguf(name):
-        return folder.parent
+    if gguf := find_gguf(name):
+        return gguf.parent
     if folder.is_dir():
         return folder
     if "://" in name:
