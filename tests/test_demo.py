@@ -65,7 +65,7 @@ def test_every_trajectory_is_rendered_and_read_back(model: Path, format: str, mo
     assert len(list(next_call.requests(samples))) >= 200
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", ["chatml", pytest.param("xlam", marks=pytest.mark.slow)])
 def test_the_steps_of_the_demo(model: Path, format: str, tmp_path: Path, commands: Commands):
     run_dir = tmp_path / "run"
     options = [*overrides(model), *FORMATS[format]]
@@ -83,6 +83,7 @@ def test_the_steps_of_the_demo(model: Path, format: str, tmp_path: Path, command
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # of the other libraries
 def test_the_comparison_with_trl(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Same adapters, same batches: the same losses to rounding."""
     from benchmarks import demo_peer
