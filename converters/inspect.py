@@ -17,7 +17,7 @@ def main() -> None:
         description="Print a checkpoint's model family, size, dtypes, layout, step and config.",
     )
     parser.add_argument(
-        "folder", metavar="DIR", help="Hugging Face folder, its URL or name on the hub, run folder, or step folder"
+        "folder", metavar="DIR", help="Hugging Face folder, its URL or name on the hub, GGUF file, run or step folder"
     )
     folder = parser.parse_args().folder
 
@@ -38,13 +38,14 @@ def inspect_hf(folder: str) -> dict[str, str]:
     values = Counter({source.dtype.name: 0 for _, source in opened.sources})
     for tensor, source in opened.sources:
         values[source.dtype.name] += prod(tensor.shape)
+    kind = f"Hugging Face, {len(files)} safetensors file(s)" if opened.gguf is None else "GGUF, read dequantized"
     fused = any(source.part for _, source in opened.sources)
     return {
-        "folder": f"{folder}: Hugging Face, {len(files)} safetensors file(s), {_gb(sum(files.values()))}",
+        "folder": f"{folder}: {kind}, {_gb(sum(files.values()))}",
         **_model(opened.hf_config, opened.config),
         "dtype": _dtypes(values),
         "layout": "experts of a layer fused in one tensor" if fused else "one tensor per matrix",
-        "tokenizer": _tokenizer(opened.files, TOKENIZER_FILES),
+        "tokenizer": _tokenizer(opened.files, TOKENIZER_FILES) if opened.gguf is None else opened.gguf.name,
         **({"warnings": "\n".join(opened.warnings)} if opened.warnings else {}),
     }
 

@@ -44,6 +44,7 @@ def test_every_config_resolves(path: Path):
         ("mixtral_8x22b", 140.6),
         ("deepseek_coder_1.3b", 1.35),
         ("deepseek_coder_6.7b", 6.74),
+        ("smollm2_135m", 0.1345),
     ],
 )
 def test_presets_have_the_published_sizes(preset: str, billions: float):

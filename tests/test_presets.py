@@ -13,7 +13,7 @@ from xlam_jax.config import check_divisible, flatten, reference
 from xlam_jax.enums import MESH_AXES
 
 FILES = {path.stem: path for path in sorted((ROOT / "configs").glob("*.yaml"))}
-PUBLISHED = sorted(name for name in FILES if not name.startswith("quickstart"))
+PUBLISHED = sorted(name for name in FILES if not name.startswith(("quickstart", "demo")))
 ARXIV = re.compile(r"\b2\d{3}\.\d{5}\b")
 
 FULL = {

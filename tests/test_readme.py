@@ -89,8 +89,8 @@ def test_commands_of_the_readme_run(commands: Commands, clone: Path, quickstart:
     assert run_page("README.md", commands, clone) >= 8
 
 
-ELSEWHERE = {"docs/benchmarks.md", "docs/conformance.md"}
-"""Pages whose commands need a server or other tools; separate tests run them without."""
+ELSEWHERE = {"docs/benchmarks.md", "docs/conformance.md", "docs/demo.md"}
+"""Pages whose commands need a server, other tools or a download; separate tests run them without."""
 
 
 @pytest.mark.parametrize("page", sorted(PAGES.keys() - {"README.md"} - ELSEWHERE))

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from xlam_jax.cli import Parser, number, run
 from xlam_jax.documents import read_json
 from xlam_jax.errors import UserError
+from xlam_jax.gguf_config import read_gguf_config
+from xlam_jax.gguf_file import find_gguf
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -33,7 +35,7 @@ class OpenedModel(NamedTuple):
 
 
 def find_model(folder: Path) -> OpenedModel:
-    """Opens a Hugging Face folder, a run folder (its newest step) or a step folder.
+    """Opens a Hugging Face folder, a GGUF file, a run folder (its newest step) or a step folder.
 
     Matrices are loaded, and products computed, in the dtype of the model's config; norms and routers keep their stored
     dtype. Raises `UserError` for a folder that contains no model, or no tokenizer.
@@ -46,8 +48,15 @@ def find_model(folder: Path) -> OpenedModel:
     from xlam_jax.weights import run as weights
     from xlam_jax.weights.hf import load_hf
 
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; use a Hugging Face folder, a run folder or one of its steps")
+    gguf = find_gguf(folder)
+    if gguf is None and not folder.is_dir():
+        raise UserError(
+            f"{folder}: no such folder; use a Hugging Face folder, a GGUF file, a run folder or one of its steps"
+        )
+
+    def read() -> "Params":
+        return load_hf(folder)[1]
+
     if checkpoint.is_checkpoint(folder):
         step = checkpoint.resolve(folder)
         hf_config, tokenizer = checkpoint.load_hf_config(step), checkpoint.tokenizer_dir(step)
@@ -57,13 +66,11 @@ def find_model(folder: Path) -> OpenedModel:
             )
         read = partial(weights.load_whole, step)
         generation = checkpoint.load_generation_config(step)
+    elif gguf is not None:
+        hf_config, tokenizer, generation = read_gguf_config(gguf), gguf, None
     elif (folder / "config.json").is_file():
         hf_config, tokenizer = read_hf_config(folder / "config.json"), folder
         generation = read_generation_config(folder / GENERATION_CONFIG)
-
-        def read() -> "Params":
-            return load_hf(folder)[1]
-
     else:
         raise UserError(
             f"{folder}: neither a Hugging Face folder (config.json is missing) nor a checkpoint (checkpoints/STEP is "
@@ -139,7 +146,9 @@ def complete(
 def main() -> None:
     """The command line."""
     parser = Parser(prog="python -m xlam_jax.generate", description="Complete conversations with a model.")
-    parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder, run folder or step folder")
+    parser.add_argument(
+        "--model", type=Path, required=True, help="Hugging Face folder, GGUF file, run folder or step folder"
+    )
     parser.add_argument("--messages", type=Path, required=True, help="JSON: a list of messages, or a list of lists")
     parser.add_argument("--tools", type=Path, help="JSON: a list of tool schemas in OpenAI's format")
     parser.add_argument(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from jsonschema import Draft202012Validator
 
-from xlam_jax.cli import run
+from xlam_jax.cli import positive, run
 from xlam_jax.data.converters import CONVERTERS
 from xlam_jax.data.converters.common import Converted
 from xlam_jax.data.trajectory import Trajectory, to_dict
@@ -24,7 +24,7 @@ FILES = {
     "hammer": ["apibank_l1.json", "toolalpaca.json"],
 }
 COUNTS = {"webshop": 30, "hotpotqa": 230, "seal_tools": 70, "hammer": 180}
-PARALLEL = 10  # Seal-Tools rows with several calls, in addition to those with one
+PARALLEL = 10
 LONGEST = 3400  # characters; about 1000 tokens of the quickstart's tokenizer
 
 
@@ -33,8 +33,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("raw", type=Path, help="folder that contains the raw sources")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="output folder (default: the script's)")
+    parser.add_argument("--only", choices=FILES, help="the only source to write")
+    parser.add_argument("--count", type=positive, help="number of its trajectories (default: that of the quickstart)")
+    parser.add_argument(
+        "--parallel",
+        type=positive,
+        default=PARALLEL,
+        help=f"Seal-Tools rows with several calls, in addition to those with one (default: {PARALLEL})",
+    )
     options = parser.parse_args(arguments)
-    for source, names in FILES.items():
+    if options.count and not options.only:
+        raise UserError("--count is the number of trajectories of one source; name it with --only")
+    sources = {options.only: FILES[options.only]} if options.only else FILES
+    for source, names in sources.items():
         paths = [options.raw / source / name for name in names]
         for path in (*paths, options.raw / source / "LICENSE_NOTE.txt"):
             if not path.is_file():
@@ -42,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
                     f"{path}: not found; the raw folder must contain {source}/ with {', '.join(names)} and a licence"
                 )
         converted = [item.trajectory for item in CONVERTERS[source](paths) if isinstance(item, Converted)]
-        chosen = choose(converted, source)
+        chosen = choose(converted, source, options.count or COUNTS[source], options.parallel)
         with (options.out / f"{source}.jsonl").open("w", encoding="utf-8", newline="\n") as lines:
             for trajectory in chosen:
                 lines.write(json.dumps(to_dict(trajectory), ensure_ascii=False) + "\n")
@@ -51,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{source}: {len(chosen)} of {len(converted)} trajectories")
 
 
-def choose(trajectories: Iterable[Trajectory], source: str) -> list[Trajectory]:
+def choose(trajectories: Iterable[Trajectory], source: str, count: int, parallel: int) -> list[Trajectory]:
     """Returns the shortest fitting trajectories, one for each first user turn, in the order of the source."""
     fitting: dict[str, Trajectory] = {}
     order: dict[str, int] = {}
@@ -65,10 +76,10 @@ def choose(trajectories: Iterable[Trajectory], source: str) -> list[Trajectory]:
     ranked = sorted(fitting.values(), key=lambda trajectory: (length(trajectory), order[trajectory.id]))
     if source == "seal_tools":
         single = [trajectory for trajectory in ranked if len(trajectory.conversation[1].tool_calls) == 1]
-        parallel = [trajectory for trajectory in ranked if len(trajectory.conversation[1].tool_calls) > 1]
-        chosen = single[: COUNTS[source]] + parallel[:PARALLEL]
+        several = [trajectory for trajectory in ranked if len(trajectory.conversation[1].tool_calls) > 1]
+        chosen = single[:count] + several[:parallel]
     else:
-        chosen = ranked[: COUNTS[source]]
+        chosen = ranked[:count]
     return sorted(chosen, key=lambda trajectory: order[trajectory.id])
 
 

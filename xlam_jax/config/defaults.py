@@ -6,6 +6,7 @@ from typing import Any
 from xlam_jax.config.files import Draft
 from xlam_jax.config.schema import Config
 from xlam_jax.enums import PAIR_LOSSES, STEPS_FOLDER
+from xlam_jax.gguf_file import find_gguf
 from xlam_jax.models.config import ModelConfig
 
 MOST_STREAMS = 8
@@ -52,6 +53,11 @@ def _fill_from_weights(draft: Draft) -> None:
     if not isinstance(weights, str):
         draft.missing["model.config"] = "give a config.json, or the folder of the weights as model.init_from"
         draft.missing["data.tokenizer"] = "give a tokenizer's folder, or mistral:v1 or mistral:v3"
+        return
+    gguf = find_gguf(weights)
+    if gguf is not None:
+        draft.set_default("model.config", str(gguf), "in the file with the weights")
+        draft.set_default("data.tokenizer", str(gguf), "in the file with the weights")
         return
     folder = Path(weights)
     folders = [folder, folder.parent.parent] if folder.parent.name == STEPS_FOLDER else [folder]

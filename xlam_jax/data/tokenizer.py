@@ -14,9 +14,11 @@ from xlam_jax.config import Data, Resolved
 from xlam_jax.data.formats import as_unguarded, read_template
 from xlam_jax.data.formats.template import Template
 from xlam_jax.data.formats.xlam import as_earliest
+from xlam_jax.data.gguf_tokenizer import read_gguf_tokenizer
 from xlam_jax.data.render import chat_template, codec_and_format
 from xlam_jax.digest import json_digest
 from xlam_jax.errors import UserError, nearest
+from xlam_jax.gguf_file import find_gguf
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -31,7 +33,8 @@ Mistral 7B v0.3 uses v3."""
 
 
 def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
-    """Loads a fast tokenizer: "mistral:v1", "mistral:v3", a local Hugging Face folder, or a name on the hub.
+    """Loads a fast tokenizer: "mistral:v1", "mistral:v3", a local Hugging Face folder, a name on the hub, or that of a
+    GGUF file (or of a folder with one and without a tokenizer).
 
     The Mistral tokenizers give mistral-common's ids and have Mistral's chat template. Raises `UserError` when the
     tokenizer does not exist or its files are malformed.
@@ -44,16 +47,21 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     hint = f"give a folder with tokenizer.json, a name on the Hugging Face hub, or one of {', '.join(MISTRAL)}"
-    if (Path(name).exists() or name.startswith((".", "/", "~"))) and not (
-        Path(name) / "tokenizer_config.json"
-    ).is_file():
+    has_files = (Path(name) / "tokenizer_config.json").is_file()
+    gguf = None if has_files else find_gguf(name)
+    if gguf is None and not has_files and (Path(name).exists() or name.startswith((".", "/", "~"))):
         raise UserError(f"tokenizer '{name}': no tokenizer_config.json there; {hint}")
     if Path(name).is_dir():
         _check_files(Path(name))
     try:
-        tokenizer = _plain(Path(name)) or AutoTokenizer.from_pretrained(name)
+        if gguf is not None:
+            tokenizer = read_gguf_tokenizer(gguf)
+        else:
+            tokenizer = _plain(Path(name)) or AutoTokenizer.from_pretrained(name)
         if isinstance(tokenizer, PreTrainedTokenizerFast):
             tokenizer("a")  # some errors in tokenizer.json appear only at the first use
+    except UserError:
+        raise
     except BaseException as error:  # transformers and tokenizers raise nearly anything for a malformed file
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise

@@ -14,13 +14,16 @@ import numpy as np
 
 from xlam_jax import documents, strict_json
 from xlam_jax.errors import UserError
+from xlam_jax.gguf_config import read_gguf_config
+from xlam_jax.gguf_file import find_gguf
 from xlam_jax.models import hf_keys
 from xlam_jax.models.config import ModelConfig, read_hf_config
 from xlam_jax.models.families import wrapper_of
 from xlam_jax.models.hf_wrapper import text_model_line
+from xlam_jax.weights.gguf import GGUFShard
 from xlam_jax.weights.hf_map import Tensor, tensors
 from xlam_jax.weights.locate import INDEX, Source, keep_text_model, locate, refuse_quantized, remove_wrappers
-from xlam_jax.weights.shards import Shard
+from xlam_jax.weights.shards import Shard, TensorFile
 
 if TYPE_CHECKING:
     import jax
@@ -109,21 +112,24 @@ class HFWeights:
     """A Hugging Face folder whose config and tensor names are checked. Weights are read only when needed."""
 
     def __init__(self, folder: str | Path):
-        """`folder`: a local folder, a URL that fsspec opens, or a name on the Hugging Face hub, which is downloaded.
+        """`folder`: a local folder, a URL that fsspec opens, or a name on the Hugging Face hub, which is downloaded; or
+        a local GGUF file, or a folder with one and no safetensors, which is dequantized.
 
         Raises one `UserError` that lists all missing, extra and duplicate tensors, and those whose shape differs from
         the config's.
         """
         self.name = str(folder)
         self.files = small_files(self.name)
-        self._url = self.name.rstrip("/") if "://" in self.name else str(self.files)
-        origin = f"{self.name}/config.json"
-        hf_config = read_hf_config(self.files / "config.json")
+        """The local folder with the config and tokenizer files; those of a GGUF file are in the file."""
+        self.gguf = find_gguf(self.name)
+        """The GGUF file that contains everything; None for a Hugging Face folder."""
+        origin = f"{self.name}/config.json" if self.gguf is None else str(self.gguf)
+        hf_config = read_hf_config(self.files / "config.json") if self.gguf is None else read_gguf_config(self.gguf)
         self.config = ModelConfig.from_hf(hf_config, origin)
-        names, index = _weight_files(self.files, self.name)
-        shards = {name: Shard(f"{self._url}/{name}") for name in names}
+        shards, index = self._shards(hf_config)
         refuse_quantized(self.name, shards, hf_config)
-        wrapper, skipped = wrapper_of(documents.read_object(self.files / "config.json")), []
+        wrapper = wrapper_of(documents.read_object(self.files / "config.json")) if self.gguf is None else None
+        skipped: list[str] = []
         if wrapper is not None:
             text_names, skipped = keep_text_model(self.name, shards, wrapper)
             index = {text_names.get(key, key): file for key, file in index.items() if key not in skipped}
@@ -143,6 +149,15 @@ class HFWeights:
             self.warnings.append(
                 f"{self.name}: {len(self.renamed)} tensor names have the prefix of a wrapper; {stored} is read as {key}"
             )
+
+    def _shards(self, hf_config: dict[str, Any]) -> tuple[dict[str, TensorFile], dict[str, str]]:
+        """Returns the weight files by name, and the index (tensor → file), which is empty for a single file."""
+        if self.gguf is not None:
+            keys = [tensor.key for tensor in tensors(self.config)]
+            return {self.gguf.name: GGUFShard(self.gguf, hf_config, keys)}, {}
+        url = self.name.rstrip("/") if "://" in self.name else str(self.files)
+        names, index = _weight_files(self.files, self.name)
+        return {name: Shard(f"{url}/{name}") for name in names}, index
 
     def sizes(self) -> dict[str, int]:
         """Returns the size of each weight file in bytes, by URL."""
@@ -182,9 +197,12 @@ def load_hf(folder: str | Path, *, dtype: Any = None) -> "tuple[dict[str, Any], 
 def small_files(name: str) -> Path:
     """Returns a local folder with the tokenizer and config files of a folder, a URL or a model of the hub.
 
-    A model of the hub is downloaded with its weights; the files of a URL are copied without them. Raises `UserError`.
+    A model of the hub is downloaded with its weights; the files of a URL are copied without them. A GGUF file has no
+    such files: the result is its folder. Raises `UserError`.
     """
     folder = Path(name)
+    if gguf := find_gguf(name):
+        return gguf.parent
     if folder.is_dir():
         return folder
     if "://" in name:
@@ -237,7 +255,9 @@ def _weight_files(folder: Path, name: str) -> tuple[list[str], dict[str, str]]:
     if single:
         return [SINGLE], {}
     if not index:
-        others = sorted(path.name for pattern in ("*.safetensors", "*.bin", "*.pth") for path in folder.glob(pattern))
+        others = sorted(
+            path.name for pattern in ("*.safetensors", "*.bin", "*.pth", "*.gguf") for path in folder.glob(pattern)
+        )
         contents = f"; it contains {', '.join(others[:4])}" + (", …" if len(others) > 4 else "") if others else ""
         raise UserError(
             f"{name}: contains neither {SINGLE} nor {INDEX}{contents}; download the folder again, or load and save the "

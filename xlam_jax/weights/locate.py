@@ -12,7 +12,7 @@ from xlam_jax.models import hf_keys
 from xlam_jax.models.families.base import Wrapper
 from xlam_jax.models.weights_table import EMBEDDING, HEAD
 from xlam_jax.weights.hf_map import Tensor
-from xlam_jax.weights.shards import DTYPES, Shard
+from xlam_jax.weights.shards import DTYPES, TensorFile
 
 INDEX = "model.safetensors.index.json"
 
@@ -20,7 +20,7 @@ INDEX = "model.safetensors.index.json"
 class Source(NamedTuple):
     """Where a tensor is stored."""
 
-    shard: Shard
+    shard: TensorFile
     key: str
     part: tuple[int, tuple[int, ...]] | None = None
     """The tensor is only this part of the stored one: (elements in front of it, shape)."""
@@ -42,7 +42,7 @@ QUANTIZED = re.compile(
 """Tensors that only quantized weights have: of GPTQ, AWQ, compressed-tensors, FP8, bitsandbytes, HQQ and AQLM."""
 
 
-def quantized_tensor(shards: Mapping[str, Shard]) -> str | None:
+def quantized_tensor(shards: Mapping[str, TensorFile]) -> str | None:
     """Returns name and dtype of a tensor that only quantized weights have; None if there is none."""
     for shard in shards.values():
         for key, stored in shard.tensors.items():
@@ -51,7 +51,7 @@ def quantized_tensor(shards: Mapping[str, Shard]) -> str | None:
     return None
 
 
-def refuse_quantized(folder: str, shards: Mapping[str, Shard], hf_config: Mapping[str, Any]) -> None:
+def refuse_quantized(folder: str, shards: Mapping[str, TensorFile], hf_config: Mapping[str, Any]) -> None:
     """Raises `UserError` for quantized weights."""
     tensor, method = quantized_tensor(shards), hf_keys.quantization_method(hf_config)
     if tensor:
@@ -69,7 +69,9 @@ PREFIXES = ("base_model.model.", "module.", "model.")
 ADAPTER = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|base_layer|lora_magnitude_vector)\b")
 
 
-def keep_text_model(folder: str, shards: Mapping[str, Shard], wrapper: Wrapper) -> tuple[dict[str, str], list[str]]:
+def keep_text_model(
+    folder: str, shards: Mapping[str, TensorFile], wrapper: Wrapper
+) -> tuple[dict[str, str], list[str]]:
     """Renames the tensors of a model of text and images as its text model's files name them, and drops the others.
 
     Returns stored name → new name of the text model's tensors, and the names of those that were dropped. Raises
@@ -89,7 +91,7 @@ def keep_text_model(folder: str, shards: Mapping[str, Shard], wrapper: Wrapper) 
     return names, skipped
 
 
-def remove_wrappers(folder: str, shards: Mapping[str, Shard]) -> dict[str, str]:
+def remove_wrappers(folder: str, shards: Mapping[str, TensorFile]) -> dict[str, str]:
     """Renames tensors that were saved from a wrapped model as transformers names them. Returns stored name → new name
     of those that were renamed. Raises `UserError` if two would have the same name, and for unmerged adapters."""
     stored = [key for shard in shards.values() for key in shard.tensors]
@@ -137,7 +139,7 @@ ROWS = 2**24
 
 
 def locate(
-    folder: str, files: "dict[str, Shard]", wanted: list[Tensor], index: Mapping[str, str]
+    folder: str, files: "dict[str, TensorFile]", wanted: list[Tensor], index: Mapping[str, str]
 ) -> list[tuple[Tensor, Source]]:
     """Finds where each tensor is stored.
 
@@ -175,7 +177,7 @@ def locate(
     ]
 
 
-def _is_copy_of_embedding(shards: Mapping[str, Shard], stored: Mapping[str, list[str]]) -> bool:
+def _is_copy_of_embedding(shards: Mapping[str, TensorFile], stored: Mapping[str, list[str]]) -> bool:
     """Whether the head of a tied model, which some tools save too, equals the embedding value by value."""
     (head_file, *_), (embedding_file, *_) = stored[HEAD_KEY], stored[EMBEDDING_KEY]
     head, embedding = shards[head_file].tensors[HEAD_KEY], shards[embedding_file].tensors[EMBEDDING_KEY]
@@ -212,7 +214,7 @@ def _wrong_names(stored: Mapping[str, list[str]], used: Set[str]) -> list[str]:
 
 
 def _wrong_in_index(
-    files: Mapping[str, Shard], stored: Mapping[str, list[str]], used: Set[str], index: Mapping[str, str]
+    files: Mapping[str, TensorFile], stored: Mapping[str, list[str]], used: Set[str], index: Mapping[str, str]
 ) -> list[str]:
     """One line per tensor that the index does not name, or names for another file than the one that contains it."""
     wrong = []

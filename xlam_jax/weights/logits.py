@@ -1,6 +1,8 @@
 """Compares the logits of the models in two folders on a few tokens, in float32."""
 
+from contextlib import nullcontext, redirect_stderr
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +10,7 @@ import numpy as np
 
 from xlam_jax import documents
 from xlam_jax.errors import UserError
+from xlam_jax.gguf_file import find_gguf
 from xlam_jax.models.config import ModelConfig
 from xlam_jax.models.families import wrapper_of
 
@@ -23,7 +26,7 @@ TOLERANCE = 1e-4
 
 
 def compare_logits(hf: Path, hf_config: dict[str, Any], params: "Params", step: Path, dtype: Any = None) -> None:
-    """Compares a checkpoint's logits with those of a Hugging Face folder, and prints the result.
+    """Compares a checkpoint's logits with those of a Hugging Face folder or a GGUF file, and prints the result.
 
     The folder's logits are computed by transformers if PyTorch is installed, else by this project. `params`: arrays of
     the checkpoint, or lazy arrays that are indexed by layer. `dtype`: dtype of the folder, to which they are rounded
@@ -58,9 +61,14 @@ def _folder_logits(folder: Path, tokens_BT: np.ndarray) -> tuple[np.ndarray, str
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    is_wrapper = wrapper_of(documents.read_object(folder / "config.json")) is not None
+    options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager"}
+    gguf = find_gguf(folder)
+    is_wrapper = gguf is None and wrapper_of(documents.read_object(folder / "config.json")) is not None
     model_class = AutoModelForImageTextToText if is_wrapper else AutoModelForCausalLM
-    model = model_class.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    if gguf:
+        folder, options = gguf.parent, options | {"gguf_file": gguf.name}
+    with redirect_stderr(StringIO()) if gguf else nullcontext():  # transformers' progress bar of GGUF files
+        model = model_class.from_pretrained(folder, **options).eval()
     with torch.no_grad():
         return model(torch.from_numpy(tokens_BT).long(), use_cache=False).logits.numpy(), "transformers"
 

@@ -12,6 +12,7 @@ import numpy as np
 from xlam_jax.config import Resolved, from_saved, model_of, with_vocabulary
 from xlam_jax.digest import stream_digest
 from xlam_jax.errors import UserError
+from xlam_jax.gguf_file import find_gguf
 from xlam_jax.models import hf_keys
 from xlam_jax.models.config import ModelConfig
 from xlam_jax.models.nf4 import NF4, dense
@@ -61,7 +62,7 @@ def check_same_config(resolved: Resolved, stored: dict[str, Any]) -> None:
     Examples are a different rope_theta or window. `stored`: that config.json, to which `model.overrides` are applied.
     """
     section = resolved.config.model
-    path = f"{section.init_from}/config.json"
+    path = str(find_gguf(section.init_from or "") or f"{section.init_from}/config.json")
     source = asdict(ModelConfig.from_hf(hf_keys.with_overrides(stored, section.overrides, path), path))
     ours = asdict(resolved.model)
     different = [
@@ -77,11 +78,12 @@ def check_same_config(resolved: Resolved, stored: dict[str, Any]) -> None:
 
 
 def source_folder(resolved: Resolved) -> Path | None:
-    """Returns the folder with the tokenizer and config files of `model.init_from`, None for random weights."""
+    """Returns the folder with the tokenizer and config files of `model.init_from`; None for random weights, and for a
+    GGUF file, which has no such files."""
     from xlam_jax.weights.hf import small_files
 
     init_from = resolved.config.model.init_from
-    if init_from is None:
+    if init_from is None or find_gguf(init_from):
         return None
     if checkpoint.is_checkpoint(Path(init_from)):
         return checkpoint.resolve(Path(init_from)).parent.parent

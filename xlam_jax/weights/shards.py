@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from math import prod
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -57,6 +57,21 @@ class TensorEntry(NamedTuple):
     start: int
     """Offset in bytes; `Shard.tensors` counts it from the beginning of the file."""
     stop: int
+
+
+class TensorFile(Protocol):
+    """A file with tensors under Hugging Face names."""
+
+    url: str
+    size: int
+    """In bytes."""
+    stamp: str
+    """Identifies the version of the file."""
+    tensors: dict[str, TensorEntry]
+
+    def read(self, key: str, part: tuple[int, tuple[int, ...]] | None = None) -> np.ndarray:
+        """Reads a tensor, or `part` of it: (number of elements before the part, shape of the part)."""
+        ...
 
 
 class Shard:
