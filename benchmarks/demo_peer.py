@@ -127,14 +127,15 @@ def train_trl(resolved: Resolved, model: Any, rates: list[float], out: Path) -> 
     import datasets
     import torch
     import transformers
-    import trl
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
 
     config, train = resolved.config, resolved.config.train
     tokenizer = open_tokenizer(config.data)
     loaded = corpus.load(config.data, tokenizer, print)
     loader = pipeline.Loader(loaded, config.data, batch_size=train.batch_size, seed=config.seed, tokenizer=tokenizer)
     rows = list(hf_rows(next(loader) for _ in rates))
-    options = trl.SFTConfig(
+    options = SFTConfig(
         output_dir=str(out), max_steps=len(rates), per_device_train_batch_size=train.batch_size, logging_steps=1,
         max_grad_norm=train.clip_norm, max_length=None, remove_unused_columns=False, report_to="none", use_cpu=True,
         bf16=False, save_strategy="no", seed=config.seed, gradient_checkpointing=False, disable_tqdm=True,
@@ -147,11 +148,11 @@ def train_trl(resolved: Resolved, model: Any, rates: list[float], out: Path) -> 
     factors = [rate / train.learning_rate for rate in (*rates, 0.0)]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors.__getitem__)
 
-    class InOrder(trl.SFTTrainer):
+    class InOrder(SFTTrainer):
         """Takes the rows in their order."""
 
-        def _get_train_sampler(self, *_: Any) -> Any:
-            return torch.utils.data.SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
+        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+            return torch.utils.data.SequentialSampler(train_dataset or self.train_dataset)  # type: ignore[arg-type]
 
     class Clock(transformers.TrainerCallback):
         """Measures the seconds of each step."""

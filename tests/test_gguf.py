@@ -56,7 +56,8 @@ def reference(path: Path) -> Any:
 @pytest.mark.parametrize("quantization", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_1", "Q4_K", "Q6_K"])
 def test_every_tensor_is_that_of_transformers(quantization: str, tmp_path: Path):
     k_quant = quantization.endswith("_K")
-    path = write(tmp_path / "m", quantization, **(K_SIZES if k_quant else {"tie_word_embeddings": True}))
+    overrides: dict[str, Any] = K_SIZES if k_quant else {"tie_word_embeddings": True}
+    path = write(tmp_path / "m", quantization, **overrides)
     opened, expected = HFWeights(path), reference(path).state_dict()
     for tensor, source in opened.sources:
         value = source.read()
