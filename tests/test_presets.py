@@ -95,10 +95,35 @@ PROMISED: dict[str, dict[str, Any]] = {
     "mixtral_8x7b_dpo": DPO | V8X7B | {"model.init_from": "weights/mixtral_8x7b_sft", "train.router_aux_weight": 0.0},
     "mixtral_8x22b_sft": FULL | V8X22B | {"model.remat": "full"},
     "mixtral_8x22b_lora": LORA | V8X22B | {"model.remat": "full"},
+    **{
+        f"xlam_2_{size}": FULL | {"model.config": f"configs/models/{model}.json", "data.format": "xlam2"} | more
+        for size, model, more in (
+            ("1b", "qwen2.5_1.5b", {}),
+            ("3b", "qwen2.5_3b", {}),
+            ("8b", "llama_3.1_8b", {}),
+            ("32b", "qwen2.5_32b", {"model.remat": "full", "train.batch_size": 64}),
+            ("70b", "llama_3.1_70b", {"model.remat": "full", "train.batch_size": 64}),
+        )
+    },
+    "qwen3_8b_sft": FULL | {"model.config": "configs/models/qwen3_8b.json", "data.format": "native"},
+    "qwen3_30b_a3b_lora": LORA
+    | {"model.config": "configs/models/qwen3_30b_a3b.json", "data.format": "native", "train.router_aux_weight": 0.001},
+    "llama_3_1_8b_sft": FULL | {"model.config": "configs/models/llama_3.1_8b.json", "data.format": "native"},
     "xlam_1b_fc": APIGEN | {"model.config": "configs/models/deepseek_coder_1.3b.json"},
     "xlam_7b_fc": APIGEN | {"model.config": "configs/models/deepseek_coder_6.7b.json"},
 }
-DEVICES = {"full": {"mistral_7b": (1, 2, 4, 8), "mixtral_8x7b": (16,), "mixtral_8x22b": (48,), "xlam": (1, 4, 8)}}
+DEVICES = {
+    "full": {
+        "xlam_2_32b": (16, 32),
+        "xlam_2_70b": (64,),
+        "qwen3_8b": (1, 2, 4, 8),
+        "llama": (1, 2, 4, 8),
+        "mistral_7b": (1, 2, 4, 8),
+        "mixtral_8x7b": (16,),
+        "mixtral_8x22b": (48,),
+        "xlam": (1, 4, 8),
+    }
+}
 
 
 @pytest.fixture(autouse=True)
