@@ -64,6 +64,7 @@ def test_adapters_off_and_precomputed_are_one_reference(config: Path, tmp_path: 
     assert last["sources"]["things"]["tokens"] > 5  # pairs
 
 
+@pytest.mark.slow
 def test_killed_runs_end_with_the_same_bits(commands: Commands, config: Path, tmp_path: Path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     started(config, whole)
@@ -165,6 +166,7 @@ def test_a_dry_run_tells_the_costs_and_writes_nothing(config: Path, tmp_path: Pa
         dry_run(configs.load(config, [f"output_dir={run}", f"model.init_from={tmp_path}/weights"]))
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_the_average_and_the_answers_of_a_run(commands: Commands, config: Path, tmp_path: Path):
     run = tmp_path / "run"
     # a separate process: XLA's profiler ends a process in which other tests have loaded the TPU compiler

@@ -121,7 +121,7 @@ def test_a_second_run_in_one_folder_is_refused(commands: Commands, tiny_config: 
 @pytest.mark.parametrize(
     "axes",
     [
-        {"data": 2, "fsdp": 2, "tensor": 2},
+        pytest.param({"data": 2, "fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
         pytest.param({"fsdp": 4, "tensor": 2}, marks=pytest.mark.slow),
         pytest.param({"data": 2, "fsdp": 4}, marks=pytest.mark.slow),
         pytest.param({"fsdp": 8}, marks=pytest.mark.slow),

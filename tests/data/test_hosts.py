@@ -71,7 +71,8 @@ def whole(tmp_path_factory) -> tuple[dict[str, np.ndarray], dict, dict[str, np.n
     return first, state, run(folder, 1, 4, state)[0]
 
 
-@pytest.mark.parametrize(("hosts", "then"), [(2, 4), pytest.param(4, 1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("hosts", "then"), [(2, 4), (4, 1)])
 def test_hosts_and_resume_on_other_hosts(whole, tmp_path: Path, hosts: int, then: int):
     first, state, second = whole
     batches, states = run(tmp_path, hosts, 6)

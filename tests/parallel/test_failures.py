@@ -388,6 +388,7 @@ def test_the_time_in_which_all_end():
 
 
 @pytest.mark.deadlines
+@pytest.mark.slow
 def test_a_killed_process_ends_the_run_and_another_number_of_them_continues_it(
     commands: Commands, short_config: Path, tmp_path: Path
 ):
