@@ -9,7 +9,7 @@ from typing import Any
 from chat_templates import TEMPLATES, Template, tokenizer_with
 from support import ROOT
 
-STEPS = 300
+STEPS = 600
 COPIES = 4
 """Of each row; some are held out, so that the held-out requests have been memorized."""
 MODEL = {
