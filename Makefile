@@ -76,7 +76,7 @@ test-serve: $(SERVE)/.installed $(FASTCHAT)/.installed
 lint: $(VENV)/.dev
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
-	$(PY) -m pyright --threads 2 --pythonpath $(PY)
+	$(PY) -m pyright --pythonpath $(PY)
 	$(PY) tools/layers.py
 	$(PY) tools/words.py
 

@@ -35,7 +35,7 @@ MODEL = {
 CITIES = ("Lima", "Oslo", "Łódź", "Kyōto", "São Paulo", "La Paz")
 TIMES = {"tomorrow": 1, "this week": 7, "two days": 2, "all month": 30, "every year": 365, "never ever": 0}
 NAMES = ("Ada", "Boris", "Chandra", "Dolores", "Emil", "Farid")
-"""Several tokens each: a small model takes long to tell single digits apart behind a template's long system text."""
+"""Several tokens each: a small model takes long to distinguish single digits behind a template's long system text."""
 
 
 def tool(name: str, **properties: str) -> dict[str, Any]:
