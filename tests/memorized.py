@@ -9,9 +9,12 @@ from typing import Any
 from chat_templates import TEMPLATES, Template, tokenizer_with
 from support import ROOT
 
-STEPS = 600
+from xlam_jax.data.render_sources import is_heldout
+
+STEPS = 500
 COPIES = 4
-"""Of each row; some are held out, so that the held-out requests have been memorized."""
+"""Of each row in the training part; one more is held out, so that all rows are requested, and have been memorized."""
+HELDOUT = 0.25
 MODEL = {
     "architectures": ["MistralForCausalLM"],
     "model_type": "mistral",
@@ -81,6 +84,13 @@ def rows(template: Template) -> list[dict[str, Any]]:
     ]
 
 
+def copies(row: int) -> list[str]:
+    """Returns ids of copies of a row, of which `COPIES` belong to the training part and one is held out."""
+    names = [f"{row}-{copy}" for copy in range(100)]
+    heldout = [name for name in names if is_heldout("rows", name, HELDOUT)]
+    return [name for name in names if name not in heldout][:COPIES] + heldout[:1]
+
+
 def train(folder: Path, name: str) -> Path:
     """Trains a small model on the rows with a template of `TEMPLATES`. Returns its run folder.
 
@@ -92,8 +102,8 @@ def train(folder: Path, name: str) -> Path:
     (folder / "model.json").write_text(json.dumps(MODEL | {"vocab_size": len(tokenizer)}), encoding="utf-8")
     with (folder / "rows.jsonl").open("w", encoding="utf-8") as file:
         for at, row in enumerate(rows(template)):
-            for copy in range(COPIES):
-                file.write(json.dumps({"unique_trajectory_id": f"{at}-{copy}"} | row) + "\n")
+            for name in copies(at):
+                file.write(json.dumps({"unique_trajectory_id": name} | row) + "\n")
     config = {
         "output_dir": str(folder / "run"),
         "model": {"config": str(folder / "model.json"), "compute_dtype": "float32", "remat": "none"},
@@ -101,7 +111,7 @@ def train(folder: Path, name: str) -> Path:
             "tokenizer": str(folder / "tokenizer"),
             "format": template.format,
             "sequence_length": 1024,
-            "heldout": 0.25,
+            "heldout": HELDOUT,
             "sources": [{"name": "rows", "files": [str(folder / "rows.jsonl")]}],
             "streams": 1,
         },
