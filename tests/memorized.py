@@ -11,7 +11,7 @@ from support import ROOT
 
 from xlam_jax.data.render_sources import is_heldout
 
-STEPS = 500
+STEPS = 700
 COPIES = 4
 """Of each row in the training part; one more is held out, so that all rows are requested, and have been memorized."""
 HELDOUT = 0.25
@@ -65,8 +65,9 @@ def rows(template: Template) -> list[dict[str, Any]]:
         answers.append((f"time {name}", f"Step {at}.", [("time", {})]))
         points = {"points": [[at, 1.5], []], "style": {"dash": None, "on": True}}
         answers.append((f"plot {name}", "", [("plot", points)]))
-        both = [("time", {}), ("weather", {"city": "Lima", "days": at, "metric": False})]
-        answers.append((f"both {name}", "", both if template.parallel else both[1:]))
+    for words, days in TIMES.items():
+        both = [("time", {}), ("weather", {"city": "Lima", "days": days, "metric": False})]
+        answers.append((f"both {words}", "", both if template.parallel else both[1:]))
     assert len(answers) == 60
     return [
         {
