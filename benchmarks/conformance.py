@@ -46,7 +46,7 @@ class Peer(NamedTuple):
 
 PEERS = {
     "trl": Peer("trl", "1.16.0"),
-    # there is no torchaudio for later versions of PyTorch
+    # imports torchaudio, whose last version is for this PyTorch
     "llamafactory": Peer("llamafactory", "0.9.5", torch=("torch==2.11.0", "torchaudio==2.11.0")),
     "axolotl": Peer("axolotl", "0.19.0"),
     "nemo": Peer("nemo-automodel", "0.7.0"),
@@ -84,7 +84,7 @@ def main() -> None:
         for template, (tokenizer, expected) in written.items():
             file = jobs[template] / f"{name}.json"
             if not file.exists():
-                columns[name]["error"] = error or "no answer is saved"
+                columns[name]["error"] = error or "its answers are not saved"
                 continue
             answer = json.loads(file.read_text(encoding="utf-8"))
             columns[name]["versions"] = answer["versions"]

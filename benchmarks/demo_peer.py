@@ -31,16 +31,6 @@ from xlam_jax.generate import find_model
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs/demo.yaml"
-MODULES = {
-    "q": "q_proj",
-    "k": "k_proj",
-    "v": "v_proj",
-    "o": "o_proj",
-    "w1": "gate_proj",
-    "w3": "up_proj",
-    "w2": "down_proj",
-}
-"""Our names of the adapted matrices → transformers' names."""
 IGNORED = -100
 """Label of positions without a loss in transformers."""
 
@@ -83,7 +73,7 @@ def peft_model(base: Path, resolved: Resolved) -> Any:
         r=lora.rank,
         lora_alpha=int(lora.alpha),
         lora_dropout=0.0,
-        target_modules=[MODULES[target] for target in lora.targets],
+        target_modules=[weight.short_module for weight in resolved.model.weights if weight.name in lora.targets],
     )
     return peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
 

@@ -5,10 +5,9 @@ from collections.abc import Container
 from pathlib import Path
 
 from serving.checks import load_config
-from xlam_jax import documents
 from xlam_jax.errors import UserError
-from xlam_jax.models.config import ModelConfig
-from xlam_jax.models.families import family_of, wrapper_of
+from xlam_jax.models.config import ModelConfig, read_model_config
+from xlam_jax.models.families import family_of
 
 FLAG = "--hf-overrides"
 
@@ -25,7 +24,7 @@ def query_scale_flags(folder: Path, set_by_user: Container[str]) -> list[str]:
         return []
     own = {"beta": scaling.query_scale, "original_max_position_embeddings": scaling.original_max_positions}
     values = {"llama_4_scaling": own}
-    if wrapper_of(documents.read_object(folder / "config.json")):
+    if read_model_config(folder).wrapper:
         values = {"text_config": values}
     if FLAG in set_by_user:
         raise UserError(

@@ -77,7 +77,10 @@ def main() -> None:
     arguments = parser.parse_args()
     config = configs.read_saved(arguments.run / "config.yaml")
     if config.model.init_from is None:
-        raise UserError(f"{arguments.run}: the run started from random weights; there is no model before it")
+        raise UserError(
+            f"{arguments.run}: model.init_from is null, so there are no weights from before the training to compare "
+            "with; use a run that started from a model"
+        )
     after = find_model(arguments.model)
     prompts = next_call.prompts(
         next_call.requests(heldout(config)),

@@ -9,19 +9,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from xlam_jax import documents
 from xlam_jax.config.base import ConflictError, Section
 from xlam_jax.config.checks import check_model, model_of
 from xlam_jax.config.defaults import fill_defaults, fill_from_model, fill_placeholders, router_warnings
 from xlam_jax.config.files import Draft, read_draft
 from xlam_jax.config.schema import Config
 from xlam_jax.errors import UserError, nearest
-from xlam_jax.gguf_config import read_gguf_config
-from xlam_jax.gguf_file import find_gguf
 from xlam_jax.models import hf_keys
-from xlam_jax.models.config import AddedTokens, ModelConfig, read_hf_config
-from xlam_jax.models.families import wrapper_of
-from xlam_jax.models.families.base import Wrapper
+from xlam_jax.models.config import AddedTokens, ModelConfig, read_model_config
 from xlam_jax.models.hf_wrapper import text_model_line
 
 LONGEST = 200
@@ -51,32 +46,22 @@ def load(path: Path, overrides: list[str] | None = None) -> Resolved:
     fill_defaults(draft, path)
     absent = fill_placeholders(draft)
     config = validate(draft, str(path))
-    hf_config, wrapper, origin = _read_model_config(config.model.config)
-    hf_config = hf_keys.with_overrides(hf_config, config.model.overrides, origin)
+    source = read_model_config(Path(config.model.config))
+    origin = str(source.path)
+    hf_config = hf_keys.with_overrides(source.values, config.model.overrides, origin)
     hf_config, dropped = hf_keys.without_quantization(hf_config, origin)
     model = model_of(config, hf_config, origin)
     if absent:
         fill_from_model(draft, absent, hf_config, model)
         config = validate(draft, str(path))
     warnings = [*dropped, *hf_keys.warnings_of(hf_config, model.family, origin)]
-    warnings += [text_model_line(wrapper, model.family, origin)] if wrapper else []
+    warnings += [text_model_line(source.wrapper, model.family, origin)] if source.wrapper else []
     warnings += router_warnings(config, hf_config, model, origin)
     check_model(config, model)
     resolved = Resolved(config, draft.origins, hf_config, model, tuple(warnings))
     if config.train.steps and config.train.warmup_ratio is not None:
         return with_steps(resolved, config.train.steps)
     return resolved
-
-
-def _read_model_config(name: str) -> tuple[dict[str, Any], Wrapper | None, str]:
-    """Returns the config.json that `model.config` names, the wrapper of its text model, and its path: a file, or that
-    of a folder or a GGUF file."""
-    gguf = find_gguf(name)
-    if gguf is not None:
-        return read_gguf_config(gguf), None, str(gguf)
-    path = Path(name)
-    path = path / "config.json" if path.is_dir() else path
-    return read_hf_config(path), wrapper_of(documents.read_object(path)), str(path)
 
 
 def with_steps(resolved: Resolved, steps: int) -> Resolved:

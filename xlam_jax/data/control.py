@@ -53,8 +53,6 @@ class Marks:
         self._contains = re.compile("|".join(map(re.escape, [*rest, *(run.front for run in runs)])) or "(?!)")
         self.pattern = any_of(usable)
         """Matches a mark."""
-        self.written = 0
-        """Number of texts so far in which a mark was written differently."""
         pairs = ", ".join(f"[{mark!a}, {_escaped(mark)!a}]" for mark in single)
         lists = ", ".join(f"[{', '.join(map(ascii, run))}]" for run in runs)
         self.template = f"{{%- set marks = [{pairs}] -%}}\n{{%- set numbered_marks = [{lists}] -%}}\n"
@@ -73,10 +71,8 @@ class Marks:
     def _replace(self, text: str, replacements: list[tuple[str, str]]) -> str:
         if self._contains.search(text) is None:
             return text
-        before = text
         for mark, instead in replacements:
             text = text.replace(mark, instead)
-        self.written += text != before
         return text
 
 

@@ -301,13 +301,11 @@ class _Work(NamedTuple):
         if whole is None:
             return _NOTHING
         codec, format_ = codec_and_format(self.tokenizer, self.data.format)
-        before = format_.marks.written
         fitted = (fit_pair if isinstance(whole, Pair) else fit)(whole, self.tokenizer, self.data)  # pyright: ignore
         rendered = [make_columns(sequence, self.annotate) for sequence in fitted.rendered]
         parts = fitted.parts if self.data.augment.active else []
-        spelled = ""
-        if rendered and (format_.marks.written > before or not format_.marks):
-            spelled = _spelled(whole, format_.marks.pattern if format_.marks else added_tokens(codec))
+        marks = format_.marks.pattern if format_.marks else added_tokens(codec)
+        spelled = _spelled(whole, marks) if rendered else ""
         return Ready(rendered, fitted.reasons, parts, fitted.detail, self._unreadable(whole, fitted), spelled)
 
     def _unreadable(self, whole: Trajectory | Pair, fitted: Fitted) -> Unreadable | None:

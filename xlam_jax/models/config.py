@@ -7,8 +7,11 @@ from typing import Any, NamedTuple
 
 from xlam_jax import documents
 from xlam_jax.errors import UserError, nearest
+from xlam_jax.gguf_config import read_gguf_config
+from xlam_jax.gguf_file import find_gguf
 from xlam_jax.models import hf_keys
-from xlam_jax.models.families import FAMILIES, family_named, family_of
+from xlam_jax.models.families import FAMILIES, family_named, family_of, wrapper_of
+from xlam_jax.models.families.base import Wrapper
 from xlam_jax.models.hf_rope import RopeScaling
 from xlam_jax.models.hf_values import Values
 from xlam_jax.models.hf_wrapper import text_model
@@ -152,10 +155,37 @@ def _unknown_architecture(architectures: Any, origin: str) -> UserError:
     return UserError(f"{origin}: architectures is {architectures!r}; this project trains {', '.join(supported)}{hint}")
 
 
+EXPECTED = "a Hugging Face config.json is expected here"
+
+
+class ModelFile(NamedTuple):
+    """The config.json of a model, as it was read."""
+
+    values: dict[str, Any]
+    """For a model of text and images (`families.WRAPPERS`), those of its text model."""
+    path: Path
+    """The file that was read."""
+    wrapper: Wrapper | None
+    """The model of text and images; None for others."""
+
+
+def read_model_config(source: Path) -> ModelFile:
+    """Reads a model's config. `source`: a config.json, a folder with one, or a GGUF file.
+
+    Raises `UserError` as `read_hf_config` and `gguf_config.read_gguf_config`.
+    """
+    gguf = find_gguf(source)
+    if gguf is not None:
+        return ModelFile(read_gguf_config(gguf), gguf, None)
+    path = source / "config.json" if source.is_dir() else source
+    values = documents.read_object(path, EXPECTED)
+    return ModelFile(text_model(values, str(path)), path, wrapper_of(values))
+
+
 def read_hf_config(path: Path) -> dict[str, Any]:
     """Reads a `config.json`, or another JSON object of a Hugging Face folder. Returns that of the text model for a
     model of text and images (`families.WRAPPERS`).
 
     Raises `UserError` if the file is missing, is not a JSON object, or has a key twice.
     """
-    return text_model(documents.read_object(path, "a Hugging Face config.json is expected here"), str(path))
+    return text_model(documents.read_object(path, EXPECTED), str(path))

@@ -12,13 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from xlam_jax import documents, strict_json
+from xlam_jax import strict_json
 from xlam_jax.errors import UserError
-from xlam_jax.gguf_config import read_gguf_config
 from xlam_jax.gguf_file import find_gguf
 from xlam_jax.models import hf_keys
-from xlam_jax.models.config import ModelConfig, read_hf_config
-from xlam_jax.models.families import wrapper_of
+from xlam_jax.models.config import ModelConfig, read_model_config
 from xlam_jax.models.hf_wrapper import text_model_line
 from xlam_jax.weights.gguf import GGUFShard
 from xlam_jax.weights.hf_map import Tensor, tensors
@@ -124,11 +122,10 @@ class HFWeights:
         self.gguf = find_gguf(self.name)
         """The GGUF file that contains everything; None for a Hugging Face folder."""
         origin = f"{self.name}/config.json" if self.gguf is None else str(self.gguf)
-        hf_config = read_hf_config(self.files / "config.json") if self.gguf is None else read_gguf_config(self.gguf)
+        hf_config, _, wrapper = read_model_config(self.gguf or self.files / "config.json")
         self.config = ModelConfig.from_hf(hf_config, origin)
         shards, index = self._shards(hf_config)
         refuse_quantized(self.name, shards, hf_config)
-        wrapper = wrapper_of(documents.read_object(self.files / "config.json")) if self.gguf is None else None
         skipped: list[str] = []
         if wrapper is not None:
             text_names, skipped = keep_text_model(self.name, shards, wrapper)

@@ -8,11 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from xlam_jax import documents
 from xlam_jax.errors import UserError
 from xlam_jax.gguf_file import find_gguf
-from xlam_jax.models.config import ModelConfig
-from xlam_jax.models.families import wrapper_of
+from xlam_jax.models.config import ModelConfig, read_model_config
 
 if TYPE_CHECKING:
     from xlam_jax.models.params import Params
@@ -63,8 +61,7 @@ def _folder_logits(folder: Path, tokens_BT: np.ndarray) -> tuple[np.ndarray, str
     logging.disable_progress_bar()
     options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager"}
     gguf = find_gguf(folder)
-    is_wrapper = gguf is None and wrapper_of(documents.read_object(folder / "config.json")) is not None
-    model_class = AutoModelForImageTextToText if is_wrapper else AutoModelForCausalLM
+    model_class = AutoModelForImageTextToText if read_model_config(folder).wrapper else AutoModelForCausalLM
     if gguf:
         folder, options = gguf.parent, options | {"gguf_file": gguf.name}
     with redirect_stderr(StringIO()) if gguf else nullcontext():  # transformers' progress bar of GGUF files

@@ -1,5 +1,6 @@
 """Qwen2 and Qwen2.5: a dense decoder with biases of queries, keys and values (Yang et al., 2407.10671)."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from xlam_jax.models.families.base import Family, read_common, read_window_of_last_layers
@@ -23,8 +24,9 @@ BIASES = (
 """No key of the config.json removes them."""
 
 
-def _read(values: Values) -> dict[str, Any]:
-    return read_common(values, DEFAULTS, nullable={"num_key_value_heads"}) | {
+def read(values: Values, defaults: Mapping[str, Any] = DEFAULTS) -> dict[str, Any]:
+    """Returns the fields of `ModelConfig`. `defaults`: as for `read_common`. Raises `UserError` for invalid values."""
+    return read_common(values, defaults, nullable={"num_key_value_heads"}) | {
         "sliding_window": read_window_of_last_layers(values, SLIDING_WINDOW, FULL_LAYERS)
     }
 
@@ -32,7 +34,7 @@ def _read(values: Values) -> dict[str, Any]:
 FAMILY = Family(
     name="qwen2",
     architecture="Qwen2ForCausalLM",
-    read=_read,
+    read=read,
     weights=decoder_table(attention=(*ATTENTION, *BIASES)),
     own_keys=frozenset({"sliding_window", "use_sliding_window", "max_window_layers"}),
 )

@@ -3,8 +3,9 @@
 from typing import Any
 
 from xlam_jax.models.families.base import Family, read_common, read_experts, read_optional_window
+from xlam_jax.models.families.qwen3 import HEAD_NORMS
 from xlam_jax.models.hf_values import Values
-from xlam_jax.models.weights_table import ATTENTION, decoder_table, head_norm, mixture
+from xlam_jax.models.weights_table import ATTENTION, decoder_table, mixture
 
 DEFAULTS = {
     "num_key_value_heads": 4,
@@ -15,7 +16,6 @@ DEFAULTS = {
 """What transformers takes for keys that a config.json lacks."""
 SLIDING_WINDOW, EXPERT_WIDTH, EXPERTS, EXPERTS_PER_TOKEN = 4096, 768, 128, 8
 """The same for sliding_window, moe_intermediate_size, num_experts and num_experts_per_tok."""
-HEAD_NORMS = (head_norm("q_norm", "self_attn.q_norm"), head_norm("k_norm", "self_attn.k_norm"))
 MIXTURE = mixture("mlp", ("gate_proj", "up_proj", "down_proj"), fused_in=("mlp",))
 
 
