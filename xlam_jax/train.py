@@ -7,7 +7,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from xlam_jax import cli
 from xlam_jax import config as configs
@@ -16,12 +16,11 @@ from xlam_jax.export import check_export, export_after
 from xlam_jax.parallel import distributed
 from xlam_jax.parallel.link import Hosts
 from xlam_jax.signals import Stop
-from xlam_jax.training.facts import facts_of_run
+from xlam_jax.training.facts import facts_of_data, facts_of_run
 from xlam_jax.training.run_folder import CONFIG, RUN, begin_run, check_run_folder, read_run, writing
 from xlam_jax.training.trackers import check_trackers
 
 if TYPE_CHECKING:
-    from xlam_jax.data.identity import Identity
     from xlam_jax.progress import Progress
 
 
@@ -129,7 +128,7 @@ def train(
         check_run_folder(run, resolved)
         check_names(run, range(start.step + 1, config.train.steps + 1))
     identity = identify(setup.loaded, setup.tokenizer, config.data.tokenizer)
-    distributed.agree(hosts, _data_facts(identity))
+    distributed.agree(hosts, facts_of_data(identity))
     frozen = weights.frozen(resolved, start.base, setup.frozen, setup.dtype)
     trainer = Trainer(resolved, run, setup, frozen, identity, earlier, hosts, progress)
     if hosts.first:
@@ -142,19 +141,6 @@ def train(
         return 0
     trainer.prepare()
     return trainer.run(stop, profiled)
-
-
-def _data_facts(identity: "Identity") -> dict[str, Any]:
-    """Returns facts that must be the same on all hosts: the tokenizer and the examples of each source."""
-    from xlam_jax.data.identity import describe_source, describe_tokenizer
-
-    sources = {
-        name: {part: about for part, about in source.items() if part != "dataset"}
-        for name, source in identity["data"].items()
-    }
-    return {"the tokenizer": describe_tokenizer(identity["tokenizer"])} | {
-        f"the data of {name}": describe_source(source) for name, source in sources.items()
-    }
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
-"""Facts that must be the same on all hosts of a run before data are read: config, code and versions."""
+"""Facts that must be the same on all hosts of a run: config, code, versions and data."""
 
 import json
 import re
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from xlam_jax.config import Resolved, flatten
 from xlam_jax.digest import hex_digest
+
+if TYPE_CHECKING:
+    from xlam_jax.data.identity import Identity
 
 MAY_DIFFER = re.compile(r"track\.|train\.log_every$|data\.cache$")
 """Fields of a config that may differ between hosts: only host 0 reads them, or they name a local copy."""
@@ -23,6 +26,19 @@ def facts_of_run(resolved: Resolved) -> dict[str, Any]:
         "the model's config.json": hex_digest(json.dumps(resolved.hf_config, sort_keys=True, default=str), length=16),
         "the code of xlam_jax and converters": code_digest(),
         **{f"the version of {name}": _version(name) for name in PACKAGES},
+    }
+
+
+def facts_of_data(identity: "Identity") -> dict[str, Any]:
+    """Returns facts that must be the same on all hosts: the tokenizer and the examples of each source."""
+    from xlam_jax.data.identity import describe_source, describe_tokenizer
+
+    sources = {
+        name: {part: about for part, about in source.items() if part != "dataset"}
+        for name, source in identity["data"].items()
+    }
+    return {"the tokenizer": describe_tokenizer(identity["tokenizer"])} | {
+        f"the data of {name}": describe_source(source) for name, source in sources.items()
     }
 
 
