@@ -31,7 +31,11 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import peft
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # peft's
+    # peft adds patterns for stacked experts, and looks for what they match among modules only
+    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match any:RuntimeWarning"),
+]
 
 DENSE = ("q", "k", "v", "o", "w1", "w3", "w2")
 
@@ -72,6 +76,8 @@ def tiny(family: str, targets: tuple[str, ...], stabilized: bool = False):
         ("mixtral", ("q", "k", "v", "o"), False),
         ("qwen2", DENSE, False),
         pytest.param("qwen3", DENSE, False, marks=pytest.mark.slow),
+        ("mixtral", ("q", "w1", "w3", "w2"), False),
+        ("qwen3_moe", ("w1", "w3", "w2"), False),
         pytest.param("qwen3_moe", ("q", "k", "v", "o"), False, marks=pytest.mark.slow),
     ],
 )
@@ -103,10 +109,32 @@ def test_we_load_what_peft_writes(tmp_path: Path):
     )
 
 
+def test_scales_of_rank_stabilized_experts_are_those_that_peft_computes(tmp_path: Path):
+    """peft gives stacked experts twice the rank and twice the alpha, which a rank-stabilized scale does not cancel."""
+    model, config, base, adapters = tiny("mixtral", ("w1", "w3", "w2"), stabilized=True)
+    assert config.lora
+    write_peft(tmp_path / "adapter", config, adapters, base="tiny")
+    tokens_BT = tiny_models.tokens(2, 20)
+    expected = peft_logits(peft.PeftModel.from_pretrained(model, str(tmp_path / "adapter")), tokens_BT)
+    np.testing.assert_allclose(
+        logits(config, join(base, adapters), tokens_BT), expected, atol=1e-4 * np.abs(expected).max()
+    )
+    plain = replace(config, lora=replace(config.lora, alpha=config.lora.alpha * 2, rank_stabilized=False))
+    jax.tree.map(np.testing.assert_array_equal, read_peft(tmp_path / "adapter", plain), adapters)
+
+
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
-def test_experts_are_refused(tmp_path: Path, family: str):
-    _, config, _, adapters = tiny(family, ("q", "w1", "router"))
-    with pytest.raises(UserError, match=r"w1, router have no layout .* --lora merge"):
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (("q", "w1", "w3", "w2", "router"), r"adapters on router have no layout .* --lora merge"),
+        (("q", "w1", "w3"), r"only if all their matrices have one, and w2 has none; export .* --lora merge"),
+        (("w2",), "and w1, w3 have none"),
+    ],
+)
+def test_adapters_without_a_layout_are_refused(tmp_path: Path, family: str, targets: tuple[str, ...], message: str):
+    _, config, _, adapters = tiny(family, targets)
+    with pytest.raises(UserError, match=message):
         write_peft(tmp_path / "adapter", config, adapters, base=None)
     assert not (tmp_path / "adapter").exists()
 

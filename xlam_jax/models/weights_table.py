@@ -207,6 +207,8 @@ def mixture(block: str, names: tuple[str, str, str], fused_in: tuple[str, ...]) 
             hf_axes=f"{outputs} {inputs}",
             other_places=tuple(stored._replace(key=f"{BLOCK}{place}.experts.{stored.key}") for place in fused_in),
             frozen="nf4",
+            peft=True,
+            vllm=True,
             aliases=(alias,),
         )
 

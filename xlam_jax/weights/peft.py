@@ -1,8 +1,13 @@
 """PEFT folders: adapter_config.json and adapter_model.safetensors, as `peft` and vLLM load them.
 
-PEFT stores a factor A as [rank, inputs] and B as [outputs, rank], for each layer. Ours are stacked over layers, with
-the heads unflattened, inputs first. `Weight.peft` and `Weight.vllm` say which adapters each of them can load; others
-(of experts and routers) are refused: merge those.
+PEFT stores a factor A as [rank, inputs] and B as [outputs, rank], for each layer, and for each expert of a layer. Ours
+are stacked over layers and experts, with the heads unflattened, inputs first. `Weight.peft` and `Weight.vllm` say which
+adapters each of them can load; others (of routers) are refused: merge those.
+
+Adapters of experts have the names that experts had before transformers 5 stacked them, such as
+"block_sparse_moe.experts.0.w1": peft stacks them as it loads them, and so does vLLM. Both need those of all three
+matrices of an expert, and peft multiplies the scale of stacked ones by √2 if it is rank-stabilized, so it is written as
+a plain one.
 """
 
 import json
@@ -35,19 +40,21 @@ class _Module(NamedTuple):
     """A module of the Hugging Face model that has an adapter."""
 
     weight: Weight
-    layer: int | None
-    """None for weights that are not in a block."""
+    at: tuple[int, ...]
+    """Its layer and its expert; empty for weights that are not in a block."""
 
     @property
     def name(self) -> str:
         """Its name in the Hugging Face model."""
-        return ("" if self.layer is None else BLOCK.format(L=self.layer)) + self.weight.module
+        prefix = BLOCK if self.weight.in_block else ""
+        return (prefix + self.weight.module).format(**dict(zip(self.weight.stacked, self.at, strict=True)))
 
 
 def _modules(config: ModelConfig, weights: list[Weight]) -> Iterator[_Module]:
+    sizes = config.axis_sizes
     for weight in weights:
-        for layer in range(config.layers) if weight.in_block else [None]:
-            yield _Module(weight, layer)
+        for at in np.ndindex(*(sizes[axis] for axis in weight.stacked)):
+            yield _Module(weight, at)
 
 
 def _lora(config: ModelConfig) -> Lora:
@@ -72,41 +79,52 @@ def write_peft(folder: Path, config: ModelConfig, adapters: Params, base: str | 
             "export the whole model with --lora merge"
         )
     targets = [config.weight(name) for name in lora.targets]
-    if homeless := [weight.name for weight in targets if not weight.vllm]:
-        raise UserError(
-            f"adapters on {', '.join(homeless)} have no layout that both peft and vLLM load; "
-            "export the whole model with --lora merge"
-        )
+    _check_loadable(config, targets)
     tensors: dict[str, np.ndarray] = {}
     for weight in targets:
         tree = adapters[BLOCKS] if weight.in_block else adapters
         stacked_a, stacked_b = (np.asarray(tree[f"{weight.name}_{factor}"]) for factor in "ab")
         for module in _modules(config, [weight]):
-            at = () if module.layer is None else module.layer
-            tensors[f"{PREFIX}{module.name}.lora_A.weight"] = np.ascontiguousarray(
-                stacked_a[at].reshape(-1, lora.rank).T
-            )
-            tensors[f"{PREFIX}{module.name}.lora_B.weight"] = np.ascontiguousarray(
-                stacked_b[at].reshape(lora.rank, -1).T
-            )
+            a, b = stacked_a[module.at], stacked_b[module.at]
+            tensors[f"{PREFIX}{module.name}.lora_A.weight"] = np.ascontiguousarray(a.reshape(-1, lora.rank).T)
+            tensors[f"{PREFIX}{module.name}.lora_B.weight"] = np.ascontiguousarray(b.reshape(lora.rank, -1).T)
     for key, value in tensors.items():
         check_finite(of, key, value)
     folder.mkdir(parents=True)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    on_experts = any(weight.per_expert for weight in targets)
+    made_plain = on_experts and lora.rank_stabilized
     described = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": lora.rank,
-        "lora_alpha": lora.alpha,
-        "lora_dropout": lora.dropout,
-        "use_rslora": lora.rank_stabilized,
+        "lora_alpha": lora.scale * lora.rank if made_plain else lora.alpha,
+        # it acts in training only; peft refuses to load any with adapters of experts
+        "lora_dropout": 0.0 if on_experts else lora.dropout,
+        "use_rslora": lora.rank_stabilized and not made_plain,
         "target_modules": sorted(weight.short_module for weight in targets),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
     (folder / CONFIG).write_text(json.dumps(described, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _check_loadable(config: ModelConfig, targets: list[Weight]) -> None:
+    """Raises `UserError` for adapters that have no place in a PEFT folder."""
+    if homeless := [weight.name for weight in targets if not weight.vllm]:
+        raise UserError(
+            f"adapters on {', '.join(homeless)} have no layout that both peft and vLLM load; "
+            "export the whole model with --lora merge"
+        )
+    experts = [weight for weight in config.weights if weight.per_expert]
+    if any(weight in experts for weight in targets) and not set(experts) <= set(targets):
+        missing = ", ".join(weight.name for weight in experts if weight not in targets)
+        raise UserError(
+            f"peft and vLLM load adapters of experts only if all their matrices have one, and {missing} "
+            f"{'has' if ',' not in missing else 'have'} none; export the whole model with --lora merge"
+        )
 
 
 def read_peft(folder: Path, config: ModelConfig, base: Params | None = None) -> Params:
@@ -134,11 +152,8 @@ def read_peft(folder: Path, config: ModelConfig, base: Params | None = None) -> 
             name = f"{module.weight.name}_{factor.lower()}"
             [key] = factors[module.name, factor]
             shape = like[name].shape
-            if module.layer is None:
-                tree[name] = file.factor(key, factor, shape, described, module.name, lora)
-            else:
-                value = file.factor(key, factor, shape[1:], described, module.name, lora)
-                tree.setdefault(name, np.empty(shape, np.float32))[module.layer] = value
+            value = file.factor(key, factor, shape[len(module.at) :], described, module.name, lora)
+            tree.setdefault(name, np.empty(shape, np.float32))[module.at] = value
     return adapters
 
 
