@@ -30,7 +30,7 @@ PYTEST := $(PY) -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 # The demo with a pretrained model: DEMO=xlam trains the xlam format, REQUESTS=200 asks more held-out requests.
 DEMO ?= chatml
-REQUESTS ?= 24
+REQUESTS ?= 12
 DEMO_RUN := runs/demo/$(DEMO)
 DEMO_PACKAGE := runs/demo/package
 DEMO_OPTIONS_xlam := data.format=xlam data.chat_template=null

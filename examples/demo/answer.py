@@ -72,7 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compares a model's answers to held-out requests before and after.")
     parser.add_argument("--run", required=True, type=Path, help="run folder, whose config names data and base")
     parser.add_argument("--model", required=True, type=Path, help="the trained model: Hugging Face folder or run")
-    parser.add_argument("--requests", type=positive, default=24, help="number of requests (default: 24)")
+    parser.add_argument("--requests", type=positive, default=12, help="number of requests (default: 12)")
     parser.add_argument("--shown", type=positive, default=10, help="number of them to print (default: 10)")
     arguments = parser.parse_args()
     config = configs.read_saved(arguments.run / "config.yaml")

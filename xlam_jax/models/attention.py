@@ -4,6 +4,7 @@ Axes: B rows, T queries, S keys, N key/value heads, G queries per key/value head
 """
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -128,6 +129,31 @@ def attend(
     return out_BNGTK.transpose(0, 3, 1, 2, 4)
 
 
+def attend_cached(
+    q_BTNGK: jax.Array, parts: Sequence[tuple[jax.Array, jax.Array, Places]], *, window: int | None
+) -> jax.Array:
+    """Softmax attention of a few queries over several parts of keys [B, N, K, S] and values [B, N, S, K], as `attend`:
+    [B, T, N, G, K].
+
+    The parts stay apart: to join the large cache of earlier tokens with new ones would copy it. Keys have their tokens
+    last, as a CPU multiplies few queries with them several times faster.
+    """
+    q_BNGTK = q_BTNGK.transpose(0, 2, 3, 1, 4)
+    scores = [
+        _masked(dot("BNGTK,BNKS->BNGTS", q_BNGTK, k_BNKS), places, window, q_BNGTK.shape[-1])
+        for k_BNKS, _, places in parts
+    ]
+    scores_BNGTS = jnp.concatenate(scores, axis=-1)
+    weights_BNGTS = jnp.exp(scores_BNGTS - jnp.max(scores_BNGTS, axis=-1, keepdims=True))
+    total_BNGT1 = jnp.sum(weights_BNGTS, axis=-1, keepdims=True)
+    out_BNGTK, start = jnp.zeros(q_BNGTK.shape, jnp.float32), 0
+    for _, v_BNSK, _ in parts:
+        part_BNGTS = jax.lax.slice_in_dim(weights_BNGTS, start, start + v_BNSK.shape[2], axis=-1)
+        out_BNGTK += dot("BNGTS,BNSK->BNGTK", part_BNGTS.astype(v_BNSK.dtype), v_BNSK)
+        start += v_BNSK.shape[2]
+    return (out_BNGTK / total_BNGT1).astype(q_BTNGK.dtype).transpose(0, 3, 1, 2, 4)
+
+
 def _chunks(tokens: int, keys: int, window: int | None) -> list[tuple[slice, slice]]:
     ends = [min(start + QUERY_CHUNK, tokens) for start in range(0, tokens, QUERY_CHUNK)]
     starts = range(0, tokens, QUERY_CHUNK)
@@ -149,14 +175,23 @@ def computed_pairs(tokens: int, keys: int, window: int | None) -> int:
 def _scores(
     q_BNGTK: jax.Array, k_BNSK: jax.Array, places: Places, queries: slice, keys: slice, window: int | None
 ) -> jax.Array:
-    distance_BTS = places.q_positions_BT[:, queries, None] - places.k_positions_BS[:, None, keys]
-    same_BTS = places.q_segments_BT[:, queries, None] == places.k_segments_BS[:, None, keys]
+    scores_BNGTS = dot("BNGTK,BNSK->BNGTS", q_BNGTK[:, :, :, queries], k_BNSK[:, :, keys])
+    q_positions_BT, q_segments_BT, k_positions_BS, k_segments_BS = places
+    part = Places(
+        q_positions_BT[:, queries], q_segments_BT[:, queries], k_positions_BS[:, keys], k_segments_BS[:, keys]
+    )
+    return _masked(scores_BNGTS, part, window, q_BNGTK.shape[-1])
+
+
+def _masked(products_BNGTS: jax.Array, places: Places, window: int | None, size: int) -> jax.Array:
+    """The scores from the products of queries and keys of a head size: scaled, and masked where a query does not see a
+    key."""
+    distance_BTS = places.q_positions_BT[:, :, None] - places.k_positions_BS[:, None]
+    same_BTS = places.q_segments_BT[:, :, None] == places.k_segments_BS[:, None]
     seen_BTS = same_BTS & (distance_BTS >= 0)
     if window:
         seen_BTS &= distance_BTS < window
-    scores_BNGTS = dot("BNGTK,BNSK->BNGTS", q_BNGTK[:, :, :, queries], k_BNSK[:, :, keys])
-    scale = q_BNGTK.shape[-1] ** -0.5
-    return scores_BNGTS * scale + jnp.where(seen_BTS, 0.0, -1e30)[:, None, None]
+    return products_BNGTS * size**-0.5 + jnp.where(seen_BTS, 0.0, -1e30)[:, None, None]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

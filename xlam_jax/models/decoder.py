@@ -15,7 +15,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from xlam_jax.models import grouped
-from xlam_jax.models.attention import Places, attend, rope_factors, rope_frequencies, rotate
+from xlam_jax.models.attention import Places, attend, attend_cached, rope_factors, rope_frequencies, rotate
 from xlam_jax.models.config import ModelConfig
 from xlam_jax.models.kernels import XLA, Kernels
 from xlam_jax.models.linear import Adapter, adapted, dot, project
@@ -46,24 +46,43 @@ UNROLLED = 4
 class Cache(NamedTuple):
     """Keys and values of the previous tokens, for generation; a slot with segment 0 is empty."""
 
-    k_LBSNK: jax.Array
-    v_LBSNK: jax.Array
+    k_LBNKS: jax.Array
+    v_LBNSK: jax.Array
     positions_BS: jax.Array
     segments_BS: jax.Array
-    length: jax.Array
-    """Slots in use, the same for each row: rows are padded on the left."""
 
     @classmethod
     def empty(cls, config: ModelConfig, rows: int, slots: int, dtype: Any) -> "Cache":
         """A cache of `slots` tokens per row."""
-        shape = (config.layers, rows, slots, config.kv_heads, config.head_dim)
+        heads = (config.layers, rows, config.kv_heads)
         return cls(
-            jnp.zeros(shape, dtype),
-            jnp.zeros(shape, dtype),
+            jnp.zeros((*heads, config.head_dim, slots), dtype),
+            jnp.zeros((*heads, slots, config.head_dim), dtype),
             jnp.zeros((rows, slots), jnp.int32),
             jnp.zeros((rows, slots), jnp.int32),
-            jnp.zeros((), jnp.int32),
         )
+
+    def with_tokens(
+        self, new: "KeysValues", positions_BT: jax.Array, segments_BT: jax.Array, row: Any, slot: Any
+    ) -> "Cache":
+        """The cache with tokens of some rows, from index `row`, in the slots from `slot`."""
+
+        def put(old: jax.Array, new: jax.Array, *at: Any) -> jax.Array:
+            return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), at)
+
+        return Cache(
+            put(self.k_LBNKS, new.k_LBNKT, 0, row, 0, 0, slot),
+            put(self.v_LBNSK, new.v_LBNTK, 0, row, 0, slot, 0),
+            put(self.positions_BS, positions_BT, row, slot),
+            put(self.segments_BS, segments_BT, row, slot),
+        )
+
+
+class KeysValues(NamedTuple):
+    """The keys and values of new tokens, of all layers; of one layer inside the scan."""
+
+    k_LBNKT: jax.Array
+    v_LBNTK: jax.Array
 
 
 class RouterSums(NamedTuple):
@@ -183,13 +202,15 @@ class Block(nnx.Module):
         segments_BT: jax.Array,
         cache: Cache | None = None,
         key: jax.Array | None = None,
-    ) -> tuple[jax.Array, tuple[RouterSums | None, tuple[jax.Array, jax.Array] | None]]:
-        """Returns the block's output, its router sums (experts only), and with a cache its new keys and values.
+        keep: bool = False,
+    ) -> tuple[jax.Array, tuple[RouterSums | None, KeysValues | None]]:
+        """Returns the block's output, its router sums (experts only), and its new keys and values if `keep`.
 
-        `key`: of the dropout's random masks; None for no dropout.
+        `cache`: this layer's. `key`: of the dropout's random masks; None for no dropout.
         """
         x_BTD = checkpoint_name(x_BTD, "input")
-        attention, kv = self._attention(self._norm("attention_norm", x_BTD), positions_BT, segments_BT, cache, key)
+        normed_BTD = self._norm("attention_norm", x_BTD)
+        attention, kv = self._attention(normed_BTD, positions_BT, segments_BT, cache, key, keep)
         x_BTD = x_BTD + attention
         y_BTD = self._norm("mlp_norm", x_BTD)
         if self.config.experts:
@@ -208,7 +229,8 @@ class Block(nnx.Module):
         segments_BT: jax.Array,
         cache: Cache | None,
         key: jax.Array | None,
-    ):
+        keep: bool,
+    ) -> tuple[jax.Array, KeysValues | None]:
         q_BTNGK = self._heads("q", "BTD,DNGK->BTNGK", x_BTD, key)
         k_BTNK = self._heads("k", "BTD,DNK->BTNK", x_BTD, key)
         v_BTNK = self._heads("v", "BTD,DNK->BTNK", x_BTD, key)
@@ -216,19 +238,25 @@ class Block(nnx.Module):
         q_BTNGK = checkpoint_name(rotate(q_BTNGK, positions_BT, frequency, q_factor), "qkv")
         k_BTNK = checkpoint_name(rotate(k_BTNK[:, :, :, None], positions_BT, frequency, k_factor)[:, :, :, 0], "qkv")
         v_BTNK = checkpoint_name(v_BTNK, "qkv")
-        if cache is not None:
-            at = (0, cache.length, 0, 0)
-            k_BSNK = jax.lax.dynamic_update_slice(cache.k_LBSNK, k_BTNK.astype(cache.k_LBSNK.dtype), at)
-            v_BSNK = jax.lax.dynamic_update_slice(cache.v_LBSNK, v_BTNK.astype(cache.v_LBSNK.dtype), at)
-            positions_BS, segments_BS = cache.positions_BS, cache.segments_BS
+        window = self.config.sliding_window
+        if keep:  # in generation, each context shard has all tokens of its rows
+            kv = KeysValues(k_BTNK.transpose(0, 2, 3, 1), v_BTNK.swapaxes(1, 2))
+            own = Places(positions_BT, segments_BT, positions_BT, segments_BT)
+            if cache is None:
+                out_BTNGK = attend(q_BTNGK, k_BTNK, v_BTNK, own, window=window)
+            else:
+                cached = own._replace(k_positions_BS=cache.positions_BS, k_segments_BS=cache.segments_BS)
+                parts = ((cache.k_LBNKS, cache.v_LBNSK, cached), (kv.k_LBNKT, kv.v_LBNTK, own))
+                out_BTNGK = attend_cached(q_BTNGK, parts, window=window)
         else:
+            kv = None
             k_BSNK, v_BSNK = mesh.gather_tokens(k_BTNK), mesh.gather_tokens(v_BTNK)
-            positions_BS, segments_BS = mesh.gather_tokens(positions_BT), mesh.gather_tokens(segments_BT)
-        places = Places(positions_BT, segments_BT, positions_BS, segments_BS)
-        kernels = XLA if cache is not None else self.kernels
-        out_BTNGK = attend(q_BTNGK, k_BSNK, v_BSNK, places, window=self.config.sliding_window, kernels=kernels)
+            places = Places(
+                positions_BT, segments_BT, mesh.gather_tokens(positions_BT), mesh.gather_tokens(segments_BT)
+            )
+            out_BTNGK = attend(q_BTNGK, k_BSNK, v_BSNK, places, window=window, kernels=self.kernels)
         y_BTD = mesh.psum(self._linear("o", "BTNGK,NGKD->BTD", out_BTNGK, key), "tensor")
-        return y_BTD, None if cache is None else (k_BSNK, v_BSNK)
+        return y_BTD, kv
 
     def _heads(self, name: str, equation: str, x_BTD: jax.Array, key: jax.Array | None) -> jax.Array:
         """Queries, keys or values [B, T, N, …, K]; with a bias, and a norm over each head, if the weight table has
@@ -334,40 +362,34 @@ class Decoder(nnx.Module):
         segments_BT: jax.Array,
         cache: Cache | None = None,
         key: jax.Array | None = None,
-    ) -> tuple[jax.Array, RouterSums | None, Cache | None]:
-        """Returns hidden states after the final norm [B, T, D], router sums over all layers, and the cache with T more
-        tokens.
+        keep: bool = False,
+    ) -> tuple[jax.Array, RouterSums | None, KeysValues | None]:
+        """Returns hidden states after the final norm [B, T, D], router sums over all layers, and the tokens' keys and
+        values if `keep`.
 
-        `key`: of the random dropout of adapters and the noise on embeddings; None for neither.
+        `cache`: previous tokens of the rows, which the new ones follow; only with `keep`. `key`: of the random dropout
+        of adapters and the noise on embeddings; None for neither.
         """
         x_BTD = self._embed(tokens_BT)
         if self.neftune and key is not None:
             key, drawn = jax.random.split(key)
             x_BTD += _noise(self.neftune, x_BTD, segments_BT, drawn)
         graphdef, stacked = nnx.split(self.blocks)
-        if cache is not None:
-            at = (0, cache.length)
-            cache = cache._replace(
-                positions_BS=jax.lax.dynamic_update_slice(cache.positions_BS, positions_BT, at),
-                segments_BS=jax.lax.dynamic_update_slice(cache.segments_BS, segments_BT, at),
-            )
 
         def block(x_BTD, layer):
             state, kv, key = layer
-            of_layer = None if cache is None else cache._replace(k_LBSNK=kv[0], v_LBSNK=kv[1])
-            return nnx.merge(graphdef, state)(x_BTD, positions_BT, segments_BT, of_layer, key)
+            of_layer = None if cache is None else cache._replace(k_LBNKS=kv[0], v_LBNSK=kv[1])
+            return nnx.merge(graphdef, state)(x_BTD, positions_BT, segments_BT, of_layer, key, keep)
 
         if self.remat != "none":
             block = jax.checkpoint(block, policy=REMAT[self.remat], prevent_cse=False)
-        kv = None if cache is None else (cache.k_LBSNK, cache.v_LBSNK)
+        cached = None if cache is None else (cache.k_LBNKS, cache.v_LBNSK)
         # A loop copies each layer's weights, residuals and gradients in and out, which a few layers are not worth.
         unroll = self.config.layers <= UNROLLED
         keys = None if key is None else jax.random.split(key, self.config.layers)
-        x_BTD, (sums, kv) = jax.lax.scan(block, x_BTD, (stacked, kv, keys), unroll=unroll)
-        if cache is not None and kv is not None:
-            cache = cache._replace(k_LBSNK=kv[0], v_LBSNK=kv[1], length=cache.length + tokens_BT.shape[1])
+        x_BTD, (sums, kv) = jax.lax.scan(block, x_BTD, (stacked, cached, keys), unroll=unroll)
         sums = None if sums is None else jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), sums)
-        return rms_norm(x_BTD, self.final_norm[...], self.config.norm_eps), sums, cache
+        return rms_norm(x_BTD, self.final_norm[...], self.config.norm_eps), sums, kv
 
     def _embed(self, tokens_BT: jax.Array) -> jax.Array:
         table_VD = mesh.gather(self.embedding[...], self.embedding.logical, self.dtype, self.kernels.wire).astype(

@@ -1,11 +1,11 @@
-"""Generation of text: a prefill in chunks, then one token at a time until every row has ended.
+"""Generation of text: a prefill of a few rows at a time, then one token at a time until every row has ended.
 
 It runs inside one `shard_map`, on parameters sharded as in training. Rows are split over the batch axes, heads and
 vocabulary over `tensor`: a device caches keys and values of its own rows and heads. Every device executes the same
 number of steps, those of the longest answer, because each step gathers weights from all devices.
 
-Axes: B rows (in the `shard_map`, those of one device), T tokens of a chunk, P slots of the prompt, N new tokens,
-E end tokens, D model width, V vocabulary.
+Axes: B rows (in the `shard_map`, those of one device), R rows that are read together, P slots of the prompt, N new
+tokens, E end tokens, D model width, V vocabulary.
 """
 
 import math
@@ -26,11 +26,12 @@ from xlam_jax.models.decoder import Cache, Decoder
 from xlam_jax.models.params import Params, binder, frozen_specs, join, param_specs, trainable
 from xlam_jax.parallel import mesh as meshes
 
-CHUNK = 256
-"""Prompt tokens that are processed together: bounds the memory of their attention scores."""
+TOGETHER = 4096
+"""Slots of prompts that are read together, if they are those of several rows: bounds the memory of activations."""
 
 SHORTEST = 64
-"""Lengths of prompts and answers are rounded up to a power of two of at least this, so that few shapes compile."""
+"""Lengths of prompts and answers are rounded up to a multiple of this, and of a quarter of the next lower power of two,
+so that few shapes compile."""
 
 
 class _Rows(NamedTuple):
@@ -48,8 +49,6 @@ class _Rows(NamedTuple):
 class _Options(NamedTuple):
     """Options that are the same for all rows."""
 
-    first: Any
-    """The first chunk that contains a token of any prompt."""
     stops_E: Any
     """The tokens that end a row."""
     temperature: Any
@@ -129,7 +128,6 @@ class Generate:
                 padded.limit_B[row] = min(max_new_tokens, self._model.max_positions - len(prompt))
                 padded.prompt_B[row] = start + row
             options = _Options(
-                first=np.array((slots - max(map(len, batch))) // _width(slots), np.int32),
                 stops_E=np.array(eos_id, np.int32).reshape(-1),
                 temperature=np.array(temperature or 1.0, np.float32),
                 top_p=np.array(top_p, np.float32),
@@ -158,11 +156,15 @@ def _on_one_device(model: ModelConfig, dtype: Any) -> Generate:
 
 
 def _bucket(length: int) -> int:
-    return max(SHORTEST, 1 << (length - 1).bit_length())
+    step = max(SHORTEST, (1 << (length.bit_length() - 1)) // 4)
+    return -(-length // step) * step
 
 
-def _width(slots: int) -> int:
-    return min(CHUNK, slots)
+def _rows_together(rows: int, slots: int) -> int:
+    """The largest divisor of `rows` whose prompts have up to `TOGETHER` slots."""
+    return next(
+        count for count in range(rows, 0, -1) if rows % count == 0 and (count == 1 or count * slots <= TOGETHER)
+    )
 
 
 def _continue(
@@ -171,22 +173,26 @@ def _continue(
     """Returns the new tokens [B, room] of this device's rows, and the number of them in each row [B]. `split`: the axes
     of the mesh with more than one device, without context, along which everything is the same."""
     height, slots = rows.tokens_BP.shape
-    width = _width(slots)
     by_row = [axis for axis in split if axis in meshes.BATCH_AXES]
     choose = _chooser(rows, options) if sample else _likeliest
+    positions_BP = jnp.arange(slots) - (slots - rows.length_B)[:, None]
+    segments_BP, positions_BP = (positions_BP >= 0).astype(jnp.int32), jnp.maximum(positions_BP, 0)
+    together = _rows_together(height, slots)
 
-    def read(chunk: jax.Array, carry: tuple[Cache, jax.Array]) -> tuple[Cache, jax.Array]:
-        tokens_BT = jax.lax.dynamic_slice_in_dim(rows.tokens_BP, chunk * width, width, axis=1)
-        place_T = chunk * width + jnp.arange(width)
-        positions_BT = place_T - (slots - rows.length_B)[:, None]
-        segments_BT = (positions_BT >= 0).astype(jnp.int32)
-        hidden_BTD, _, grown = model(tokens_BT, jnp.maximum(positions_BT, 0), segments_BT, carry[0])
-        assert grown is not None
-        return grown, hidden_BTD[:, -1]
+    def read(at: jax.Array, carry: tuple[Cache, jax.Array]) -> tuple[Cache, jax.Array]:
+        cache, last_BD = carry
+        of_rows = (rows.tokens_BP, positions_BP, segments_BP)
+        tokens_RP, positions_RP, segments_RP = (
+            jax.lax.dynamic_slice_in_dim(one, at * together, together) for one in of_rows
+        )
+        hidden_RPD, _, new = model(tokens_RP, positions_RP, segments_RP, keep=True)
+        assert new is not None
+        last_BD = jax.lax.dynamic_update_slice_in_dim(last_BD, hidden_RPD[:, -1], at * together, axis=0)
+        return cache.with_tokens(new, positions_RP, segments_RP, row=at * together, slot=0), last_BD
 
     last_BD = _vary(jnp.zeros((height, model.config.hidden_size), model.dtype), by_row)
     empty = _empty_cache(model, height, slots + room, by_row, split)
-    filled, last_BD = jax.lax.fori_loop(options.first, slots // width, read, (empty, last_BD))
+    filled, last_BD = jax.lax.fori_loop(0, height // together, read, (empty, last_BD))
 
     def any_of_all(running_B: jax.Array) -> jax.Array:
         return meshes.psum(jnp.sum(running_B.astype(jnp.int32)), *meshes.BATCH_AXES) > 0
@@ -198,8 +204,10 @@ def _continue(
         new_BN = new_BN.at[:, at].set(jnp.where(running_B, token_B, 0))
         count_B += running_B
         running_B &= (token_B[:, None] != options.stops_E).all(axis=1) & (count_B < rows.limit_B)
-        positions_BT = (rows.length_B + at)[:, None]
-        hidden_BTD, _, cache = model(token_B[:, None], positions_BT, running_B[:, None].astype(jnp.int32), cache)
+        places = (rows.length_B + at)[:, None], running_B[:, None].astype(jnp.int32)
+        hidden_BTD, _, new = model(token_B[:, None], *places, cache, keep=True)
+        assert new is not None
+        cache = cache.with_tokens(new, *places, row=0, slot=slots + at)
         return cache, at + 1, hidden_BTD[:, 0], running_B, new_BN, count_B, any_of_all(running_B)
 
     running_B = rows.limit_B > 0
@@ -215,8 +223,8 @@ def _empty_cache(model: Decoder, rows: int, slots: int, by_row: Sequence[str], s
     config = replace(model.config, kv_heads=model.config.kv_heads // devices)
     empty = Cache.empty(config, rows, slots, model.dtype)
     return empty._replace(
-        k_LBSNK=_vary(empty.k_LBSNK, split),
-        v_LBSNK=_vary(empty.v_LBSNK, split),
+        k_LBNKS=_vary(empty.k_LBNKS, split),
+        v_LBNSK=_vary(empty.v_LBNSK, split),
         positions_BS=_vary(empty.positions_BS, by_row),
         segments_BS=_vary(empty.segments_BS, by_row),
     )
