@@ -2,6 +2,7 @@
 
 vLLM's kernels for them need a GPU, so that no model is run here: vLLM on CPUs refuses a mixture with adapters.
 """
+# pyright: reportMissingImports=false
 
 from dataclasses import replace
 from pathlib import Path
