@@ -1,6 +1,6 @@
 """Adapters of experts, as vLLM's loader reads and packs them: the products are those of the merged weights.
 
-vLLM's kernels for them need a GPU, so that no model is run here: vLLM on CPUs refuses a mixture with adapters.
+vLLM's kernels for them need a GPU, so no model is run here.
 """
 # pyright: reportMissingImports=false
 
