@@ -11,7 +11,7 @@ from support import ROOT
 
 from xlam_jax.data.render_sources import is_heldout
 
-STEPS = 700
+STEPS = 1100
 COPIES = 4
 """Of each row in the training part; one more is held out, so that all rows are requested, and have been memorized."""
 HELDOUT = 0.25
