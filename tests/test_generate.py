@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from xlam_jax import generate as command
 from xlam_jax.errors import UserError
+from xlam_jax.models import generation
 from xlam_jax.models.config import ModelConfig
 from xlam_jax.models.decoder import Decoder
 from xlam_jax.models.generation import generate
@@ -101,7 +102,17 @@ def test_shapes_that_are_much_alike_share_a_compilation(
     assert "Compiling" not in caplog.text
 
 
-def test_a_prompt_longer_than_a_chunk(tmp_path: Path):
+def test_prompts_are_read_in_groups_of_rows(model: Decoder, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch):
+    """Five rows in groups of two: the last group repeats a row of the one before."""
+    five = [*prompts, prompts[0][:9], prompts[2][:5]]
+    alone = generate(model, five, max_new_tokens=NEW, eos_id=NEVER, rows=1)
+    monkeypatch.setattr(generation, "TOGETHER", 2 * generation.SHORTEST)
+    generation._on_one_device.cache_clear()
+    assert generate(model, five, max_new_tokens=NEW, eos_id=NEVER) == alone
+    generation._on_one_device.cache_clear()
+
+
+def test_a_prompt_longer_than_a_chunk_of_queries(tmp_path: Path):
     tiny_models.hf_model("mistral", sliding_window=50).save_pretrained(tmp_path)
     prompts = [tiny_models.tokens(1, length)[0].tolist() for length in (300, 20, 25)]
     ours = generate(load(tmp_path), prompts, max_new_tokens=NEW, eos_id=NEVER, rows=2)

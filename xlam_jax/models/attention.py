@@ -135,8 +135,8 @@ def attend_cached(
     """Softmax attention of a few queries over several parts of keys [B, N, K, S] and values [B, N, S, K], as `attend`:
     [B, T, N, G, K].
 
-    The parts stay apart: to join the large cache of earlier tokens with new ones would copy it. Keys have their tokens
-    last, as a CPU multiplies few queries with them several times faster.
+    The parts stay apart: to join the large cache of earlier tokens with new ones would copy it. Tokens are the last
+    axis of keys, because a CPU then multiplies few queries with them twice as fast.
     """
     q_BNGTK = q_BTNGK.transpose(0, 2, 3, 1, 4)
     scores = [

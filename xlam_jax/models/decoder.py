@@ -206,7 +206,7 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, tuple[RouterSums | None, KeysValues | None]]:
         """Returns the block's output, its router sums (experts only), and its new keys and values if `keep`.
 
-        `cache`: this layer's. `key`: of the dropout's random masks; None for no dropout.
+        `cache`: this layer's; only with `keep`. `key`: of the dropout's random masks; None for no dropout.
         """
         x_BTD = checkpoint_name(x_BTD, "input")
         normed_BTD = self._norm("attention_norm", x_BTD)
@@ -365,16 +365,17 @@ class Decoder(nnx.Module):
         keep: bool = False,
     ) -> tuple[jax.Array, RouterSums | None, KeysValues | None]:
         """Returns hidden states after the final norm [B, T, D], router sums over all layers, and the tokens' keys and
-        values if `keep`.
+        values if `keep`, or with a cache.
 
-        `cache`: previous tokens of the rows, which the new ones follow; only with `keep`. `key`: of the random dropout
-        of adapters and the noise on embeddings; None for neither.
+        `cache`: previous tokens of the rows, which the new ones follow. `key`: of the random dropout of adapters and
+        the noise on embeddings; None for neither.
         """
         x_BTD = self._embed(tokens_BT)
         if self.neftune and key is not None:
             key, drawn = jax.random.split(key)
             x_BTD += _noise(self.neftune, x_BTD, segments_BT, drawn)
         graphdef, stacked = nnx.split(self.blocks)
+        keep = keep or cache is not None
 
         def block(x_BTD, layer):
             state, kv, key = layer

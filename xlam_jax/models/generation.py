@@ -27,7 +27,8 @@ from xlam_jax.models.params import Params, binder, frozen_specs, join, param_spe
 from xlam_jax.parallel import mesh as meshes
 
 TOGETHER = 4096
-"""Slots of prompts that are read together, if they are those of several rows: bounds the memory of activations."""
+"""Maximum slots of prompts that are read together, unless a single prompt has more: bounds the memory of
+activations."""
 
 SHORTEST = 64
 """Lengths of prompts and answers are rounded up to a multiple of this, and of a quarter of the next lower power of two,
@@ -160,13 +161,6 @@ def _bucket(length: int) -> int:
     return -(-length // step) * step
 
 
-def _rows_together(rows: int, slots: int) -> int:
-    """The largest divisor of `rows` whose prompts have up to `TOGETHER` slots."""
-    return next(
-        count for count in range(rows, 0, -1) if rows % count == 0 and (count == 1 or count * slots <= TOGETHER)
-    )
-
-
 def _continue(
     model: Decoder, split: Sequence[str], rows: _Rows, options: _Options, *, room: int, sample: bool
 ) -> tuple[jax.Array, jax.Array]:
@@ -177,22 +171,22 @@ def _continue(
     choose = _chooser(rows, options) if sample else _likeliest
     positions_BP = jnp.arange(slots) - (slots - rows.length_B)[:, None]
     segments_BP, positions_BP = (positions_BP >= 0).astype(jnp.int32), jnp.maximum(positions_BP, 0)
-    together = _rows_together(height, slots)
+    groups = -(-height // max(1, TOGETHER // slots))
+    together = -(-height // groups)
 
-    def read(at: jax.Array, carry: tuple[Cache, jax.Array]) -> tuple[Cache, jax.Array]:
+    def read(group: jax.Array, carry: tuple[Cache, jax.Array]) -> tuple[Cache, jax.Array]:
         cache, last_BD = carry
+        row = jnp.minimum(group * together, height - together)  # the last group may repeat rows of the one before
         of_rows = (rows.tokens_BP, positions_BP, segments_BP)
-        tokens_RP, positions_RP, segments_RP = (
-            jax.lax.dynamic_slice_in_dim(one, at * together, together) for one in of_rows
-        )
+        tokens_RP, positions_RP, segments_RP = (jax.lax.dynamic_slice_in_dim(one, row, together) for one in of_rows)
         hidden_RPD, _, new = model(tokens_RP, positions_RP, segments_RP, keep=True)
         assert new is not None
-        last_BD = jax.lax.dynamic_update_slice_in_dim(last_BD, hidden_RPD[:, -1], at * together, axis=0)
-        return cache.with_tokens(new, positions_RP, segments_RP, row=at * together, slot=0), last_BD
+        last_BD = jax.lax.dynamic_update_slice_in_dim(last_BD, hidden_RPD[:, -1], row, axis=0)
+        return cache.with_tokens(new, positions_RP, segments_RP, row=row, slot=0), last_BD
 
     last_BD = _vary(jnp.zeros((height, model.config.hidden_size), model.dtype), by_row)
     empty = _empty_cache(model, height, slots + room, by_row, split)
-    filled, last_BD = jax.lax.fori_loop(0, height // together, read, (empty, last_BD))
+    filled, last_BD = jax.lax.fori_loop(0, groups, read, (empty, last_BD))
 
     def any_of_all(running_B: jax.Array) -> jax.Array:
         return meshes.psum(jnp.sum(running_B.astype(jnp.int32)), *meshes.BATCH_AXES) > 0
@@ -205,7 +199,7 @@ def _continue(
         count_B += running_B
         running_B &= (token_B[:, None] != options.stops_E).all(axis=1) & (count_B < rows.limit_B)
         places = (rows.length_B + at)[:, None], running_B[:, None].astype(jnp.int32)
-        hidden_BTD, _, new = model(token_B[:, None], *places, cache, keep=True)
+        hidden_BTD, _, new = model(token_B[:, None], *places, cache)
         assert new is not None
         cache = cache.with_tokens(new, *places, row=0, slot=slots + at)
         return cache, at + 1, hidden_BTD[:, 0], running_B, new_BN, count_B, any_of_all(running_B)
