@@ -1,4 +1,4 @@
-"""Hypothesis strategies: arbitrary JSON and invalid values, and rows with some of their parts broken."""
+"""Hypothesis strategies: arbitrary JSON and invalid values, broken rows, and texts and arguments of trajectories."""
 
 import copy
 from typing import Any
@@ -26,6 +26,16 @@ JSON = st.recursive(
     ),
     max_leaves=8,
 )
+
+PLAIN = st.text(alphabet="abc 1\n.é🥶", min_size=1, max_size=12).filter(str.strip)
+"""Texts of turns."""
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=5,
+)
+ARGUMENTS = st.dictionaries(st.text(max_size=3), VALUES, max_size=3)
+"""Arguments of calls."""
 
 
 @st.composite

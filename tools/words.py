@@ -40,7 +40,7 @@ TEXT = {
 EXCEPTIONS = {
     ("xlam_jax/data/converters/api_bank.py", "told"),
     ("xlam_jax/data/converters/toolbench.py", "tells"),
-    ("tests/data/test_environment_converters.py", "tell"),
+    ("tests/data/test_function_environments.py", "tell"),
 }
 """Files and words in them that are data: instructions to models, and turns of the examples."""
 

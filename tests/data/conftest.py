@@ -3,6 +3,8 @@ from pathlib import Path
 
 import pytest
 
+from xlam_jax.data.converters import converter
+from xlam_jax.data.converters.common import Converted, Dropped
 from xlam_jax.data.parse import read_jsonl
 from xlam_jax.data.tokenizer import load_tokenizer, save
 from xlam_jax.data.trajectory import Trajectory
@@ -90,3 +92,18 @@ def write_jsonl(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture(scope="module")
+def convert(tmp_path_factory):
+    """Converts rows of a format; returns (trajectories, (row, unit, reason) of dropped ones, repairs)."""
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+
+    def run(name: str, *rows: object) -> tuple[list[Trajectory], list[tuple[int, str, str]], list[str]]:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        items = list(converter(name)([path]))
+        kept = [item for item in items if isinstance(item, Converted)]
+        dropped = [(item.row, item.unit, item.reason) for item in items if isinstance(item, Dropped)]
+        return [item.trajectory for item in kept], dropped, [note.reason for item in kept for note in item.repairs]
+
+    return run

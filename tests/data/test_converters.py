@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conversions import turns
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import JSON, broken
@@ -35,13 +36,6 @@ def convert_row(name: str, row: dict[str, Any]) -> list[Converted | Dropped]:
     convert = row_converter(name)
     assert convert
     return list(convert_one(Path("x.jsonl"), 1, row, convert))
-
-
-def turns(trajectory: Trajectory) -> list[tuple]:
-    """Returns (role, text) of each turn, and of assistant turns also the calls."""
-    return [
-        (m.role, m.content, *((call.name, call.arguments) for call in m.tool_calls)) for m in trajectory.conversation
-    ]
 
 
 def test_webshop():

@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conversions import run, turns
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from xlam_jax.data import literals, pairs
-from xlam_jax.data.converters import CONVERTERS, apibench, row_converter, toolbench
-from xlam_jax.data.converters.common import Converted, Dropped, Repaired, StepDropped
+from xlam_jax.data.converters import apibench, row_converter, toolbench
+from xlam_jax.data.converters.common import Repaired, StepDropped
 from xlam_jax.data.parse import parse_trajectory
-from xlam_jax.data.trajectory import InvalidTrajectory, Trajectory, to_dict
+from xlam_jax.data.trajectory import InvalidTrajectory, to_dict
 from xlam_jax.data.validate import check_row
 from xlam_jax.errors import UserError
 
@@ -32,22 +33,6 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
     max_leaves=8,
 )
-
-
-def run(name: str, *paths: Path) -> tuple[list[Trajectory], list[tuple], Counter]:
-    """Returns (trajectories, (unit, row, reason) of dropped ones, number of repairs by reason)."""
-    items = list(CONVERTERS[name](list(paths)))
-    kept = [item for item in items if isinstance(item, Converted)]
-    dropped = [(item.unit, item.row, item.reason) for item in items if isinstance(item, Dropped)]
-    repaired = Counter(repair.reason for item in kept for repair in item.repairs)
-    return [item.trajectory for item in kept], dropped, repaired
-
-
-def turns(trajectory: Trajectory) -> list[tuple]:
-    """Returns (role, text) of each turn, and of assistant turns also the calls."""
-    return [
-        (m.role, m.content, *((call.name, call.arguments) for call in m.tool_calls)) for m in trajectory.conversation
-    ]
 
 
 def node(kind: str, text: str, *children: dict, **keys: Any) -> dict:

@@ -1,8 +1,10 @@
-"""Fixtures for tests of several processes: a config with short rows."""
+"""Fixtures for tests of several processes: a config with short rows, and hosts that only count steps."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from host_processes import Group
 from support import ROOT
 
 
@@ -34,3 +36,13 @@ track: {{to: []}}
         encoding="utf-8",
     )
     return path
+
+
+@pytest.fixture
+def group(environment: dict[str, str]) -> Iterator[Group]:
+    """Hosts that only count steps; they are killed after the test."""
+    hosts = Group(environment)
+    yield hosts
+    for process in hosts.started:
+        process.kill()
+        process.communicate()
