@@ -9,12 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support import ROOT, Commands
+from support import HASTILY, ROOT, Commands
 
 COMPILED = "JAX_COMPILATION_CACHE_DIR"
-HASTILY = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false"}
-"""Tiny models take far longer to compile than to run: four times less without the expensive passes. The variable
-XLA_OPTIMIZED, which the nightly tests set, keeps these passes."""
 Once = Callable[[str, Callable[[Path], str]], tuple[Path, str]]
 
 
