@@ -98,9 +98,9 @@ def test_the_memory_of_presets():
 
 
 def test_the_plan_that_the_page_shows(commands: Commands):
-    block = re.search(r"--topology gpu:h100:16\n```\n\n```text\n(.*?)```", PLAN, re.DOTALL)
+    block = re.search(r"--topology gpu:h100:16 --estimate\n```\n\n```text\n(.*?)```", PLAN, re.DOTALL)
     assert block
-    arguments = ("--config", "configs/mixtral_8x7b_sft.yaml", "--topology", "gpu:h100:16")
+    arguments = ("--config", "configs/mixtral_8x7b_sft.yaml", "--topology", "gpu:h100:16", "--estimate")
     assert commands.call("xlam_jax.plan", *arguments).stdout == block[1]
 
 
@@ -215,6 +215,6 @@ def test_the_memory_that_jax_takes(values: dict[str, str], expected: float, monk
 @pytest.mark.parametrize("value", ["most", "0", "-1", "1.5", "nan"])
 def test_an_invalid_fraction(value: str, commands: Commands, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", value)
-    arguments = ("--config", "configs/quickstart.yaml", "--topology", "gpu:h100:1")
+    arguments = ("--config", "configs/quickstart.yaml", "--estimate", "--topology", "gpu:h100:1")
     said = commands.fails("xlam_jax.plan", *arguments)
     assert f"XLA_CLIENT_MEM_FRACTION is '{value}'" in said

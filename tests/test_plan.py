@@ -211,8 +211,8 @@ def test_a_step_compiled_for_cpus_as_a_person_reads_it(commands: Commands):
 
 
 def test_gpus_are_computed_and_it_says_so(commands: Commands):
-    said = commands.call(PLAN, *QUICKSTART, "--topology", "gpu:h100:16", "--mesh", "data=2,fsdp=8", *SMALL[:-2],
-                         "train.batch_size=16", "train.microbatches=1").stdout  # fmt: skip
+    said = commands.call(PLAN, *QUICKSTART, "--estimate", "--topology", "gpu:h100:16", "--mesh", "data=2,fsdp=8",
+                         *SMALL[:-2], "train.batch_size=16", "train.microbatches=1").stdout  # fmt: skip
     assert "computed, not compiled" in said
     assert "all-reduce data" in said
     assert "all-gather fsdp" in said
@@ -231,19 +231,21 @@ def test_gpus_are_computed_and_it_says_so(commands: Commands):
     ],
 )
 def test_kernels_are_chosen_and_named(commands: Commands, arguments: list[str], expected: str):
-    small = (*QUICKSTART, "--topology", "gpu:h100:2", "train.batch_size=8", "train.microbatches=1")
+    small = (*QUICKSTART, "--estimate", "--topology", "gpu:h100:2", "train.batch_size=8", "train.microbatches=1")
     said = commands.call(PLAN, *small, "--mesh", *arguments).stdout
     assert expected in next(line for line in said.splitlines() if line.startswith("kernels "))
 
 
 def test_search_ranks_layouts(commands: Commands):
-    said = commands.call(PLAN, *QUICKSTART, "--topology", "gpu:h100:4", "--search", *SMALL[:-1])
+    said = commands.call(PLAN, *QUICKSTART, "--estimate", "--topology", "gpu:h100:4", "--search", *SMALL[:-1])
     head, *rows = said.stdout.splitlines()[1:]
     assert head.split() == ["layout", "memory", "FLOPs", "/", "model", "step", "utilization", "figures"]
     assert len(rows) == 21
     assert rows[-1].startswith("and ")
     plans = json.loads(
-        commands.call(PLAN, *QUICKSTART, "--topology", "gpu:h100:4", "--search", "--json", *SMALL[:-1]).stdout
+        commands.call(
+            PLAN, *QUICKSTART, "--estimate", "--topology", "gpu:h100:4", "--search", "--json", *SMALL[:-1]
+        ).stdout
     )
     times = [plan["step_time"] for plan in plans]
     assert times == sorted(times)

@@ -66,6 +66,7 @@ def run_page(page: str, commands: Commands, folder: Path) -> int:
         if words[2] == "xlam_jax.plan":
             if "v5p:4x4x4" in words:  # compiled in tests/test_plan.py
                 words[words.index("v5p:4x4x4")] = "gpu:h100:64"
+            words += ["--estimate"] * any(word.startswith("gpu:") for word in words)
         elif "mixtral_8x7b_sft" in line or words[2] == "xlam_jax.launch":  # checked up to the devices
             words.append("--print-config")
         elif "quickstart_dpo" in line:  # the shorter of its two sources

@@ -1,8 +1,8 @@
 """Plans a run for other machines: `python -m xlam_jax.plan --config C --topology v5p:4x4x4`.
 
 Reports memory, FLOPs, communication and minimum time of the step that `xlam_jax.train` compiles. For a TPU slice, the
-TPU compiler (libtpu) compiles it on this machine; for GPUs, which have no offline compiler, the figures are computed
-from the config; for CPUs it is compiled for this machine.
+TPU compiler (libtpu) compiles it on this machine; for GPUs, the CUDA plugin does, or without it, the figures are
+computed from the config; for CPUs the step is compiled for this machine.
 
 Exit codes: 0 after a complete plan, also if the step does not fit; 2 for invalid input; 3 if the compilation failed for
 another reason than the device's memory.
@@ -25,6 +25,7 @@ from xlam_jax import config as configs
 from xlam_jax.config import Resolved
 from xlam_jax.enums import MESH_AXES
 from xlam_jax.errors import UserError
+from xlam_jax.planning import gpu
 from xlam_jax.planning.advice import Change, advise
 from xlam_jax.planning.failures import (
     COMPILER_ERROR,
@@ -64,6 +65,7 @@ def main() -> int:
     parser.add_argument(
         "--search", action="store_true", help="try meshes, remat and microbatches, and rank the layouts that fit"
     )
+    parser.add_argument("--estimate", action="store_true", help="compute the figures from the config, compile nothing")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="config fields to set")
     arguments = parser.parse_intermixed_args()
@@ -72,10 +74,12 @@ def main() -> int:
     resolved = load(arguments.config, overrides)
     if not arguments.json:
         print(f"{arguments.config} on {topology.name}: {topology.count} devices", flush=True)
+    if not arguments.estimate and not topology.has_compiler:
+        print(f"note: to compile for GPUs: pip install 'xlam_jax[{gpu.EXTRA}]'", file=sys.stderr, flush=True)
     if arguments.search:
-        plans = search(resolved, topology, _reporter(arguments.json))
+        plans = search(resolved, topology, _reporter(arguments.json), compiles=not arguments.estimate)
     else:
-        plans = [plan(resolved, topology, make_layout(resolved, topology))]
+        plans = [plan(resolved, topology, make_layout(resolved, topology), compiles=not arguments.estimate)]
     if plans[0].fits is False:
         plans[0] = replace(plans[0], changes=changes(plans[0], arguments.config, overrides, topology))
     if arguments.json:
@@ -190,7 +194,7 @@ def plan(resolved: Resolved, topology: Topology, layout: "Layout", *, compiles: 
         estimated_flops=estimated.flops,
     )
     computed = _add_times(base, topology, layout, estimated.collectives, estimated.bytes)
-    if not compiles or topology.platform == "gpu":
+    if not compiles or not topology.has_compiler:
         return computed
     return _compile(computed, resolved, topology, layout, batch)
 
@@ -207,7 +211,7 @@ def _compile(computed: Plan, resolved: Resolved, topology: Topology, layout: "La
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="xlam-plan-") as dump:
         # jaxlib can't always read back modules that libtpu writes, so its text dump is parsed instead
-        options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
+        options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True, **topology.compiler_options}
         try:
             lowered = lower_step(layout, layout.state, layout.frozen, batch)
             compiled = lowered.compile(compiler_options=options)
@@ -219,7 +223,8 @@ def _compile(computed: Plan, resolved: Resolved, topology: Topology, layout: "La
         seconds = time.monotonic() - start
         texts = sorted(Path(dump).glob("*after_optimizations.txt"), key=lambda path: path.stat().st_size)
         module = Module(texts[-1].read_text(encoding="utf-8"))
-    totals = module.totals(dict(layout.mesh.shape), partial(kernel_flops, resolved, layout))
+        totals = module.totals(dict(layout.mesh.shape), partial(kernel_flops, resolved, layout))
+        compiled_kernels = topology.kernels(Path(dump), totals.kernels)
     memory = cost.memory(compiled)
     measured = replace(
         computed,
@@ -229,6 +234,7 @@ def _compile(computed: Plan, resolved: Resolved, topology: Topology, layout: "La
         outcome="compiled",
         compile_seconds=seconds,
         unknown_loops=totals.unknown_loops,
+        compiled_kernels=compiled_kernels,
     )
     return _add_times(measured, topology, layout, totals.collectives, totals.bytes)
 
@@ -288,11 +294,11 @@ class _Gpu:
 # ---- search ---------------------------------------------------------------------------------------------------------
 
 
-def search(resolved: Resolved, topology: Topology, report: Any) -> list[Plan]:
+def search(resolved: Resolved, topology: Topology, report: Any, *, compiles: bool = True) -> list[Plan]:
     """Returns the plans of layouts that fit, the fastest first.
 
-    All are computed; for TPUs and CPUs the fastest are also compiled. `report` is called with each progress line.
-    Raises `UserError` if no mesh divides the model and the batch.
+    All are computed; if `compiles` and there is a compiler, the fastest are also compiled. `report` is called with each
+    progress line. Raises `UserError` if no mesh divides the model and the batch.
     """
     tried: list[tuple[Plan, Resolved]] = []
     refused = 0
@@ -317,7 +323,7 @@ def search(resolved: Resolved, topology: Topology, report: Any) -> list[Plan]:
     tried.sort(key=lambda pair: (pair[0].fits is False, pair[0].step_time or pair[0].flops))
     fitting = [pair for pair in tried if pair[0].fits is not False]
     report(f"{len(tried)} layouts computed, {refused} not divisible; {len(fitting)} fit by the estimate")
-    if topology.platform == "gpu":
+    if not compiles or not topology.has_compiler:
         return [computed for computed, _ in fitting or tried[:1]]
     return _compile_best(fitting or tried, topology, report) + [computed for computed, _ in fitting[ATTEMPTS:]]
 

@@ -122,7 +122,7 @@ backend_config={"custom_call_config":{"cost_estimate":{"flops":"1024","bytes_acc
 
 def test_collectives_by_kind_and_axis():
     mesh = {"data": 2, "fsdp": 4, "tensor": 1}
-    totals = Module(TPU).totals(mesh, lambda kernel: 500.0 if kernel.name.startswith("splash") else None)
+    totals = Module(TPU).totals(mesh, lambda kernel, _: 500.0 if kernel.name.startswith("splash") else None)
     assert {(item.kind, item.axes): (item.bytes, item.times) for item in totals.collectives} == {
         ("all-gather", ("fsdp",)): (32 * 16 * 2 * 3 // 4, 12),
         ("reduce-scatter", ("data",)): (32 * 16 * 2 // 2, 12),
@@ -132,3 +132,29 @@ def test_collectives_by_kind_and_axis():
     assert totals.flops == 1024 + 500
     assert totals.kernels == {"gmm": 1, "splash_mha_fwd": 1}
     assert totals.unknown_loops == 0
+
+
+GPU = r"""
+HloModule step
+
+ENTRY %main (x: bf16[64,32]) -> f32[64,16] {
+  %x = bf16[64,32]{1,0} parameter(0)
+  %w = bf16[16,32]{1,0} parameter(1)
+  %rows = s32[4]{0} parameter(2)
+  %experts = bf16[4,32,48]{2,1,0} parameter(3)
+  %gemm.1 = (f32[64,16]{1,0}, s8[33554432]{0}) custom-call(%x, %w), custom_call_target="__cublas$lt$matmul", \
+backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],\
+"rhs_contracting_dimensions":["1"],"lhs_batch_dimensions":[],"rhs_batch_dimensions":[]}}}
+  %pallas_call.7 = f32[64,48]{1,0} custom-call(%rows, %x, %experts), custom_call_target="__gpu$xla.gpu.triton", \
+metadata={op_name="jit(step)/jvp()/grouped_product/pallas_call"}, backend_config={ir = "ML\EF(\22) -> (%x"}
+  ROOT %out = f32[64,16]{1,0} get-tuple-element(%gemm.1), index=0
+}
+"""
+
+
+def test_products_and_kernels_of_a_gpu():
+    seen = []
+    totals = Module(GPU).totals({"data": 1}, lambda kernel, operands: seen.append((kernel.kernel, operands)))
+    assert totals.flops == 2 * 64 * 16 * 32
+    assert totals.kernels == {"grouped_product": 1}
+    assert [shape.sizes for shape in dict(seen)["grouped_product"]] == [(4,), (64, 32), (4, 32, 48)]

@@ -3,6 +3,7 @@
 Axes: B rows, T tokens, D model width, V vocabulary, E experts.
 """
 
+from collections.abc import Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -11,12 +12,13 @@ from xlam_jax.models.attention import computed_pairs as xla_pairs
 from xlam_jax.models.flash import computed_pairs as splash_pairs
 from xlam_jax.models.weights_table import LOGICAL_AXES
 from xlam_jax.parallel.mesh import RULES
-from xlam_jax.planning.hlo import Collective, Instruction
+from xlam_jax.planning.hlo import Collective, Instruction, Shape
 from xlam_jax.training.cost import adapter_elements_per_token, used_elements
 from xlam_jax.training.setup import Layout
 
-MATMULS = {"splash_mha_fwd": 2, "splash_mha_dkv": 5, "splash_mha_dq": 3}
-"""Matrix products per pair of a query and a key in each splash kernel; dkv has one less if dq is a separate kernel."""
+MATMULS = {"splash_mha_fwd": 2, "splash_mha_dkv": 5, "splash_mha_dq": 3, "mha_forward": 2, "mha_backward": 5}
+"""Matrix products per pair of a query and a key in each kernel of attention; splash's dkv has one less if dq is a
+separate kernel."""
 
 QKV, HIDDEN = ("q", "k", "v"), ("w1", "w3")
 """Weights whose products a remat policy keeps under the names "qkv" and "hidden"."""
@@ -226,16 +228,22 @@ def attention_pairs(resolved: Resolved, layout: Layout) -> dict[str, float]:
     return {"forward": computed, "backward": computed, "backward_products": 5}
 
 
-def kernel_flops(resolved: Resolved, layout: Layout, instruction: Instruction) -> float | None:
-    """Operations of a splash kernel, which its own text does not contain; None for other instructions."""
-    name = next((name for name in MATMULS if instruction.name.startswith(name)), None)
-    if name is None:
+def kernel_flops(
+    resolved: Resolved, layout: Layout, instruction: Instruction, operands: Sequence[Shape]
+) -> float | None:
+    """Operations of a kernel whose text does not contain them; None for other instructions."""
+    kernel = instruction.kernel
+    if kernel == "grouped_product":  # of the experts' numbers of rows, of x [A, I] and of weights: [A, O]
+        return 2.0 * operands[1].elements * instruction.results[0].sizes[1]
+    if kernel == "grouped_outer":  # of the experts' first and last rows, of x [A, I] and of dy [A, O]: [E, I, O]
+        return 2.0 * operands[2].elements * operands[3].sizes[1]
+    if kernel not in MATMULS:
         return None
-    keys = resolved.config.data.sequence_length
-    tokens = keys // layout.mesh.shape["context"]
-    pairs = splash_pairs(tokens, keys, resolved.model.sliding_window)
-    heads = resolved.model.heads // layout.mesh.shape["tensor"]
-    config, mesh = resolved.config, layout.mesh.shape
+    config, model, mesh = resolved.config, resolved.model, layout.mesh.shape
     rows = config.train.batch_size // (mesh["data"] * mesh["fsdp"] * mesh["expert"] * config.train.microbatches)
-    matmuls = MATMULS[name] - (name == "splash_mha_dkv" and "splash_mha_dq" in pairs)
-    return 2.0 * matmuls * pairs[name] * heads * rows * resolved.model.head_dim
+    pairs, matmuls = attention_pairs(resolved, layout)["forward"], MATMULS[kernel]
+    if layout.kernels.attention == "splash":
+        keys = config.data.sequence_length
+        of_kernels = splash_pairs(keys // mesh["context"], keys, model.sliding_window)
+        pairs, matmuls = of_kernels[kernel], matmuls - (kernel == "splash_mha_dkv" and "splash_mha_dq" in of_kernels)
+    return 2.0 * matmuls * pairs * (model.heads // mesh["tensor"]) * rows * model.head_dim

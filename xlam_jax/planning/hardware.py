@@ -2,13 +2,15 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any
 
-from xlam_jax import tpu_library
+from xlam_jax import cuda_plugin, tpu_library
 from xlam_jax.errors import UserError, nearest
+from xlam_jax.planning import gpu
 from xlam_jax.training.cost import PEAK_FLOPS
 
 
@@ -42,6 +44,7 @@ CHIPS = {
     "v5e": Chip("TPU v5e", 16 * GIB, 819e9, 45e9, "v5e", 2),
     "v6e": Chip("TPU v6e", 32 * GIB, 1640e9, 90e9, "v6e", 2),
     "a100": Chip("A100", 80e9, 2039e9, 300e9),
+    "l40s": Chip("L40S", 48e9, 864e9, 32e9),
     "h100": Chip("H100", 80e9, 3350e9, 450e9),
     "h200": Chip("H200", 141e9, 4800e9, 450e9),
     "b200": Chip("B200", 180e9, 8000e9, 900e9),
@@ -54,7 +57,7 @@ TPU_SHAPES = {
 }
 """Slice shapes that clouds offer."""
 NODE = 8
-"""Number of GPUs in a node, which are connected by NVLink."""
+"""Number of GPUs in a node, which are connected by NVLink (L40S: by PCIe)."""
 BETWEEN_NODES = 50e9
 """Bytes per second of a GPU to other nodes: one 400 Gb/s adapter per GPU."""
 
@@ -108,11 +111,30 @@ class Topology:
         return self.chip.memory * self.fraction if self.chip else None
 
     @property
+    def has_compiler(self) -> bool:
+        """Whether this machine can compile for the devices; for a TPU, `devices` says what is missing."""
+        return self.platform != "gpu" or cuda_plugin.is_installed()
+
+    @property
+    def compiler_options(self) -> Mapping[str, Any]:
+        """Options to compile for devices that are not here."""
+        return gpu.OPTIONS if self.platform == "gpu" else {}
+
+    def kernels(self, dump: Path, names: Iterable[str]) -> tuple[gpu.Kernel, ...]:
+        """Returns what custom kernels use of a GPU's multiprocessor, from the compiler's `dump`; () for others."""
+        return gpu.kernels(dump, names, self.kind) if self.platform == "gpu" else ()
+
+    @property
+    def kind(self) -> str:
+        """The chip's key in `CHIPS`; cpu for a CPU."""
+        kind, _, rest = self.name.partition(":")
+        return rest.partition(":")[0] if kind == "gpu" else kind
+
+    @property
     def larger(self) -> list["Topology"]:
         """Topologies with more of the same devices, the smallest first; up to 16 times as many GPUs."""
         if self.platform == "tpu":
-            kind = self.name.partition(":")[0]
-            slices = [parse(f"{kind}:{shape}") for shape in TPU_SHAPES[kind]]
+            slices = [parse(f"{self.kind}:{shape}") for shape in TPU_SHAPES[self.kind]]
             return [other for other in slices if other.count > self.count]
         prefix = self.name.rpartition(":")[0]
         return [parse(f"{prefix}:{times * self.count}") for times in (2, 4, 8, 16)]
@@ -126,15 +148,15 @@ class Topology:
         return tuple(size == 16 for size in self.shape)
 
     def devices(self) -> Sequence[Any]:
-        """Returns the JAX devices to compile for, which this machine need not have. Empty for GPUs, which have no
-        offline compiler.
+        """Returns the JAX devices to compile for, which this machine need not have. Empty for GPUs without their
+        compiler.
 
         Raises `UserError` if libtpu is not installed.
         """
         import jax
 
         if self.platform == "gpu":
-            return []
+            return gpu.devices(self.kind, self.count) if self.has_compiler else []
         if self.platform == "cpu":
             from xlam_jax.parallel.mesh import split_cpu
 

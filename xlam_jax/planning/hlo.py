@@ -6,7 +6,7 @@ its results, opcode, operands and some attributes are parsed.
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
 from typing import NamedTuple
 
@@ -20,6 +20,10 @@ INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
 OPCODE = re.compile(r" ([a-z][a-z0-9\-]*)\(")
 NAME = re.compile(r"%([\w.\-]+)")
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+KERNEL = re.compile(r'custom_call_target="(tpu_custom_call|__gpu\$xla\.gpu\.triton)"')
+"""Custom calls that are kernels of Pallas."""
+LIBRARY = re.compile(r'custom_call_target="__cublas\$')
+"""Custom calls that are matrix products of a library."""
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"}
 """Opcodes that cause no memory traffic themselves."""
 
@@ -63,10 +67,19 @@ class Instruction(NamedTuple):
         match = re.search(rf"\b{attribute}=(\{{[^}}]*\}}|%[\w.\-]+)", self.attributes)
         return NAME.findall(match[1]) if match else []
 
+    @property
+    def kernel(self) -> str:
+        """The name of a custom kernel: the instruction's on a TPU, the last of its scopes on a GPU."""
+        scope = re.search(r'op_name="(?:[^"]*/)?([^"/]+)/pallas_call"', self.attributes)
+        return scope[1] if scope and self.name.startswith("pallas_call") else re.sub(r"[.\d]+$", "", self.name)
+
     def numbers(self, attribute: str) -> list[int]:
         """Returns the numbers in an attribute, [1, 2] for `dimensions={1,2}`; [] without it."""
         match = re.search(rf"\b{attribute}=\{{([\d,]*)\}}", self.attributes)
         return [int(number) for number in match[1].split(",") if number] if match else []
+
+
+KernelFlops = Callable[[Instruction, Sequence[Shape]], float | None]
 
 
 class Collective(NamedTuple):
@@ -116,11 +129,11 @@ class Module:
             elif instruction := _parse_instruction(line):
                 current[instruction.name] = instruction
 
-    def totals(self, mesh: Mapping[str, int], kernel_flops: Callable[[Instruction], float | None]) -> Totals:
+    def totals(self, mesh: Mapping[str, int], kernel_flops: KernelFlops) -> Totals:
         """Returns the sums over a step.
 
-        `mesh`: axis → size. `kernel_flops` returns the FLOPs of a custom kernel, or None to use the kernel's own
-        estimate in the module.
+        `mesh`: axis → size. `kernel_flops` returns the FLOPs of a custom kernel with given types of operands, or None
+        to use the kernel's own estimate in the module.
         """
         self._mesh, self._kernel_flops, self._cache = mesh, kernel_flops, {}
         return self._totals_of(self.entry)
@@ -167,10 +180,12 @@ class Module:
             elif instruction.opcode in ("dot", "convolution"):
                 flops += _product_flops(instruction, inside)
             elif instruction.opcode == "custom-call":
-                computed = self._kernel_flops(instruction)
-                flops += _annotated_flops(instruction) if computed is None else computed
-                if "tpu_custom_call" in instruction.attributes or "triton" in instruction.attributes:
-                    kernels[re.sub(r"[.\d]+$", "", instruction.name)] += 1
+                operands = [inside[name].results[0] for name in instruction.operands if name in inside]
+                computed = self._kernel_flops(instruction, operands)
+                flops += _library_flops(instruction, operands) if computed is None else computed
+                if KERNEL.search(instruction.attributes):
+                    kernels[instruction.kernel] += 1
+                if KERNEL.search(instruction.attributes) or LIBRARY.search(instruction.attributes):
                     moved += _traffic(instruction, inside)
             if kind in COLLECTIVES:
                 collectives.append(self._collective(kind, instruction, inside))
@@ -300,8 +315,12 @@ def _traffic(instruction: Instruction, inside: dict[str, Instruction]) -> int:
     return sum(shape.traffic for shape in [*instruction.results, *operands])
 
 
-def _annotated_flops(instruction: Instruction) -> float:
-    """Returns the FLOPs in a kernel's cost estimate, 0 if there is none."""
+def _library_flops(instruction: Instruction, operands: Sequence[Shape]) -> float:
+    """Returns the FLOPs of a library's matrix product, or those in a kernel's cost estimate; 0 without either."""
+    if LIBRARY.search(instruction.attributes):
+        axes = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes)
+        contracted = re.findall(r"\d+", axes[1]) if axes else []
+        return 2.0 * instruction.results[0].elements * prod(operands[0].sizes[int(axis)] for axis in contracted)
     match = re.search(r'"flops":"?(\d+)', instruction.attributes)
     return float(match[1]) if match else 0.0
 

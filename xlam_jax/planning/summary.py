@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from xlam_jax.planning.advice import Change
 from xlam_jax.planning.failures import COMPILER_ERROR, DEVICE_MEMORY, KERNEL_MEMORY
+from xlam_jax.planning.gpu import Kernel
 from xlam_jax.planning.hardware import FRACTIONS, Topology
 
 FAILURES = (DEVICE_MEMORY, KERNEL_MEMORY, COMPILER_ERROR)
@@ -48,7 +49,9 @@ class Plan:
     """compiled: the figures are read from the compiled module. Otherwise they are computed from the config, because no
     compiler was used (computed), or because it failed (device-memory, kernel-memory or compiler-error)."""
     cause: str | None = None
-    """Why the compilation failed, in plan line."""
+    """Why the compilation failed, in one line."""
+    compiled_kernels: tuple[Kernel, ...] = ()
+    """Custom kernels of a GPU."""
     changes: tuple[Change, ...] = ()
     """Suggested changes if the step does not fit."""
 
@@ -88,7 +91,7 @@ class Plan:
 
 def layout_line(plan: Plan) -> str:
     """Returns mesh, remat and microbatches in one line."""
-    mesh = " ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) or "plan device"
+    mesh = " ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
     return f"{mesh}, remat {plan.remat}, {plan.microbatches} microbatch{'es' if plan.microbatches > 1 else ''}"
 
 
@@ -138,7 +141,7 @@ def format_plan(plan: Plan, topology: Topology) -> str:
         if plan.compiled
         else f"computed: compilation failed after {plan.compile_seconds:.0f} s; temporaries are a rough estimate"
         if plan.failed
-        else "computed, not compiled: GPUs have no offline compiler; temporaries are a rough estimate"
+        else "computed, not compiled; temporaries are a rough estimate"
     )
     lines = [f"layout          {layout_line(plan)}", f"kernels         {plan.kernels}", f"figures         {origin}"]
     lines.append(f"batch           {plan.batch_size:,} rows of {plan.sequence_length:,} tokens per step")
@@ -161,6 +164,11 @@ def format_plan(plan: Plan, topology: Topology) -> str:
         lines.append(f"                {plan.unknown_loops} loops with an unknown trip count are counted once")
     for key, size in sorted(plan.exchanges.items(), key=lambda item: -item[1]):
         lines.append(f"exchange        {key:28} {_gb(size):>12} in {plan.exchange_counts[key]}")
+    lines += [
+        f"kernel          {kernel.name}: {kernel.registers} registers, {_gb(kernel.spilled)} spilled, "
+        f"{_gb(kernel.shared)} shared memory, {kernel.threads} threads; {kernel.blocks} blocks per multiprocessor"
+        for kernel in plan.compiled_kernels
+    ]
     if topology.chip:
         lines.append(
             f"minimum time    compute {_seconds(plan.compute_time)}, memory {_seconds(plan.memory_time)}, "
