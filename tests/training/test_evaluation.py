@@ -151,4 +151,5 @@ def test_devices_have_their_makers_peaks():
     assert cost.peak_flops("NVIDIA H200") == 989e12
     assert cost.peak_flops("TPU v5 lite") == 197e12
     assert cost.peak_flops("TPU v5p") == 459e12
+    assert cost.peak_flops("TPU7x") == 1153.5e12, "a chip is two devices"
     assert cost.peak_flops("cpu") is None

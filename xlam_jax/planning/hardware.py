@@ -1,4 +1,4 @@
-"""Chips and their links, by the makers' data sheets, and topologies parsed from their names."""
+"""Devices and their links, by the makers' data sheets, and topologies parsed from their names."""
 
 import os
 import re
@@ -30,6 +30,12 @@ class Chip:
     """The TPU compiler's name of the generation."""
     dimensions: int = 0
     """Number of dimensions of the torus or mesh that TPU links form."""
+    between_slices: float = 0.0
+    """Bytes per second of a TPU device to those of other slices, over the data center's network."""
+    cores: int = 1
+    """Devices of JAX in a TPU chip. The other figures are those of one device."""
+    named_by_cores: bool = False
+    """Whether the console's names count TensorCores, such as v5p-8 for 4 chips, or chips, such as v6e-4."""
 
     @property
     def flops(self) -> float:
@@ -39,10 +45,11 @@ class Chip:
 
 GIB = 2**30
 CHIPS = {
-    "v4": Chip("TPU v4", 32 * GIB, 1228e9, 45e9, "v4", 3),
-    "v5p": Chip("TPU v5p", 95 * GIB, 2765e9, 90e9, "v5", 3),
-    "v5e": Chip("TPU v5e", 16 * GIB, 819e9, 45e9, "v5e", 2),
-    "v6e": Chip("TPU v6e", 32 * GIB, 1640e9, 90e9, "v6e", 2),
+    "v4": Chip("TPU v4", 32 * GIB, 1228e9, 45e9, "v4", 3, 3.125e9, named_by_cores=True),
+    "v5p": Chip("TPU v5p", 95 * GIB, 2765e9, 90e9, "v5", 3, 6.25e9, named_by_cores=True),
+    "v5e": Chip("TPU v5e", 16 * GIB, 819e9, 45e9, "v5e", 2, 3.125e9),
+    "v6e": Chip("TPU v6e", 32 * GIB, 1640e9, 90e9, "v6e", 2, 12.5e9),
+    "tpu7x": Chip("TPU7x", 96 * GIB, 3690e9, 50e9, "tpu7x", 3, 6.25e9, cores=2, named_by_cores=True),
     "a100": Chip("A100", 80e9, 2039e9, 300e9),
     "l40s": Chip("L40S", 48e9, 864e9, 32e9),
     "h100": Chip("H100", 80e9, 3350e9, 450e9),
@@ -54,10 +61,15 @@ TPU_SHAPES = {
     "v5p": ["2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16"],
     "v5e": ["1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"],
     "v6e": ["1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"],
+    "tpu7x": ["2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16"],
 }
-"""Slice shapes that clouds offer."""
+"""Slice shapes that clouds offer, in chips."""
+CONSOLE = {"v5litepod": "v5e"}
+"""Names of generations in the cloud's console that differ."""
 NODE = 8
 """Number of GPUs in a node, which are connected by NVLink (L40S: by PCIe)."""
+WITHIN_CHIP = 6
+"""Bandwidth between the two dies of a chip, in links to neighbours."""
 BETWEEN_NODES = 50e9
 """Bytes per second of a GPU to other nodes: one 400 Gb/s adapter per GPU."""
 
@@ -89,7 +101,9 @@ class Topology:
     chip: Chip | None
     """None for a CPU, whose figures are unknown."""
     shape: tuple[int, ...] = ()
-    """Shape of a TPU slice."""
+    """Shape of a TPU slice, in chips."""
+    slices: int = 1
+    """Number of TPU slices of this shape."""
 
     @property
     def fraction(self) -> float:
@@ -134,7 +148,7 @@ class Topology:
     def larger(self) -> list["Topology"]:
         """Topologies with more of the same devices, the smallest first; up to 16 times as many GPUs."""
         if self.platform == "tpu":
-            slices = [parse(f"{self.kind}:{shape}") for shape in TPU_SHAPES[self.kind]]
+            slices = [_slices(self.kind, shape, self.slices) for shape in TPU_SHAPES[self.kind]]
             return [other for other in slices if other.count > self.count]
         prefix = self.name.rpartition(":")[0]
         return [parse(f"{prefix}:{times * self.count}") for times in (2, 4, 8, 16)]
@@ -174,6 +188,7 @@ class Topology:
                 f"{self.chip.libtpu}:{'x'.join(map(str, self.shape))}",
                 platform="tpu",
                 **({"wrap": list(self.wrapped)} if len(self.shape) == 3 else {}),
+                **({"num_slices": self.slices} if self.slices > 1 else {}),
             )
         except RuntimeError as error:
             if "not installed" not in str(error):
@@ -193,7 +208,11 @@ class Topology:
             return None
         if self.platform == "gpu":
             return self.chip.link if extent <= NODE else BETWEEN_NODES
+        if len({getattr(device, "slice_index", 0) for device in devices}) > 1:
+            return self.chip.between_slices
         coords = list(zip(*(device.coords for device in devices), strict=True))
+        if all(len(set(positions)) == 1 for positions in coords):  # the devices of one chip
+            return WITHIN_CHIP * self.chip.link
         lengths = [len(set(positions)) for positions in coords]
         directions = [
             (2 if ring and size > 2 else 1) for size, ring in zip(lengths, self.wrapped or (False,) * 3, strict=False)
@@ -201,14 +220,44 @@ class Topology:
         return self.chip.link * sum(ways for ways, size in zip(directions, lengths, strict=False) if size > 1)
 
 
+def _slices(kind: str, shape: str, slices: int) -> Topology:
+    sizes, chip = tuple(int(size) for size in shape.split("x")), CHIPS[kind]
+    name = f"{kind}:{shape}" + (f":{slices}" if slices > 1 else "")
+    return Topology(name, "tpu", slices * prod(sizes) * chip.cores, chip, sizes, slices)
+
+
+def _from_console(name: str) -> tuple[str, str]:
+    """Returns a slice's kind and shape by its name in the cloud's console; ("", "") for other names."""
+    match = re.fullmatch(r"(\w+)-(\d+)", name)
+    kind = CONSOLE.get(match[1], match[1]) if match else ""
+    if not match or kind not in TPU_SHAPES:
+        return "", ""
+    chips = int(match[2]) / (2 if CHIPS[kind].named_by_cores else 1)
+    shapes = (shape for shape in TPU_SHAPES[kind] if prod(int(size) for size in shape.split("x")) == chips)
+    shape = next(shapes, None)
+    if shape is None:
+        raise UserError(
+            f"--topology {name}: no known slice has {chips:g} chips; known are {', '.join(TPU_SHAPES[kind])}"
+        )
+    return kind, shape
+
+
 def parse(name: str) -> Topology:
-    """Parses a name such as `v5p:4x4x4`, `gpu:h100:8` or `cpu:8`. Raises `UserError` that lists the valid names."""
+    """Parses a name such as `v5p:4x4x4`, `v5p-128` (the same slice), `v5p:4x4x4:2` (two slices), `gpu:h100:8` or
+    `cpu:8`. Raises `UserError` that lists the valid names."""
     kind, _, rest = name.partition(":")
+    if "-" in kind:
+        (kind, shape), slices = _from_console(kind), rest
+    else:
+        shape, _, slices = rest.partition(":")
     if kind in TPU_SHAPES:
-        if rest not in TPU_SHAPES[kind]:
-            raise UserError(f"--topology {name}: {kind} has no slice '{rest}'; known are {', '.join(TPU_SHAPES[kind])}")
-        shape = tuple(int(size) for size in rest.split("x"))
-        return Topology(name, "tpu", prod(shape), CHIPS[kind], shape)
+        if shape not in TPU_SHAPES[kind]:
+            raise UserError(
+                f"--topology {name}: {kind} has no slice '{shape}'; known are {', '.join(TPU_SHAPES[kind])}"
+            )
+        if slices and not re.fullmatch(r"[1-9]\d*", slices):
+            raise UserError(f"--topology {name}: '{slices}' is not a number of slices; write {kind}:{shape}:2 for two")
+        return _slices(kind, shape, int(slices or 1))
     if kind == "cpu" and rest.isdigit() and int(rest) > 0:
         return Topology(name, "cpu", int(rest), None)
     if match := re.fullmatch(r"gpu:(\w+):([1-9]\d*)", name):

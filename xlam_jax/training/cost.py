@@ -19,9 +19,10 @@ PEAK_FLOPS = {
     "TPU v5p": 459e12,
     "TPU v6 lite": 918e12,
     "TPU v6e": 918e12,
-    "TPU7x": 2307e12,
+    "TPU7x": 2307e12 / 2,
 }
-"""Dense bf16 operations per second from data sheets, by a part of the device's name in JAX."""
+"""Dense bf16 operations per second of a device in JAX, from data sheets, by a part of its name. A TPU7x chip is two
+devices."""
 
 
 def peak_flops(device_kind: str) -> float | None:
