@@ -120,8 +120,9 @@ def exported(commands: Commands, trained: tuple[Path, str], once: Once) -> Path:
 
 
 @pytest.fixture
-def libtpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The TPU compiler in this process, without a cache, because compiled programs cannot be loaded without a TPU."""
+def offline_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A compiler for devices that are not here, in this process: without a cache, because what it compiles cannot be
+    loaded without the devices."""
     import jax
     import jax.numpy as jnp
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from support import ROOT, Commands
+from support import COMPILER, ROOT, Commands
 
 from xlam_jax import config as configs
 from xlam_jax import plan as plans
@@ -31,10 +31,6 @@ SMALL = (
 )
 QUICKSTART = ("--config", "configs/quickstart.yaml")
 ROWS_OF_4096 = ("data.sequence_length=4096", "train.microbatches=1")
-
-
-COMPILER: dict[str, Any] = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "0"}
-"""The real passes of the compiler, and none of its caches."""
 
 
 def planned(commands: Commands, *arguments: object) -> dict[str, Any]:
@@ -73,7 +69,7 @@ def test_a_small_step_compiled_for_a_tpu(commands: Commands):
 
 
 @pytest.fixture
-def refused(monkeypatch: pytest.MonkeyPatch, libtpu: None) -> list[int]:
+def refused(monkeypatch: pytest.MonkeyPatch, offline_compiler: None) -> list[int]:
     """The first plan compiles a product whose tile is too large for a kernel on a v5e instead of the whole step, so
     that the real compiler refuses it; further plans compile something small. The list's number counts down."""
     left = [1]

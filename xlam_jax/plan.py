@@ -13,7 +13,8 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -214,7 +215,8 @@ def _compile(computed: Plan, resolved: Resolved, topology: Topology, layout: "La
         options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True, **topology.compiler_options}
         try:
             lowered = lower_step(layout, layout.state, layout.frozen, batch)
-            compiled = lowered.compile(compiler_options=options)
+            with _no_compilation_cache():
+                compiled = lowered.compile(compiler_options=options)
         except Exception as error:
             if not is_compiler_error(error):
                 raise
@@ -237,6 +239,19 @@ def _compile(computed: Plan, resolved: Resolved, topology: Topology, layout: "La
         compiled_kernels=compiled_kernels,
     )
     return _add_times(measured, topology, layout, totals.collectives, totals.bytes)
+
+
+@contextmanager
+def _no_compilation_cache() -> Iterator[None]:
+    """Compiles also what JAX has in its cache on disk: a module from there is not dumped, and needs its devices."""
+    import jax
+
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
 
 
 def _add_times(
@@ -282,13 +297,14 @@ class _Gpu:
 
     platform, device_kind = "gpu", "GPU"
 
-    def __init__(self, number: int):
+    def __init__(self, number: int, kind: str):
         self.id, self.process_index = number, number // 8
+        self.compute_capability = ".".join(map(str, gpu.TARGETS[kind].capability))
 
     @classmethod
     def all_of(cls, topology: Topology) -> list["_Gpu"]:
         """Returns a placeholder for each device of a topology."""
-        return [cls(number) for number in range(topology.count)]
+        return [cls(number, topology.kind) for number in range(topology.count)]
 
 
 # ---- search ---------------------------------------------------------------------------------------------------------

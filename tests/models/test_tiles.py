@@ -122,7 +122,7 @@ class Kernel(NamedTuple):
         jax.jit(call).lower(*operands).compile()
 
 
-@pytest.mark.usefixtures("libtpu")
+@pytest.mark.usefixtures("offline_compiler")
 def test_the_compiler_takes_the_tile_for_two_rows_of_mixtral():
     """The tile of 512 rows, which fits a limit of 32 MiB, was chosen whatever the chip."""
     shape = UP_OF_8X7B._replace(rows=16384)
@@ -158,7 +158,7 @@ def kernels_of_presets(limit: int) -> list[Kernel]:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("libtpu")
+@pytest.mark.usefixtures("offline_compiler")
 @pytest.mark.parametrize(("topology", "limit"), [("v5e:1x1", 16), ("v5p:2x2x1", 16), ("v6e:1x1", 32)])
 def test_every_tile_of_every_preset_compiles(topology: str, limit: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)

@@ -57,7 +57,7 @@ def test_a_message_has_a_cause(message: str, outcome: str, cause: str):
     assert classify(RuntimeError(message)) == (outcome, cause)
 
 
-@pytest.mark.usefixtures("libtpu")
+@pytest.mark.usefixtures("offline_compiler")
 def test_the_compiler_reports_too_little_device_memory():
     chip = jax.sharding.SingleDeviceSharding(parse("v5e:1x1").devices()[0])
     long = jax.ShapeDtypeStruct((2**17,), jnp.float32, sharding=chip)

@@ -16,7 +16,7 @@ ONE_LAYER = "model.overrides.num_hidden_layers=1"
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("libtpu")
+@pytest.mark.usefixtures("offline_compiler")
 @pytest.mark.parametrize("rows", [1, 2, 4, 8])
 @pytest.mark.parametrize("topology", CHIPS)
 @pytest.mark.parametrize("preset", PRESETS)

@@ -2,16 +2,25 @@
 installs it."""
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
-from support import ROOT, Commands
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from support import COMPILER, ROOT, Commands
 
 from xlam_jax import cuda_plugin
+from xlam_jax.models import triton
 from xlam_jax.planning import gpu
 from xlam_jax.planning.hardware import CHIPS, TPU_SHAPES
 
 PLAN = "xlam_jax.plan"
+BF16 = "model.compute_dtype=bfloat16"
 QUICKSTART = ("--config", ROOT / "configs/quickstart.yaml")
 
 
@@ -47,8 +56,8 @@ def test_the_plugin_stays_hidden_without_a_gpu(
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", gpu.TARGETS)
 def test_a_step_is_compiled_for_each_gpu(commands: Commands, kind: str):
-    small = ("train.batch_size=4", "model.compute_dtype=bfloat16")
-    plan = json.loads(commands.run(PLAN, *QUICKSTART, "--topology", f"gpu:{kind}:2", "--json", *small).stdout)
+    small = ("train.batch_size=4", BF16)
+    plan = json.loads(commands.run(PLAN, *QUICKSTART, "--topology", f"gpu:{kind}:2", "--json", *small, **COMPILER).stdout)
     assert plan["outcome"] == "compiled"
     assert plan["kernels"] == "attention: pallas; experts: triton"
     assert plan["unknown_loops"] == 0
@@ -62,7 +71,64 @@ def test_a_step_is_compiled_for_each_gpu(commands: Commands, kind: str):
 
 @pytest.mark.slow
 def test_a_step_compiled_for_gpus_as_a_person_reads_it(commands: Commands):
-    said = commands.run(PLAN, *QUICKSTART, "--topology", "gpu:h100:1", "model.compute_dtype=bfloat16")
+    said = commands.run(PLAN, *QUICKSTART, "--topology", "gpu:h100:1", BF16, **COMPILER)
     assert "figures         compiled in" in said.stdout
     assert "kernel          grouped_product: " in said.stdout
     assert said.stderr == ""
+
+
+def compiled_kernels(kind: str, folder: Path, function: Callable[..., Any], *shapes: Any) -> tuple[gpu.Kernel, ...]:
+    """Compiles a function of arrays for one GPU. Returns its kernels."""
+    everywhere = NamedSharding(Mesh(np.array(gpu.devices(kind, 1)), ("one",)), PartitionSpec())
+    placed = [jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=everywhere) for one in shapes]
+    options = {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True, **gpu.OPTIONS}
+    jax.jit(function).lower(*placed).compile(compiler_options=options)
+    return gpu.kernels(folder, ["grouped_product", "grouped_outer"], kind)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("offline_compiler")
+@pytest.mark.parametrize("kind", ["a100", "l40s", "h100", "b200"])
+@pytest.mark.parametrize("rows", [128, 64])
+@pytest.mark.parametrize("rank", [None, 16])
+def test_the_experts_kernels_spill_nothing(kind: str, rows: int, rank: int | None, tmp_path: Path):
+    """The products of Mixtral 8x7B's experts, forward and backward, and those of adapters on them."""
+    tiles, width, hidden = 9216 // rows, rank or 4096, 14336
+    array = partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    integers = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    [device] = gpu.devices(kind, 1)
+    shared = triton.shared_memory(device.compute_capability)
+    assert shared == gpu.TARGETS[kind].block_shared
+    product = partial(triton.product, shared=shared, interpret=False)
+    of_tiles = integers((tiles,))
+    narrow, wide = array((9216, width)), array((9216, hidden))
+    kernels = [
+        *compiled_kernels(
+            kind,
+            tmp_path / "in",
+            partial(product, out=jnp.bfloat16, transposed=False),
+            narrow,
+            array((8, width, hidden)),
+            of_tiles,
+        ),
+        *compiled_kernels(
+            kind,
+            tmp_path / "out",
+            partial(product, out=jnp.float32, transposed=True),
+            wide,
+            array((8, width, hidden)),
+            of_tiles,
+        ),
+        *compiled_kernels(
+            kind,
+            tmp_path / "outer",
+            partial(triton.outer, shared=shared, interpret=False),
+            narrow,
+            wide,
+            integers((8,)),
+        ),
+    ]
+    assert [kernel.name for kernel in kernels] == ["grouped_product", "grouped_product", "grouped_outer"]
+    assert all(kernel.spilled == 0 and kernel.blocks >= 1 for kernel in kernels)
+    if kind in ("h100", "b200") and rows == 128 and rank is None:  # a full tile: four stages of 128 × 64 and 64 × 256
+        assert all(kernel.threads == 256 and kernel.shared >= 196608 for kernel in kernels)

@@ -288,7 +288,7 @@ class Block(nnx.Module):
         frozen = self.config.lora is not None
         if self.kernels.experts != "xla" and not mesh.splits("expert"):
             options = grouped.KernelOptions(
-                self.kernels.experts, self.dtype, frozen, self.kernels.interpret, vmem=self.kernels.vmem
+                self.kernels.experts, self.dtype, frozen, self.kernels.interpret, on_chip=self.kernels.on_chip
             )
             y_SD = grouped.experts_sum(
                 x_SD, gate_SK, w1, w3, w2, grouped.group(expert_SK, experts, options.kernel), options

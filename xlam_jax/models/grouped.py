@@ -33,8 +33,8 @@ class KernelOptions(NamedTuple):
     """Only adapters have gradients; those of the weights are not computed."""
     interpret: bool
     """Run by the interpreter of Pallas, on any machine: for tests."""
-    vmem: int = tiles.SCOPED_VMEM
-    """Bytes of VMEM that a megablox kernel may use."""
+    on_chip: int = tiles.SCOPED_VMEM
+    """Bytes of on-chip memory that a kernel may use: VMEM of a TPU's core, shared memory of a GPU's block."""
 
 
 class Groups(NamedTuple):
@@ -46,6 +46,8 @@ class Groups(NamedTuple):
     """The number of rows of each expert; experts follow each other."""
     row_SK: jax.Array
     """The row of each assignment; -1 for assignments to no expert."""
+    expert_X: jax.Array | None = None
+    """The expert of each tile of rows, for triton; the number of experts for a tile without one."""
 
 
 def group(expert_SK: jax.Array, experts: int, kernel: str) -> Groups:
@@ -59,11 +61,16 @@ def group(expert_SK: jax.Array, experts: int, kernel: str) -> Groups:
     expert_A = expert_SK.reshape(-1)
     count = expert_A.size
     rows_E = jnp.sum(expert_A[None, :] == jnp.arange(experts)[:, None], axis=1, dtype=jnp.int32)
-    tile = tiles.row_tile(count, experts)
-    rows, size_E = -(-count // tile) * tile, rows_E
+    expert_X = None
     if kernel == "triton":
-        rows = (-(-count // triton.ROWS) + experts) * triton.ROWS
-        size_E = -(-rows_E // triton.ROWS) * triton.ROWS
+        tile = triton.row_tile(count, experts)
+        size_E = -(-rows_E // tile) * tile
+        number = jnp.arange(-(-count // tile) + experts)
+        expert_X = jnp.sum(number[:, None] >= jnp.cumsum(size_E) // tile, axis=1, dtype=jnp.int32)
+        rows = len(number) * tile
+    else:
+        tile, size_E = tiles.row_tile(count, experts), rows_E
+        rows = -(-count // tile) * tile
     order_A = jnp.argsort(expert_A, stable=True).astype(jnp.int32)
     sorted_A = expert_A[order_A]
     # The padding rows of earlier experts shift an expert's rows relative to the order of its assignments.
@@ -73,7 +80,7 @@ def group(expert_SK: jax.Array, experts: int, kernel: str) -> Groups:
     assignment_A = jnp.full((rows,), count, jnp.int32).at[place_A].set(order_A, mode="drop")
     row_A = jnp.zeros_like(order_A).at[order_A].set(place_A.astype(jnp.int32), unique_indices=True)
     row_SK = jnp.where(expert_SK < experts, row_A.reshape(expert_SK.shape), -1)
-    return Groups(assignment_A, size_E, row_SK)
+    return Groups(assignment_A, size_E, row_SK, expert_X)
 
 
 def experts_sum(
@@ -177,15 +184,20 @@ def _weight_gradients(
 def _product(options: KernelOptions, x_AI, weight, where: Groups, out: Any, *, transposed: bool = False) -> jax.Array:
     """x [A, I] times weight [E, I, O], or [E, O, I] when transposed."""
 
+    if options.kernel == "triton":
+        assert where.expert_X is not None
+        of_tiles = partial(
+            triton.product, out=out, transposed=transposed, shared=options.on_chip, interpret=options.interpret
+        )
+        return opaque.call(of_tiles, x_AI, weight, where.expert_X)
+
     def product(x_AI, weight, rows_E):
-        if options.kernel == "triton":
-            return triton.product(x_AI, weight, rows_E, out, transposed=transposed, interpret=options.interpret)
         from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
 
         outputs = weight.shape[1 if transposed else 2]
         (rows, inner), width = x_AI.shape, x_AI.dtype.itemsize
         shape = tiles.Shape(rows, inner, outputs, len(rows_E), width, jnp.dtype(out).itemsize)
-        tiling = tiles.product_tile(shape, options.vmem)
+        tiling = tiles.product_tile(shape, options.on_chip)
         return gmm(x_AI, weight, rows_E, out, tiling, transpose_rhs=transposed, interpret=options.interpret)
 
     return opaque.call(product, x_AI, weight, where.rows_E)
@@ -196,12 +208,12 @@ def _outer(options: KernelOptions, x_AI, dy_AO, where: Groups) -> jax.Array:
 
     def outer(x_AI, dy_AO, rows_E):
         if options.kernel == "triton":
-            return triton.outer(x_AI, dy_AO, rows_E, interpret=options.interpret)
+            return triton.outer(x_AI, dy_AO, rows_E, shared=options.on_chip, interpret=options.interpret)
         from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
         (rows, inner), width = x_AI.shape, x_AI.dtype.itemsize
         shape = tiles.Shape(rows, inner, dy_AO.shape[1], len(rows_E), width, 4)
-        tiling = tiles.outer_tile(shape, options.vmem)
+        tiling = tiles.outer_tile(shape, options.on_chip)
         return tgmm(x_AI.T, dy_AO, rows_E, jnp.float32, tiling, interpret=options.interpret)
 
     return opaque.call(outer, x_AI, dy_AO, where.rows_E)

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
 from xlam_jax.errors import UserError
+from xlam_jax.models import triton
 from xlam_jax.models.config import ModelConfig
 from xlam_jax.models.tiles import SCOPED_VMEM, scoped_vmem
 from xlam_jax.parallel.mesh import WIRE, Wire
@@ -31,8 +33,8 @@ class Kernels:
     """xla, megablox (TPU) or triton (GPU); the last two only if no axis of the mesh splits the experts."""
     interpret: bool = False
     """Pallas kernels are run by the interpreter of Pallas, on any machine: for tests."""
-    vmem: int = SCOPED_VMEM
-    """Bytes of a TPU core's VMEM that a kernel may use."""
+    on_chip: int = SCOPED_VMEM
+    """Bytes of on-chip memory that a kernel may use: VMEM of a TPU's core, shared memory of a GPU's block."""
     wire: Wire = WIRE
     """How gradients are summed over the devices."""
 
@@ -74,8 +76,13 @@ def choose(
         )
         line += f"; {further}"
     wire = Wire(_neighbours(mesh) if platform == "tpu" else 1, reduce_dtype)
-    vmem = scoped_vmem(mesh.devices.flat[0].device_kind)
-    return Kernels(attention, chosen, vmem=vmem, wire=wire), line
+    return Kernels(attention, chosen, on_chip=_on_chip(platform, mesh.devices.flat[0]), wire=wire), line
+
+
+def _on_chip(platform: str, device: Any) -> int:
+    if platform == "gpu":
+        return triton.shared_memory(device.compute_capability)
+    return scoped_vmem(device.device_kind)
 
 
 def _pick(what: str, setting: str, own: str, against: Callable[[str], str | None]) -> tuple[str, str]:
