@@ -23,6 +23,8 @@ ROOT = Path(__file__).parent.parent
 HASTILY = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false"}
 """Tiny models take far longer to compile than to run: four times less without the expensive passes. The variable
 XLA_OPTIMIZED, which the nightly tests set, keeps these passes."""
+COMPILER: dict[str, Any] = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}
+"""The real passes of the compiler."""
 
 
 def deadline(seconds: float) -> float:

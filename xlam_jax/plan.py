@@ -245,13 +245,16 @@ def _compile(computed: Plan, resolved: Resolved, topology: Topology, layout: "La
 def _no_compilation_cache() -> Iterator[None]:
     """Compiles also what JAX has in its cache on disk: a module from there is not dumped, and needs its devices."""
     import jax
+    from jax.experimental.compilation_cache import compilation_cache
 
     before = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX remembers whether it is enabled
     try:
         yield
     finally:
         jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 def _add_times(
