@@ -206,20 +206,22 @@ def _compile(computed: Plan, resolved: Resolved, topology: Topology, layout: "La
 
     from xlam_jax.planning.estimate import kernel_flops
     from xlam_jax.planning.hlo import Module
-    from xlam_jax.training import cost
+    from xlam_jax.training import compiler_options, cost
     from xlam_jax.training.setup import lower_step
 
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="xlam-plan-") as dump:
         # jaxlib can't always read back modules that libtpu writes, so its text dump is parsed instead
-        options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True, **topology.compiler_options}
+        dumping = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
+        options = {**layout.compiler_options, **topology.compiler_options, **dumping}
         try:
             lowered = lower_step(layout, layout.state, layout.frozen, batch)
             with _no_compilation_cache():
                 compiled = lowered.compile(compiler_options=options)
         except Exception as error:
-            if not is_compiler_error(error):
-                raise
+            refused = compiler_options.refusal(error, resolved.config.model.compiler_options)
+            if refused or not is_compiler_error(error):
+                raise (refused or error) from None
             outcome, cause = classify(error)
             return replace(computed, outcome=outcome, cause=cause, compile_seconds=time.monotonic() - start)
         seconds = time.monotonic() - start

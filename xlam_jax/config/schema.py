@@ -48,6 +48,9 @@ class Model(Section):
     experts: Literal["auto", "xla", "megablox", "triton"] = Field(default="auto", json_schema_extra=CHANGEABLE)
     """Kernel of the experts of a mixture: XLA, or a grouped matrix product (megablox on TPU, triton on GPU). auto
     selects the kernel of the device if mesh.expert is 1."""
+    compiler_options: dict[str, bool | int | float | str] = Field(default={}, json_schema_extra=CHANGEABLE)
+    """Options of XLA's compiler for the step, such as `xla_gpu_autotune_level: 0`; they replace the defaults that the
+    log shows. Those of another platform are not used, and the log says so."""
 
 
 class ObjectiveSection(Section):

@@ -211,7 +211,7 @@ class Block(nnx.Module):
         x_BTD = checkpoint_name(x_BTD, "input")
         normed_BTD = self._norm("attention_norm", x_BTD)
         attention, kv = self._attention(normed_BTD, positions_BT, segments_BT, cache, key, keep)
-        x_BTD = x_BTD + attention
+        x_BTD = x_BTD + checkpoint_name(attention, "output")
         y_BTD = self._norm("mlp_norm", x_BTD)
         if self.config.experts:
             y_BTD, sums = self._experts(y_BTD, segments_BT)

@@ -132,8 +132,8 @@ def _flops(step: _Step) -> float:
     forward = 2 * pairs["forward"] * per_pair
     backward = pairs["backward_products"] * pairs["backward"] * per_pair
     again = 0.0 if step.keeps_hidden else sum(products[name] for name in HIDDEN)
-    again += 0.0 if remat == "none" else products["o"] + products.get("router", 0.0)
-    again += 0.0 if remat in ("none", "dots") else sum(products[name] for name in QKV)
+    again += 0.0 if remat == "none" else products.get("router", 0.0)
+    again += 0.0 if remat in ("none", "dots") else sum(products[name] for name in (*QKV, "o"))
     again += forward if remat == "full" else 0.0
     passes = 3 if model.lora is None else 2
     flops = model.layers * (passes * of_layer + forward + backward + again) + (passes + 1) * head
@@ -197,7 +197,7 @@ def _temporaries(step: _Step) -> float:
     attention = (model.heads + 2 * model.kv_heads) * model.head_dim / tensor
     kept = model.hidden_size * (remat != "offload")
     named = {"full": 0, "offload": 0, "minimal": model.heads / tensor * model.head_dim}
-    kept += named.get(remat, attention + model.hidden_size)
+    kept += named.get(remat, attention + 2 * model.hidden_size)
     kept += step.hidden if step.keeps_hidden else 0
     temporaries = model.layers * kept * step.tokens / parts * width
     temporaries += 4 * step.trained * (2 if parts > 1 else 1)
@@ -237,7 +237,8 @@ def kernel_flops(
         return 2.0 * operands[1].elements * instruction.results[0].sizes[1]
     if kernel == "grouped_outer":  # of the experts' first and last rows, of x [A, I] and of dy [A, O]: [E, I, O]
         return 2.0 * operands[2].elements * operands[3].sizes[1]
-    if kernel not in MATMULS:
+    kernel = next((name for name in MATMULS if kernel.startswith(name)), "")
+    if not kernel:
         return None
     config, model, mesh = resolved.config, resolved.model, layout.mesh.shape
     rows = config.train.batch_size // (mesh["data"] * mesh["fsdp"] * mesh["expert"] * config.train.microbatches)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from xlam_jax import config as configs
 from xlam_jax.config import Data, Resolved
 from xlam_jax.errors import UserError
+from xlam_jax.training import compiler_options
 
 if TYPE_CHECKING:
     import optax
@@ -35,6 +36,8 @@ class Layout:
     """The frozen parameters, abstract too; {} if none."""
     kernels_line: str
     """A line about the kernels, for the log."""
+    compiler_options: dict[str, Any]
+    """Options of the compiler."""
 
     @property
     def dtype(self) -> Any:
@@ -109,6 +112,8 @@ def set_up(resolved: Resolved, progress: "Progress") -> Setup:
             f"{model.vocab_size:,} in the vocabulary"
         )
     progress.line(layout.kernels_line)
+    for line in compiler_options.lines(layout.compiler_options, resolved.config.model.compiler_options):
+        progress.line(line)
     return Setup(**vars(layout), resolved=resolved, tokenizer=tokenizer, loaded=loaded)
 
 
@@ -163,7 +168,8 @@ def lay_out(resolved: Resolved, mesh: "Mesh") -> Layout:
     tx = optimizer(train, model)
     state = steps.abstract_state(model, tx, mesh, averaged=train.ema > 0)
     frozen = steps.abstract_frozen(model, mesh, dtype=options.compute_dtype, quantized=options.quantized)
-    return Layout(model, mesh, tx, options, state, frozen, kernels_line)
+    chosen = compiler_options.options(mesh.devices.flat[0].platform, config.model.compiler_options)
+    return Layout(model, mesh, tx, options, state, frozen, kernels_line, chosen)
 
 
 def _objective(resolved: Resolved) -> "Objective":
@@ -208,9 +214,18 @@ def lower_step(layout: Layout, state: Any, frozen: Any, batch: Any) -> Any:
     return jax.jit(train_step, donate_argnums=0).lower(state, frozen, batch)
 
 
-def compile_step(layout: Layout, state: Any, frozen: Any, batch: Any, report: Callable[[str], None]) -> Any:
-    """Compiles the training step for the shapes of these arrays: once per run."""
+def compile_step(setup: Setup, state: Any, frozen: Any, batch: Any, report: Callable[[str], None]) -> Any:
+    """Compiles the training step for the shapes of these arrays: once per run.
+
+    Raises `UserError` if XLA refuses an option of the config.
+    """
+    import jax
+
     began = time.monotonic()
-    compiled = lower_step(layout, state, frozen, batch).compile()
+    lowered = lower_step(setup, state, frozen, batch)
+    try:
+        compiled = lowered.compile(compiler_options=setup.compiler_options)
+    except jax.errors.JaxRuntimeError as error:
+        raise compiler_options.refusal(error, setup.resolved.config.model.compiler_options) or error from None
     report(f"compiled the step in {time.monotonic() - began:.1f} s")
     return compiled
