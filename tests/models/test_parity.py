@@ -278,6 +278,21 @@ def test_remat_changes_no_gradient(case: str, remat: str):
         assert_close(again[key], value, f"gradient of {key}")
 
 
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+def test_remat_of_dots_computes_no_product_again(family: str):
+    model, tokens = tiny_models.hf_model(family), tiny_models.tokens(2, 40)
+    ones = np.ones_like(tokens)
+    weight = np.ones((*tokens.shape, tiny_models.VOCAB), np.float32)
+
+    def products(remat: str) -> int:
+        run = compiled(tiny_models.model_config(model), remat, True)
+        traced = jax.make_jaxpr(run)(tiny_models.params_of(model), tokens, positions(ones), ones, weight)
+        return str(traced).count("= dot_general[")
+
+    assert products("dots") == products("none")
+    assert products("full") > products("none")
+
+
 def test_a_key_left_out_means_the_default_of_transformers():
     for family, make in tiny_models.CONFIGS.items():
         whole = make().to_dict() | {"architectures": [family_named(family).architecture]}

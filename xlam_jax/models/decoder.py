@@ -235,8 +235,8 @@ class Block(nnx.Module):
         k_BTNK = self._heads("k", "BTD,DNK->BTNK", x_BTD, key)
         v_BTNK = self._heads("v", "BTD,DNK->BTNK", x_BTD, key)
         frequency, (q_factor, k_factor) = rope_frequencies(self.config), rope_factors(self.config, positions_BT)
-        q_BTNGK = checkpoint_name(rotate(q_BTNGK, positions_BT, frequency, q_factor), "qkv")
-        k_BTNK = checkpoint_name(rotate(k_BTNK[:, :, :, None], positions_BT, frequency, k_factor)[:, :, :, 0], "qkv")
+        q_BTNGK = self._kept("q", rotate(q_BTNGK, positions_BT, frequency, q_factor))
+        k_BTNK = self._kept("k", rotate(k_BTNK[:, :, :, None], positions_BT, frequency, k_factor)[:, :, :, 0])
         v_BTNK = checkpoint_name(v_BTNK, "qkv")
         window = self.config.sliding_window
         if keep:  # in generation, each context shard has all tokens of its rows
@@ -262,7 +262,14 @@ class Block(nnx.Module):
         """Queries, keys or values [B, T, N, …, K]; with a bias, and a norm over each head, if the weight table has
         them."""
         heads = self._linear(name, equation, x_BTD, key, getattr(self, f"{name}_bias", None))
-        return self._norm(f"{name}_norm", heads) if hasattr(self, f"{name}_norm") else heads
+        if hasattr(self, f"{name}_norm"):
+            return self._norm(f"{name}_norm", checkpoint_name(heads, "qkv"))
+        return heads
+
+    def _kept(self, name: str, rotated: jax.Array) -> jax.Array:
+        """Rotated queries or keys, named for remat. A norm over heads needs its input in the backward pass, from which
+        these are computed again without a product; a rotation does not need its own."""
+        return rotated if hasattr(self, f"{name}_norm") else checkpoint_name(rotated, "qkv")
 
     def _mlp(self, x_BTD: jax.Array, key: jax.Array | None) -> jax.Array:
         gate_BTF = checkpoint_name(self._linear("w1", "BTD,DF->BTF", x_BTD, key), "hidden")
