@@ -221,14 +221,23 @@ def test_gpus_are_computed_and_it_says_so(commands: Commands):
         (["fsdp=2"], "attention: pallas; experts: triton"),
         (["fsdp=2", "model.attention=xla", "model.experts=xla"], "attention: xla; experts: xla"),
         (["expert=2"], "experts: xla (triton is not used: mesh.expert is 2: it needs all experts on each device"),
-        (["context=2"], "attention: xla (pallas is not used: it has no queries apart from their keys"),
+        (["context=2"], "attention: pallas; experts: triton"),
+        (["context=2", "model.overrides.sliding_window=100"], "attention: pallas; experts: triton"),
+        (
+            ["context=2", "data.sequence_length=640"],
+            "attention: xla (pallas is not used: data.sequence_length 640 /",
+        ),
+        (
+            ["fsdp=2", "model.compute_dtype=float32"],
+            "attention: xla (pallas is not used: model.compute_dtype is",
+        ),
         (["fsdp=2", "model.overrides.head_dim=24"], "attention: xla (pallas is not used: the model's head size is 24"),
         (["fsdp=2", "data.sequence_length=500"], "attention: xla (pallas is not used: data.sequence_length 500 is"),
     ],
 )
 def test_kernels_are_chosen_and_named(commands: Commands, arguments: list[str], expected: str):
     small = (*QUICKSTART, "--estimate", "--topology", "gpu:h100:2", "train.batch_size=8", "train.microbatches=1")
-    said = commands.call(PLAN, *small, "--mesh", *arguments).stdout
+    said = commands.call(PLAN, *small, "model.compute_dtype=bfloat16", "--mesh", *arguments).stdout
     assert expected in next(line for line in said.splitlines() if line.startswith("kernels "))
 
 

@@ -305,6 +305,7 @@ class _Gpu:
     def __init__(self, number: int, kind: str):
         self.id, self.process_index = number, number // 8
         self.compute_capability = ".".join(map(str, gpu.TARGETS[kind].capability))
+        self.shared_memory_per_block_optin = gpu.TARGETS[kind].block_shared
 
     @classmethod
     def all_of(cls, topology: Topology) -> list["_Gpu"]:

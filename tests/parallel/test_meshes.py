@@ -21,7 +21,7 @@ from xlam_jax.parallel.placement import place
 from xlam_jax.training import step as steps
 
 ROWS = 8
-LENGTHS = {"kernels": 256}
+LENGTHS = {"TPU kernels": 256, "GPU kernels": 256}
 MESHES = {
     "alone": {},
     "expert": {"expert": 8},
@@ -35,7 +35,10 @@ MESHES = {
     "context-fsdp-in-turns": {"context": 2, "fsdp": 4},
 }
 METRICS = ("loss", "aux_loss", "grad_norm", "trained_tokens")
-KERNELS = Kernels("splash", "megablox", interpret=True, wire=meshes.Wire(inner=2))
+KERNELS = {
+    "TPU kernels": Kernels("splash", "megablox", interpret=True, wire=meshes.Wire(inner=2)),
+    "GPU kernels": Kernels("pallas", "triton", interpret=True),
+}
 MODEL = ModelConfig(
     family="mixtral",
     vocab_size=96,
@@ -78,7 +81,9 @@ def gradient(case: str, layout: str) -> dict[str, list]:
     model = replace(MODEL, family=case, **SIZES[case]) if case in SIZES else MODEL
     if case == "window":
         model = replace(model, sliding_window=7)
-    if case in ("yarn", "kernels"):  # queries are scaled by their position, which shards of a row must know
+    if case == "GPU kernels":
+        model = replace(model, sliding_window=100)
+    if case in ("yarn", "TPU kernels"):  # queries are scaled by their position, which shards of a row must know
         model = replace(model, rope_scaling=YARN)
     if case == "lora":
         model = replace(model, lora=Lora(targets=("q", "o", "w1", "w2", "router"), rank=4, alpha=8.0))
@@ -109,7 +114,7 @@ def gradient(case: str, layout: str) -> dict[str, list]:
                 router_aux_weight=0.05,
                 z_loss=1e-3,
                 objective=steps.Objective(groups=3),
-                kernels=KERNELS if case == "kernels" and layout != "alone" else XLA,
+                kernels=KERNELS.get(case, XLA) if layout != "alone" else XLA,
             ),
         )
     )
@@ -134,7 +139,8 @@ if __name__ == "__main__":
     [
         ("plain", ["alone", "expert-fsdp", "context-expert-tensor"]),
         ("one expert", ["alone", "expert-tensor"]),
-        ("kernels", ["alone", "context-fsdp-in-turns"]),
+        ("TPU kernels", ["alone", "context-fsdp-in-turns"]),
+        ("GPU kernels", ["alone", "context-fsdp-in-turns"]),
         ("added tokens", ["alone", "fsdp-tensor"]),
         *(
             pytest.param(case, ["alone", "fsdp-tensor", "context-expert-tensor"], marks=pytest.mark.slow)

@@ -67,7 +67,7 @@ def test_a_step_is_compiled_for_each_gpu(commands: Commands, kind: str):
     assert plan["arguments"] == pytest.approx(plan["estimated_arguments"], rel=0.01)
     assert any(name.startswith("all-reduce") for name in plan["exchanges"])
     kernels = {kernel["name"] for kernel in plan["compiled_kernels"]}
-    assert {"mha_forward", "mha_backward", "grouped_product", "grouped_outer"} <= kernels
+    assert {"flash_forward", "flash_dkv", "flash_dq", "grouped_product", "grouped_outer"} <= kernels
     assert all(kernel["registers"] and kernel["blocks"] for kernel in plan["compiled_kernels"])
 
 

@@ -50,7 +50,7 @@ class Model(Section):
     selects the kernel of the device if mesh.expert is 1."""
     compiler_options: dict[str, bool | int | float | str] = Field(default={}, json_schema_extra=CHANGEABLE)
     """Options of XLA's compiler for the step, such as `xla_gpu_autotune_level: 0`; they replace the defaults that the
-    log shows. Those of another platform are not used, and the log says so."""
+    log shows. Those of another platform are not used; the log warns of them."""
 
 
 class ObjectiveSection(Section):

@@ -120,7 +120,7 @@ def attend(
     Pallas kernels require this order too. Their outputs for queries of padding differ from XLA's, and are not used.
     """
     if kernels.attention != "xla":
-        options = flash.KernelOptions(kernels.attention, window, kernels.interpret)
+        options = flash.KernelOptions(kernels.attention, window, kernels.interpret, kernels.on_chip)
         return flash.attend(q_BTNGK, k_BSNK, v_BSNK, places.q_segments_BT, places.k_segments_BS, options)
     q_BNGTK = q_BTNGK.transpose(0, 2, 3, 1, 4)
     k_BNSK, v_BNSK = k_BSNK.transpose(0, 2, 1, 3), v_BSNK.transpose(0, 2, 1, 3)

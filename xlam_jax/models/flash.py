@@ -1,4 +1,4 @@
-"""Attention by the kernels that come with JAX: splash attention on a TPU, a Triton kernel on a GPU.
+"""Attention by kernels: splash attention, which comes with JAX, on a TPU, and `flash_gpu` on a GPU.
 
 Both work on packed rows: a query attends to keys of its own segment, at or before its position in the row. Their
 outputs and log-sums have the checkpoint name "attention", as those of `attention.attend` do, so that a remat policy can
@@ -32,6 +32,8 @@ class KernelOptions(NamedTuple):
     window: int | None
     interpret: bool
     """Run by the interpreter of Pallas, on any machine: for tests."""
+    shared: int
+    """Bytes of shared memory that a GPU gives a block of threads: selects the tiles of pallas."""
 
 
 def attend(
@@ -44,7 +46,10 @@ def attend(
     k_BNSK, v_BNSK = k_BSNK.transpose(0, 2, 1, 3), v_BSNK.transpose(0, 2, 1, 3)
     q_BHTK, k_BNSK, v_BNSK = mesh.alike(q_BHTK, k_BNSK, v_BNSK)
     segments = (q_segments_BT, k_segments_BS)
-    masks = _masks_here(tokens, k_BNSK.shape[2], kv_heads * group, options) if options.kernel == "splash" else None
+    if options.kernel == "splash":
+        masks = _masks_here(tokens, k_BNSK.shape[2], kv_heads * group, options)
+    else:
+        masks = _triton_spans(*segments, options)
     out_BHTK: Any = _attend(options, q_BHTK, k_BNSK, v_BNSK, segments, masks)
     return out_BHTK.reshape(rows, kv_heads, group, tokens, size).transpose(0, 3, 1, 2, 4)
 
@@ -68,6 +73,12 @@ def _backward(options: KernelOptions, saved, dout_BHTK: jax.Array):
 
 
 _attend.defvjp(_forward, _backward)
+
+
+def computed_pairs(tokens: int, keys: int, size: int, options: KernelOptions) -> dict[str, float]:
+    """The number of query and key pairs that the kernels compute per row of one segment, for one head of a size, and
+    averaged over context shards: kernel (a part of its name) → pairs, the forward kernel first."""
+    return {"splash": _splash_pairs, "pallas": _triton_pairs}[options.kernel](tokens, keys, size, options)
 
 
 # ---- TPU ------------------------------------------------------------------------------------------------------------
@@ -96,7 +107,7 @@ def _splash(tokens: int, keys: int, heads: int, options: KernelOptions) -> Any:
     shards = keys // tokens
     mask = Mask((keys, keys), (options.window - 1 if options.window else None, 0), 0)
     if shards > 1:
-        mask.q_sequence = mask.q_sequence.reshape(2 * shards, -1)[mesh.dealt(shards)].reshape(-1)
+        mask.q_sequence = _positions(tokens, keys).reshape(-1)
     block_q, block_kv, compute = _block(tokens, 512), _block(keys, 1024), _block(keys, 512)
     backward: dict[str, Any] = {"use_fused_bwd_kernel": True}
     if keys // block_kv > FUSED_BLOCKS:
@@ -122,10 +133,8 @@ def _splash(tokens: int, keys: int, heads: int, options: KernelOptions) -> Any:
     return kernel.kwargs, jax.tree.map(np.asarray, infos)
 
 
-def computed_pairs(tokens: int, keys: int, window: int | None) -> dict[str, float]:
-    """The number of query and key pairs that splash attention computes per row, for one head and averaged over context
-    shards: kernel (a part of its name) → pairs."""
-    kwargs, infos = _splash(tokens, keys, 1, KernelOptions("splash", window, False))
+def _splash_pairs(tokens: int, keys: int, _: int, options: KernelOptions) -> dict[str, float]:
+    kwargs, infos = _splash(tokens, keys, 1, options)
     blocks = kwargs["block_sizes"]
     sides = (
         ("splash_mha_fwd", infos[0], blocks.block_q * blocks.block_kv),
@@ -187,55 +196,42 @@ def _splash_backward(options: KernelOptions, saved, dout_BHTK):
 # ---- GPU ------------------------------------------------------------------------------------------------------------
 
 
-def _triton_options(options: KernelOptions, q_BTHK: jax.Array) -> dict[str, Any]:
-    from jax.experimental.pallas.ops.gpu import attention as triton
+def _triton_spans(q_segments_BT, k_segments_BS, options: KernelOptions) -> Any:
+    """The keys that each query of this context shard sees."""
+    from xlam_jax.models import flash_gpu
 
-    blocks = triton.BlockSizes(128, 64, block_q_dkv=64, block_kv_dkv=64, block_q_dq=64, block_kv_dq=64)
-    return {
-        "sm_scale": q_BTHK.shape[-1] ** -0.5,
-        "causal": True,
-        "block_sizes": blocks,
-        "backward_pass_impl": "triton",
-        "num_warps": None,
-        "num_stages": 2,
-        "grid": None,
-        "interpret": options.interpret,
-        "debug": False,
-    }
+    positions_T = jnp.asarray(_positions(q_segments_BT.shape[1], k_segments_BS.shape[1]))[mesh.index("context")]
+    return flash_gpu.find_spans(q_segments_BT, k_segments_BS, positions_T, options.window)
 
 
-def _triton_operands(q_BHTK: jax.Array, *others_BNSK: jax.Array) -> tuple[jax.Array, ...]:
-    """Transposes to [B, T, H, K] and repeats each key/value head for its queries, as the kernel does not group them."""
-    group = q_BHTK.shape[1] // others_BNSK[0].shape[1]
-    others = (jnp.repeat(one, group, axis=1).swapaxes(1, 2) for one in others_BNSK)
-    return q_BHTK.swapaxes(1, 2), *others
+def _positions(tokens: int, keys: int) -> np.ndarray:
+    """The index in the row of each query, [context shards, T]."""
+    shards = keys // tokens
+    return np.arange(keys, dtype=np.int32).reshape(2 * shards, -1)[mesh.dealt(shards)].reshape(shards, tokens)
 
 
-def _triton_forward(options: KernelOptions, q_BHTK, k_BNSK, v_BNSK, segments, _):
-    from jax.experimental.pallas.ops.gpu import attention as triton
+def _triton_pairs(tokens: int, keys: int, size: int, options: KernelOptions) -> dict[str, float]:
+    from xlam_jax.models import flash_gpu
 
-    operands = _triton_operands(q_BHTK, k_BNSK, v_BNSK)
-    arguments = _triton_options(options, operands[0])
-    both: Any = triton.mha(*operands, segments[0], return_residuals=True, **arguments)
-    out_BTHK, log_BHT = both
-    return out_BTHK.swapaxes(1, 2), log_BHT
+    last_BT = _positions(tokens, keys).reshape(1, -1)
+    first_BT = np.maximum(last_BT - options.window + 1, 0) if options.window else np.zeros_like(last_BT)
+    pairs = flash_gpu.computed_pairs(
+        flash_gpu.Spans(jnp.asarray(first_BT), jnp.asarray(last_BT)), keys, flash_gpu.tiles_for(size, options.shared)
+    )
+    return {name: count * tokens / keys for name, count in pairs.items()}
+
+
+def _triton_forward(options: KernelOptions, q_BHTK, k_BNSK, v_BNSK, _, spans):
+    from xlam_jax.models import flash_gpu
+
+    tiles = flash_gpu.tiles_for(q_BHTK.shape[3], options.shared)
+    return flash_gpu.forward(q_BHTK, k_BNSK, v_BNSK, spans, tiles.forward, options.interpret)
 
 
 def _triton_backward(options: KernelOptions, saved, dout_BHTK):
-    from jax.experimental.pallas.ops.gpu import attention as triton
+    from xlam_jax.models import flash_gpu
 
-    q_BHTK, k_BNSK, v_BNSK, segments, _, out_BHTK, log_BHT = saved
-    operands = _triton_operands(q_BHTK, k_BNSK, v_BNSK)
-    residuals = (*operands, segments[0], out_BHTK.swapaxes(1, 2), log_BHT)
-    arguments = _triton_options(options, operands[0])
-    dq, dk, dv, _ = triton._mha_backward(
-        res=residuals, do=dout_BHTK.swapaxes(1, 2), return_residuals=False, **arguments
-    )
-
-    def of_heads(dkv_BSHK: jax.Array) -> jax.Array:
-        """Summed over the queries of each key/value head, in f32."""
-        rows, keys, heads, size = dkv_BSHK.shape
-        grouped = dkv_BSHK.reshape(rows, keys, k_BNSK.shape[1], heads // k_BNSK.shape[1], size)
-        return jnp.sum(grouped.astype(jnp.float32), axis=3).astype(k_BNSK.dtype).swapaxes(1, 2)
-
-    return dq.swapaxes(1, 2), of_heads(dk), of_heads(dv)
+    q_BHTK, k_BNSK, v_BNSK, _, spans, out_BHTK, log_BHT = saved
+    tiles = flash_gpu.tiles_for(q_BHTK.shape[3], options.shared)
+    arrays = (q_BHTK, k_BNSK, v_BNSK, out_BHTK, log_BHT)
+    return flash_gpu.backward(arrays, dout_BHTK, spans, tiles, options.interpret)

@@ -21,6 +21,10 @@ BLOCK = 128
 """Size of the blocks of both attention kernels, in tokens."""
 SMALLEST = 16
 """Minimum side of a matrix for a GPU's tensor cores."""
+CAPABILITY = 8.0
+"""Minimum compute capability that Triton compiles for."""
+SHARED = triton.shared_memory("")
+"""Bytes of shared memory that every NVIDIA GPU since then gives a block of threads; pallas needs them."""
 
 
 @dataclass(frozen=True)
@@ -49,22 +53,27 @@ def choose(
     *,
     attention: str = "auto",
     experts: str = "auto",
+    compute_dtype: str = "bfloat16",
     reduce_dtype: str = "float32",
 ) -> tuple[Kernels, str]:
     """Chooses the kernels for the mesh's devices and rows of `tokens` tokens. Returns them, and a line for the log that
     names them and the reason if the devices' own kernel cannot be used.
 
-    `attention`, `experts` and `reduce_dtype` are the config's `model.attention`, `model.experts` and
-    `model.reduce_dtype`; "auto" selects the devices' own kernel. Raises `UserError` if a kernel that the config names
-    cannot compute this model.
+    `attention`, `experts`, `compute_dtype` and `reduce_dtype` are the fields of the config's section `model`; "auto"
+    selects the devices' own kernel. Raises `UserError` if a kernel that the config names cannot compute this model.
     """
-    platform = mesh.devices.flat[0].platform
-    platform = "gpu" if platform in ("cuda", "rocm") else platform
+    device = mesh.devices.flat[0]
+    platform = _platform(device)
+    on_chip = _on_chip(device)
     attention, line = _pick(
         "attention",
         attention,
         {"tpu": SPLASH, "gpu": PALLAS}.get(platform, "xla"),
-        lambda kernel: _against_attention(kernel, platform, model, tokens, mesh.shape["context"]),
+        lambda kernel: (
+            _against_device(kernel, device)
+            or _against_attention(kernel, model, tokens, mesh.shape["context"])
+            or (_against_pallas(on_chip, compute_dtype) if kernel == PALLAS else None)
+        ),
     )
     chosen = "xla"
     if model.experts:
@@ -72,17 +81,11 @@ def choose(
             "experts",
             experts,
             {"tpu": MEGABLOX, "gpu": TRITON}.get(platform, "xla"),
-            lambda kernel: _against_experts(kernel, platform, model, mesh),
+            lambda kernel: _against_device(kernel, device) or _against_experts(kernel, model, mesh, compute_dtype),
         )
         line += f"; {further}"
     wire = Wire(_neighbours(mesh) if platform == "tpu" else 1, reduce_dtype)
-    return Kernels(attention, chosen, on_chip=_on_chip(platform, mesh.devices.flat[0]), wire=wire), line
-
-
-def _on_chip(platform: str, device: Any) -> int:
-    if platform == "gpu":
-        return triton.shared_memory(device.compute_capability)
-    return scoped_vmem(device.device_kind)
+    return Kernels(attention, chosen, on_chip=on_chip, wire=wire), line
 
 
 def _pick(what: str, setting: str, own: str, against: Callable[[str], str | None]) -> tuple[str, str]:
@@ -106,26 +109,59 @@ def _neighbours(mesh: Mesh) -> int:
     return straight.index(False) if False in straight else 1
 
 
-def _against_attention(kernel: str, platform: str, model: ModelConfig, tokens: int, context: int) -> str | None:
+def _platform(device: Any) -> str:
+    return "gpu" if device.platform in ("cuda", "rocm") else device.platform
+
+
+def _on_chip(device: Any) -> int:
+    """Bytes of on-chip memory that a kernel may use: of a TPU core's VMEM, or of a GPU's shared memory."""
+    if _platform(device) != "gpu":
+        return scoped_vmem(device.device_kind)
+    of_generation = triton.shared_memory(str(getattr(device, "compute_capability", "")))
+    return getattr(device, "shared_memory_per_block_optin", of_generation)
+
+
+def _against_device(kernel: str, device: Any) -> str | None:
+    """The reason why a kernel cannot run on a device; None if it can."""
+    if _platform(device) != PLATFORMS[kernel]:
+        return f"it runs on a {PLATFORMS[kernel].upper()}, and the devices are {_platform(device)}"
+    capability = _capability(device)
+    if capability and capability < CAPABILITY:
+        return f"the devices' compute capability is {capability}, and it needs {CAPABILITY}"
+    return None
+
+
+def _capability(device: Any) -> float | None:
+    """The compute capability of an NVIDIA GPU; None for other devices, and if the device does not report it."""
+    try:
+        return float(device.compute_capability)
+    except (AttributeError, ValueError):
+        return None
+
+
+def _against_attention(kernel: str, model: ModelConfig, tokens: int, context: int) -> str | None:
     """The reason why an attention kernel cannot compute this; None if it can."""
-    if platform != PLATFORMS[kernel]:
-        return _elsewhere(kernel, platform)
     if model.head_dim not in HEAD_SIZES[kernel]:
         return f"the model's head size is {model.head_dim}, and it has {', '.join(map(str, HEAD_SIZES[kernel]))}"
     if tokens % (BLOCK * context):
         of_shard = f" / mesh.context {context}" if context > 1 else ""
         return f"data.sequence_length {tokens}{of_shard} is not a multiple of its blocks, {BLOCK}"
-    if kernel == PALLAS and context > 1:
-        return f"it has no queries apart from their keys, as mesh.context {context} needs"
-    if kernel == PALLAS and model.sliding_window and model.sliding_window < tokens:
-        return f"it has no window, and the model's, {model.sliding_window}, is shorter than a row, {tokens}"
     return None
 
 
-def _against_experts(kernel: str, platform: str, model: ModelConfig, mesh: Mesh) -> str | None:
+def _against_pallas(shared: int, dtype: str) -> str | None:
+    """The reason why pallas cannot compute in a dtype with `shared` bytes of shared memory; None if it can."""
+    if dtype == "float32":  # tensor cores have no float32
+        return "model.compute_dtype is float32, and it has bfloat16"
+    if shared < SHARED:
+        return f"the devices give a block {shared} bytes of shared memory, and it needs {SHARED}"
+    return None
+
+
+def _against_experts(kernel: str, model: ModelConfig, mesh: Mesh, dtype: str) -> str | None:
     """The reason why an expert kernel cannot compute this; None if it can."""
-    if platform != PLATFORMS[kernel]:
-        return _elsewhere(kernel, platform)
+    if kernel == TRITON and dtype == "float32":
+        return "model.compute_dtype is float32, and it has bfloat16"
     if mesh.shape["expert"] > 1:
         return f"mesh.expert is {mesh.shape['expert']}: it needs all experts on each device"
     width = model.mlp_size // mesh.shape["tensor"]
@@ -136,7 +172,3 @@ def _against_experts(kernel: str, platform: str, model: ModelConfig, mesh: Mesh)
         if kernel == TRITON and size % SMALLEST:
             return f"{name} is {size}, not a multiple of {SMALLEST}"
     return None
-
-
-def _elsewhere(kernel: str, platform: str) -> str:
-    return f"it runs on a {PLATFORMS[kernel].upper()}, and the devices are {platform}"

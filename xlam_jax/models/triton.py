@@ -55,7 +55,7 @@ def tile(rows: int, shared: int) -> Tile:
 
 
 TILES = (Tile(256, 8, 4), Tile(256, 8, 3), Tile(128, 8, 3), Tile(128, 4, 3))
-"""Tiles from the fastest to that with the least memory; the last also for 64 rows."""
+"""Tiles, the fastest first, with less and less shared memory; the last also for 64 rows."""
 
 
 def side(size: int, most: int) -> int:
@@ -80,8 +80,8 @@ def product(
     """
     (rows, inputs), tiles = x_AI.shape, len(expert_X)
     height, outputs = rows // tiles, weight.shape[1 if transposed else 2]
-    how = tile(height, shared)
-    block_in, block_out = side(inputs, STEP), side(outputs, how.outputs)
+    chosen = tile(height, shared)
+    block_in, block_out = side(inputs, STEP), side(outputs, chosen.outputs)
     columns = outputs // block_out
 
     def place(number: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -101,7 +101,7 @@ def product(
         ],
         out_specs=pl.BlockSpec((height, block_out), place),
         out_shape=jax.ShapeDtypeStruct((rows, outputs), out),
-        compiler_params=plgpu.CompilerParams(num_warps=how.warps, num_stages=how.stages),
+        compiler_params=plgpu.CompilerParams(num_warps=chosen.warps, num_stages=chosen.stages),
         interpret=interpret,
         name="grouped_product",
         cost_estimate=_cost(rows, inputs, outputs, x_AI, weight),
@@ -120,8 +120,8 @@ def _product(
         def add(step: jax.Array, total: jax.Array) -> jax.Array:
             inner = pl.ds(step * block_in, block_in)
             if transposed:
-                return total + _dot(x_ref[:, inner], weight_ref[expert, columns, inner].T)
-            return total + _dot(x_ref[:, inner], weight_ref[expert, inner, columns])
+                return total + dot(x_ref[:, inner], weight_ref[expert, columns, inner].T)
+            return total + dot(x_ref[:, inner], weight_ref[expert, inner, columns])
 
         total = jnp.zeros(out_ref.shape, jnp.float32)
         total = jax.lax.fori_loop(0, x_ref.shape[1] // block_in, add, total)
@@ -133,8 +133,8 @@ def outer(x_AI: jax.Array, dy_AO: jax.Array, rows_E: jax.Array, *, shared: int, 
     `STEP`. `shared`: bytes of shared memory that a block may have."""
     (rows, inputs), outputs, experts = x_AI.shape, dy_AO.shape[1], len(rows_E)
     block_in = side(inputs, ROWS[0])
-    how = tile(block_in, shared)
-    block_out = side(outputs, how.outputs)
+    chosen = tile(block_in, shared)
+    block_out = side(outputs, chosen.outputs)
     last_E = (jnp.cumsum(rows_E) // STEP).astype(jnp.int32)
     # Blocks of one expert follow each other: its rows, which all of them read, stay in the L2 cache.
     call = pl.pallas_call(
@@ -148,7 +148,7 @@ def outer(x_AI: jax.Array, dy_AO: jax.Array, rows_E: jax.Array, *, shared: int, 
         ],
         out_specs=pl.BlockSpec((1, block_in, block_out), lambda row, column, expert: (expert, row, column)),
         out_shape=jax.ShapeDtypeStruct((experts, inputs, outputs), jnp.float32),
-        compiler_params=plgpu.CompilerParams(num_warps=how.warps, num_stages=how.stages),
+        compiler_params=plgpu.CompilerParams(num_warps=chosen.warps, num_stages=chosen.stages),
         interpret=interpret,
         name="grouped_outer",
         cost_estimate=_cost(rows, inputs, outputs, x_AI, dy_AO),
@@ -159,13 +159,13 @@ def outer(x_AI: jax.Array, dy_AO: jax.Array, rows_E: jax.Array, *, shared: int, 
 def _outer(first_ref, last_ref, x_ref, dy_ref, out_ref) -> None:
     def add(step: jax.Array, total: jax.Array) -> jax.Array:
         rows = pl.ds(step * STEP, STEP)
-        return total + _dot(x_ref[rows, :].T, dy_ref[rows, :])
+        return total + dot(x_ref[rows, :].T, dy_ref[rows, :])
 
     total = jnp.zeros(out_ref.shape[1:], jnp.float32)
     out_ref[0] = jax.lax.fori_loop(first_ref[0], last_ref[0], add, total)
 
 
-def _dot(one: jax.Array, other: jax.Array) -> jax.Array:
+def dot(one: jax.Array, other: jax.Array) -> jax.Array:
     """A product in f32; f32 operands are not rounded for the tensor cores."""
     precision = jax.lax.Precision.HIGHEST if one.dtype == jnp.float32 else None
     return jax.lax.dot(one, other, precision=precision, preferred_element_type=jnp.float32)

@@ -3,20 +3,28 @@
 Axes: B rows, T tokens, D model width, V vocabulary, E experts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
 from xlam_jax.config import Resolved
 from xlam_jax.models.attention import computed_pairs as xla_pairs
-from xlam_jax.models.flash import computed_pairs as splash_pairs
+from xlam_jax.models.flash import KernelOptions
+from xlam_jax.models.flash import computed_pairs as kernel_pairs
 from xlam_jax.models.weights_table import LOGICAL_AXES
 from xlam_jax.parallel.mesh import RULES
 from xlam_jax.planning.hlo import Collective, Instruction, Shape
 from xlam_jax.training.cost import adapter_elements_per_token, used_elements
 from xlam_jax.training.setup import Layout
 
-MATMULS = {"splash_mha_fwd": 2, "splash_mha_dkv": 5, "splash_mha_dq": 3, "mha_forward": 2, "mha_backward": 5}
+MATMULS = {
+    "splash_mha_fwd": 2,
+    "splash_mha_dkv": 5,
+    "splash_mha_dq": 3,
+    "flash_forward": 2,
+    "flash_dkv": 4,
+    "flash_dq": 3,
+}
 """Matrix products per pair of a query and a key in each kernel of attention; splash's dkv has one less if dq is a
 separate kernel."""
 
@@ -130,7 +138,7 @@ def _flops(step: _Step) -> float:
     pairs = attention_pairs(resolved, layout)
     per_pair = 2 * model.head_dim * (model.heads / tensor) * step.rows / step.tokens if step.tokens else 0.0
     forward = 2 * pairs["forward"] * per_pair
-    backward = pairs["backward_products"] * pairs["backward"] * per_pair
+    backward = pairs["backward_products"] * per_pair
     again = 0.0 if step.keeps_hidden else sum(products[name] for name in HIDDEN)
     again += 0.0 if remat == "none" else products.get("router", 0.0)
     again += 0.0 if remat in ("none", "dots") else sum(products[name] for name in (*QKV, "o"))
@@ -214,18 +222,27 @@ def _traffic(step: _Step) -> float:
 
 
 def attention_pairs(resolved: Resolved, layout: Layout) -> dict[str, float]:
-    """Returns the number of pairs of a query and a key that are computed per row, on one device and for one head: in a
-    forward and in a backward pass, and the matrix products per pair of the latter."""
+    """Returns the number of pairs of a query and a key that a forward pass computes per row, on one device and for one
+    head, and the number of pairs times matrix products of a backward pass."""
     keys = resolved.config.data.sequence_length
     tokens, window = keys // layout.mesh.shape["context"], resolved.model.sliding_window
-    if layout.kernels.attention == "splash":
-        pairs = splash_pairs(tokens, keys, window)
-        if "splash_mha_dq" in pairs:
-            products = 4 * pairs["splash_mha_dkv"] + 3 * pairs["splash_mha_dq"]
-            return {"forward": pairs["splash_mha_fwd"], "backward": 1.0, "backward_products": products}
-        return {"forward": pairs["splash_mha_fwd"], "backward": pairs["splash_mha_dkv"], "backward_products": 5}
-    computed = keys * (keys + 128) / 2 if layout.kernels.attention == "pallas" else xla_pairs(tokens, keys, window)
-    return {"forward": computed, "backward": computed, "backward_products": 5}
+    if layout.kernels.attention == "xla":
+        pairs = xla_pairs(tokens, keys, window)
+        return {"forward": pairs, "backward_products": 5 * pairs}
+    by_kernel = _pairs_by_kernel(resolved, layout)
+    forward, *backward = by_kernel
+    products = sum(_matmuls(kernel, by_kernel) * by_kernel[kernel] for kernel in backward)
+    return {"forward": by_kernel[forward], "backward_products": products}
+
+
+def _pairs_by_kernel(resolved: Resolved, layout: Layout) -> dict[str, float]:
+    kernels, model, keys = layout.kernels, resolved.model, resolved.config.data.sequence_length
+    options = KernelOptions(kernels.attention, model.sliding_window, kernels.interpret, kernels.on_chip)
+    return kernel_pairs(keys // layout.mesh.shape["context"], keys, model.head_dim, options)
+
+
+def _matmuls(kernel: str, by_kernel: Collection[str]) -> int:
+    return MATMULS[kernel] - (kernel == "splash_mha_dkv" and "splash_mha_dq" in by_kernel)
 
 
 def kernel_flops(
@@ -237,14 +254,11 @@ def kernel_flops(
         return 2.0 * operands[1].elements * instruction.results[0].sizes[1]
     if kernel == "grouped_outer":  # of the experts' first and last rows, of x [A, I] and of dy [A, O]: [E, I, O]
         return 2.0 * operands[2].elements * operands[3].sizes[1]
-    kernel = next((name for name in MATMULS if kernel.startswith(name)), "")
+    kernel = next((name for name in MATMULS if kernel.startswith(name)), "")  # splash appends its variant
     if not kernel:
         return None
     config, model, mesh = resolved.config, resolved.model, layout.mesh.shape
     rows = config.train.batch_size // (mesh["data"] * mesh["fsdp"] * mesh["expert"] * config.train.microbatches)
-    pairs, matmuls = attention_pairs(resolved, layout)["forward"], MATMULS[kernel]
-    if layout.kernels.attention == "splash":
-        keys = config.data.sequence_length
-        of_kernels = splash_pairs(keys // mesh["context"], keys, model.sliding_window)
-        pairs, matmuls = of_kernels[kernel], matmuls - (kernel == "splash_mha_dkv" and "splash_mha_dq" in of_kernels)
+    by_kernel = _pairs_by_kernel(resolved, layout)
+    matmuls, pairs = _matmuls(kernel, by_kernel), by_kernel[kernel]
     return 2.0 * matmuls * pairs * (model.heads // mesh["tensor"]) * rows * model.head_dim

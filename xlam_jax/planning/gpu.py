@@ -165,13 +165,13 @@ def kernels(dump: Path, names: Iterable[str], kind: str) -> tuple[Kernel, ...]:
             if match := LAUNCH.search(line):
                 launches[match[1]] = (int(match[2]), int(match[3]))
     wanted = set(names)
-    found: dict[Kernel, None] = {}
+    distinct: dict[Kernel, None] = {}
     for ptx in sorted(dump.glob("*.ptx")):
         entry = re.search(r"\.entry (\w+)", ptx.read_text(encoding="utf-8"))
         name = re.sub(r"_*\d*$", "", entry[1]) if entry else ""
         if entry and name in wanted and entry[1] in launches:
-            found[_assembled(name, ptx, *launches[entry[1]], target)] = None
-    return tuple(sorted(found, key=lambda kernel: kernel.name))
+            distinct[_assembled(name, ptx, *launches[entry[1]], target)] = None
+    return tuple(sorted(distinct, key=lambda kernel: kernel.name))
 
 
 LAUNCH = re.compile(r"kCustomKernel .*\] (\w+) grid: .* threads: \[(\d+), 1, 1\]\s+shared_memory: (\d+) bytes")
@@ -179,7 +179,13 @@ LAUNCH = re.compile(r"kCustomKernel .*\] (\w+) grid: .* threads: \[(\d+), 1, 1\]
 
 def _assembled(name: str, ptx: Path, threads: int, shared: int, target: Target) -> Kernel:
     command = [_ptxas(), "-v", "-arch", target.architecture, str(ptx), "-o", os.devnull]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(
+            f"NVIDIA's assembler does not read a kernel ({error}); reinstall it with pip install 'xlam_jax[{EXTRA}]', "
+            "or plan with --estimate"
+        ) from None
     registers = int(_number(r"Used (\d+) registers", done.stderr))
     spilled = _number(r"(\d+) bytes spill stores", done.stderr) + _number(r"(\d+) bytes spill loads", done.stderr)
     of_a_warp = -(-registers * 32 // 256) * 256  # the unit in which registers are allocated

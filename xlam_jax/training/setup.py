@@ -150,6 +150,7 @@ def lay_out(resolved: Resolved, mesh: "Mesh") -> Layout:
         config.data.sequence_length,
         attention=config.model.attention,
         experts=config.model.experts,
+        compute_dtype=config.model.compute_dtype,
         reduce_dtype=config.model.reduce_dtype,
     )
     options = steps.StepOptions(
