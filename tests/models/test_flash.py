@@ -11,6 +11,7 @@ import pytest
 from xlam_jax.models import flash_gpu
 from xlam_jax.models.attention import Places, attend
 from xlam_jax.models.kernels import Kernels
+from xlam_jax.models.tiles import SCOPED_VMEM
 from xlam_jax.parallel.mesh import dealt
 
 ROWS, KV_HEADS = 2, 2
@@ -91,8 +92,9 @@ def test_a_kernel_gives_what_xla_gives(
 ):
     where, operands = places(tokens, packed), inputs(tokens, size, group, dtype)
     expected = results(Kernels(), where, window, operands)
-    computed = results(Kernels(attention=kernel, interpret=True), where, window, operands)
-    assert_near(computed, expected, TOLERANCE[dtype])
+    for on_chip in flash_gpu.TILES if kernel == "pallas" else [SCOPED_VMEM]:
+        computed = results(Kernels(attention=kernel, interpret=True, on_chip=on_chip), where, window, operands)
+        assert_near(computed, expected, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize(

@@ -60,9 +60,9 @@ TILES = {
 """Bytes of shared memory of a block → largest head size → tiles."""
 
 LOG2_E = 1.4426950408889634
-MASKED, LOWEST = -1e30, -1e29
-"""Score of a key that a query does not see, and the initial maximum: exp2(MASKED - LOWEST) is 0, so that the sum of a
-query that sees no key stays 0."""
+MASKED, LOWEST = -1e30, -1e20
+"""Score of a key that a query does not see, and the initial maximum of the scaled scores: exp2(MASKED × scale - LOWEST)
+is 0 for every head size, so that the sum of a query that sees no key stays 0."""
 
 
 class Spans(NamedTuple):
