@@ -47,8 +47,9 @@ def test_a_config_of_schema_1_is_migrated():
     added = {
         "schema", "export", "epochs", "warmup_ratio", "chat_template", "added_tokens", "train_tokens", "reasoning",
         "unreadable_calls",
+        "compiler_options",
     }  # fmt: skip
-    for section in (values, values["train"], values["data"], values["data"]["loss"], values["lora"]):
+    for section in (values, values["model"], values["train"], values["data"], values["data"]["loss"], values["lora"]):
         for name in added & section.keys():
             section.pop(name)
     assert values == old

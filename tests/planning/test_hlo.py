@@ -158,3 +158,43 @@ def test_products_and_kernels_of_a_gpu():
     assert totals.flops == 2 * 64 * 16 * 32
     assert totals.kernels == {"grouped_product": 1}
     assert [shape.sizes for shape in dict(seen)["grouped_product"]] == [(4,), (64, 32), (4, 32, 48)]
+
+
+LOOP = """
+HloModule step
+
+%less (i: s32[]) -> pred[] {
+  %i = s32[] parameter(0)
+  %limit = s32[] constant(5)
+  ROOT %compare = pred[] compare(%i, %limit), direction=LT
+}
+
+%condition (p: (s32[], f32[8,16])) -> pred[] {
+  %p = (s32[], f32[8,16]{1,0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%p), index=0
+  ROOT %loop_compare_fusion = pred[] fusion(%i.1), kind=kLoop, calls=%less
+}
+
+%body (p.1: (s32[], f32[8,16])) -> (s32[], f32[8,16]) {
+  %p.1 = (s32[], f32[8,16]{1,0}) parameter(0)
+  %i.2 = s32[] get-tuple-element(%p.1), index=0
+  %x = f32[8,16]{1,0} get-tuple-element(%p.1), index=1
+  %square = f32[8,8]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+  ROOT %both = (s32[], f32[8,16]{1,0}) tuple(%i.2, %x)
+}
+
+ENTRY %main (x.1: f32[8,16]) -> f32[8,16] {
+  %x.1 = f32[8,16]{1,0} parameter(0)
+  %first = s32[] constant(2)
+  %copy = s32[] copy(%first)
+  %start = (s32[], f32[8,16]{1,0}) tuple(%copy, %x.1)
+  %while.1 = (s32[], f32[8,16]{1,0}) while(%start), condition=%condition, body=%body
+  ROOT %out = f32[8,16]{1,0} get-tuple-element(%while.1), index=1
+}
+"""
+
+
+def test_a_loop_with_a_fused_condition_and_another_first_value():
+    totals = Module(LOOP).totals({"data": 1}, lambda *_: None)
+    assert totals.unknown_loops == 0
+    assert totals.flops == (5 - 2) * 2 * 8 * 8 * 16

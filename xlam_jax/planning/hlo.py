@@ -199,19 +199,21 @@ class Module:
         return Totals(flops, moved, collectives, kernels, unknown)
 
     def _trip_count(self, loop: Instruction, inside: dict[str, Instruction]) -> int | None:
-        """Returns a loop's trip count: annotated, or from a condition `i < constant` with i counted from 0."""
+        """Returns a loop's trip count: annotated, or from a condition `i < constant`, where i is its first value."""
         if match := re.search(r'known_trip_count"?[:=]\{"?n"?[:=]"?(\d+)', loop.attributes):
             return int(match[1])
         condition = self.computations.get(loop.called("condition")[0], {})
+        fused = [self.computations.get(name, {}) for item in condition.values() for name in item.called("calls")]
         comparisons = [
-            item for item in condition.values() if item.opcode == "compare" and "direction=LT" in item.attributes
+            [body[name] for name in item.operands if name in body]
+            for body in (condition, *fused)
+            for item in body.values()
+            if item.opcode == "compare" and "direction=LT" in item.attributes
         ]
-        for comparison in comparisons:
-            limits = [condition[name] for name in comparison.operands if name in condition]
-            values = [re.match(r"\((-?\d+)\)", limit.attributes) for limit in limits if limit.opcode == "constant"]
-            if len(comparisons) == 1 and len(values) == 1 and values[0] and not limits[0].results[0].sizes:
-                return int(values[0][1])
-        return None
+        if len(comparisons) != 1:
+            return None
+        limits = [_integer(operand) for operand in comparisons[0] if operand.opcode == "constant"]
+        return None if len(limits) != 1 or limits[0] is None else limits[0] - _first_value(loop, inside)
 
     def _fusion_bytes(self, fusion: Instruction, called: str) -> float:
         """Returns the bytes that a fusion reads and writes.
@@ -323,6 +325,20 @@ def _library_flops(instruction: Instruction, operands: Sequence[Shape]) -> float
         return 2.0 * instruction.results[0].elements * prod(operands[0].sizes[int(axis)] for axis in contracted)
     match = re.search(r'"flops":"?(\d+)', instruction.attributes)
     return float(match[1]) if match else 0.0
+
+
+def _integer(constant: Instruction) -> int | None:
+    value = re.match(r"\((-?\d+)\)", constant.attributes)
+    return int(value[1]) if value and not constant.results[0].sizes else None
+
+
+def _first_value(loop: Instruction, inside: dict[str, Instruction]) -> int:
+    """Returns the initial value of a loop's counter, its first operand; 0 if it is not a constant."""
+    values = inside.get(loop.operands[0])
+    counter = inside.get(values.operands[0]) if values and values.opcode == "tuple" and values.operands else None
+    while counter and counter.opcode == "copy":
+        counter = inside.get(counter.operands[0])
+    return (_integer(counter) or 0) if counter and counter.opcode == "constant" else 0
 
 
 def _branches(instruction: Instruction) -> list[str]:

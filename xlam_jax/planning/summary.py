@@ -165,8 +165,9 @@ def format_plan(plan: Plan, topology: Topology) -> str:
     for key, size in sorted(plan.exchanges.items(), key=lambda item: -item[1]):
         lines.append(f"exchange        {key:28} {_gb(size):>12} in {plan.exchange_counts[key]}")
     lines += [
-        f"kernel          {kernel.name}: {kernel.registers} registers, {_gb(kernel.spilled)} spilled, "
-        f"{_gb(kernel.shared)} shared memory, {kernel.threads} threads; {kernel.blocks} blocks per multiprocessor"
+        f"kernel          {kernel.name}: {kernel.registers} registers, {kernel.spilled} B spilled, "
+        f"{kernel.shared / 1024:.0f} KiB shared memory, {kernel.threads} threads, "
+        f"blocks per multiprocessor: {kernel.blocks}"
         for kernel in plan.compiled_kernels
     ]
     if topology.chip:
