@@ -17,7 +17,7 @@ def totals_of(function: Callable[..., Any], *arguments: Any) -> Totals:
     compiled = jax.jit(function).lower(*arguments).compile()
     text = compiled.as_text()
     assert text
-    return Module(text).totals(ALONE, lambda _: None)
+    return Module(text).totals(ALONE, lambda *_: None)
 
 
 def ones(*shape: int) -> jax.Array:
