@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support import ROOT
 
@@ -35,6 +35,7 @@ UP_OF_8X7B = Shape(rows=0, inner=4096, outer=14336, experts=8, width=2, result=2
 
 
 @settings(deadline=None)  # a busy machine is not a failure
+@example(Shape(rows=120, inner=13568, outer=1, experts=1, width=4, result=2), 16 * tiles.MIB)
 @given(shape=SHAPES, limit=st.sampled_from(LIMITS))
 def test_every_shape_has_a_tile_that_fits(shape: Shape, limit: int):
     shape = shape._replace(rows=-(-shape.rows // (tile := tiles.row_tile(shape.rows, shape.experts))) * tile)

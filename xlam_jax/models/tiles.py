@@ -6,7 +6,7 @@ and spilled registers. A tile that needs more than the compiler's limit does not
 Sizes: `rows` of the left operand, `inner` (contracted) and `outer` sides of the weight, `experts`; bytes throughout.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 LANES = 128
@@ -69,20 +69,19 @@ def row_tile(rows: int, experts: int) -> int:
 
 def product_tile(shape: Shape, limit: int) -> Tile:
     """The tile for `gmm`, each row times the weight of its expert: the cheapest that needs at most `limit` bytes."""
-    return _cheapest(
-        _tiles(shape, CONTRACTED, (LANES, OUTER)),
-        lambda tile: product_vmem(shape, tile) <= limit,
-        lambda tile: _product_cost(shape, tile),
-    )
+    least, most = CONTRACTED
+    # A contracted side such as 128 × 2 × 53 may have no divisor of the minimum size that fits: then a shorter one.
+    for contracted in ((least, most), (LANES, most)):
+        fitting = [tile for tile in _tiles(shape, contracted, (LANES, OUTER)) if product_vmem(shape, tile) <= limit]
+        if fitting:
+            break
+    return min(fitting, key=lambda tile: _product_cost(shape, tile))
 
 
 def outer_tile(shape: Shape, limit: int) -> Tile:
     """The tile for `tgmm`, the gradient of the weights: the cheapest that needs at most `limit` bytes."""
-    return _cheapest(
-        _tiles(shape, (LANES, OUTER), (LANES, OUTER)),
-        lambda tile: outer_vmem(shape, tile) <= limit,
-        lambda tile: _outer_cost(shape, tile),
-    )
+    fitting = (tile for tile in _tiles(shape, (LANES, OUTER), (LANES, OUTER)) if outer_vmem(shape, tile) <= limit)
+    return min(fitting, key=lambda tile: _outer_cost(shape, tile))
 
 
 def product_vmem(shape: Shape, tile: Tile) -> int:
@@ -124,11 +123,6 @@ def _cost(moved: int, columns: int, others: int, visits: int, tile: Tile) -> flo
     # The two cores of a TPU v4 or v5p share the columns: with an odd number of them one has a column less.
     shared = _up(columns, 2) / columns
     return (moved + steps * STEP + computed / INTENSITY) * shared
-
-
-def _cheapest(tiles: Iterator[Tile], fits: Callable[[Tile], bool], cost: Callable[[Tile], float]) -> Tile:
-    """The cheapest tile that fits; one always does, as the smallest needs less than 2 MiB."""
-    return min((tile for tile in tiles if fits(tile)), key=cost)
 
 
 def _tiles(shape: Shape, inner: tuple[int, int], outer: tuple[int, int]) -> Iterator[Tile]:
