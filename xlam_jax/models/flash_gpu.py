@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from xlam_jax.models.kernels import SHARED
-from xlam_jax.models.triton import dot
+from xlam_jax.models.triton import dot, shared_memory
 
 
 class Tile(NamedTuple):
@@ -35,12 +35,14 @@ class Tile(NamedTuple):
 
 
 class Tiles(NamedTuple):
+    """The tiles of the three kernels: forward, gradients of keys and values, gradients of queries."""
+
     forward: Tile
     dkv: Tile
     dq: Tile
 
 
-LARGE_SHARED = 227 << 10
+LARGE_SHARED = shared_memory("9.0")
 """Bytes of shared memory that Hopper GPUs and Blackwell GPUs for data centers give a block of threads."""
 
 # Chosen among the tiles without register spills (tests/planning/test_flash_kernels.py), not yet by time on a device:

@@ -25,7 +25,7 @@ NEIGHBOURS = 8
 SHARED = {"8.0": 163, "8.7": 163, "9.0": 227, "10.0": 227, "10.3": 227}
 """Compute capability → KiB of shared memory that a block may have."""
 LEAST_SHARED = 99
-"""KiB of shared memory of other GPUs with tensor cores for bfloat16."""
+"""KiB of shared memory that a block may have on other GPUs with tensor cores for bfloat16."""
 
 
 class Tile(NamedTuple):
